@@ -1,0 +1,24 @@
+// One step over tensors in host memory.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastlr {
+
+// Applies the update to every tensor. layouts: what TensorRef::layout refers to; groups: what
+// TensorRef::group refers to. threads: the most to use, >= 1. Where tensors share memory (serial),
+// one thread updates them in order, each seeing what the ones before it wrote.
+void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
+              const std::vector<GroupScalars>& groups, int threads, bool serial);
+
+// The SIMD level in use, by name, and the choice of another (for tests): the name must be usable.
+const char* simd_level();
+void set_simd_level(const char* name);
+
+// The OpenMP runtime that parallel regions run on: the path of its library, or nullptr where there
+// is none and every step runs on the calling thread.
+const char* openmp_runtime();
+
+}  // namespace fastlr

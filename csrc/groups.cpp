@@ -1,0 +1,179 @@
+#include "groups.h"
+
+#include <cmath>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/float_environment.h"
+#include "owned.h"
+
+namespace fastlr {
+namespace {
+
+// Keys of a group's dict, made once: looking up an interned string is a pointer comparison.
+struct Keys {
+  PyObject* lr = PyUnicode_InternFromString("lr");
+  PyObject* momentum = PyUnicode_InternFromString("momentum");
+  PyObject* dampening = PyUnicode_InternFromString("dampening");
+  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
+  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
+  PyObject* maximize = PyUnicode_InternFromString("maximize");
+  PyObject* lr_schedule = PyUnicode_InternFromString("lr_schedule");
+  PyObject* momentum_schedule = PyUnicode_InternFromString("momentum_schedule");
+  PyObject* lr_start = PyUnicode_InternFromString("lr_start");
+  PyObject* momentum_start = PyUnicode_InternFromString("momentum_start");
+  PyObject* updates = PyUnicode_InternFromString("updates");
+  PyObject* samples = PyUnicode_InternFromString("samples");
+  PyObject* native = PyUnicode_InternFromString("_native");
+};
+
+const Keys& keys() {
+  static const Keys all;
+  return all;
+}
+
+// The shortest decimal that reads back as the same double, as Python's repr.
+std::string number(double value) {
+  char* text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, nullptr);
+  if (text == nullptr) throw PythonError();
+  const std::string result = text;
+  PyMem_Free(text);
+  return result;
+}
+
+std::string in_group(Py_ssize_t index) { return " of parameter group " + std::to_string(index); }
+
+PyObject* item(PyObject* group, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(group, key);
+  if (value == nullptr) {
+    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+    throw PythonError();
+  }
+  return value;
+}
+
+double real_item(PyObject* group, PyObject* key) {
+  PyObject* value = item(group, key);
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1.0 && PyErr_Occurred()) throw PythonError();
+  return result;
+}
+
+bool flag_item(PyObject* group, PyObject* key) {
+  const int result = PyObject_IsTrue(item(group, key));
+  if (result < 0) throw PythonError();
+  return result != 0;
+}
+
+int64_t integer_item(PyObject* group, PyObject* key) {
+  const long long result = PyLong_AsLongLong(item(group, key));
+  if (result == -1 && PyErr_Occurred()) throw PythonError();
+  return result;
+}
+
+// The schedule that drives one hyperparameter of a group, and where on it the group stands.
+struct Driven {
+  PyObject* owner = nullptr;  // borrowed; nullptr where the hyperparameter is a plain number
+  const NativeSchedule* schedule = nullptr;
+  int64_t clock = 0;
+};
+
+Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
+  Driven driven;
+  PyObject* owner = item(group, schedule_key);
+  if (owner == Py_None) return driven;
+  const Owned native = checked(PyObject_GetAttr(owner, keys().native));
+  driven.owner = owner;
+  driven.schedule = native_of(native.get());  // lives as long as its owner, which the group holds
+  const int64_t now =
+      integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
+  driven.clock = now - integer_item(group, start_key);
+  return driven;
+}
+
+// What the next update uses for a hyperparameter; checked against its schedule where it has one.
+double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObject* key,
+                      PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
+  const double found = real_item(group, key);
+  const Driven driven = driven_by(group, schedule_key, start_key, native_of);
+  if (driven.owner == nullptr) return found;
+  const double expected = schedule_value(*driven.schedule, driven.clock);
+  if (!(found == expected)) {
+    throw std::runtime_error(
+        std::string(name) + in_group(index) + " was set to " + number(found) +
+        " by something else, but a schedule owns it and says " + number(expected) +
+        ". Remove the other writer (a torch scheduler: give the framework "
+        "fastlr.integrations.ReadOnlyScheduler(optimizer) instead), or take the value back with "
+        "optimizer.set_schedule(" +
+        name + "=" + number(found) + ").");
+  }
+  if (driven.clock > driven.schedule->end) {
+    checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "L",
+                                static_cast<long long>(driven.clock)));
+  }
+  return expected;
+}
+
+void publish(PyObject* group, PyObject* key, PyObject* schedule_key, PyObject* start_key,
+             NativeOf native_of) {
+  const Driven driven = driven_by(group, schedule_key, start_key, native_of);
+  if (driven.owner == nullptr) return;
+  const Owned value = checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)));
+  if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
+}
+
+void require(bool condition, const char* name, Py_ssize_t index, const char* range, double value) {
+  if (condition) return;
+  throw std::invalid_argument(std::string(name) + in_group(index) + " must be " + range + ", got " +
+                              number(value));
+}
+
+}  // namespace
+
+double schedule_value(const NativeSchedule& schedule, int64_t clock) {
+  const DefaultFloatEnvironment environment;
+  return value_at(schedule.segments.data(), static_cast<int64_t>(schedule.segments.size()),
+                  schedule.table.data(), clock);
+}
+
+SgdOptions read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
+  const Keys& k = keys();
+  SgdOptions options;
+  options.lr = read_scheduled(group, index, "lr", k.lr, k.lr_schedule, k.lr_start, native_of);
+  options.momentum = read_scheduled(group, index, "momentum", k.momentum, k.momentum_schedule,
+                                    k.momentum_start, native_of);
+  options.dampening = real_item(group, k.dampening);
+  options.weight_decay = real_item(group, k.weight_decay);
+  options.nesterov = flag_item(group, k.nesterov);
+  options.maximize = flag_item(group, k.maximize);
+  const auto finite = [](double x) { return std::isfinite(x); };
+  require(finite(options.lr) && options.lr >= 0.0, "lr", index, "finite and >= 0", options.lr);
+  require(options.momentum >= 0.0 && options.momentum < 1.0, "momentum", index, "in [0, 1)",
+          options.momentum);
+  require(finite(options.dampening), "dampening", index, "finite", options.dampening);
+  require(finite(options.weight_decay) && options.weight_decay >= 0.0, "weight_decay", index,
+          "finite and >= 0", options.weight_decay);
+  require(!options.nesterov || options.dampening == 0.0, "dampening", index, "0 with nesterov=True",
+          options.dampening);
+  return options;
+}
+
+void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {
+  const Keys& k = keys();
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    PyObject* group = PyList_GET_ITEM(groups, i);
+    const auto move = [group](PyObject* key, int64_t by) {
+      if (by == 0) return;
+      const Owned value = checked(PyLong_FromLongLong(integer_item(group, key) + by));
+      if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
+    };
+    move(k.updates, updates);
+    move(k.samples, samples);
+    publish(group, k.lr, k.lr_schedule, k.lr_start, native_of);
+    publish(group, k.momentum, k.momentum_schedule, k.momentum_start, native_of);
+  }
+}
+
+}  // namespace fastlr

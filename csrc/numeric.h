@@ -1,0 +1,106 @@
+// Storage types, the type they compute in, and the conversions between the two.
+//
+// Halves are 16-bit integers here: nvcc rejects _Float16 and GCC 12 leaves loops over it scalar.
+// Rounding is to nearest, ties to even; the results equal those of the F16C instructions, NaN
+// payloads included, so that they do not depend on the SIMD level.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "host_device.h"
+
+namespace fastlr {
+
+struct Float16 {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type in which a storage type is computed: halves in float, the others in themselves.
+template <typename T>
+struct ComputeType {
+  using type = T;
+};
+template <>
+struct ComputeType<Float16> {
+  using type = float;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+template <typename T>
+using compute_t = typename ComputeType<T>::type;
+
+FASTLR_HD uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FASTLR_HD float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FASTLR_HD float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+FASTLR_HD float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // infinity, or a NaN, which becomes quiet
+    bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0u);
+  } else if (magnitude < 0x400u) {  // zero or subnormal: a multiple of 2^-24
+    bits = float_bits(static_cast<float>(magnitude) * 0x1p-24f);
+  } else {  // rebias the exponent from 15 to 127
+    bits = (magnitude << 13) + (112u << 23);
+  }
+  return bits_float(sign | bits);
+}
+
+FASTLR_HD BFloat16 to_bfloat16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+
+FASTLR_HD Float16 to_float16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {  // NaN: keep the upper payload, make it quiet
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+    half = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
+  } else {  // rebias from 127 to 15, round half to even at bit 13
+    half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return Float16{static_cast<uint16_t>(sign | half)};
+}
+
+// A stored value in its compute type, and a computed one stored with a single rounding.
+FASTLR_HD float load(float x) { return x; }
+FASTLR_HD double load(double x) { return x; }
+FASTLR_HD float load(Float16 x) { return to_float(x); }
+FASTLR_HD float load(BFloat16 x) { return to_float(x); }
+
+FASTLR_HD void store(float& to, float x) { to = x; }
+FASTLR_HD void store(float& to, double x) { to = static_cast<float>(x); }
+FASTLR_HD void store(double& to, double x) { to = x; }
+FASTLR_HD void store(Float16& to, float x) { to = to_float16(x); }
+FASTLR_HD void store(BFloat16& to, float x) { to = to_bfloat16(x); }
+
+FASTLR_HD float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FASTLR_HD double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+}  // namespace fastlr

@@ -1,0 +1,149 @@
+#include "tensor_view.h"
+
+#include <cstring>
+
+#include "owned.h"
+
+namespace fastlr {
+namespace {
+
+// The exchange API of a tensor type, or nullptr (no Python error is left set).
+const dlpack::ExchangeApi* lookup_exchange(PyObject* type) {
+  const Owned capsule(PyObject_GetAttrString(type, dlpack::kAttribute));
+  const dlpack::ExchangeApi* api = nullptr;
+  if (capsule && PyCapsule_IsValid(capsule.get(), dlpack::kCapsuleName)) {
+    api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.get(), dlpack::kCapsuleName));
+    while (api != nullptr && api->version.major > dlpack::kAbiMajor) api = api->previous;
+    if (api != nullptr &&
+        (api->version.major != dlpack::kAbiMajor || api->tensor_from_py_object == nullptr)) {
+      api = nullptr;
+    }
+  }
+  PyErr_Clear();
+  return api;
+}
+
+// Types are looked up once; there are two in practice, Tensor and Parameter.
+const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static std::vector<Entry> known;
+  for (const Entry& entry : known) {
+    if (entry.type == type) return entry.api;
+  }
+  Py_INCREF(type);  // a type that stays known must not be freed and its address taken by another
+  known.push_back({type, lookup_exchange(reinterpret_cast<PyObject*>(type))});
+  return known.back().api;
+}
+
+bool to_integers(PyObject* sequence, std::vector<int64_t>& out) {
+  const Owned fast(sequence == nullptr ? nullptr : PySequence_Fast(sequence, "not a sequence"));
+  if (!fast) return false;
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(fast.get());
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const long long value = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast.get(), i));
+    if (value == -1 && PyErr_Occurred()) return false;
+    out.push_back(value);
+  }
+  return true;
+}
+
+dlpack::DataType parse_type(const char* name) {
+  static const struct {
+    const char* name;
+    dlpack::DataType type;
+  } kNames[] = {
+      {"torch.float32", {dlpack::kFloat, 32, 1}},
+      {"torch.float64", {dlpack::kFloat, 64, 1}},
+      {"torch.float16", {dlpack::kFloat, 16, 1}},
+      {"torch.bfloat16", {dlpack::kBfloat, 16, 1}},
+      {"torch.complex32", {dlpack::kComplex, 32, 1}},
+      {"torch.complex64", {dlpack::kComplex, 64, 1}},
+      {"torch.complex128", {dlpack::kComplex, 128, 1}},
+  };
+  for (const auto& entry : kNames) {
+    if (std::strcmp(entry.name, name) == 0) return entry.type;
+  }
+  return {0, 0, 1};
+}
+
+}  // namespace
+
+bool TensorReader::exchange_enabled_ = true;
+
+bool TensorReader::exchange_available(PyObject* tensor_type) {
+  return lookup_exchange(tensor_type) != nullptr;
+}
+
+bool TensorReader::read(PyObject* tensor, TensorView& view) {
+  if (exchange_enabled_) {
+    if (const dlpack::ExchangeApi* api = exchange_of(Py_TYPE(tensor))) {
+      dlpack::Tensor t;
+      if (api->tensor_from_py_object(tensor, &t) != 0) return false;
+      void* data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
+      view = {data, t.device, t.dtype, t.ndim, t.shape, t.strides};
+      return true;
+    }
+  }
+  return read_attributes(tensor, view);
+}
+
+bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
+  const Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
+  if (!pointer) return false;
+  view.data = PyLong_AsVoidPtr(pointer.get());
+  if (view.data == nullptr && PyErr_Occurred()) return false;
+
+  const Owned device(PyObject_GetAttrString(tensor, "device"));
+  const Owned kind(device ? PyObject_GetAttrString(device.get(), "type") : nullptr);
+  const Owned index(device ? PyObject_GetAttrString(device.get(), "index") : nullptr);
+  const char* kind_name = kind ? PyUnicode_AsUTF8(kind.get()) : nullptr;
+  if (kind_name == nullptr || !index) return false;
+  view.device.type = std::strcmp(kind_name, "cpu") == 0    ? dlpack::kCpu
+                     : std::strcmp(kind_name, "cuda") == 0 ? dlpack::kCuda
+                                                           : 0;
+  view.device.id = index.get() == Py_None ? 0 : static_cast<int32_t>(PyLong_AsLong(index.get()));
+
+  const Owned dtype(PyObject_GetAttrString(tensor, "dtype"));
+  const Owned dtype_text(dtype ? PyObject_Str(dtype.get()) : nullptr);
+  const char* dtype_name = dtype_text ? PyUnicode_AsUTF8(dtype_text.get()) : nullptr;
+  if (dtype_name == nullptr) return false;
+  view.dtype = parse_type(dtype_name);
+
+  copied_.emplace_back();
+  std::vector<int64_t>& shape = copied_.back();
+  copied_.emplace_back();
+  std::vector<int64_t>& strides = copied_.back();
+  const Owned size(PyObject_CallMethod(tensor, "size", nullptr));
+  const Owned stride(PyObject_CallMethod(tensor, "stride", nullptr));
+  if (!to_integers(size.get(), shape) || !to_integers(stride.get(), strides)) return false;
+  view.ndim = static_cast<int32_t>(shape.size());
+  view.shape = shape.data();
+  view.strides = strides.data();
+  return true;
+}
+
+std::string type_name(dlpack::DataType type) {
+  const std::string bits = std::to_string(type.bits);
+  switch (type.code) {
+    case dlpack::kFloat:
+      return "float" + bits;
+    case dlpack::kBfloat:
+      return "bfloat" + bits;
+    case dlpack::kComplex:
+      return "complex" + bits;
+    default:
+      return "a type that is not floating point";
+  }
+}
+
+std::string device_name(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return "cpu";
+  if (device.type == dlpack::kCuda) return "cuda:" + std::to_string(device.id);
+  return "device type " + std::to_string(device.type);
+}
+
+}  // namespace fastlr

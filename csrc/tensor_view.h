@@ -1,0 +1,55 @@
+// Reading a torch.Tensor: pointer, type, device, shape and strides, without libtorch.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+#include "tensors.h"
+
+namespace fastlr {
+
+// A tensor's memory as seen for the length of one step. shape and strides belong to the tensor, or
+// to the TensorReader that read it.
+struct TensorView {
+  void* data;
+  dlpack::Device device;
+  dlpack::DataType dtype;
+  int32_t ndim;
+  const int64_t* shape;
+  const int64_t* strides;
+};
+
+// Reads tensors through PyTorch's DLPack exchange API (PyTorch 2.10 and newer: no Python call at
+// all), or through data_ptr() and its like where that is missing or switched off.
+class TensorReader {
+ public:
+  // Fills `view`; false with a Python error set where the tensor has no memory to read (sparse,
+  // meta). A view with data == nullptr and elements belongs to a tensor without memory of its own
+  // (DTensor, FakeTensor), which the caller must refuse.
+  bool read(PyObject* tensor, TensorView& view);
+
+  // Forgets shapes that earlier reads had to copy; views that point to them end.
+  void clear() { copied_.clear(); }
+
+  static bool exchange_enabled() { return exchange_enabled_; }
+  static void set_exchange_enabled(bool enabled) { exchange_enabled_ = enabled; }
+  // Whether PyTorch's tensor type offers an exchange API of the version that this file understands.
+  static bool exchange_available(PyObject* tensor_type);
+
+ private:
+  bool read_attributes(PyObject* tensor, TensorView& view);
+
+  static bool exchange_enabled_;
+  std::deque<std::vector<int64_t>> copied_;
+};
+
+// "float32", "complex64", ... for messages.
+std::string type_name(dlpack::DataType type);
+std::string device_name(dlpack::Device device);
+
+}  // namespace fastlr

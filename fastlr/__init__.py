@@ -1,0 +1,14 @@
+"""Learning-rate schedules, range test and fused SGD for PyTorch, in one native step."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+
+import torch  # noqa: F401  # first: the native code runs on the OpenMP runtime that it loads
+
+from fastlr import integrations, optim, schedules
+from fastlr.optim import *  # noqa: F403
+from fastlr.schedules import *  # noqa: F403
+
+__version__ = _version("fastlr")
+__all__ = [*optim.__all__, *schedules.__all__, "integrations", "optim", "schedules"]

@@ -1,0 +1,363 @@
+"""What all fused optimizers share: clocks, schedules in parameter groups, step and checkpoint."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import numpy as np
+import torch
+from torch.autograd.graph import increment_version
+from torch.optim import optimizer as torch_optimizer
+
+from fastlr import _core
+from fastlr.schedules import Schedule
+
+Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
+
+# Hyperparameters that a schedule can drive. For each, a group holds the value that the next step uses
+# under its name, its owner under "<name>_schedule" (a Schedule or None), and the clock at which the
+# schedule's zero lies under "<name>_start".
+_SCHEDULED = ("lr", "momentum")
+
+
+class Clock(NamedTuple):
+    """Where an optimizer stands.
+
+    Attributes:
+        updates: updates that were applied; a step that GradScaler made it skip does not count.
+        samples: samples consumed, as told by :meth:`FusedOptimizer.advance_samples`.
+    """
+
+    updates: int
+    samples: int
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the fused optimizers; use :class:`fastlr.FusedSGD` or :class:`fastlr.FusedCyclicSGD`."""
+
+    # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
+    # `grad_scale` and `found_inf`, which it deletes again: they must not exist on the class.
+    _step_supports_amp_scaling = True
+
+    _last_step_skipped = False
+    _loaded_momenta: dict[torch.Tensor, torch.Tensor]
+
+    # NOTE: [what a checkpoint holds]
+    # Clocks and schedules live in param_groups, so that state_dict, deepcopy, pickle and the helpers of
+    # torch.distributed.checkpoint (which keep nothing but state and param_groups) carry them. In a
+    # state_dict a schedule is a plain dict. A buffer's type is `momentum_dtype` of its group.
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        for name in _SCHEDULED:
+            defaults |= {f"{name}_schedule": None, f"{name}_start": 0}
+        defaults |= {"updates": 0, "samples": 0, "fresh": False}
+        self._plan = self._new_plan()
+        super().__init__(params, defaults)
+
+    def _new_plan(self) -> _core.SgdPlan:
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        """Raises ValueError for a hyperparameter of a group that is out of range."""
+        raise NotImplementedError
+
+    # -- groups and schedules --------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its schedules begin at their zero now.
+
+        Args:
+            param_group: ``{"params": ..., "lr": number or schedule, ...}``; what it does not say is
+                taken from the optimizer's arguments.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or a schedule counts epochs.
+        """
+        if isinstance(param_group, dict):
+            index = len(self.param_groups)
+            clock = self.clock() if self.param_groups else Clock(0, 0)
+            filled = {**self.defaults, **param_group, "updates": clock.updates}
+            filled |= {"samples": clock.samples, "fresh": False}
+            for name in _SCHEDULED:
+                filled |= self._hyperparameter(name, filled[name], clock, index)
+            self._check_group(filled, f" of parameter group {index}")
+            param_group.update({key: value for key, value in filled.items() if key != "params"})
+        super().add_param_group(param_group)
+
+    def _hyperparameter(self, name: str, value: object, start: Clock, group: int) -> dict[str, Any]:
+        """A group's entries for a hyperparameter that is a number, or a schedule with its zero."""
+        where = f"{name} of parameter group {group}"
+        if not isinstance(value, Schedule):
+            if isinstance(value, torch.Tensor) or not isinstance(value, (int, float, np.number)):
+                raise TypeError(
+                    f"{where} must be a number or a fastlr schedule, got {type(value).__name__}"
+                    + ("; pass its .item()" if isinstance(value, torch.Tensor) else "")
+                )
+            return {name: float(value), f"{name}_schedule": None, f"{name}_start": 0}
+        if value.unit == "epoch":
+            raise ValueError(
+                f"{where} counts epochs, which an optimizer cannot see; convert it with "
+                "schedule.in_updates(updates_per_epoch)"
+            )
+        if name == "momentum" and not value.peak < 1.0:
+            raise ValueError(f"{where} must stay in [0, 1), but its schedule peaks at {value.peak!r}")
+        zero = start.samples if value.unit == "sample" else start.updates
+        return {name: value._native.value(0), f"{name}_schedule": value, f"{name}_start": zero}
+
+    def set_schedule(
+        self,
+        *,
+        lr: float | Schedule | None = None,
+        momentum: float | Schedule | None = None,
+        group: int | None = None,
+        start: Literal["now", "zero"] = "now",
+    ) -> None:
+        """Puts a schedule, or a plain number, in charge of the learning rate or the momentum.
+
+        Args:
+            lr: a schedule, or a number, which takes the rate back from a schedule; None: unchanged.
+            momentum: the same for the momentum.
+            group: index of one parameter group; None: all.
+            start: ``"now"``: the schedule's zero is the present clock; ``"zero"``: its zero is the
+                clock's, so that it continues in the middle.
+
+        Raises:
+            ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
+        """
+        if start not in ("now", "zero"):
+            raise ValueError(f'start must be "now" or "zero", got {start!r}')
+        if group is not None and not 0 <= group < len(self.param_groups):
+            raise ValueError(f"group must be in 0 .. {len(self.param_groups) - 1}, got {group}")
+        indices = range(len(self.param_groups)) if group is None else (group,)
+        origin = self.clock() if start == "now" else Clock(0, 0)
+        changes = []
+        for index in indices:
+            change: dict[str, Any] = {}
+            for name, value in (("lr", lr), ("momentum", momentum)):
+                if value is not None:
+                    change |= self._hyperparameter(name, value, origin, index)
+            self._check_group({**self.param_groups[index], **change}, f" of parameter group {index}")
+            changes.append(change)
+        for index, change in zip(indices, changes, strict=True):
+            self.param_groups[index].update(change)
+        _core.advance(self.param_groups, 0, 0)
+
+    # -- clocks ----------------------------------------------------------------------------------
+
+    def clock(self) -> Clock:
+        """Updates applied and samples consumed so far."""
+        return Clock(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
+
+    def sync(self) -> Clock:
+        """Brings the host's clock and rates up to date with the device's; on the CPU they always are."""
+        return self.clock()
+
+    def advance_samples(self, samples: int) -> None:
+        """Moves the samples clock, after a step, by the samples that the step consumed.
+
+        To be called for skipped steps too: the samples are gone either way. Only schedules with
+        ``unit="sample"`` follow this clock.
+
+        Args:
+            samples: >= 0.
+        """
+        count = operator.index(samples)
+        if count < 0:
+            raise ValueError(f"samples must be >= 0, got {samples!r}")
+        _core.advance(self.param_groups, 0, count)
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last :meth:`step` changed nothing because GradScaler found an inf or NaN."""
+        return self._last_step_skipped
+
+    # -- the step --------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient, then moves the clock and the schedules.
+
+        Everything is checked before the first byte is written. A step in which no parameter has a
+        gradient counts as applied.
+
+        Args:
+            closure: reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or a tensor cannot be updated; the message
+                names it.
+            RuntimeError: something else wrote a value that a schedule owns.
+        """
+        # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
+        # it is entered only where somebody listens. A subclass with a step of its own is wrapped already.
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        ) and type(self).step is FusedOptimizer.step:
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0.0:
+            self._last_step_skipped = True
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        inverse_scale = 1.0 if grad_scale is None else _inverse_scale(float(grad_scale))
+        if not self.state and self._only_initializes_state():
+            return loss
+        if any(group["fresh"] for group in self.param_groups):
+            self._drop_initialized_state()
+        updated = self._plan.step(self.param_groups, self.state, inverse_scale, torch.get_num_threads())
+        increment_version(updated)  # so that a backward through an overwritten parameter raises
+        self._last_step_skipped = False
+        return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
+    # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the
+    # buffers are created as zeros, marked as fresh, and dropped again before the first real update,
+    # so that neither weights nor clock move and the first update is a first update.
+
+    def _only_initializes_state(self) -> bool:
+        if any(group["lr"] != 0.0 for group in self.param_groups):
+            return False
+        with_gradient = [
+            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if not with_gradient or any(
+            p.grad.layout is not torch.strided or torch.count_nonzero(p.grad) for p, _ in with_gradient
+        ):
+            return False
+        for p, group in with_gradient:
+            group["fresh"] = True
+            if group["momentum"] != 0.0:
+                self.state[p]["momentum_buffer"] = new_momentum(p, group).zero_()
+        return True
+
+    def _drop_initialized_state(self) -> None:
+        for group in self.param_groups:
+            group["fresh"] = False
+            for p in group["params"]:
+                self.state.pop(p, None)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.SGD``'s, plus schedules and clocks; numbers, strings, dicts and tensors only."""
+        handle = self.register_state_dict_post_hook(_pack_groups, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied.
+
+        Where the file has no schedule or no clock, the optimizer keeps its own. What a schedule owns is
+        computed anew. Buffers are converted to the type that their group keeps momentum in.
+
+        Raises:
+            ValueError: the groups differ in number or size, or a buffer in shape.
+        """
+        handle = self.register_load_state_dict_pre_hook(_unpack)  # type: ignore[arg-type]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loaded_momenta", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for p, buffer in self.__dict__.get("_loaded_momenta", {}).items():
+            self.state[p]["momentum_buffer"] = buffer
+        self._plan = self._new_plan()
+        _core.advance(self.param_groups, 0, 0)
+
+
+def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """An uninitialized momentum buffer, laid out like the parameter, in the group's type for it."""
+    dtype = group["momentum_dtype"] or parameter.dtype
+    if parameter.is_complex():
+        dtype = dtype.to_complex()
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+
+
+def _inverse_scale(scale: float) -> float:
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise ValueError(f"grad_scale must be finite and > 0, got {scale!r}")
+    return float(np.float32(1.0 / scale))
+
+
+def _pack_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        for key, value in group.items():
+            if isinstance(value, Schedule):
+                group[key] = value.to_dict()
+            elif isinstance(value, torch.dtype):
+                group[key] = str(value).removeprefix("torch.")
+
+
+def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A state_dict whose groups are complete and live again; sets its momenta aside.
+
+    PyTorch would cast the momenta to their parameters' type, which loses what float32 momenta hold.
+    """
+    own_groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    sizes = [[len(group["params"]) for group in groups] for groups in (own_groups, saved_groups)]
+    if sizes[0] != sizes[1]:
+        return None  # PyTorch raises next
+
+    groups = []
+    momenta: dict[torch.Tensor, torch.Tensor] = {}
+    state = {
+        key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
+    }
+    for own, saved in zip(own_groups, saved_groups, strict=True):
+        group = {**own, **saved}
+        for name in _SCHEDULED:
+            owner = saved.get(f"{name}_schedule")
+            if owner is None:
+                keep = (f"{name}_schedule", f"{name}_start")
+                group |= {key: own[key] for key in keep}
+            else:
+                group[f"{name}_schedule"] = Schedule.from_dict(owner)
+            group[name] = float(group[name])  # a torch optimizer's may be a tensor
+        if isinstance(group["momentum_dtype"], str):
+            group["momentum_dtype"] = getattr(torch, group["momentum_dtype"])
+        groups.append(group)
+        for key, parameter in zip(saved["params"], own["params"], strict=True):
+            buffer = state[key].pop("momentum_buffer", None) if key in state else None
+            if buffer is None:
+                if key in state and not state[key]:
+                    del state[key]
+                continue
+            if buffer.shape != parameter.shape or buffer.is_complex() != parameter.is_complex():
+                raise ValueError(
+                    f"the file's momentum_buffer {key} has shape {tuple(buffer.shape)} and "
+                    f"{buffer.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
+                )
+            momenta[parameter] = new_momentum(parameter, group).copy_(buffer)
+    optimizer._loaded_momenta = momenta
+    return {**state_dict, "state": state, "param_groups": groups}

@@ -1,0 +1,274 @@
+"""SGD with momentum, driven by schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+
+from fastlr import _core
+from fastlr.optim._base import FusedOptimizer, Params, new_momentum
+from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
+from fastlr.schedules.cyclic import Interpolation
+
+Mode = Literal["triangular", "triangular2", "exp_range"]
+
+
+class FusedSGD(FusedOptimizer):
+    r"""SGD with momentum whose step evaluates its schedules and updates all parameters in one native pass.
+
+    For each parameter with gradient :math:`g`, as ``torch.optim.SGD`` and bit for bit the same in
+    float32 and float64::
+
+        g = g + weight_decay * p
+        m = momentum * m + (1 - dampening) * g      (first update: m = g)
+        u = g + momentum * m if nesterov else m
+        p = p - lr * u
+
+    This differs from Sutskever et al., who multiply lr into the buffer. Half types are computed in
+    float32 and rounded once on each store.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer: dense
+            tensors of float16, bfloat16, float32, float64 or a complex type, of any shape and strides.
+        lr: learning rate, >= 0, or a schedule (clocked in updates or samples).
+        momentum: in [0, 1), or a schedule that stays there.
+        dampening: of the gradient that enters the buffer.
+        weight_decay: L2 penalty, >= 0.
+        nesterov: Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend instead of descend.
+        momentum_dtype: None keeps momentum in the parameter's type; ``torch.float32`` keeps it in
+            float32 (complex64 for complex parameters).
+
+    Each of them may stand in a parameter group. ``param_groups[i]["lr"]`` is a float: what the next
+    step will use; its owner stands under ``"lr_schedule"``, a schedule or None.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it, its value and the range.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> opt = fastlr.FusedSGD(model.parameters(), lr=fastlr.Cosine(0.1, 0.0, 100), momentum=0.9)
+    >>> for _ in range(100):
+    ...     model(torch.ones(8, 4)).square().mean().backward()
+    ...     opt.step()
+    ...     opt.zero_grad()
+    >>> opt.param_groups[0]["lr"], opt.clock()
+    (0.0, Clock(updates=100, samples=0))
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Schedule = 1e-3,
+        momentum: float | Schedule = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "momentum_dtype": momentum_dtype,
+            },
+        )
+
+    def _new_plan(self) -> _core.SgdPlan:
+        return _core.SgdPlan(new_momentum)
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"{name}{where} must be {expected}, got {group[name]!r}")
+
+        lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
+        check("lr", math.isfinite(lr) and lr >= 0.0, "finite and >= 0")
+        check("momentum", 0.0 <= momentum < 1.0, "in [0, 1)")
+        check("dampening", math.isfinite(dampening), "finite")
+        check(
+            "weight_decay",
+            math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0.0,
+            "finite and >= 0",
+        )
+        check(
+            "momentum_dtype",
+            group["momentum_dtype"] in (None, torch.float32),
+            "None or torch.float32",
+        )
+        if group["nesterov"]:
+            scheduled = group["momentum_schedule"] is not None
+            check("momentum", scheduled or momentum > 0.0, "> 0 with nesterov=True")
+            check("dampening", dampening == 0.0, "0 with nesterov=True")
+
+
+class FusedCyclicSGD(FusedSGD):
+    """:class:`FusedSGD` on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``.
+
+    Args:
+        params: as for :class:`FusedSGD`. A group may have cycle arguments of its own.
+        base_lr: lower bound of the cycles, >= 0; a list gives one for each group.
+        max_lr: upper bound, >= base_lr; a list gives one for each group.
+        step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
+        step_size_down: updates back; default: as step_size_up.
+        mode: ``"triangular"``, ``"triangular2"`` (height halved after each cycle) or ``"exp_range"``
+            (height times ``gamma ** updates``).
+        gamma: of exp_range only, > 0.
+        cycle_momentum: cycle the momentum against the rate. Off unless given (PyTorch: on).
+        base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
+        interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
+        decay_base: let exp_range's lower bound decline too, as in Smith's paper.
+        momentum: fixed momentum; not with cycle_momentum.
+        dampening, weight_decay, nesterov, maximize, momentum_dtype: as for :class:`FusedSGD`.
+
+    Raises:
+        ValueError: an argument is out of range, or belongs to an option that is off.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> opt = fastlr.FusedCyclicSGD(model.parameters(), base_lr=0.001, max_lr=0.006,
+    ...                             step_size_up=2000, mode="triangular2", momentum=0.9)
+    >>> opt.param_groups[0]["lr"], opt.param_groups[0]["lr_schedule"](2000)
+    (0.001, 0.006)
+
+    References:
+        Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base_lr: float | list[float],
+        max_lr: float | list[float],
+        step_size_up: float = 2000,
+        step_size_down: float | None = None,
+        mode: Mode = "triangular",
+        gamma: float = 1.0,
+        *,
+        cycle_momentum: bool = False,
+        base_momentum: float | None = None,
+        max_momentum: float | None = None,
+        interpolation: Interpolation = "linear",
+        decay_base: bool = False,
+        momentum: float | None = None,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._cycle: dict[str, Any] = {
+            "base_lr": base_lr,
+            "max_lr": max_lr,
+            "step_size_up": step_size_up,
+            "step_size_down": step_size_down,
+            "mode": mode,
+            "gamma": gamma,
+            "cycle_momentum": cycle_momentum,
+            "base_momentum": base_momentum,
+            "max_momentum": max_momentum,
+            "interpolation": interpolation,
+            "decay_base": decay_base,
+            "momentum": momentum,
+        }
+        groups = _as_groups(params)
+        for name in ("base_lr", "max_lr"):
+            bounds = self._cycle[name]
+            if isinstance(bounds, (list, tuple)):
+                if len(bounds) != len(groups):
+                    raise ValueError(f"{name} has {len(bounds)} values for {len(groups)} groups")
+                groups = [{name: b} | g for b, g in zip(bounds, groups, strict=True)]
+        super().__init__(
+            groups,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            momentum_dtype=momentum_dtype,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which begins its first cycle now.
+
+        Args:
+            param_group: as :meth:`FusedSGD.add_param_group` takes, with cycle arguments of its own
+                where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or with an ``lr``.
+        """
+        if isinstance(param_group, dict):
+            own = {key: param_group.pop(key) for key in self._cycle if key in param_group}
+            for name, value in _cycle_schedules(**{**self._cycle, **own}).items():
+                param_group.setdefault(name, value)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cycle": self._cycle}
+
+
+def _as_groups(params: Params) -> list[dict[str, Any]]:
+    """Parameters as a list of new group dicts; what is wrong with them is left to PyTorch to say."""
+    items: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
+    if items and isinstance(items[0], dict):
+        return [dict(group) if isinstance(group, dict) else group for group in items]
+    return [{"params": items}] if items else []
+
+
+def _cycle_schedules(
+    *,
+    base_lr: float,
+    max_lr: float,
+    step_size_up: float,
+    step_size_down: float | None,
+    mode: str,
+    gamma: float,
+    cycle_momentum: bool,
+    base_momentum: float | None,
+    max_momentum: float | None,
+    interpolation: Interpolation,
+    decay_base: bool,
+    momentum: float | None,
+) -> dict[str, float | Schedule]:
+    """A group's ``lr`` and ``momentum`` from CyclicLR's arguments."""
+    if mode not in ("triangular", "triangular2", "exp_range"):
+        raise ValueError(f"mode must be triangular, triangular2 or exp_range, got {mode!r}")
+    if mode != "exp_range" and (gamma != 1.0 or decay_base):
+        raise ValueError(
+            f'gamma={gamma!r}, decay_base={decay_base!r} belong to mode="exp_range", got mode={mode!r}'
+        )
+
+    def policy(base: float, top: float, *, inverted: bool) -> Triangular:
+        sizes = (step_size_up, step_size_down, interpolation)
+        if mode == "exp_range":
+            return ExpRange(
+                base,
+                top,
+                *sizes,
+                gamma=gamma,
+                decay_base=decay_base and not inverted,
+                inverted=inverted,
+            )
+        kind = Triangular2 if mode == "triangular2" else Triangular
+        return kind(base, top, *sizes, inverted=inverted)
+
+    lr = policy(base_lr, max_lr, inverted=False)
+    if not cycle_momentum:
+        for name, value in (("base_momentum", base_momentum), ("max_momentum", max_momentum)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} needs cycle_momentum=True")
+        return {"lr": lr, "momentum": 0.0 if momentum is None else momentum}
+    if momentum is not None:
+        raise ValueError(
+            f"momentum={momentum!r} cannot be fixed and cycled; leave it out and give base_momentum and "
+            "max_momentum, or pass cycle_momentum=False"
+        )
+    low = 0.8 if base_momentum is None else base_momentum
+    high = 0.9 if max_momentum is None else max_momentum
+    return {"lr": lr, "momentum": policy(low, high, inverted=True)}

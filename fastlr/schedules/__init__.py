@@ -1,0 +1,57 @@
+"""Learning-rate and momentum schedules: small immutable values, evaluated by the native code.
+
+A schedule is a pure function of a clock, which counts applied updates, consumed samples or epochs
+(``unit``). It holds no optimizer and no state: give it to :class:`fastlr.FusedSGD` as ``lr`` or
+``momentum``, call it, plot it, join it to another.
+
+>>> import fastlr
+>>> warmup = fastlr.LinearRamp(0.0, 0.1, steps=500)
+>>> schedule = warmup.then(fastlr.Cosine(0.1, 0.0, steps=8500))
+>>> schedule(0), schedule(250), schedule(500), schedule(9000)
+(0.0, 0.05, 0.1, 0.0)
+"""
+
+from fastlr.schedules._base import Schedule
+from fastlr.schedules.composed import Joined, PerEpoch, Scaled, Tabulated
+from fastlr.schedules.cyclic import (
+    ExpRange,
+    OneCycle,
+    OneCycleMomentum,
+    Triangular,
+    Triangular2,
+    one_cycle,
+)
+from fastlr.schedules.decay import (
+    Constant,
+    Cosine,
+    CosineWarmRestarts,
+    Exponential,
+    LinearRamp,
+    MultiStep,
+    Polynomial,
+    StepDecay,
+    TimeBased,
+)
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "CosineWarmRestarts",
+    "ExpRange",
+    "Exponential",
+    "Joined",
+    "LinearRamp",
+    "MultiStep",
+    "OneCycle",
+    "OneCycleMomentum",
+    "PerEpoch",
+    "Polynomial",
+    "Scaled",
+    "Schedule",
+    "StepDecay",
+    "Tabulated",
+    "TimeBased",
+    "Triangular",
+    "Triangular2",
+    "one_cycle",
+]

@@ -1,0 +1,261 @@
+"""What all schedules share: the base class, its native form and the checks of arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, SupportsFloat
+
+import numpy as np
+
+from fastlr import _core
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Unit = Literal["update", "sample", "epoch"]
+
+_UNITS = ("update", "sample", "epoch")
+ENDLESS: int = _core.ENDLESS
+
+
+class Segment(NamedTuple):
+    """The native Segment's fields; what each means stands in ``csrc/schedule.h``."""
+
+    curve: _core.Curve
+    start: float = 0.0
+    end: float = 0.0
+    offset: float = 0.0
+    span: float = 0.0
+    up: float = 0.0
+    gamma: float = 0.0
+    period: int = 1
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count
+    window: _core.Window = _core.Window.LINEAR
+    decay: _core.Decay = _core.Decay.NONE
+    begin: int = 0
+    origin: int = 0
+    tick: int = 1
+    limit: int = ENDLESS
+    factor: float = 1.0
+    table_begin: int = 0
+
+
+def describe(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})" if not isinstance(value, (int, float)) else repr(value)
+
+
+def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = False) -> float:
+    """A finite number >= low (or > low), as a float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if (
+        isinstance(value, (str, bytes))
+        or not math.isfinite(number)
+        or number < low
+        or (above and number == low)
+    ):
+        raise ValueError(
+            f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {describe(value)}"
+        )
+    return number
+
+
+def count(name: str, value: object, low: int = 1) -> int:
+    """An integer >= low that a 64-bit clock can hold."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}") from None
+    if isinstance(value, bool) or not low <= number < ENDLESS:
+        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}")
+    return number
+
+
+def choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    names = tuple(allowed)
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {describe(value)}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all schedules share. Immutable, hashable, comparable by value.
+
+    Args:
+        unit: what the clock counts: ``"update"`` (applied updates), ``"sample"`` or ``"epoch"``.
+            An optimizer takes the first two; turn epochs into updates with :meth:`in_updates`.
+    """
+
+    unit: Unit = field(default="update", kw_only=True)
+
+    # Whether the formula has a value of its own at clock == duration (a ramp's end), or stops one before.
+    _closed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        choice("unit", self.unit, _UNITS)
+        self._validate()
+
+    def _validate(self) -> None:
+        """Checks the fields and stores them in their canonical type."""
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _segments(self) -> tuple[list[Segment], list[float]]:
+        """The native form: segments in order, and the values of their tables."""
+        raise TypeError(f"{type(self).__name__} is abstract; use one of its subclasses")
+
+    @property
+    def duration(self) -> int | None:
+        """How many clock units the schedule lasts; None: it has no end."""
+        return None
+
+    @property
+    def peak(self) -> float:
+        """The largest value that it takes (for joined schedules an upper bound)."""
+        raise NotImplementedError
+
+    @property
+    def _last(self) -> int:
+        """The clock at which the last new value is reached."""
+        if self.duration is None:
+            return ENDLESS
+        return self.duration if self._closed else self.duration - 1
+
+    @cached_property
+    def _native(self) -> _core.Schedule:
+        segments, table = self._segments()
+        return _core.Schedule(segments, table, end=self._last, in_samples=self.unit == "sample")
+
+    def __call__(self, clock: int) -> float:
+        """The value at a clock >= 0. Past its end a schedule holds its last value and warns once."""
+        clock = count("clock", clock, 0)
+        if clock > self._last:
+            self._warn_past_end(clock)
+        return self._native.value(clock)
+
+    def values(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The values at ``start, start + 1, ..., stop - 1``: float64, shape (stop - start,)."""
+        start = count("start", start, 0)
+        stop = count("stop", stop, start)
+        if stop - 1 > self._last:
+            self._warn_past_end(stop - 1)
+        return self._native.values(start, stop)
+
+    def _warn_past_end(self, clock: int) -> None:
+        if "_warned" in self.__dict__:
+            return
+        self._set(_warned=True)
+        warnings.warn(
+            f"{type(self).__name__} ended at {self.unit} {self._last} and holds its last value; "
+            f"asked for {self.unit} {clock}. Join another schedule to it with then(), or stop earlier.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def plot(self, steps: int | None = None, path: str | None = None) -> Figure:
+        """Draws the values of ``steps`` clock units (default: its duration). Needs matplotlib.
+
+        Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
+        """
+        from fastlr import plotting
+
+        return plotting.plot_schedules({type(self).__name__: self}, steps, path)
+
+    def then(self, after: Schedule, at: int | None = None) -> Schedule:
+        """This schedule up to clock ``at`` (default: its duration), from there on ``after`` from its zero.
+
+        >>> from fastlr import Constant, LinearRamp
+        >>> LinearRamp(0.0, 0.1, 10).then(Constant(0.1)).values(8, 12).tolist()
+        [0.08, 0.09000000000000001, 0.1, 0.1]
+        """
+        from fastlr.schedules import composed
+
+        if not isinstance(after, Schedule):
+            raise TypeError(f"after must be a schedule, got {describe(after)}")
+        if at is None:
+            if self.duration is None:
+                raise ValueError(
+                    f"{type(self).__name__} has no end: say where to leave it, then(..., at=...)"
+                )
+            at = self.duration
+        return composed.Joined((self, after), (count("at", at),), unit=self.unit)
+
+    def __mul__(self, factor: float) -> Schedule:
+        from fastlr.schedules import composed
+
+        return composed.Scaled(self, factor)
+
+    __rmul__ = __mul__
+
+    def in_updates(self, updates_per_epoch: int) -> Schedule:
+        """A schedule in epochs as one in updates: epoch ``k``'s value during all its updates.
+
+        This is what calling a torch scheduler's ``step()`` once after each epoch does.
+
+        >>> from fastlr import StepDecay
+        >>> per_epoch = StepDecay(0.1, every=30, gamma=0.5, unit="epoch")
+        >>> schedule = per_epoch.in_updates(updates_per_epoch=100)
+        >>> schedule(2999), schedule(3000)
+        (0.1, 0.05)
+        """
+        from fastlr.schedules import composed
+
+        return composed.PerEpoch(self, updates_per_epoch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as plain numbers, strings, lists and dicts; :meth:`from_dict` reads it back."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Schedule):
+                return value.to_dict()
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            return value
+
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"type": type(self).__name__, **fields}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Schedule:
+        """The schedule that :meth:`to_dict` described.
+
+        >>> from fastlr import Triangular2
+        >>> schedule = Triangular2(0.001, 0.006, 2000)
+        >>> Schedule.from_dict(schedule.to_dict()) == schedule
+        True
+        """
+
+        def parsed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return Schedule.from_dict(value)
+            if isinstance(value, (list, tuple)):
+                return tuple(parsed(v) for v in value)
+            return value
+
+        from fastlr import schedules
+
+        fields = dict(data)
+        name = fields.pop("type", None)
+        kind = getattr(schedules, name) if name in schedules.__all__ else None
+        if not (isinstance(kind, type) and issubclass(kind, Schedule)):
+            raise ValueError(f"type must be the name of a schedule, got {describe(name)}")
+        return kind(**{key: parsed(value) for key, value in fields.items()})
+
+    def __copy__(self) -> Schedule:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Schedule], tuple[dict[str, Any]]]:
+        return Schedule.from_dict, (self.to_dict(),)

@@ -1,0 +1,199 @@
+"""Schedules made from values or from other schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, SupportsFloat
+
+from fastlr import _core
+from fastlr.schedules._base import ENDLESS, Schedule, Segment, Unit, count, real
+
+
+@dataclass(frozen=True, init=False)
+class Tabulated(Schedule):
+    """The values of a callable or an array, one per clock unit.
+
+    Args:
+        source: ``f(t) -> float`` for t = 0 .. steps - 1, or a sequence, array or 1-d tensor of values.
+            All values are finite and >= 0.
+        steps: how many values to take, >= 1; may be left out for an array.
+
+    >>> Tabulated(lambda t: 0.1 / (1 + t), steps=3).values(0, 3).tolist()
+    [0.1, 0.05, 0.03333333333333333]
+    """
+
+    table: tuple[float, ...]
+
+    _closed: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        source: Callable[[int], SupportsFloat] | Iterable[SupportsFloat] | None = None,
+        steps: int | None = None,
+        *,
+        unit: Unit = "update",
+        table: Iterable[SupportsFloat] | None = None,
+    ) -> None:
+        source = table if source is None else source
+        if source is None:
+            raise TypeError("Tabulated needs a callable or the values")
+        if callable(source):
+            if steps is None:
+                raise TypeError("steps is needed with a callable: how many values to take from it")
+            values = [source(t) for t in range(count("steps", steps))]
+        else:
+            values = list(source)
+            if steps is not None and len(values) < count("steps", steps):
+                raise ValueError(f"steps={steps} values are needed, got {len(values)}")
+            values = values[:steps]
+        if not values:
+            raise ValueError("a table needs at least one value, got none")
+        self._set(table=tuple(real(f"value {t}", value) for t, value in enumerate(values)), unit=unit)
+        self.__post_init__()
+
+    @property
+    def duration(self) -> int:
+        return len(self.table)
+
+    @property
+    def peak(self) -> float:
+        return max(self.table)
+
+    def _segments(self) -> tuple[list[Segment], list[float]]:
+        size = len(self.table)
+        return [Segment(_core.Curve.TABLE, count=size, limit=size - 1)], list(self.table)
+
+
+@dataclass(frozen=True)
+class Joined(Schedule):
+    """Schedules one after another, each from its own zero; made by :meth:`Schedule.then`.
+
+    Args:
+        parts: the schedules, all of one unit.
+        starts: the clocks at which the second and later ones begin, ascending.
+    """
+
+    parts: tuple[Schedule, ...]
+    starts: tuple[int, ...]
+
+    def _validate(self) -> None:
+        parts, starts = tuple(self.parts), tuple(count("starts", s) for s in self.starts)
+        if len(parts) != len(starts) + 1 or not starts:
+            raise ValueError(f"{len(parts)} parts need {len(parts) - 1} starts, got {len(starts)}")
+        for part in parts:
+            if part.unit != self.unit:
+                raise ValueError(
+                    f"joined schedules must share a unit, got {self.unit!r} and {part.unit!r}; "
+                    "convert epochs with in_updates(updates_per_epoch)"
+                )
+        # A part that is itself joined becomes several, so that splitting and joining change nothing.
+        flat: list[tuple[int, Schedule]] = []
+        stops = (*starts, ENDLESS)
+        for start, stop, part in zip((0, *starts), stops, parts, strict=True):
+            if start >= stop:
+                raise ValueError(f"starts must ascend, got {list(starts)}")
+            inner = (
+                zip((0, *part.starts), part.parts, strict=True) if isinstance(part, Joined) else [(0, part)]
+            )
+            flat += [(start + shift, leaf) for shift, leaf in inner if start + shift < stop]
+        self._set(parts=tuple(leaf for _, leaf in flat), starts=tuple(start for start, _ in flat[1:]))
+
+    @property
+    def duration(self) -> int | None:
+        last = self.parts[-1].duration
+        return None if last is None else self.starts[-1] + last
+
+    @property
+    def _last(self) -> int:
+        last = self.parts[-1]._last
+        return last if last == ENDLESS else self.starts[-1] + last
+
+    @property
+    def peak(self) -> float:
+        return max(part.peak for part in self.parts)
+
+    def _segments(self) -> tuple[list[Segment], list[float]]:
+        segments: list[Segment] = []
+        table: list[float] = []
+        bounds = (0, *self.starts, ENDLESS)
+        for part, start, stop in zip(self.parts, bounds[:-1], bounds[1:], strict=True):
+            inner, values = part._segments()
+            segments += [
+                s._replace(
+                    begin=s.begin + start,
+                    origin=s.origin + start,
+                    table_begin=s.table_begin + len(table),
+                )
+                for s in inner
+                if s.begin + start < stop
+            ]
+            table += values
+        return segments, table
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """A schedule multiplied by a factor >= 0; made by ``schedule * factor``.
+
+    >>> (2.0 * Constant(0.1))(0)
+    0.2
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def _validate(self) -> None:
+        factor = real("factor", self.factor)
+        if isinstance(self.schedule, Scaled):
+            self._set(schedule=self.schedule.schedule)
+            factor *= self.schedule.factor
+        self._set(factor=factor, unit=self.schedule.unit)
+
+    @property
+    def duration(self) -> int | None:
+        return self.schedule.duration
+
+    @property
+    def _last(self) -> int:
+        return self.schedule._last
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak * self.factor
+
+    def _segments(self) -> tuple[list[Segment], list[float]]:
+        segments, table = self.schedule._segments()
+        return [s._replace(factor=s.factor * self.factor) for s in segments], table
+
+
+@dataclass(frozen=True)
+class PerEpoch(Schedule):
+    """A schedule in epochs, held during each epoch's updates; made by :meth:`Schedule.in_updates`."""
+
+    schedule: Schedule
+    updates_per_epoch: int
+
+    def _validate(self) -> None:
+        if self.schedule.unit != "epoch":
+            raise ValueError(f"only a schedule in epochs can be converted, got one in {self.schedule.unit}s")
+        self._set(updates_per_epoch=count("updates_per_epoch", self.updates_per_epoch), unit="update")
+
+    @property
+    def duration(self) -> int | None:
+        last = self.schedule.duration
+        return None if last is None else last * self.updates_per_epoch
+
+    @property
+    def _last(self) -> int:
+        last = self.schedule._last
+        return last if last == ENDLESS else (last + 1) * self.updates_per_epoch - 1
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak
+
+    def _segments(self) -> tuple[list[Segment], list[float]]:
+        segments, table = self.schedule._segments()
+        n = self.updates_per_epoch
+        return [s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n) for s in segments], table
