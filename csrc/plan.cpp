@@ -13,7 +13,6 @@ namespace {
 
 struct Names {
   PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* grad = PyUnicode_InternFromString("grad");
   PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
 };
 
@@ -86,8 +85,16 @@ bool storage_type(dlpack::DataType type, StorageType& out) {
   }
 }
 
+// A loop, as there are few dimensions and std::equal would call memcmp for each.
+bool same_numbers(const int64_t* a, const int64_t* b, int32_t count) {
+  for (int32_t i = 0; i < count; ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+
 bool same_shape(const TensorView& a, const TensorView& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+  return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim);
 }
 
 // Whether two tensors of one shape lie in memory in one order. Strides of dimensions of size one,
@@ -252,14 +259,14 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
 void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor.get();
-  Owned grad = checked(PyObject_GetAttr(tensor, names().grad));
+  Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
   const TensorView p = read(tensor, "data", place);
-  const size_t ndim = static_cast<size_t>(p.ndim);
-  if (!same(p.dtype, parameter.dtype) || ndim != parameter.shape.size() ||
-      !std::equal(p.shape, p.shape + ndim, parameter.shape.begin()) ||
-      !std::equal(p.strides, p.strides + ndim, parameter.strides.begin())) {
+  if (!same(p.dtype, parameter.dtype) ||
+      static_cast<size_t>(p.ndim) != parameter.shape.size() ||
+      !same_numbers(p.shape, parameter.shape.data(), p.ndim) ||
+      !same_numbers(p.strides, parameter.strides.data(), p.ndim)) {
     classify(parameter, p, place);
   }
   if (p.device.type != dlpack::kCpu) {
@@ -323,6 +330,10 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
       ref.first = true;
       new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned()});
     } else {
+      if (buffer != parameter.momentum) {
+        parameter.momentum_held.hold(buffer);
+        parameter.momentum = buffer;
+      }
       attach_momentum(place, parameter, buffer, p, g, ref);
       kept_alive_.push_back(Owned::borrow(buffer));
     }
@@ -364,6 +375,7 @@ void SgdPlan::synchronize(PyObject* param_groups, PyObject* state) {
       if (parameters_[position].tensor.get() == tensor) continue;
       parameters_[position] = Parameter();
       parameters_[position].tensor = Owned::borrow(tensor);
+      parameters_[position].held.hold(tensor);
       changed = true;
     }
   }

@@ -34,6 +34,9 @@ class SgdPlan {
   struct Parameter {
     Owned tensor;
     Owned state;  // its inner dict, or empty
+    HeldReference held;
+    PyObject* momentum = nullptr;  // the buffer that momentum_held was taken from; only compared
+    HeldReference momentum_held;
     // What the next three follow from.
     dlpack::DataType dtype{0, 0, 0};
     std::vector<int64_t> shape;

@@ -20,7 +20,7 @@ enum class Curve : int32_t {
   kLine,         // from start to end over the local times offset .. offset + span
   kCosine,       // the same along half a cosine
   kRestarts,     // half a cosine from start to end; restarted after period, period * count, ...
-  kPolynomial,   // end + (start - end) * (1 - t / span) ** gamma
+  kPolynomial,   // end + (start - end) * ((span - t) / span) ** gamma
   kTimeBased,    // start / (1 + gamma * t)
   kExponential,  // start * gamma ** (count + floor(t / period))
   kCycle,        // from start to end and back; `up` of `span` rises; see Window and Decay
@@ -108,16 +108,21 @@ FASTLR_HD double cycle_value(const Segment& s, double t) {
 
 FASTLR_HD double restarts_value(const Segment& s, int64_t t) {
   int64_t period = s.period;
+  double length = static_cast<double>(period);
   if (s.count == 1) {
     t %= period;
   } else {
     while (t >= period) {
       t -= period;
-      if (period > kEndless / s.count) break;  // the next period outlasts every clock
+      if (period > kEndless / s.count) {  // the next period outlasts every clock
+        length = static_cast<double>(period) * static_cast<double>(s.count);
+        break;
+      }
       period *= s.count;
+      length = static_cast<double>(period);
     }
   }
-  const double angle = kPi * static_cast<double>(t) / static_cast<double>(period);
+  const double angle = kPi * static_cast<double>(t) / length;
   return s.end + (s.start - s.end) * (1.0 + cos(angle)) / 2.0;
 }
 
@@ -143,13 +148,17 @@ FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t cl
       value = restarts_value(s, local);
       break;
     case Curve::kPolynomial:
-      value = s.end + (s.start - s.end) * pow(1.0 - t / s.span, s.gamma);
+      // Not 1 - t / span, whose error a power below 1 would magnify near the end.
+      value = s.end + (s.start - s.end) * pow((s.span - t) / s.span, s.gamma);
       break;
     case Curve::kTimeBased:
       value = s.start / (1.0 + s.gamma * t);
       break;
     case Curve::kExponential:
-      value = s.start * pow(s.gamma, static_cast<double>(s.count + local / s.period));
+      // Zero stays zero, also where gamma > 1 has grown to infinity.
+      if (s.start > 0.0) {
+        value = s.start * pow(s.gamma, static_cast<double>(s.count + local / s.period));
+      }
       break;
     case Curve::kCycle:
       value = cycle_value(s, t);

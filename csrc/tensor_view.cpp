@@ -24,19 +24,35 @@ const dlpack::ExchangeApi* lookup_exchange(PyObject* type) {
   return api;
 }
 
-// Types are looked up once; there are two in practice, Tensor and Parameter.
-const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
-  struct Entry {
-    PyTypeObject* type;
-    const dlpack::ExchangeApi* api;
-  };
-  static std::vector<Entry> known;
-  for (const Entry& entry : known) {
-    if (entry.type == type) return entry.api;
+// What is known of a tensor type, looked up once; there are two in practice, Tensor and Parameter.
+struct KnownType {
+  PyTypeObject* type;
+  const dlpack::ExchangeApi* exchange;
+  const PyGetSetDef* grad;  // the type's own `grad`, or nullptr: get the attribute by name
+};
+
+std::deque<KnownType> known_types;
+
+const KnownType& new_type(PyTypeObject* type);
+
+inline const KnownType& known_type(PyTypeObject* type) {
+  for (const KnownType& entry : known_types) {
+    if (entry.type == type) return entry;
   }
+  return new_type(type);
+}
+
+const KnownType& new_type(PyTypeObject* type) {
   Py_INCREF(type);  // a type that stays known must not be freed and its address taken by another
-  known.push_back({type, lookup_exchange(reinterpret_cast<PyObject*>(type))});
-  return known.back().api;
+  PyObject* object = reinterpret_cast<PyObject*>(type);
+  KnownType added{type, lookup_exchange(object), nullptr};
+  const Owned grad(PyObject_GetAttrString(object, "grad"));
+  if (grad && Py_TYPE(grad.get()) == &PyGetSetDescr_Type) {
+    added.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.get())->d_getset;
+  }
+  PyErr_Clear();
+  known_types.push_back(added);
+  return known_types.back();
 }
 
 bool to_integers(PyObject* sequence, std::vector<int64_t>& out) {
@@ -72,19 +88,40 @@ dlpack::DataType parse_type(const char* name) {
 
 }  // namespace
 
+void HeldReference::release() {
+  if (held_ != nullptr && held_->deleter != nullptr) held_->deleter(held_);
+  held_ = nullptr;
+}
+
+void HeldReference::hold(PyObject* tensor) {
+  release();
+  if (!TensorReader::exchange_enabled()) return;
+  const dlpack::ExchangeApi* api = known_type(Py_TYPE(tensor)).exchange;
+  if (api == nullptr || api->managed_tensor_from_py_object == nullptr) return;
+  if (api->managed_tensor_from_py_object(tensor, &held_) != 0) {
+    held_ = nullptr;
+    PyErr_Clear();
+  }
+}
+
 bool TensorReader::exchange_enabled_ = true;
 
 bool TensorReader::exchange_available(PyObject* tensor_type) {
   return lookup_exchange(tensor_type) != nullptr;
 }
 
+PyObject* TensorReader::gradient(PyObject* tensor) {
+  const PyGetSetDef* grad = known_type(Py_TYPE(tensor)).grad;
+  if (grad != nullptr) return grad->get(tensor, grad->closure);
+  return PyObject_GetAttrString(tensor, "grad");
+}
+
 bool TensorReader::read(PyObject* tensor, TensorView& view) {
   if (exchange_enabled_) {
-    if (const dlpack::ExchangeApi* api = exchange_of(Py_TYPE(tensor))) {
-      dlpack::Tensor t;
-      if (api->tensor_from_py_object(tensor, &t) != 0) return false;
-      void* data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
-      view = {data, t.device, t.dtype, t.ndim, t.shape, t.strides};
+    if (const dlpack::ExchangeApi* api = known_type(Py_TYPE(tensor)).exchange) {
+      if (api->tensor_from_py_object(tensor, &view) != 0) return false;
+      if (view.data != nullptr) view.data = static_cast<char*>(view.data) + view.byte_offset;
+      view.byte_offset = 0;
       return true;
     }
   }
@@ -120,6 +157,7 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
   const Owned size(PyObject_CallMethod(tensor, "size", nullptr));
   const Owned stride(PyObject_CallMethod(tensor, "stride", nullptr));
   if (!to_integers(size.get(), shape) || !to_integers(stride.get(), strides)) return false;
+  view.byte_offset = 0;
   view.ndim = static_cast<int32_t>(shape.size());
   view.shape = shape.data();
   view.strides = strides.data();

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dlpack.h"
@@ -13,15 +14,35 @@
 
 namespace fastlr {
 
-// A tensor's memory as seen for the length of one step. shape and strides belong to the tensor, or
-// to the TensorReader that read it.
-struct TensorView {
-  void* data;
-  dlpack::Device device;
-  dlpack::DataType dtype;
-  int32_t ndim;
-  const int64_t* shape;
-  const int64_t* strides;
+// A tensor's memory as seen for the length of one step. shape and strides belong to the tensor, or to
+// the TensorReader that read it; byte_offset is always zero.
+using TensorView = dlpack::Tensor;
+
+// NOTE: [held references]
+// PyTorch 2.13 takes the interpreter lock and touches the Python object whenever the C++ references to
+// a tensor go from one to two, which every read of it does and undoes: 30 of the 50 ns that a read
+// takes, and as much again when the version counter is increased. A second reference that is held all
+// the time saves both. It keeps nothing alive that the optimizer's own reference does not, and the
+// pointer that it was given at its creation is never used: `p.data = ...` changes the tensor in place.
+// torch.utils.swap_tensors wants a single reference; hence none is held where modules are converted by
+// swapping (torch.__future__.set_swap_module_params_on_conversion).
+class HeldReference {
+ public:
+  HeldReference() = default;
+  HeldReference(HeldReference&& other) noexcept : held_(std::exchange(other.held_, nullptr)) {}
+  HeldReference& operator=(HeldReference&& other) noexcept {
+    release();
+    held_ = std::exchange(other.held_, nullptr);
+    return *this;
+  }
+  ~HeldReference() { release(); }
+
+  // Holds a reference to a tensor, in place of the one before; none where the exchange API gives none.
+  void hold(PyObject* tensor);
+
+ private:
+  void release();
+  dlpack::ManagedTensor* held_ = nullptr;
 };
 
 // Reads tensors through PyTorch's DLPack exchange API (PyTorch 2.10 and newer: no Python call at
@@ -32,6 +53,9 @@ class TensorReader {
   // meta). A view with data == nullptr and elements belongs to a tensor without memory of its own
   // (DTensor, FakeTensor), which the caller must refuse.
   bool read(PyObject* tensor, TensorView& view);
+
+  // The tensor's `grad`, a new reference; nullptr with a Python error set.
+  static PyObject* gradient(PyObject* tensor);
 
   // Forgets shapes that earlier reads had to copy; views that point to them end.
   void clear() { copied_.clear(); }
