@@ -263,8 +263,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   if (grad.get() == Py_None) return;
 
   const TensorView p = read(tensor, "data", place);
-  if (!same(p.dtype, parameter.dtype) ||
-      static_cast<size_t>(p.ndim) != parameter.shape.size() ||
+  if (!same(p.dtype, parameter.dtype) || static_cast<size_t>(p.ndim) != parameter.shape.size() ||
       !same_numbers(p.shape, parameter.shape.data(), p.ndim) ||
       !same_numbers(p.strides, parameter.strides.data(), p.ndim)) {
     classify(parameter, p, place);
@@ -330,7 +329,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
       ref.first = true;
       new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned()});
     } else {
-      if (buffer != parameter.momentum) {
+      if (hold_references_ && buffer != parameter.momentum) {
         parameter.momentum_held.hold(buffer);
         parameter.momentum = buffer;
       }
@@ -375,7 +374,6 @@ void SgdPlan::synchronize(PyObject* param_groups, PyObject* state) {
       if (parameters_[position].tensor.get() == tensor) continue;
       parameters_[position] = Parameter();
       parameters_[position].tensor = Owned::borrow(tensor);
-      parameters_[position].held.hold(tensor);
       changed = true;
     }
   }
@@ -383,7 +381,9 @@ void SgdPlan::synchronize(PyObject* param_groups, PyObject* state) {
   parameters_.resize(position);
   if (!changed && states_unchanged(state)) return;
 
+  hold_references_ = hold_references();
   for (Parameter& parameter : parameters_) {
+    if (hold_references_) parameter.held.hold(parameter.tensor.get());
     PyObject* inner = PyDict_GetItemWithError(state, parameter.tensor.get());
     if (inner == nullptr && PyErr_Occurred()) throw PythonError();
     if (inner != nullptr && !PyDict_Check(inner)) {

@@ -77,6 +77,7 @@ class SgdPlan {
   TensorReader reader_;
   std::vector<Parameter> parameters_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
+  bool hold_references_ = false;
 
   // Filled by each step.
   std::vector<TensorRef> tensors_;

@@ -95,7 +95,6 @@ void HeldReference::release() {
 
 void HeldReference::hold(PyObject* tensor) {
   release();
-  if (!TensorReader::exchange_enabled()) return;
   const dlpack::ExchangeApi* api = known_type(Py_TYPE(tensor)).exchange;
   if (api == nullptr || api->managed_tensor_from_py_object == nullptr) return;
   if (api->managed_tensor_from_py_object(tensor, &held_) != 0) {
@@ -162,6 +161,16 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
   view.shape = shape.data();
   view.strides = strides.data();
   return true;
+}
+
+bool hold_references() {
+  if (!TensorReader::exchange_enabled()) return false;
+  const Owned future(PyImport_ImportModule("torch.__future__"));
+  const Owned swaps(
+      future ? PyObject_CallMethod(future.get(), "get_swap_module_params_on_conversion", nullptr)
+             : nullptr);
+  PyErr_Clear();  // where PyTorch has no such setting, nothing is swapped
+  return swaps.get() != Py_True;
 }
 
 std::string type_name(dlpack::DataType type) {

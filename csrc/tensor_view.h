@@ -14,18 +14,19 @@
 
 namespace fastlr {
 
-// A tensor's memory as seen for the length of one step. shape and strides belong to the tensor, or to
-// the TensorReader that read it; byte_offset is always zero.
+// A tensor's memory as seen for the length of one step. shape and strides belong to the tensor, or
+// to the TensorReader that read it; byte_offset is always zero.
 using TensorView = dlpack::Tensor;
 
 // NOTE: [held references]
-// PyTorch 2.13 takes the interpreter lock and touches the Python object whenever the C++ references to
-// a tensor go from one to two, which every read of it does and undoes: 30 of the 50 ns that a read
-// takes, and as much again when the version counter is increased. A second reference that is held all
-// the time saves both. It keeps nothing alive that the optimizer's own reference does not, and the
-// pointer that it was given at its creation is never used: `p.data = ...` changes the tensor in place.
-// torch.utils.swap_tensors wants a single reference; hence none is held where modules are converted by
-// swapping (torch.__future__.set_swap_module_params_on_conversion).
+// PyTorch 2.13 takes the interpreter lock and touches the Python object whenever the C++ references
+// to a tensor go from one to two, which every read of it does and undoes: 30 of the 50 ns that a
+// read takes, and as much again when the version counter is increased. A second reference that is
+// held all the time saves both. It keeps nothing alive that the optimizer's own reference does not,
+// and the pointer that it was given at its creation is never used: `p.data = ...` changes the
+// tensor in place. torch.utils.swap_tensors wants a single reference; hence none is held where
+// modules are converted by swapping (torch.__future__.set_swap_module_params_on_conversion), see
+// hold_references().
 class HeldReference {
  public:
   HeldReference() = default;
@@ -37,7 +38,8 @@ class HeldReference {
   }
   ~HeldReference() { release(); }
 
-  // Holds a reference to a tensor, in place of the one before; none where the exchange API gives none.
+  // Holds a reference to a tensor, in place of the one before; none where the exchange API gives
+  // none.
   void hold(PyObject* tensor);
 
  private:
@@ -71,6 +73,9 @@ class TensorReader {
   static bool exchange_enabled_;
   std::deque<std::vector<int64_t>> copied_;
 };
+
+// Whether references may be held, see NOTE [held references].
+bool hold_references();
 
 // "float32", "complex64", ... for messages.
 std::string type_name(dlpack::DataType type);

@@ -1,0 +1,58 @@
+"""Pairs of models and optimizers that are stepped side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+# Around SIMD widths (8 to 16 floats), a staging block (512), a thread's share (multiples of 64) and the
+# size from which a step is shared between threads (16,384).
+SIZES = (0, 1, 7, 8, 9, 16, 17, 33, 63, 64, 65, 511, 512, 513, 1023, 1025, 16383, 16384, 16385, 40003)
+
+Shape = tuple[int, ...]
+
+
+def parameters(
+    shapes: Iterable[Shape], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def twins(
+    shapes: Iterable[Shape], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    shapes = list(shapes)
+    return parameters(shapes, dtype, seed), parameters(shapes, dtype, seed)
+
+
+def set_gradients(step: int, *models: Sequence[torch.Tensor], scale: float = 1.0) -> None:
+    """The same nonzero random gradients for each of the models, others at each step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for parameters in zip(*models, strict=True):
+        p = parameters[0]
+        real_dtype = torch.float64 if not p.is_complex() else torch.complex128
+        gradient = torch.randn(p.shape, generator=generator, dtype=real_dtype) * scale
+        for twin in parameters:
+            twin.grad = gradient.to(twin.dtype)
+
+
+def train(steps: int, *pairs: tuple[Sequence[torch.Tensor], Callable[[], object]], start: int = 0) -> None:
+    """Steps several (parameters, step function) pairs with the same gradients."""
+    for step in range(start, start + steps):
+        set_gradients(step, *(model for model, _ in pairs))
+        for _, update in pairs:
+            update()
+
+
+def assert_same(expected: Iterable[torch.Tensor], actual: Iterable[torch.Tensor]) -> None:
+    """Equal to the bit, NaN included."""
+    for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
+        same = (e == a) | (e.isnan() & a.isnan())
+        assert e.dtype == a.dtype, f"tensor {index}"
+        assert e.shape == a.shape, f"tensor {index}"
+        assert bool(same.all()), f"tensor {index} of shape {tuple(e.shape)}: {(~same).sum()} elements differ"

@@ -1,0 +1,410 @@
+"""Which tensors a step takes, and that it writes nothing but their elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_same, parameters, set_gradients, train, twins
+
+import fastlr
+
+MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# What is done to a contiguous base of shape (6, 4, 5, 3) to get a parameter of some layout.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": channels_last,
+    "transposed": lambda x: x.transpose(0, 3),
+    "permuted": lambda x: x.permute(2, 0, 3, 1),
+    "every-second": lambda x: x[::2],
+    "column": lambda x: x[:, 1],
+    "inner": lambda x: x[1:3, 1:3, 1:4, ::2],
+    "one-element": lambda x: x[1:2, 1:2, 1:2, 1:2],
+    "unsqueezed": lambda x: x.unsqueeze(1)[:, :, ::2],
+    "misaligned": lambda x: x.flatten()[1:],
+}
+# How the gradient lies, given one that lies as the parameter.
+GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "same": lambda g: g,
+    "contiguous": lambda g: g.contiguous(),
+    "reversed-strides": lambda g: (
+        g.permute(*reversed(range(g.dim()))).contiguous().permute(*reversed(range(g.dim())))
+    ),
+    "gaps": lambda g: torch.stack([g, g], dim=-1)[..., 0],
+    "expanded": lambda g: g.flatten()[:1].view([1] * g.dim()).expand(g.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS.keys())
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_layout_updates_its_own_elements_only(
+    layout: Callable[[torch.Tensor], torch.Tensor],
+    gradient: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    (base,) = parameters([(6, 4, 5, 3)], dtype)
+    base = layout(base.data) if layout is channels_last else base.data
+    view = base if layout is channels_last else layout(base)
+    before = base.clone()
+    covered = torch.zeros_like(base.real if base.is_complex() else base, dtype=torch.bool)
+    (covered if layout is channels_last else layout(covered)).fill_(True)
+
+    ours = torch.nn.Parameter(view)
+    theirs = torch.nn.Parameter(view.detach().clone().contiguous())  # the dense path, tested elsewhere
+    assert ours.data_ptr() == view.data_ptr()
+    fused, dense = fastlr.FusedSGD([ours], **MOMENTUM), fastlr.FusedSGD([theirs], **MOMENTUM)
+    for step in range(3):
+        set_gradients(step, [ours])
+        ours.grad = gradient(ours.grad)
+        theirs.grad = ours.grad.clone(memory_format=torch.contiguous_format)
+        kept = ours.grad.clone()
+        fused.step()
+        dense.step()
+        assert torch.equal(kept, ours.grad)
+        assert_same([theirs.data], [ours.data])
+    assert torch.equal(before[~covered], base[~covered])
+    assert not torch.equal(before[covered], base[covered])
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_misaligned_views_leave_their_neighbours_alone(dtype: torch.dtype, offset: int) -> None:
+    for size in (1, 7, 8, 9, 33, 600):
+        poison = torch.full((size + 64,), float("nan"), dtype=dtype)
+        view = poison[offset : offset + size].copy_(torch.arange(1, size + 1))
+        p = torch.nn.Parameter(view)
+        p.grad = torch.ones_like(p)
+        fastlr.FusedSGD([p], lr=0.5).step()
+        assert torch.equal(p.data, (torch.arange(1, size + 1).to(dtype) - 0.5).to(dtype))
+        assert poison[:offset].isnan().all()
+        assert poison[offset + size :].isnan().all()
+
+
+def test_dimensions_up_to_pytorchs_limit() -> None:
+    base = torch.randn(2, 3).reshape([2] + [1] * 60 + [3])
+    p, q = torch.nn.Parameter(base.clone()), torch.nn.Parameter(base.clone())
+    p.grad = torch.randn(base.shape)
+    q.grad = p.grad.clone()
+    p.data = p.data.transpose(0, -1).contiguous().transpose(0, -1)
+    fastlr.FusedSGD([p], lr=0.1).step()
+    torch.optim.SGD([q], lr=0.1, foreach=False).step()
+    assert_same([q.data], [p.data])
+
+
+def test_momentum_buffer_in_another_layout_is_used_where_it_lies() -> None:
+    ours, theirs = twins([(4, 6)])
+    fused = fastlr.FusedSGD(ours, **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
+    train(1, (theirs, reference.step), (ours, fused.step))
+    buffer = fused.state[ours[0]]["momentum_buffer"]
+    fused.state[ours[0]]["momentum_buffer"] = buffer.t().contiguous().t()
+    train(3, (theirs, reference.step), (ours, fused.step), start=1)
+    assert_same(theirs, ours)
+
+
+# -- what may change between two steps ------------------------------------------------------------
+
+
+def replace_data(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    p.data = p.data.clone()
+
+
+def transpose_in_place(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    p.data = p.data.t().contiguous().t()
+
+
+def into_larger_storage(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    p.data = torch.cat([p.data, p.data])[: p.shape[0]]
+
+
+def replace_buffer(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"].clone()
+
+
+def move_buffer_data(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    opt.state[p]["momentum_buffer"].data = opt.state[p]["momentum_buffer"].data.clone()
+
+
+def replace_state(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    opt.state[p] = dict(opt.state[p])
+
+
+def replace_all_state(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    state = opt.state
+    opt.state = type(state)(dict)
+    for key, value in reversed(state.items()):
+        opt.state[key] = dict(value)
+
+
+def reorder_parameters(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    opt.param_groups[0]["params"].reverse()
+
+
+def collect_garbage(p: torch.nn.Parameter, opt: fastlr.FusedSGD) -> None:
+    import gc
+
+    gc.collect()
+
+
+CHANGES = [
+    replace_data,
+    transpose_in_place,
+    into_larger_storage,
+    replace_buffer,
+    move_buffer_data,
+    replace_state,
+    replace_all_state,
+    reorder_parameters,
+    collect_garbage,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_nothing_is_remembered_that_may_move(change: Callable[..., None]) -> None:
+    ours, theirs = twins([(5, 5), (5, 5), (3, 7)])
+    fused = fastlr.FusedSGD(ours, **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
+    for step in range(6):
+        train(1, (theirs, reference.step), (ours, fused.step), start=step)
+        for p in ours[1:]:
+            old = p.data
+            change(p, fused)
+            if old.data_ptr() != p.data_ptr():
+                old.fill_(float("nan"))
+    assert_same(theirs, ours)
+
+
+def test_same_memory_with_other_strides_is_seen() -> None:
+    p = torch.nn.Parameter(torch.arange(9.0).reshape(3, 3))
+    p.grad = torch.arange(9.0).reshape(3, 3)
+    optimizer = fastlr.FusedSGD([p], lr=1.0)
+    optimizer.step()
+    assert p.eq(0).all()
+    p.data = torch.arange(9.0).reshape(3, 3).t()
+    p.grad = torch.arange(9.0).reshape(3, 3)
+    expected = p.data - p.grad
+    optimizer.step()
+    assert_same([expected], [p.data])
+    p.data = p.data.t()
+    expected = p.data - p.grad
+    optimizer.step()
+    assert_same([expected], [p.data])
+
+
+def test_type_may_change_after_construction() -> None:
+    ours, theirs = twins([(5, 5)])
+    fused = fastlr.FusedSGD(ours, lr=0.1)
+    reference = torch.optim.SGD(theirs, lr=0.1, foreach=False)
+    train(1, (theirs, reference.step), (ours, fused.step))
+    for p in (*ours, *theirs):
+        p.grad = None
+        p.data = p.data.double()
+    train(2, (theirs, reference.step), (ours, fused.step), start=1)
+    assert_same(theirs, ours)
+
+
+def test_swapped_modules_keep_training() -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer = torch.nn.Linear(3, 2)
+        optimizer = fastlr.FusedSGD(layer.parameters(), lr=0.5)
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            layer.zero_grad()
+            layer.to(dtype)
+            before = layer.weight.detach().clone()
+            layer(torch.ones(1, 3, dtype=dtype)).sum().backward()
+            optimizer.step()
+            assert_same([before - 0.5], [layer.weight.detach()])
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+# -- gradients that are missing, late, or of a kind of their own ----------------------------------
+
+
+def test_missing_frozen_and_late_gradients() -> None:
+    ours, theirs = twins([(9,), (9,), (9,)])
+    fused = fastlr.FusedSGD(ours, dampening=0.5, **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, dampening=0.5, **MOMENTUM)
+    for model in (ours, theirs):
+        model[1].requires_grad_(False)
+    for step in range(6):
+        set_gradients(step, ours, theirs)
+        for model in (ours, theirs):
+            model[1].grad = None
+            if step in (0, 1, 4):
+                model[2].grad = None
+        fused.step()
+        reference.step()
+        assert_same(theirs, ours)
+        assert (ours[2] in fused.state) == (step > 1)
+    assert ours[1] not in fused.state
+
+
+def test_step_without_any_gradient_counts() -> None:
+    model = parameters([(3,)])
+    before = model[0].detach().clone()
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(1.0, 0.5))
+    optimizer.step()
+    assert optimizer.clock() == (1, 0)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert_same([before], [model[0].detach()])
+
+
+def test_lazily_conjugated_and_negated_gradients() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+    p.grad = torch.full((4,), 1 + 2j).conj()
+    assert p.grad.is_conj()
+    fastlr.FusedSGD([p], lr=1.0).step()
+    assert_same([torch.full((4,), -1 + 2j, dtype=torch.complex64)], [p.data])
+    for shape in ((4,), (2, 2), (1,), ()):
+        q = torch.nn.Parameter(torch.zeros(shape))
+        q.grad = torch.full(shape, 1 + 2j).conj().imag
+        assert q.grad.is_neg()
+        fastlr.FusedSGD([q], lr=1.0).step()
+        assert_same([torch.full(shape, 2.0)], [q.data])
+
+
+# -- memory that several parameters share ---------------------------------------------------------
+
+
+def shared_storage() -> list[torch.nn.Parameter]:
+    base = torch.linspace(0, 1, 40000)
+    return [torch.nn.Parameter(base[:30000]), torch.nn.Parameter(base[10000:])]
+
+
+def interleaved_views() -> list[torch.nn.Parameter]:
+    base = torch.linspace(0, 1, 80000).view(40000, 2)
+    return [torch.nn.Parameter(base[:, 0]), torch.nn.Parameter(base[:, 1])]
+
+
+@pytest.mark.parametrize("make", [shared_storage, interleaved_views], ids=lambda f: f.__name__)
+def test_parameters_that_share_memory_are_updated_one_after_another(make: Callable[[], list]) -> None:
+    torch.set_num_threads(2)
+    ours, theirs = make(), make()
+    fused = fastlr.FusedSGD(ours, **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
+    train(5, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
+def test_tensors_in_shared_memory() -> None:
+    ours, theirs = twins([(100,)])
+    ours[0].share_memory_()
+    fused, reference = fastlr.FusedSGD(ours, **MOMENTUM), fastlr.FusedSGD(theirs, **MOMENTUM)
+    train(3, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
+# -- errors: they name the tensor, and nothing has been written -----------------------------------
+
+
+def sparse(p: torch.nn.Parameter) -> None:
+    p.grad = torch.sparse_coo_tensor([[0]], [1.0], p.shape, check_invariants=True)
+
+
+def overlapping(p: torch.nn.Parameter) -> None:
+    p.data = torch.zeros(1).expand(p.shape)
+
+
+def other_type(p: torch.nn.Parameter) -> None:
+    p.data = p.data.double()
+
+
+def integer(p: torch.nn.Parameter) -> None:
+    p.grad = None
+    p.requires_grad_(False)
+    p.data = torch.ones(p.shape, dtype=torch.int32)
+    p.grad = torch.ones(p.shape, dtype=torch.int32)
+
+
+def other_shape(p: torch.nn.Parameter) -> None:
+    p.data = torch.zeros(5)
+
+
+def fake(p: torch.nn.Parameter) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        p.grad = torch.empty(p.shape)
+
+
+BROKEN = [
+    (sparse, "gradient of parameter 1 of group 1, shape .7,. has layout torch.sparse_coo.*dense"),
+    (overlapping, "parameter 1 of group 1, shape .7,. has elements that share memory.*clone"),
+    (other_type, "gradient of parameter 1 of group 1, shape .7,. has float32 and the parameter float64"),
+    (integer, "parameter 1 of group 1, shape .7,. has .*supported are"),
+    (other_shape, "gradient of parameter 1 of group 1, shape .5,. has shape .7,."),
+]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+@pytest.mark.parametrize(("breaking", "message"), BROKEN, ids=[f.__name__ for f, _ in BROKEN])
+def test_what_cannot_be_updated_is_named_before_anything_is_written(
+    breaking: Callable[[torch.nn.Parameter], None],
+    message: str,
+    exchange: bool,
+) -> None:
+    model = parameters([(7,)] * 4)
+    optimizer = fastlr.FusedSGD(
+        [{"params": model[:2]}, {"params": model[2:]}], lr=fastlr.Exponential(0.1, 0.5), momentum=0.9
+    )
+    set_gradients(0, model)
+    breaking(model[3])
+    before = [p.detach().clone() for p in model[:3]]
+    fastlr._core.set_exchange_enabled(exchange)
+    try:
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    finally:
+        fastlr._core.set_exchange_enabled(True)
+    assert_same(before, [p.detach() for p in model[:3]])
+    assert not optimizer.state
+    assert optimizer.clock() == (0, 0)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_meta_parameters_are_refused() -> None:
+    p = torch.nn.Parameter(torch.empty(7, device="meta"))
+    p.grad = torch.empty(7, device="meta")
+    with pytest.raises(ValueError, match=r"data of parameter 0 of group 0, shape \(7,\)"):
+        fastlr.FusedSGD([p]).step()
+
+
+def test_fake_tensors_are_refused() -> None:
+    model = parameters([(7,)])
+    fake(model[0])
+    with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0.*memory"):
+        fastlr.FusedSGD(model).step()
+
+
+def test_dtensors_are_refused() -> None:
+    tensor = pytest.importorskip("torch.distributed.tensor", reason="this PyTorch has no DTensor")
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        p = torch.nn.Parameter(tensor.distribute_tensor(torch.zeros(4), mesh))
+        p.grad = tensor.distribute_tensor(torch.ones(4), mesh)
+        with pytest.raises(ValueError, match=r"parameter 0 of group 0.*DTensor.*local"):
+            fastlr.FusedSGD([p]).step()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_named_parameters_are_named_in_errors() -> None:
+    layer = torch.nn.Embedding(4, 3, sparse=True)
+    optimizer = fastlr.FusedSGD(layer.named_parameters(), lr=0.1)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"group 0 \(weight\), shape \(4, 3\)"):
+        optimizer.step()
