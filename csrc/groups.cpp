@@ -89,7 +89,13 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
   driven.schedule = native_of(native.get());  // lives as long as its owner, which the group holds
   const int64_t now =
       integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
-  driven.clock = now - integer_item(group, start_key);
+  const int64_t start = integer_item(group, start_key);
+  if (start > now) {
+    throw std::invalid_argument("a schedule of a parameter group starts at " +
+                                std::to_string(start) + ", after the clock, which is at " +
+                                std::to_string(now) + "; put it in place with set_schedule()");
+  }
+  driven.clock = now - start;
   return driven;
 }
 

@@ -38,7 +38,7 @@ def set_gradients(step: int, *models: Sequence[torch.Tensor], scale: float = 1.0
         real_dtype = torch.float64 if not p.is_complex() else torch.complex128
         gradient = torch.randn(p.shape, generator=generator, dtype=real_dtype) * scale
         for twin in parameters:
-            twin.grad = gradient.to(twin.dtype)
+            twin.grad = gradient.to(twin.dtype, copy=True)
 
 
 def train(steps: int, *pairs: tuple[Sequence[torch.Tensor], Callable[[], object]], start: int = 0) -> None:

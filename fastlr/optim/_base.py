@@ -199,6 +199,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 names it.
             RuntimeError: something else wrote a value that a schedule owns.
         """
+        if torch.compiler.is_compiling():
+            return self._uncompiled_step(closure)
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
         # it is entered only where somebody listens. A subclass with a step of its own is wrapped already.
         if (
@@ -234,6 +236,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+    _uncompiled_step = torch._disable_dynamo(_observed_step)  # native code cannot be traced
 
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the

@@ -54,10 +54,10 @@ def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = Fal
     """A finite number >= low (or > low), as a float."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of many elements
         number = math.nan
     if (
-        isinstance(value, (str, bytes))
+        isinstance(value, (str, bytes, bool))
         or not math.isfinite(number)
         or number < low
         or (above and number == low)
@@ -79,9 +79,30 @@ def count(name: str, value: object, low: int = 1) -> int:
     return number
 
 
+def flag(name: str, value: object) -> bool:
+    """True or False, also NumPy's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
+
+
+def items(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
+    """The items of a list, tuple or array."""
+    try:
+        return tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence, got {describe(value)}") from None
+
+
+def schedule(name: str, value: object) -> Schedule:
+    if not isinstance(value, Schedule):
+        raise TypeError(f"{name} must be a schedule, got {describe(value)}")
+    return value
+
+
 def choice(name: str, value: object, allowed: Iterable[str]) -> None:
     names = tuple(allowed)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {describe(value)}")
 
 
@@ -126,10 +147,10 @@ class Schedule:
 
     @property
     def _last(self) -> int:
-        """The clock at which the last new value is reached."""
+        """The clock at which the last new value is reached; ENDLESS: none that a clock can show."""
         if self.duration is None:
             return ENDLESS
-        return self.duration if self._closed else self.duration - 1
+        return min(self.duration if self._closed else self.duration - 1, ENDLESS)
 
     @cached_property
     def _native(self) -> _core.Schedule:
@@ -147,7 +168,7 @@ class Schedule:
         """The values at ``start, start + 1, ..., stop - 1``: float64, shape (stop - start,)."""
         start = count("start", start, 0)
         stop = count("stop", stop, start)
-        if stop - 1 > self._last:
+        if start < stop and stop - 1 > self._last:
             self._warn_past_end(stop - 1)
         return self._native.values(start, stop)
 
@@ -175,13 +196,12 @@ class Schedule:
         """This schedule up to clock ``at`` (default: its duration), from there on ``after`` from its zero.
 
         >>> from fastlr import Constant, LinearRamp
-        >>> LinearRamp(0.0, 0.1, 10).then(Constant(0.1)).values(8, 12).tolist()
-        [0.08, 0.09000000000000001, 0.1, 0.1]
+        >>> LinearRamp(0.0, 1.0, 4).then(Constant(1.0)).values(2, 6).tolist()
+        [0.5, 0.75, 1.0, 1.0]
         """
         from fastlr.schedules import composed
 
-        if not isinstance(after, Schedule):
-            raise TypeError(f"after must be a schedule, got {describe(after)}")
+        schedule("after", after)
         if at is None:
             if self.duration is None:
                 raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, SupportsFloat
 
 from fastlr import _core
-from fastlr.schedules._base import ENDLESS, Schedule, Segment, Unit, count, real
+from fastlr.schedules._base import ENDLESS, Schedule, Segment, Unit, count, describe, items, real, schedule
 
 
 @dataclass(frozen=True, init=False)
@@ -43,7 +43,9 @@ class Tabulated(Schedule):
                 raise TypeError("steps is needed with a callable: how many values to take from it")
             values = [source(t) for t in range(count("steps", steps))]
         else:
-            values = list(source)
+            if getattr(source, "ndim", 1) != 1:
+                raise ValueError(f"source must be one-dimensional, got {describe(source)}")
+            values = list(items("source", source))
             if steps is not None and len(values) < count("steps", steps):
                 raise ValueError(f"steps={steps} values are needed, got {len(values)}")
             values = values[:steps]
@@ -78,7 +80,8 @@ class Joined(Schedule):
     starts: tuple[int, ...]
 
     def _validate(self) -> None:
-        parts, starts = tuple(self.parts), tuple(count("starts", s) for s in self.starts)
+        parts = tuple(schedule("parts", part) for part in items("parts", self.parts))
+        starts = tuple(count("starts", start) for start in items("starts", self.starts))
         if len(parts) != len(starts) + 1 or not starts:
             raise ValueError(f"{len(parts)} parts need {len(parts) - 1} starts, got {len(starts)}")
         for part in parts:
@@ -106,8 +109,7 @@ class Joined(Schedule):
 
     @property
     def _last(self) -> int:
-        last = self.parts[-1]._last
-        return last if last == ENDLESS else self.starts[-1] + last
+        return min(self.starts[-1] + self.parts[-1]._last, ENDLESS)
 
     @property
     def peak(self) -> float:
@@ -136,6 +138,7 @@ class Joined(Schedule):
 class Scaled(Schedule):
     """A schedule multiplied by a factor >= 0; made by ``schedule * factor``.
 
+    >>> from fastlr import Constant
     >>> (2.0 * Constant(0.1))(0)
     0.2
     """
@@ -145,10 +148,11 @@ class Scaled(Schedule):
 
     def _validate(self) -> None:
         factor = real("factor", self.factor)
-        if isinstance(self.schedule, Scaled):
-            self._set(schedule=self.schedule.schedule)
-            factor *= self.schedule.factor
-        self._set(factor=factor, unit=self.schedule.unit)
+        inner = schedule("schedule", self.schedule)
+        if isinstance(inner, Scaled):
+            factor = real("factor", factor * inner.factor)
+            inner = inner.schedule
+        self._set(schedule=inner, factor=factor, unit=inner.unit)
 
     @property
     def duration(self) -> int | None:
@@ -175,7 +179,7 @@ class PerEpoch(Schedule):
     updates_per_epoch: int
 
     def _validate(self) -> None:
-        if self.schedule.unit != "epoch":
+        if schedule("schedule", self.schedule).unit != "epoch":
             raise ValueError(f"only a schedule in epochs can be converted, got one in {self.schedule.unit}s")
         self._set(updates_per_epoch=count("updates_per_epoch", self.updates_per_epoch), unit="update")
 
@@ -186,8 +190,7 @@ class PerEpoch(Schedule):
 
     @property
     def _last(self) -> int:
-        last = self.schedule._last
-        return last if last == ENDLESS else (last + 1) * self.updates_per_epoch - 1
+        return min((self.schedule._last + 1) * self.updates_per_epoch - 1, ENDLESS)
 
     @property
     def peak(self) -> float:
@@ -196,4 +199,8 @@ class PerEpoch(Schedule):
     def _segments(self) -> tuple[list[Segment], list[float]]:
         segments, table = self.schedule._segments()
         n = self.updates_per_epoch
-        return [s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n) for s in segments], table
+        return [
+            s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n)
+            for s in segments
+            if s.begin * n < ENDLESS
+        ], table

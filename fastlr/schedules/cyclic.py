@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, SupportsFloat
 
 from fastlr import _core
-from fastlr.schedules._base import Schedule, Segment, choice, count, real
+from fastlr.schedules._base import Schedule, Segment, choice, count, flag, real
 
 Interpolation = Literal["linear", "geometric", "parabolic", "sinusoidal"]
 AnnealStrategy = Literal["cos", "linear"]
@@ -33,7 +33,8 @@ class Triangular(Schedule):
         base: lower bound, >= 0.
         max: upper bound, >= base.
         step_size_up: clock units of the rise, >= 0.
-        step_size_down: of the fall, >= 0; default: as the rise. A side of no length is a jump.
+        step_size_down: of the fall, >= 0; default: as the rise. A side of no length is a jump; both
+            together are at least 1.
         interpolation: the window ``w(s)``: ``"linear"`` (s), ``"geometric"`` (straight on a log axis;
             needs base > 0), ``"parabolic"`` (Welch, s * (2 - s)) or ``"sinusoidal"`` (Hann,
             (1 - cos(pi s)) / 2).
@@ -65,12 +66,12 @@ class Triangular(Schedule):
             )
         up = real("step_size_up", self.step_size_up)
         down = up if self.step_size_down is None else real("step_size_down", self.step_size_down)
-        if up + down == 0.0:
-            raise ValueError("step_size_up and step_size_down must not both be 0")
+        if not 1.0 <= up + down < math.inf:
+            raise ValueError(f"step_size_up + step_size_down must be >= 1 and finite, got {up!r} + {down!r}")
         choice("interpolation", self.interpolation, _WINDOWS)
         if self.interpolation == "geometric" and base == 0.0:
             raise ValueError("base must be > 0 for geometric interpolation, got 0.0")
-        self._set(base=base, max=top, step_size_up=up, inverted=bool(self.inverted))
+        self._set(base=base, max=top, step_size_up=up, inverted=flag("inverted", self.inverted))
         if self.step_size_down is not None:
             self._set(step_size_down=down)
 
@@ -103,7 +104,7 @@ class Triangular(Schedule):
         >>> Triangular(0.001, 0.006, 2000).cycle_ends(9000)
         [4000, 8000]
         """
-        cycles = int(count("total", total, 0) // self._cycle)
+        cycles = int(count("total", total, 0) / self._cycle) + 1
         ends = (math.ceil(k * self._cycle) for k in range(1, cycles + 1))
         return [end for end in ends if end <= total]
 
@@ -128,7 +129,8 @@ class ExpRange(Triangular):
     bounds decline, which is ``decay_base=True``: the whole value is multiplied by ``gamma ** t``.
 
     Args:
-        gamma: factor per clock unit, > 0; below 1 the cycles shrink.
+        gamma: factor per clock unit, > 0; below 1 the cycles shrink. Above 1 they grow without bound,
+            which an inverted cycle, whose dips would fall below 0, cannot.
         decay_base: let the lower bound decline as well.
 
     >>> ExpRange(0.1, 0.5, 1, gamma=0.5)(1), ExpRange(0.1, 0.5, 1, gamma=0.5, decay_base=True)(1)
@@ -141,7 +143,9 @@ class ExpRange(Triangular):
     def _validate(self) -> None:
         super()._validate()
         gamma = real("gamma", self.gamma, above=True)
-        self._set(gamma=gamma, decay_base=bool(self.decay_base))
+        if self.inverted and gamma > 1.0:
+            raise ValueError(f"gamma must be in (0, 1] with inverted=True, got {gamma!r}")
+        self._set(gamma=gamma, decay_base=flag("decay_base", self.decay_base))
 
     @property
     def _decay(self) -> _core.Decay:  # type: ignore[override]
@@ -157,9 +161,10 @@ class _OneCycleBase(Schedule):
     _closed: ClassVar[bool] = False
 
     def _validate_phases(
-        self, total_steps: object, pct_start: SupportsFloat, anneal: object, three_phase: bool
+        self, total_steps: object, pct_start: SupportsFloat, anneal: object, three_phase: object
     ) -> None:
         pct = real("pct_start", pct_start)
+        three_phase = flag("three_phase", three_phase)
         limit = 0.5 if three_phase else 1.0
         if pct > limit:
             raise ValueError(
@@ -170,7 +175,7 @@ class _OneCycleBase(Schedule):
         self._set(
             total_steps=count("total_steps", total_steps),
             pct_start=pct,
-            three_phase=bool(three_phase),
+            three_phase=three_phase,
         )
 
 
@@ -202,6 +207,9 @@ class OneCycle(_OneCycleBase):
     r"""The learning rate of the one-cycle policy: up from ``max_lr / div_factor`` to ``max_lr``, then down
     to ``max_lr / div_factor / final_div_factor`` at the last update. ``OneCycleLR`` bit for bit.
 
+    Where a phase would be shorter than one update it has no length here, and the peak is reached at once;
+    PyTorch lets it end before update 0, so that the peak is never reached, or divides by zero.
+
     Args:
         max_lr: the peak, >= 0.
         total_steps: updates in all, >= 1; the last is number ``total_steps - 1``.
@@ -211,8 +219,8 @@ class OneCycle(_OneCycleBase):
         final_div_factor: last rate = initial rate / final_div_factor, > 0.
         three_phase: fall back to the initial rate as fast as it rose, then anneal (pct_start <= 0.5).
 
-    >>> schedule = OneCycle(0.5, total_steps=101, pct_start=0.1, div_factor=25)
-    >>> schedule(0), round(schedule(9), 4), schedule(100) < 1e-5
+    >>> schedule = OneCycle(0.5, total_steps=100, pct_start=0.1, div_factor=25)
+    >>> round(schedule(0), 9), schedule(9), schedule(99) < 1e-5
     (0.02, 0.5, True)
 
     References:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastlr import _core
-from fastlr.schedules._base import ENDLESS, Schedule, Segment, count, real
+from fastlr.schedules._base import ENDLESS, Schedule, Segment, count, items, real
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Exponential(Schedule):
 
     @property
     def peak(self) -> float:
-        return self.start if self.gamma <= 1.0 else math.inf
+        return self.start if self.gamma <= 1.0 or self.start == 0.0 else math.inf
 
     def _segments(self) -> tuple[list[Segment], list[float]]:
         return [Segment(_core.Curve.EXPONENTIAL, self.start, gamma=self.gamma)], []
@@ -261,7 +261,7 @@ class StepDecay(Schedule):
 
     @property
     def peak(self) -> float:
-        return self.start if self.gamma <= 1.0 else math.inf
+        return self.start if self.gamma <= 1.0 or self.start == 0.0 else math.inf
 
     def _segments(self) -> tuple[list[Segment], list[float]]:
         return [Segment(_core.Curve.EXPONENTIAL, self.start, gamma=self.gamma, period=self.every)], []
@@ -286,7 +286,7 @@ class MultiStep(Schedule):
     gamma: float
 
     def _validate(self) -> None:
-        milestones = tuple(count("milestones", m, 0) for m in self.milestones)
+        milestones = tuple(count("milestones", m, 0) for m in items("milestones", self.milestones))
         if list(milestones) != sorted(milestones):
             raise ValueError(f"milestones must ascend, got {list(milestones)}")
         self._set(
@@ -297,7 +297,10 @@ class MultiStep(Schedule):
 
     @property
     def peak(self) -> float:
-        return self.start * max(1.0, self.gamma ** len(self.milestones))
+        try:
+            return self.start * max(1.0, self.gamma ** len(self.milestones))
+        except OverflowError:
+            return math.inf if self.start > 0.0 else 0.0
 
     def _segments(self) -> tuple[list[Segment], list[float]]:
         counts = {0: 0} | {milestone: k for k, milestone in enumerate(self.milestones, 1)}

@@ -1,0 +1,124 @@
+"""GradScaler: unscaling in the step, and steps that are skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, parameters, set_gradients, train, twins
+
+import fastlr
+
+OPTIONS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-2}
+
+
+def scaler(scale: float = 1024.0) -> torch.amp.GradScaler:
+    made = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    made.scale(torch.zeros(()))  # sets it up; the tests scale gradients, not a loss
+    return made
+
+
+def set_scaled_gradients(step: int, scale: float, *models: list[torch.nn.Parameter]) -> None:
+    set_gradients(step, *models)
+    for model in models:
+        for p in model:
+            p.grad.mul_(scale)
+
+
+@pytest.mark.parametrize("explicit_unscale", [False, True], ids=["scaled", "unscaled-before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1024.0, 1000.0 / 3.0])
+def test_trajectory_equals_unscale_then_sgd(dtype: torch.dtype, explicit_unscale: bool, scale: float) -> None:
+    ours, theirs = twins([(9,), (513,)], dtype)
+    fused = fastlr.FusedSGD(ours, lr=0.1, **OPTIONS)
+    reference = torch.optim.SGD(theirs, lr=0.1, foreach=False, **OPTIONS)
+    scalers = scaler(scale), scaler(scale)
+    for step in range(8):
+        set_scaled_gradients(step, scalers[0].get_scale(), ours, theirs)
+        if step in (2, 5):
+            for model in (ours, theirs):
+                model[0].grad[3] = float("inf")
+        if explicit_unscale:
+            scalers[0].unscale_(fused)
+        kept = [p.grad.clone() for p in ours]
+        scalers[0].step(fused)
+        scalers[1].step(reference)
+        assert_same(kept, [p.grad for p in ours])
+        for s in scalers:
+            s.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert fused.last_step_skipped == (step in (2, 5))
+        assert_same(theirs, ours)
+    assert fused.clock().updates == 6
+    assert not hasattr(fused, "grad_scale")
+    assert not hasattr(fused, "found_inf")
+
+
+def test_a_skipped_step_moves_nothing() -> None:
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5), momentum=0.9)
+    train(2, (model, optimizer.step))
+    before = [model[0].detach().clone(), optimizer.state[model[0]]["momentum_buffer"].clone()]
+    version = model[0]._version
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    del optimizer.found_inf
+    assert optimizer.last_step_skipped
+    assert_same(before, [model[0].detach(), optimizer.state[model[0]]["momentum_buffer"]])
+    assert optimizer.clock() == (2, 0)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert model[0]._version == version
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+
+
+FOUND = {
+    "int-0": (0, False),
+    "float-0": (0.0, False),
+    "tensor-0": (torch.zeros(()), False),
+    "tensor-1": (torch.ones(1), True),
+    "two": (torch.tensor(2.0), True),
+    "half": (torch.tensor(0.5, dtype=torch.float64), True),
+    "nan": (torch.tensor(float("nan")), True),
+}
+
+
+@pytest.mark.parametrize(("found_inf", "skipped"), FOUND.values(), ids=FOUND.keys())
+def test_found_inf_of_any_kind(found_inf: Any, skipped: bool) -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+    set_gradients(0, model)
+    optimizer.found_inf = found_inf
+    optimizer.step()
+    assert optimizer.last_step_skipped == skipped
+    assert optimizer.clock().updates == (not skipped)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_impossible_scale_is_an_error(scale: float) -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model)
+    set_gradients(0, model)
+    optimizer.grad_scale = torch.tensor(scale)
+    with pytest.raises(ValueError, match="grad_scale must be finite and > 0"):
+        optimizer.step()
+    assert optimizer.clock().updates == 0
+
+
+def test_clipping_after_unscale() -> None:
+    ours, theirs = twins([(9,), (5,)])
+    fused = fastlr.FusedSGD(ours, lr=0.1, **OPTIONS)
+    reference = torch.optim.SGD(theirs, lr=0.1, foreach=False, **OPTIONS)
+    ours_scaler = scaler()
+    for step in range(3):
+        set_gradients(step, ours, theirs)
+        for p in ours:
+            p.grad.mul_(ours_scaler.get_scale())
+        ours_scaler.unscale_(fused)
+        for model in (ours, theirs):
+            torch.nn.utils.clip_grad_norm_(model, 0.5)
+        ours_scaler.step(fused)
+        ours_scaler.update()
+        reference.step()
+    assert_same(theirs, ours)

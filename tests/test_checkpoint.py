@@ -1,0 +1,256 @@
+"""state_dict and load_state_dict: torch's format, exact continuation, nothing lost."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, parameters, set_gradients, train, twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlr
+
+SCHEDULES = {
+    "triangular2": fastlr.Triangular2(0.01, 0.1, 3, 4),
+    "joined": fastlr.LinearRamp(0.0, 0.1, 4).then(2.0 * fastlr.Cosine(0.05, 0.0, 30)),
+    "table": fastlr.Tabulated(lambda t: 0.1 / (1 + t), 50),
+    "epochs": fastlr.MultiStep(0.1, [1, 3], 0.5, unit="epoch").in_updates(3),
+}
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def leaves(value: Any) -> set[type]:
+    if isinstance(value, dict):
+        return set().union(*map(leaves, value.values())) | {dict}
+    if isinstance(value, list):
+        return set().union(set(), *map(leaves, value))
+    return {type(value)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_resumed_run_equals_an_uninterrupted_one(schedule: fastlr.Schedule) -> None:
+    def make(model: list[torch.nn.Parameter], lr: Any) -> fastlr.FusedSGD:
+        return fastlr.FusedSGD(model, lr=lr, momentum=fastlr.Triangular(0.8, 0.9, 5), weight_decay=0.1)
+
+    whole, halves = twins([(9,), (5, 4)])
+    optimizer, first = make(whole, schedule), make(halves, schedule)
+    train(7, (whole, optimizer.step), (halves, first.step))
+    saved = through_file(first.state_dict())
+    assert leaves(saved) <= {dict, int, float, str, bool, type(None), torch.Tensor}
+    second = make(halves, 0.5)  # made without the schedule: the file brings it
+    second.load_state_dict(saved)
+    assert second.param_groups[0]["lr_schedule"] == schedule
+    train(8, (whole, optimizer.step), (halves, second.step), start=7)
+    assert_same(whole, halves)
+    assert second.clock() == optimizer.clock() == (15, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    saves=st.sets(st.integers(0, 11), max_size=5),
+    momentum=st.sampled_from([0.0, 0.9]),
+    dampening=st.sampled_from([0.0, 0.25]),
+    late=st.integers(0, 11),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    momentum_dtype=st.sampled_from([None, torch.float32]),
+)
+def test_saving_and_loading_midway_changes_nothing(
+    saves: set[int],
+    momentum: float,
+    dampening: float,
+    late: int,
+    dtype: torch.dtype,
+    momentum_dtype: torch.dtype | None,
+) -> None:
+    def make(model: list[torch.nn.Parameter]) -> fastlr.FusedCyclicSGD:
+        return fastlr.FusedCyclicSGD(
+            model, 0.01, 0.3, 3, mode="triangular2", momentum=momentum, dampening=dampening,
+            momentum_dtype=momentum_dtype,
+        )  # fmt: skip
+
+    one, other = twins([(9,), (4,)], dtype)
+    steady, resumed = make(one), make(other)
+    for step in range(12):
+        if step in saves:
+            saved = through_file(resumed.state_dict())
+            resumed = make(other)
+            resumed.load_state_dict(saved)
+        set_gradients(step, one, other)
+        if step < late:
+            one[1].grad = other[1].grad = None
+        steady.step()
+        resumed.step()
+    assert_same(one, other)
+    assert resumed.state_dict()["param_groups"] == steady.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_sgd_checkpoint_loads_and_goes_back(momentum: float) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.01}
+    ours, theirs = twins([(9,), (5, 4), (3,)])
+    reference = torch.optim.SGD(theirs, foreach=False, **options)
+    fused = fastlr.FusedSGD(ours, lr=0.7)
+    for model in (ours, theirs):
+        model[2].requires_grad_(False)
+
+    def step_both(start: int, one: Any, other: Any) -> None:
+        for step in range(start, start + 3):
+            set_gradients(step, ours, theirs)
+            ours[2].grad = theirs[2].grad = None
+            one.step()
+            other.step()
+
+    step_both(0, reference, torch.optim.SGD(ours, foreach=False, **options))
+    fused.load_state_dict(through_file(reference.state_dict()))
+    assert fused.param_groups[0]["lr"] == 0.1
+    step_both(3, reference, fused)
+    assert_same(theirs, ours)
+
+    back = torch.optim.SGD(ours, lr=0.7, foreach=False)
+    back.load_state_dict(through_file(fused.state_dict()))
+    assert set(back.state) <= set(ours[:2])
+    step_both(6, reference, back)
+    assert_same(theirs, ours)
+
+
+def test_a_checkpoint_with_momentum_buffer_none_loads() -> None:
+    ours, theirs = twins([(9,)])
+    reference = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    saved = reference.state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    fused = fastlr.FusedSGD(ours)
+    fused.load_state_dict(saved)
+    assert not fused.state
+    train(3, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
+def test_a_tensor_rate_in_an_sgd_checkpoint_becomes_a_number() -> None:
+    ours, theirs = twins([(9,)])
+    reference = torch.optim.SGD(theirs, lr=torch.tensor(0.25), momentum=0.9, foreach=False)
+    fused = fastlr.FusedSGD(ours)
+    fused.load_state_dict(reference.state_dict())
+    assert fused.param_groups[0]["lr"] == 0.25
+    train(3, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
+def test_the_schedule_is_kept_when_the_file_has_none() -> None:
+    model = parameters([(9,)])
+    for saved in (
+        torch.optim.SGD(model, lr=0.7, momentum=0.9).state_dict(),
+        fastlr.FusedSGD(model, lr=0.7, momentum=0.9).state_dict(),
+    ):
+        optimizer = fastlr.FusedCyclicSGD(model, 0.1, 0.5, 4)
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.1, 0.5, 4)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
+def test_buffers_keep_their_type_and_are_copies(dtype: torch.dtype) -> None:
+    one, other = twins([(9,)], dtype)
+    first = fastlr.FusedSGD(one, lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
+    train(3, (one, first.step))
+    second = fastlr.FusedSGD(other, momentum_dtype=torch.float32)
+    second.load_state_dict(first.state_dict())
+    buffers = [opt.state[p]["momentum_buffer"] for opt, p in ((first, one[0]), (second, other[0]))]
+    assert_same(buffers[:1], buffers[1:])
+    assert buffers[0].dtype == (torch.complex64 if dtype.is_complex else torch.float32)
+    assert buffers[0].data_ptr() != buffers[1].data_ptr()
+
+
+def test_a_parameter_never_updated_has_no_buffer_in_the_file() -> None:
+    model = parameters([(9,), (9,)])
+    optimizer = fastlr.FusedSGD(model, momentum=0.9)
+    model[0].grad = torch.ones(9)
+    optimizer.step()
+    assert set(optimizer.state_dict()["state"]) == {0}
+
+
+def test_loading_does_not_change_the_file_and_failing_changes_nothing() -> None:
+    model = parameters([(9,), (4,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Constant(0.5), momentum=0.9)
+    train(2, (model, optimizer.step))
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert str(saved) == str(kept)
+
+    wrong_shape = copy.deepcopy(saved)
+    wrong_shape["state"][1]["momentum_buffer"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"momentum_buffer 1 has shape \(1,\).*parameter \(4,\)"):
+        optimizer.load_state_dict(wrong_shape)
+    wrong_size = copy.deepcopy(saved)
+    wrong_size["param_groups"][0]["params"] = [0]
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(wrong_size)
+    assert str(optimizer.state_dict()) == str(kept)
+
+
+def test_state_dict_hooks_see_the_file_and_the_loaded_optimizer() -> None:
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Constant(0.5), momentum=0.9)
+    train(1, (model, optimizer.step))
+    seen: list[Any] = []
+    optimizer.register_state_dict_pre_hook(lambda opt: seen.append("pre"))
+    optimizer.register_state_dict_post_hook(
+        lambda opt, sd: seen.append(sd["param_groups"][0]["lr_schedule"]), prepend=True
+    )
+    optimizer.register_load_state_dict_pre_hook(
+        lambda opt, sd: seen.append(sd["param_groups"][0]["lr_schedule"])
+    )
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append(opt.param_groups[0]["lr_schedule"]))
+    optimizer.load_state_dict(optimizer.state_dict())
+    plain = fastlr.Constant(0.5).to_dict()
+    assert seen == ["pre", plain, plain, fastlr.Constant(0.5)]
+    assert len(optimizer._optimizer_state_dict_post_hooks) == 1
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows() -> None:
+    ours, theirs = twins([(9,), (4,)])
+    options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+    touched = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.9), **options)
+    untouched = fastlr.FusedSGD(theirs, lr=fastlr.Exponential(0.1, 0.9), **options)
+    # As torch.distributed.checkpoint does it.
+    for p in ours:
+        p.grad = torch.zeros_like(p)
+    touched.param_groups[0]["lr"] = 0.0
+    touched.step(closure=None)
+    touched.param_groups[0]["lr"] = 0.1
+    touched.zero_grad()
+    assert_same(theirs, ours)
+    assert touched.clock() == (0, 0)
+    assert set(touched.state) == set(ours)
+
+    saved = through_file(touched.state_dict())
+    touched.load_state_dict(saved)
+    for step in range(4):
+        set_gradients(step, ours, theirs)
+        if step < 2:
+            ours[1].grad = theirs[1].grad = None
+        touched.step()
+        untouched.step()
+        assert_same(theirs, ours)
+        assert len(touched.state) == len(untouched.state)
+
+
+def test_a_damaged_clock_is_an_error() -> None:
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Tabulated([0.1, 0.2]))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr_start"] = 5
+    with pytest.raises(ValueError, match="starts at 5, after the clock, which is at 0"):
+        optimizer.load_state_dict(saved)

@@ -1,0 +1,463 @@
+"""FusedSGD and FusedCyclicSGD as torch optimizers: groups, schedules, clocks, hooks, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, parameters, set_gradients, train, twins
+from torch.optim import optimizer as torch_optimizer
+
+import fastlr
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+def test_groups_have_schedules_of_their_own() -> None:
+    ours, theirs = twins([(9,), (5, 3), (33,)])
+    cosine, cycle = fastlr.Cosine(0.2, 0.01, 20), fastlr.Triangular(0.8, 0.95, 5, inverted=True)
+    fused = fastlr.FusedSGD(
+        [
+            {"params": ours[:1], "lr": cosine},
+            {"params": ours[1:2], "momentum": cycle, "weight_decay": 0.1},
+            {"params": ours[2:], "nesterov": True},
+        ],
+        lr=0.05,
+        momentum=0.9,
+    )
+    reference = torch.optim.SGD(
+        [
+            {"params": theirs[:1]},
+            {"params": theirs[1:2], "weight_decay": 0.1},
+            {"params": theirs[2:], "nesterov": True},
+        ],
+        lr=0.05,
+        momentum=0.9,
+        foreach=False,
+    )
+    for step in range(25):
+        reference.param_groups[0]["lr"] = cosine._native.value(step)
+        reference.param_groups[1]["momentum"] = cycle(step)
+        for mine, other in zip(fused.param_groups, reference.param_groups, strict=True):
+            assert (mine["lr"], mine["momentum"]) == (other["lr"], other["momentum"])
+        if step <= 20:
+            train(1, (theirs, reference.step), (ours, fused.step), start=step)
+        else:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train(1, (theirs, reference.step), (ours, fused.step), start=step)
+            assert len(caught) == (step == 21)
+            assert all("Cosine ended at update 20" in str(w.message) for w in caught)
+    assert_same(theirs, ours)
+    assert fused.param_groups[0]["lr_schedule"] is cosine
+    assert fused.param_groups[0]["momentum_schedule"] is None
+
+
+def test_a_group_added_later_starts_its_schedule_then() -> None:
+    ours, theirs = twins([(9,), (7,)])
+    fused = fastlr.FusedSGD(ours[:1], lr=fastlr.Exponential(0.1, 0.5), momentum=0.9)
+    reference = torch.optim.SGD(theirs[:1], lr=0.1, momentum=0.9, foreach=False)
+    for step in range(6):
+        if step == 3:
+            added = {"params": ours[1:], "lr": fastlr.Exponential(1.0, 0.25), "momentum": 0.5}
+            fused.add_param_group(added)
+            assert fused.param_groups[1] is added
+            reference.add_param_group({"params": theirs[1:], "momentum": 0.5})
+            assert fused.param_groups[1]["lr"] == 1.0
+        reference.param_groups[0]["lr"] = 0.1 * 0.5**step
+        if step >= 3:
+            reference.param_groups[1]["lr"] = 0.25 ** (step - 3)
+        train(1, (theirs, reference.step), (ours, fused.step), start=step)
+        assert fused.clock() == (step + 1, 0)
+    assert_same(theirs, ours)
+
+
+def test_added_group_inherits_defaults_and_cycle() -> None:
+    model = parameters([(3,), (3,), (3,)])
+    optimizer = fastlr.FusedCyclicSGD(model[:1], 0.1, 0.5, 4, mode="triangular2", weight_decay=0.1)
+    optimizer = pickle.loads(pickle.dumps(optimizer))
+    optimizer.add_param_group({"params": model[1:2]})
+    optimizer.add_param_group({"params": model[2:], "max_lr": 0.9, "mode": "triangular"})
+    groups = optimizer.param_groups
+    assert groups[1]["lr_schedule"] == groups[0]["lr_schedule"] == fastlr.Triangular2(0.1, 0.5, 4)
+    assert groups[2]["lr_schedule"] == fastlr.Triangular(0.1, 0.9, 4)
+    assert groups[2]["weight_decay"] == 0.1
+    assert "max_lr" not in groups[2]
+
+
+def test_bounds_as_lists_are_one_for_each_group() -> None:
+    model = parameters([(3,), (3,)])
+    groups = [{"params": model[:1]}, {"params": model[1:]}]
+    optimizer = fastlr.FusedCyclicSGD(groups, [0.1, 0.2], [0.5, 0.6])
+    assert [g["lr_schedule"].max for g in optimizer.param_groups] == [0.5, 0.6]
+    assert groups == [{"params": model[:1]}, {"params": model[1:]}]
+    with pytest.raises(ValueError, match="base_lr has 1 values for 2 groups"):
+        fastlr.FusedCyclicSGD(groups, [0.1], 0.5)
+
+
+def test_hyperparameters_changed_between_steps() -> None:
+    ours, theirs = twins([(9,), (7,)])
+    fused = fastlr.FusedSGD(ours, lr=0.1)
+    reference = torch.optim.SGD(theirs, lr=0.1, foreach=False)
+    changes: list[dict[str, Any]] = [
+        {"lr": 0.5},
+        {"momentum": 0.9},
+        {"weight_decay": 0.1, "dampening": 0.5},
+        {"maximize": True},
+        {"dampening": 0, "nesterov": True},
+        {"momentum": 0.0},
+        {"lr": 1},
+    ]
+    for step, change in enumerate(changes):
+        for optimizer in (fused, reference):
+            optimizer.param_groups[0].update(change)
+        train(2, (theirs, reference.step), (ours, fused.step), start=2 * step)
+        assert_same(theirs, ours)
+
+
+# -- schedules and clocks -------------------------------------------------------------------------
+
+
+def test_set_schedule() -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.3, momentum=0.9)
+    decay = fastlr.Exponential(1.0, 0.5)
+    train(2, (model, optimizer.step))
+
+    optimizer.set_schedule(lr=decay)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    train(1, (model, optimizer.step))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+    optimizer.set_schedule(lr=decay, start="zero")
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+    optimizer.set_schedule(momentum=fastlr.Constant(0.5))
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+    assert optimizer.param_groups[0]["lr_schedule"] is decay
+
+    optimizer.set_schedule(lr=0.25, momentum=0.75)
+    assert optimizer.param_groups[0]["lr_schedule"] is None
+    train(1, (model, optimizer.step))
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.25, 0.75)
+    assert optimizer.clock().updates == 4
+
+
+def test_set_schedule_for_one_group() -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.3)
+    optimizer.set_schedule(lr=fastlr.Constant(0.5), group=1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.3, 0.5]
+
+
+def test_schedules_in_samples_follow_the_samples_clock() -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.StepDecay(1.0, every=100, gamma=0.5, unit="sample"))
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        train(1, (model, optimizer.step))
+        optimizer.advance_samples(64)
+    assert rates == [1.0, 1.0, 0.5, 0.5, 0.25]
+    assert optimizer.clock() == optimizer.sync() == fastlr.Clock(updates=5, samples=320)
+    with pytest.raises(ValueError, match="samples must be >= 0, got -1"):
+        optimizer.advance_samples(-1)
+
+
+WRITES = {"lr": 0.123, "momentum": 0.5}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_what_a_schedule_owns_raises_and_says_what_to_do(name: str) -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.9), momentum=fastlr.Constant(0.9))
+    set_gradients(0, model)
+    optimizer.step()
+    expected = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = WRITES[name]
+    before = model[0].detach().clone()
+    with pytest.raises(
+        RuntimeError, match=rf"{name} of parameter group 0.*set_schedule\({name}=0\."
+    ) as error:
+        optimizer.step()
+    assert "ReadOnlyScheduler" in str(error.value)
+    assert repr(expected) in str(error.value)
+    assert_same([before], [model[0].detach()])
+    assert optimizer.clock().updates == 1
+    optimizer.set_schedule(**{name: WRITES[name]})
+    optimizer.step()
+
+
+def test_a_torch_scheduler_on_an_owned_rate_is_an_error() -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.9))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    set_gradients(0, model)
+    optimizer.step()
+    scheduler.step()
+    with pytest.raises(RuntimeError, match="a schedule owns it"):
+        optimizer.step()
+
+
+def test_a_torch_scheduler_drives_an_unowned_rate() -> None:
+    ours, theirs = twins([(9,)])
+    fused, reference = fastlr.FusedSGD(ours, lr=0.1), torch.optim.SGD(theirs, lr=0.1, foreach=False)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (fused, reference)]
+    for step in range(10):
+        train(1, (theirs, reference.step), (ours, fused.step), start=step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same(theirs, ours)
+
+
+def test_read_only_scheduler_reports_and_never_writes() -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5))
+    scheduler = fastlr.integrations.ReadOnlyScheduler(optimizer)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    keys = set(optimizer.param_groups[0])
+    for step in range(4):
+        assert scheduler.get_last_lr() == [0.1 * 0.5**step]
+        train(1, (model, optimizer.step))
+        scheduler.step()
+        scheduler.step()
+    assert set(optimizer.param_groups[0]) == keys
+    assert "step" not in vars(optimizer)
+    other = fastlr.integrations.ReadOnlyScheduler(optimizer)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.last_epoch == 8
+    with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got int"):
+        fastlr.integrations.ReadOnlyScheduler(3)  # type: ignore[arg-type]
+
+
+# -- torch's protocol -----------------------------------------------------------------------------
+
+
+def test_closure() -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = model[0].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    assert optimizer.clock().updates == 5
+
+
+def test_step_hooks_run_once_in_torchs_order() -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+    calls: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda opt, args, kwargs: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda opt, args, kwargs: calls.append("post")),
+        torch_optimizer.register_optimizer_step_pre_hook(lambda *a: calls.append("global pre")),
+        torch_optimizer.register_optimizer_step_post_hook(lambda *a: calls.append("global post")),
+    ]
+    set_gradients(0, model)
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert calls == ["global pre", "pre", "post", "global post"]
+    assert optimizer.clock().updates == 2
+
+
+def test_pre_hook_may_replace_the_closure() -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+def test_subclass_with_a_step_of_its_own_runs_hooks_once() -> None:
+    class Logging(fastlr.FusedSGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    optimizer = Logging(parameters([(4,)]))
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *a: calls.append("pre"))
+    optimizer.step()
+    assert calls == ["pre"]
+
+
+def test_profiler_label() -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+    set_gradients(0, model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#FusedSGD.step" in [event.key for event in profile.key_averages()]
+
+
+def test_a_stale_backward_raises() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    loss = p.square().sum()
+    p.grad = torch.ones(3)
+    version = p._version
+    fastlr.FusedSGD([p], lr=0.1).step()
+    assert p._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_only_updated_parameters_change_version() -> None:
+    model = parameters([(3,), (3,)])
+    model[0].grad = torch.ones(3)
+    fastlr.FusedSGD(model).step()
+    assert [p._version for p in model] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_copies_continue_alike(clone: Any) -> None:
+    model = parameters([(9,), (5, 5)])
+    optimizer = fastlr.FusedCyclicSGD(model, 0.01, 0.1, 3, mode="triangular2", momentum=0.9)
+    train(5, (model, optimizer.step))
+    twin = clone(optimizer)
+    twin_model = twin.param_groups[0]["params"]
+    assert twin_model[0] is not model[0]
+    train(5, (model, optimizer.step), (twin_model, twin.step), start=5)
+    assert_same(model, twin_model)
+    assert twin.clock() == optimizer.clock() == (10, 0)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none: bool) -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model)
+    set_gradients(0, model)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert model[0].grad is None if set_to_none else not model[0].grad.any()
+
+
+def test_repr_shows_rate_and_schedule() -> None:
+    text = repr(fastlr.FusedSGD(parameters([(4,)]), lr=fastlr.Constant(0.25)))
+    assert text.startswith("FusedSGD (")
+    assert "lr: 0.25" in text
+    assert "Constant(" in text
+
+
+def test_drives_a_compiled_model_and_a_compiled_caller() -> None:
+    ours, theirs = twins([(4, 4)])
+    fused, reference = fastlr.FusedSGD(ours, lr=0.1), torch.optim.SGD(theirs, lr=0.1, foreach=False)
+    compiled = torch.compile(fused.step, backend="eager")
+    train(3, (theirs, reference.step), (ours, compiled))
+    assert_same(theirs, ours)
+
+
+# -- errors in arguments --------------------------------------------------------------------------
+
+nan, inf = float("nan"), float("inf")
+epochs = fastlr.StepDecay(0.1, 30, 0.1, unit="epoch")
+BAD_SGD: dict[str, tuple[dict[str, Any], str]] = {
+    "negative-lr": ({"lr": -0.1}, "lr of parameter group 0 must be finite and >= 0, got -0.1"),
+    "nan-lr": ({"lr": nan}, "lr .* got nan"),
+    "infinite-lr": ({"lr": inf}, "lr .* got inf"),
+    "momentum-1.2": ({"momentum": 1.2}, r"momentum of parameter group 0 must be in \[0, 1\), got 1.2"),
+    "momentum-nan": ({"momentum": nan}, "momentum .* got nan"),
+    "momentum-schedule": ({"momentum": fastlr.Constant(1.0)}, r"momentum .* stay in \[0, 1\).* peaks at 1.0"),
+    "dampening": ({"dampening": inf}, "dampening .* finite, got inf"),
+    "weight_decay": ({"weight_decay": -1.0}, "weight_decay .* got -1.0"),
+    "nesterov-without-momentum": ({"nesterov": True}, "momentum .* > 0 with nesterov=True, got 0.0"),
+    "nesterov-with-dampening": (
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        "dampening .* 0 with nesterov=True, got 0.1",
+    ),
+    "momentum_dtype": ({"momentum_dtype": torch.bfloat16}, "momentum_dtype .* None or torch.float32"),
+    "epochs": ({"lr": epochs}, r"lr .* counts epochs.*in_updates\(updates_per_epoch\)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_SGD.values(), ids=BAD_SGD.keys())
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    model = parameters([(4,), (4,)])
+    with pytest.raises(ValueError, match=message):
+        fastlr.FusedSGD(model, **arguments)
+    optimizer = fastlr.FusedSGD(model[:1])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message.replace("group 0", "group 1")):
+        optimizer.add_param_group({"params": model[1:], **arguments})
+    assert optimizer.state_dict() == before
+    names = set(arguments) & {"lr", "momentum"}
+    if names == set(arguments):
+        with pytest.raises(ValueError, match=message):
+            optimizer.set_schedule(**arguments)
+        assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1), "0.1", None, [0.1]], ids=repr)
+def test_rates_of_a_wrong_type(value: Any) -> None:
+    with pytest.raises(TypeError, match="lr of parameter group 0 must be a number or a fastlr schedule"):
+        fastlr.FusedSGD(parameters([(4,)]), lr=value)
+
+
+BAD_CYCLIC: dict[str, tuple[dict[str, Any], str]] = {
+    "mode": ({"mode": "cosine"}, "mode must be triangular, triangular2 or exp_range, got 'cosine'"),
+    "gamma": ({"gamma": 0.9}, "gamma=0.9.*belong to mode=.exp_range., got mode='triangular'"),
+    "decay_base": ({"decay_base": True}, "decay_base=True belong to"),
+    "base_momentum": ({"base_momentum": 0.8}, "base_momentum=0.8 needs cycle_momentum=True"),
+    "max_momentum": ({"max_momentum": 0.9}, "max_momentum=0.9 needs cycle_momentum=True"),
+    "both": ({"cycle_momentum": True, "momentum": 0.9}, "momentum=0.9 cannot be fixed and cycled"),
+    "swapped": ({"base_lr": 1.0}, "max must be >= base, got base=1.0, max=0.5"),
+    "step_size_up": ({"step_size_up": -1}, "step_size_up must be a finite number >= 0, got -1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_CYCLIC.values(), ids=BAD_CYCLIC.keys())
+def test_bad_cyclic_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastlr.FusedCyclicSGD(parameters([(4,)]), **{"base_lr": 0.1, "max_lr": 0.5, **arguments})
+
+
+BAD_WRITES = {
+    "lr": (-1.0, "lr of parameter group 0 must be finite and >= 0, got -1.0"),
+    "momentum": (1.0, r"momentum of parameter group 0 must be in \[0, 1\), got 1.0"),
+    "weight_decay": (nan, "weight_decay of parameter group 0 must be finite and >= 0, got nan"),
+    "dampening": (inf, "dampening of parameter group 0 must be finite, got inf"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WRITES)
+def test_bad_values_written_later_are_caught_by_the_step(name: str) -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model)
+    set_gradients(0, model)
+    before = model[0].detach().clone()
+    optimizer.param_groups[0][name], message = BAD_WRITES[name]
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same([before], [model[0].detach()])
+    del optimizer.param_groups[0][name]
+    with pytest.raises(KeyError, match=name):
+        optimizer.step()
+
+
+def test_torchs_own_errors_are_kept() -> None:
+    with pytest.raises(ValueError, match="empty parameter list"):
+        fastlr.FusedSGD([])
+    with pytest.raises(TypeError, match="iterable of Tensors"):
+        fastlr.FusedSGD(torch.zeros(3))
+    with pytest.raises(TypeError, match="ordered collections"):
+        fastlr.FusedSGD([{"params": {torch.nn.Parameter(torch.zeros(1))}}])
+    for kind in (fastlr.FusedSGD, lambda p: fastlr.FusedCyclicSGD(p, 0.1, 0.2)):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            kind([])
+        with pytest.raises(ValueError, match="non-leaf"):
+            kind([torch.nn.Parameter(torch.zeros(1)) * 2])
+    with pytest.raises(ValueError, match="start must be"):
+        fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, start="later")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"group must be in 0 .. 0, got 1"):
+        fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, group=1)
