@@ -228,7 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         inverse_scale = 1.0 if grad_scale is None else _inverse_scale(float(grad_scale))
         if not self.state and self._only_initializes_state():
             return loss
-        if any(group["fresh"] for group in self.param_groups):
+        if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
         updated = self._plan.step(self.param_groups, self.state, inverse_scale, torch.get_num_threads())
         increment_version(updated)  # so that a backward through an overwritten parameter raises
@@ -236,7 +236,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-    _uncompiled_step = torch._disable_dynamo(_observed_step)  # native code cannot be traced
+    _uncompiled_step = torch._disable_dynamo(  # type: ignore[attr-defined]
+        _observed_step  # native code cannot be traced
+    )
 
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the
@@ -253,8 +255,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             p.grad.layout is not torch.strided or torch.count_nonzero(p.grad) for p, _ in with_gradient
         ):
             return False
-        for p, group in with_gradient:
+        for group in self.param_groups:
             group["fresh"] = True
+        for p, group in with_gradient:
             if group["momentum"] != 0.0:
                 self.state[p]["momentum_buffer"] = new_momentum(p, group).zero_()
         return True
@@ -296,7 +299,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, buffer in self.__dict__.get("_loaded_momenta", {}).items():
             self.state[p]["momentum_buffer"] = buffer
         self._plan = self._new_plan()
-        _core.advance(self.param_groups, 0, 0)
 
 
 def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
@@ -338,7 +340,7 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
         key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
     }
     for own, saved in zip(own_groups, saved_groups, strict=True):
-        group = {**own, **saved}
+        group = {**own, "fresh": False, **saved}
         for name in _SCHEDULED:
             owner = saved.get(f"{name}_schedule")
             if owner is None:
@@ -362,5 +364,6 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
                     f"{buffer.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
                 )
             momenta[parameter] = new_momentum(parameter, group).copy_(buffer)
+    _core.advance(groups, 0, 0)  # what schedules own follows from the clock, not from the file
     optimizer._loaded_momenta = momenta
     return {**state_dict, "state": state, "param_groups": groups}

@@ -1,0 +1,37 @@
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make lint`, `make bench`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What `make test` installs besides fastlr; `TEST_EXTRAS=test,frameworks` adds Lightning and transformers.
+TEST_EXTRAS ?= test
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastlr -name '*.h' -o -name '*.cpp' -o -name '*.py*')
+
+.PHONY: demo test lint bench clean
+.SECONDARY:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# fastlr with some of its extras, installed anew when a source has changed.
+$(VENV)/installed-%: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet ".[$*]"
+	touch $@
+
+demo: $(VENV)/installed-demo
+	$(BIN)/fastlr demo
+
+test: $(VENV)/installed-$(TEST_EXTRAS)
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-test,lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+bench: $(VENV)/installed-plot
+	$(BIN)/python benchmarks/step.py --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) build dist report

@@ -1,0 +1,33 @@
+"""What was built and what is in use."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fastlr import _core
+
+
+def build_info() -> dict[str, Any]:
+    """What this build of fastlr contains, and what it uses on this machine.
+
+    Returns:
+        ``version``, ``torch``; ``compiler`` (its version); ``simd_level`` in use and the ``simd_levels``
+        that this machine can run; ``threads``; ``openmp_runtime`` (the library that PyTorch loaded, None:
+        every step runs on one thread); ``tensor_access`` (how tensors are read); ``cuda`` and, where it is
+        False, ``cuda_status`` with the reason.
+
+    >>> import fastlr
+    >>> fastlr.build_info()["cuda"]
+    False
+    """
+    exchange = _core.exchange_enabled() and _core.exchange_available(torch.Tensor)
+    return {
+        "version": version("fastlr"),
+        "torch": torch.__version__,
+        **_core.build_info(),
+        "threads": torch.get_num_threads(),
+        "tensor_access": "DLPack exchange API" if exchange else "data_ptr()",
+    }

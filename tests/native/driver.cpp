@@ -1,0 +1,207 @@
+// Runs the native CPU code, built with sanitizers, and compares it with plain scalar references.
+//   driver --levels          prints the SIMD levels that this machine can run
+//   driver LEVEL openmp      everything; steps run in OpenMP's threads, as in the extension
+//   driver LEVEL std         steps only, each share in a std::thread, which ThreadSanitizer
+//                            understands (it reports false races between OpenMP's)
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cases.h"
+#include "cpu/step_cpu.h"
+#include "half_formats.h"
+
+using namespace fastlr;
+
+namespace {
+
+template <typename Half, typename Convert>
+void check_conversion(const HalfFormat& format, Convert convert) {
+  const auto check = [&](float x) {
+    const uint16_t expected = format.encode(x), found = convert(x).bits;
+    CHECK(found == expected, "%a became %x, not %x", x, found, expected);
+  };
+  for (int bits = 0; bits <= 0xffff; ++bits) {
+    const float value = to_float(Half{static_cast<uint16_t>(bits)});
+    if (format.is_nan(static_cast<uint16_t>(bits))) {
+      CHECK(std::isnan(value) && format.is_nan(convert(value).bits), "%x", bits);
+      continue;
+    }
+    const double exact = format.decode(static_cast<uint16_t>(bits));
+    CHECK(value == exact && std::signbit(value) == std::signbit(exact), "%x is %a", bits, value);
+    check(value);
+    if (std::isinf(value)) continue;
+    const float tie = std::copysign(format.tie_above(bits & 0x7fff), value);
+    check(tie);
+    check(std::nextafterf(tie, 0.0f));
+    check(std::nextafterf(tie, std::copysign(INFINITY, tie)));
+  }
+  std::mt19937 random(1);
+  for (int i = 0; i < 200000; ++i) {
+    const float x = bits_float(random());
+    if (!std::isnan(x)) check(x);
+  }
+}
+
+// As step_cpu, with each share in a thread of its own.
+void step_std(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
+              const std::vector<GroupScalars>& groups, int threads) {
+  int64_t total = 0;
+  for (const TensorRef& tensor : tensors) total += tensor.numel;
+  ChunkKernel kernel = nullptr;
+  for (const SimdLevel& level : usable_simd_levels())
+    if (std::strcmp(level.name, simd_level()) == 0) kernel = level.kernel;
+  std::vector<std::thread> running;
+  for (int part = 0; part < threads; ++part) {
+    running.emplace_back([&, part] {
+      for_each_chunk(tensors, total, part, threads, [&](const Chunk& chunk) {
+        const TensorRef& tensor = tensors[chunk.tensor];
+        kernel(tensor, tensor.layout < 0 ? nullptr : &layouts[tensor.layout], groups[tensor.group],
+               chunk.begin, chunk.end);
+      });
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+}
+
+void check_steps(bool openmp) {
+  const std::vector<SgdOptions> options{
+      // lr, momentum, dampening, weight_decay, nesterov, maximize
+      {0.1, 0.0, 0.0, 0.0, false, false},  {0.1, 0.0, 0.0, 0.01, false, true},
+      {0.03, 0.9, 0.0, 0.0, false, false}, {0.03, 0.9, 0.1, 5e-4, false, false},
+      {0.01, 0.9, 0.0, 5e-4, true, false}, {0.01, 0.5, 0.0, 0.1, true, true},
+  };
+  const int groups = static_cast<int>(options.size());
+  using S = StorageType;
+  std::mt19937 random(2);
+  Cases cases;
+  add_cases<float, float>(cases, S::kFloat32, S::kFloat32, groups, random);
+  add_cases<double, double>(cases, S::kFloat64, S::kFloat64, groups, random);
+  add_cases<double, float>(cases, S::kFloat64, S::kFloat32, groups, random);
+  add_cases<BFloat16, BFloat16>(cases, S::kBFloat16, S::kBFloat16, groups, random);
+  add_cases<BFloat16, float>(cases, S::kBFloat16, S::kFloat32, groups, random);
+  add_cases<Float16, Float16>(cases, S::kFloat16, S::kFloat16, groups, random);
+  add_cases<Float16, float>(cases, S::kFloat16, S::kFloat32, groups, random);
+  for (const int threads : {2, 1, 7}) {
+    const float inverse_scale = threads == 1 ? 0.125f : 1.0f;
+    std::vector<GroupScalars> scalars;
+    for (const SgdOptions& o : options)
+      scalars.push_back(
+          {sgd_scalars<float>(o, inverse_scale), sgd_scalars<double>(o, inverse_scale)});
+    std::vector<TensorRef> tensors;
+    std::vector<StridedLayout> layouts;
+    for (const auto& c : cases) {
+      tensors.push_back(c->ref(layouts));
+      if (options[tensors.back().group].momentum == 0) tensors.back().momentum = nullptr;
+    }
+    if (openmp) {
+      step_cpu(tensors, layouts, scalars, threads, false);
+    } else {
+      step_std(tensors, layouts, scalars, threads);
+    }
+    for (size_t i = 0; i < cases.size(); ++i) {
+      cases[i]->expect_update(options[tensors[i].group], inverse_scale);
+      cases[i]->check();
+    }
+  }
+}
+
+void check_chunks() {
+  std::mt19937 random(3);
+  const std::vector<int64_t> sizes{0, 1, 7, 63, 64, 65, 511, 512, 513, 5000};
+  for (int round = 0; round < 300; ++round) {
+    std::vector<TensorRef> tensors(random() % 20);
+    int64_t total = 0;
+    for (TensorRef& tensor : tensors) total += tensor.numel = sizes[random() % sizes.size()];
+    for (const int parts : {1, 2, 3, 7, 64, 1000}) {
+      int64_t tensor = 0, element = 0;  // where the next chunk must begin: shares come in order
+      for (int part = 0; part < parts; ++part) {
+        for_each_chunk(tensors, total, part, parts, [&](const Chunk& chunk) {
+          while (tensor < chunk.tensor) {
+            CHECK(element == tensors[tensor].numel, "tensor %ld left at %ld", long(tensor),
+                  long(element));
+            ++tensor, element = 0;
+          }
+          CHECK(chunk.tensor == tensor && chunk.begin == element && chunk.end > element &&
+                    chunk.end <= tensors[tensor].numel,
+                "%d parts, part %d: chunk %ld..%ld", parts, part, long(chunk.begin),
+                long(chunk.end));
+          element = chunk.end;
+        });
+      }
+      int64_t missing = -element;
+      for (size_t i = tensor; i < tensors.size(); ++i) missing += tensors[i].numel;
+      CHECK(missing == 0, "%ld elements in no chunk", long(missing));
+    }
+  }
+}
+
+void check_schedules() {
+  std::vector<int64_t> clocks{0, 1};
+  for (int k = 1; k <= 62; ++k)
+    for (const int64_t near : {-1, 0, 1}) clocks.push_back((int64_t{1} << k) + near);
+  const double table[] = {0.5, 0.25, 0.125};
+  for (int curve = 0; curve <= static_cast<int>(Curve::kTable); ++curve) {
+    for (int shape = 0; shape < 16; ++shape) {
+      for (const double span : {1.0, 3.0, 4000.0, 0x1p53}) {
+        Segment s{};
+        s.curve = static_cast<Curve>(curve);
+        s.window = static_cast<Window>(shape % 4);
+        s.decay = static_cast<Decay>(shape / 4);
+        s.tick = shape % 3 == 0 ? 391 : 1;
+        s.factor = s.start = 1.0;
+        s.end = 0.5;
+        s.span = span;
+        s.up = shape % 2 == 0 ? span / 2 : span;
+        s.gamma = 0.999;
+        s.period = std::max<int64_t>(static_cast<int64_t>(span), 1);
+        s.count = 1 + shape;
+        s.limit = kEndless;
+        if (s.curve == Curve::kPolynomial || s.curve == Curve::kLine || s.curve == Curve::kCosine)
+          s.limit = s.period;
+        if (s.curve == Curve::kTable) s.limit = 2;
+        Segment later = s;
+        later.begin = later.origin = int64_t{1} << 40;
+        const Segment both[] = {s, later};
+        for (const int64_t clock : clocks) {
+          const double value = value_at(both, 2, table, clock);
+          CHECK(value >= 0.0 && value <= 1.0, "curve %d, shape %d, span %g, clock %ld: %g", curve,
+                shape, span, long(clock), value);
+          const Segment& used = clock < later.begin ? s : later;
+          const int64_t local = std::min((clock - used.origin) / s.tick, s.limit);
+          double expected = value;
+          if (s.curve == Curve::kConstant) expected = 1.0;
+          if (s.curve == Curve::kTable) expected = table[local];
+          if (s.curve == Curve::kLine) expected = 1.0 - 0.5 * (static_cast<double>(local) / span);
+          CHECK(std::fabs(value - expected) < 1e-15, "%g, not %g", value, expected);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--levels") == 0) {
+    for (const SimdLevel& level : usable_simd_levels()) std::printf("%s\n", level.name);
+    return 0;
+  }
+  CHECK(argc == 3, "driver LEVEL openmp|std");
+  set_simd_level(argv[1]);
+  const bool openmp = std::strcmp(argv[2], "openmp") == 0;
+  if (openmp) {
+    CHECK(openmp_runtime() != nullptr, "steps would run in one thread");
+    check_conversion<Float16>(kFloat16Format, to_float16);
+    check_conversion<BFloat16>(kBFloat16Format, to_bfloat16);
+    check_chunks();
+    check_schedules();
+  }
+  check_steps(openmp);
+  std::printf("ok\n");
+  return 0;
+}

@@ -1,0 +1,184 @@
+"""The build's options, and that no route or instruction set that it contains changes a result."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from native import toolchain
+
+import fastlr
+from fastlr import _core
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    exchange, level = _core.exchange_enabled(), _core.build_info()["simd_level"]
+    yield
+    _core.set_exchange_enabled(exchange)
+    _core.set_simd_level(level)
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("-DFASTLR_CUDA=AUTO",), ("-DFASTLR_CUDA=OFF",)], ids=str)
+def test_configures_without_cuda(tmp_path: Path, options: tuple[str, ...]):
+    done = toolchain.configure(tmp_path, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("ON", "FASTLR_CUDA=ON, but this version of fastlr contains no CUDA kernels; use AUTO or OFF"),
+        ("sometimes", "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes"),
+    ],
+)
+def test_refuses_to_configure(tmp_path: Path, value: str, message: str):
+    done = toolchain.configure(tmp_path, f"-DFASTLR_CUDA={value}")
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split())  # CMake breaks lines
+
+
+# -- routes and instruction sets -----------------------------------------------------------------
+
+
+def layouts(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors in different layouts, some inside larger ones, of lengths on both sides of a SIMD width."""
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
+
+    flat = [values(n) for n in (0, 1, 7, 8, 33, 513)]
+    return [
+        *flat,
+        values(),
+        values(20_000),  # shared between threads
+        values(64)[3:],
+        values(30, 40)[::2, 1::3],
+        values(9, 17).T,
+        values(2, 3, 5, 7).contiguous(memory_format=torch.channels_last),
+    ]
+
+
+def special_gradients(like: torch.Tensor, step: int) -> torch.Tensor:
+    """Random numbers among which lie infinities, NaN, zeros, subnormals and numbers close to overflow."""
+    info = torch.finfo(like.dtype)
+    tiny, large = info.smallest_normal * 0.375, info.max * 0.75
+    special = [torch.inf, -torch.inf, torch.nan, 0.0, -0.0, tiny, -tiny, info.tiny, large, -large]
+    parts = torch.view_as_real(like) if like.is_complex() else like
+    flat = torch.randn(parts.numel(), dtype=torch.float64).to(parts.dtype)
+    for k, value in enumerate(special):
+        flat[k + step :: 29] = value
+    gradient = flat.reshape(parts.shape)
+    return torch.view_as_complex(gradient) if like.is_complex() else gradient
+
+
+def trained(dtype: torch.dtype, momentum_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """What a few steps with every option leave in parameters and momenta."""
+    torch.manual_seed(1)
+    results = []
+    for options in (
+        {"momentum": 0.0},
+        {"momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1},
+        {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True, "maximize": True},
+    ):
+        params = [torch.nn.Parameter(t) for t in layouts(dtype)]
+        lr = fastlr.Triangular2(0.01, 0.1, 2)
+        opt = fastlr.FusedSGD(params, lr=lr, momentum_dtype=momentum_dtype, **options)
+        for step in range(5):
+            for p in params:
+                p.grad = special_gradients(p.detach(), step)
+            opt.step()
+        results += [p.detach() for p in params]
+        results += [opt.state[p]["momentum_buffer"] for p in params if opt.state]
+    return results
+
+
+def assert_same_bits(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> None:
+    """Signs of zeros included; which NaN a NaN is may differ."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for index, tensors in enumerate(zip(expected, actual, strict=True)):
+        e, a = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+        assert e.dtype == a.dtype
+        e_bits, a_bits = (t.contiguous().view(integers[t.element_size()]) for t in (e, a))
+        different = (e_bits != a_bits) & ~(e.isnan() & a.isnan())
+        assert not different.any(), f"tensor {index}: {e[different]}, not {a[different]}"
+
+
+MOMENTUM_DTYPES = [(dtype, None) for dtype in DTYPES] + [
+    (dtype, torch.float32) for dtype in (torch.float64, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("dtype", "momentum_dtype"), MOMENTUM_DTYPES, ids=str)
+def test_data_ptr_route_equals_the_exchange_route(dtype: torch.dtype, momentum_dtype: torch.dtype | None):
+    assert _core.exchange_enabled()
+    if not _core.exchange_available(torch.Tensor):
+        pytest.skip("this PyTorch has no exchange route, data_ptr() is the only one")
+    by_exchange = trained(dtype, momentum_dtype)
+    _core.set_exchange_enabled(False)
+    assert_same_bits(by_exchange, trained(dtype, momentum_dtype))
+
+
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize(("dtype", "momentum_dtype"), MOMENTUM_DTYPES, ids=str)
+def test_simd_levels_agree(dtype: torch.dtype, momentum_dtype: torch.dtype | None, level: str):
+    if level not in _core.build_info()["simd_levels"]:
+        pytest.skip(f"this build or machine has no {level}")
+    _core.set_simd_level("baseline")
+    expected = trained(dtype, momentum_dtype)
+    assert any(t.isnan().any() for t in expected)
+    assert any(t.isinf().any() for t in expected)
+    _core.set_simd_level(level)
+    assert _core.build_info()["simd_level"] == level
+    assert_same_bits(expected, trained(dtype, momentum_dtype))
+
+
+def test_the_best_simd_level_is_chosen_and_others_are_refused():
+    info = _core.build_info()
+    assert info["simd_level"] == info["simd_levels"][-1]
+    with pytest.raises(ValueError, match=r"simd level must be one of baseline.*, got mmx"):
+        _core.set_simd_level("mmx")
+
+
+# -- what importing and stepping loads -----------------------------------------------------------
+
+
+def in_fresh_process(script: str) -> str:
+    # Not in the source tree, where the package lies without its compiled part.
+    return toolchain.run_or_fail(sys.executable, "-c", script, cwd=Path(__file__).parent)
+
+
+STEP = """
+import torch, fastlr
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.zeros(100_000))
+p.grad = torch.ones_like(p)
+fastlr.FusedSGD([p], lr=0.1).step()
+assert (p == p[0]).all() and p[0] != 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
+    report = "print(fastlr._core.build_info()['openmp_runtime'])\nprint(open('/proc/self/maps').read())"
+    runtime, *maps = in_fresh_process(f"{STEP}\n{report}").splitlines()
+    loaded = {line.split()[-1] for line in maps if re.search(r"/lib(gomp|iomp|omp)[^/]*\.so", line)}
+    assert len(loaded) == 1, loaded
+    assert Path(runtime).resolve() == Path(loaded.pop()).resolve()
+    package = Path(torch.__file__).resolve().parent
+    shipped = [*package.glob("lib/libgomp*"), *package.parent.glob("torch.libs/libgomp*")]
+    if shipped:  # by PyTorch's own wheels; a distribution's PyTorch uses the system's
+        assert Path(runtime).resolve() in shipped
+
+
+def test_import_initialises_no_cuda():
+    assert in_fresh_process(f"{STEP}\nprint(torch.cuda.is_initialized())") == "False\n"

@@ -1,0 +1,60 @@
+"""Every example in a docstring and in the README runs and says what it prints."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlr
+
+MODULES = ["fastlr", *(m.name for m in pkgutil.walk_packages(fastlr.__path__, "fastlr."))]
+MODULES = [name for name in MODULES if not name.endswith("__main__")]
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    if not hasattr(module, "__file__") or module.__file__.endswith(".so"):
+        pytest.skip("native code: its examples stand in Python")
+    result = doctest.testmod(module)
+    assert result.failed == 0
+
+
+def test_the_examples_are_many() -> None:
+    finder = doctest.DocTestFinder()
+    modules = [importlib.import_module(name) for name in MODULES]
+    examples = sum(len(t.examples) for m in modules for t in finder.find(m))
+    assert examples > 40
+
+
+def readme_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", readme_examples(), ids=lambda e: e.split("\n")[0][:40])
+def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block runs by itself, with a model, a loss and a loader as any reader has them."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(4, 3)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 3, (64,)))
+    names = {
+        "model": model,
+        "loss_fn": torch.nn.functional.cross_entropy,
+        "loader": torch.utils.data.DataLoader(data, batch_size=16, shuffle=True),
+        "val_loader": torch.utils.data.DataLoader(data, batch_size=16),
+        "torch": torch,
+        "fastlr": fastlr,
+    }
+    exec(compile(example, "README.md", "exec"), names)
+
+
+def test_readme_has_examples() -> None:
+    assert len(readme_examples()) >= 4

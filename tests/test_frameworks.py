@@ -1,0 +1,298 @@
+"""Training under frameworks: a run saved and resumed midway equals one that was not interrupted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import assert_same
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import fastlr
+
+BATCHES = 5  # in each epoch
+BATCH_SIZE = 4
+
+
+def make_model(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+
+
+def make_optimizer(model: torch.nn.Module) -> fastlr.FusedCyclicSGD:
+    return fastlr.FusedCyclicSGD(
+        model.parameters(),
+        base_lr=0.01,
+        max_lr=0.2,
+        step_size_up=3,
+        mode="triangular2",
+        momentum=0.9,
+        dampening=0.1,
+        weight_decay=0.01,
+    )
+
+
+def make_data() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        {"x": torch.randn(6, generator=generator), "labels": torch.tensor(k % 3)}
+        for k in range(BATCHES * BATCH_SIZE)
+    ]
+
+
+def train(
+    model: torch.nn.Module, opt: Any, steps: int, *, start: int = 0, after_step: Any = None
+) -> fastlr.FusedSGD:
+    """A plain loop over the same data again and again."""
+    data = make_data()
+    for step in range(start, start + steps):
+        batch = [data[(step * BATCH_SIZE + k) % len(data)] for k in range(BATCH_SIZE)]
+        x, y = (torch.stack([sample[key] for sample in batch]) for key in ("x", "labels"))
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        if after_step is not None:
+            after_step()
+        opt.zero_grad()
+    return opt
+
+
+def assert_same_run(
+    expected: tuple[torch.nn.Module, fastlr.FusedSGD], actual: tuple[torch.nn.Module, fastlr.FusedSGD]
+) -> None:
+    """The same weights, momenta, clock and rate, all to the bit."""
+    (model, opt), (other_model, other_opt) = expected, actual
+    assert opt.clock() == other_opt.clock()
+    assert opt.param_groups[0]["lr"] == other_opt.param_groups[0]["lr"]
+    assert opt.param_groups[0]["lr"] == opt.param_groups[0]["lr_schedule"](opt.clock().updates)
+    assert_same(model.parameters(), other_model.parameters())
+    momenta = [
+        [o.state[p].get("momentum_buffer", torch.zeros(())) for p in m.parameters()]
+        for m, o in ((model, opt), (other_model, other_opt))
+    ]
+    assert_same(*momenta)
+
+
+# -- torch.distributed.checkpoint ----------------------------------------------------------------
+
+OPTIONS = {
+    "plain": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def trained_for(steps: int) -> tuple[torch.nn.Module, fastlr.FusedCyclicSGD]:
+    model = make_model()
+    return model, train(model, make_optimizer(model), steps)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_distributed_state_dict_helpers_change_nothing(steps: int, options: StateDictOptions):
+    untouched, touched = trained_for(steps), trained_for(steps)
+    weights = [p.detach().clone() for p in touched[0].parameters()]
+    saved = get_optimizer_state_dict(*touched, options=options)
+    assert touched[1].clock() == (steps, 0)
+    set_optimizer_state_dict(*touched, saved, options=options)
+    assert touched[1].clock() == (steps, 0)
+    assert_same(weights, touched[0].parameters())
+    for model, opt in (untouched, touched):
+        train(model, opt, 6, start=steps)
+    assert_same_run(untouched, touched)
+
+
+@one_process
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("steps", [0, 4])
+def test_distributed_checkpoint_continues_the_run(tmp_path: Path, steps: int, options: StateDictOptions):
+    uninterrupted = trained_for(steps + 6)
+    model, opt = trained_for(steps)
+    saved = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, opt, options=options)}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+
+    fresh = make_model(seed=1)
+    # What is read must have the same keys; the values are the file's.
+    fresh_opt = fastlr.FusedCyclicSGD(fresh.parameters(), base_lr=0.5, max_lr=0.6, momentum=0.5)
+    template = {
+        "model": fresh.state_dict(),
+        "optim": get_optimizer_state_dict(fresh, fresh_opt, options=options),
+    }
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    fresh.load_state_dict(template["model"])
+    set_optimizer_state_dict(fresh, fresh_opt, template["optim"], options=options)
+    train(fresh, fresh_opt, 6, start=steps)
+    assert_same_run(uninterrupted, (fresh, fresh_opt))
+
+
+def test_distributed_helpers_carry_an_sgd_run_over():
+    model = make_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1, foreach=False)
+    train(model, sgd, 4)
+    fused_model = copy.deepcopy(model)
+    fused = fastlr.FusedSGD(fused_model.parameters(), lr=0.5, momentum=0.5)
+    set_optimizer_state_dict(fused_model, fused, get_optimizer_state_dict(model, sgd))
+    assert_same(model.parameters(), fused_model.parameters())
+    train(model, sgd, 3)
+    train(fused_model, fused, 3)
+    assert_same(model.parameters(), fused_model.parameters())
+
+
+# -- Lightning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning on new PyTorch
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("with_scheduler", [False, True], ids=["optimizer", "optimizer-and-scheduler"])
+def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool):
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.model = make_model(seed)
+            self.rates: list[float] = []
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+            return torch.nn.functional.cross_entropy(self.model(batch["x"]), batch["labels"])
+
+        def configure_optimizers(self) -> Any:
+            opt = make_optimizer(self.model)
+            if not with_scheduler:
+                return opt
+            scheduler = fastlr.integrations.ReadOnlyScheduler(opt)
+            return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def run(seed: int, resume_from: Path | None = None) -> tuple[Module, fastlr.FusedCyclicSGD]:
+        module = Module(seed)
+        trainer = lightning.Trainer(
+            max_epochs=4,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            gradient_clip_val=1.0,
+            callbacks=[lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        data = torch.utils.data.DataLoader(make_data(), batch_size=BATCH_SIZE)
+        trainer.fit(module, data, ckpt_path=resume_from)
+        return module, trainer.optimizers[0]
+
+    module, opt = run(seed=0)
+    assert opt.clock() == (4 * BATCHES, 0)
+    schedule = opt.param_groups[0]["lr_schedule"]
+    assert module.rates == schedule.values(0, 4 * BATCHES).tolist()
+    resumed, resumed_opt = run(seed=1, resume_from=tmp_path / "epoch=1.ckpt")
+    assert resumed.rates == module.rates[2 * BATCHES :]
+    assert_same_run((module, opt), (resumed, resumed_opt))
+
+
+# -- Hugging Face --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in global objects, which a later test must not inherit."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+class Classifier(torch.nn.Module):
+    """Takes and returns what transformers.Trainer expects."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.model = make_model(seed)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.model(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def make_trainer(model: Classifier, folder: Path, optimizers: tuple[Any, Any]) -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=12,
+            save_steps=7,
+            logging_steps=1,
+            per_device_train_batch_size=BATCH_SIZE,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=make_data(),
+        optimizers=optimizers,
+    )
+
+
+@pytest.mark.usefixtures("_accelerate_state")
+def test_transformers_trainer_resumes_midway(tmp_path: Path):
+    def run(seed: int, resume_from: Path | None = None) -> tuple[Classifier, fastlr.FusedCyclicSGD, Any]:
+        model = Classifier(seed)
+        opt = make_optimizer(model)
+        trainer = make_trainer(model, tmp_path, (opt, fastlr.integrations.ReadOnlyScheduler(opt)))
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return model, opt, trainer
+
+    model, opt, trainer = run(seed=0)
+    assert opt.clock() == (12, 0)
+    schedule = opt.param_groups[0]["lr_schedule"]
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == schedule.values(1, 13).tolist()  # after each step, what the next will use
+    resumed, resumed_opt, _ = run(seed=1, resume_from=tmp_path / "checkpoint-7")
+    assert_same_run((model, opt), (resumed, resumed_opt))
+
+
+@pytest.mark.usefixtures("_accelerate_state")
+def test_transformers_own_scheduler_is_noticed(tmp_path: Path):
+    model = Classifier(seed=0)
+    trainer = make_trainer(model, tmp_path, (make_optimizer(model), None))
+    with pytest.raises(RuntimeError, match=r"a schedule owns it.*ReadOnlyScheduler"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("_accelerate_state")
+def test_accelerate_prepares_saves_and_loads(tmp_path: Path):
+    import accelerate
+
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def prepared(seed: int) -> tuple[Any, Any, Any]:
+        model = make_model(seed)
+        opt = make_optimizer(model)
+        return accelerator.prepare(model, opt, fastlr.integrations.ReadOnlyScheduler(opt))
+
+    plain = trained_for(10)
+    model, opt, scheduler = prepared(seed=0)
+    train(model, opt, 4, after_step=scheduler.step)
+    accelerator.save_state(str(tmp_path))
+    train(model, opt, 6, start=4, after_step=scheduler.step)
+    assert scheduler.get_last_lr() == [plain[1].param_groups[0]["lr"]]
+    assert_same_run(plain, (model, opt.optimizer))
+
+    accelerator.load_state(str(tmp_path))
+    assert opt.optimizer.clock() == (4, 0)
+    train(model, opt, 6, start=4, after_step=scheduler.step)
+    assert_same_run(plain, (model, opt.optimizer))

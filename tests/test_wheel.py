@@ -1,0 +1,86 @@
+"""What a built wheel and a source distribution hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path, PurePosixPath
+
+import pytest
+from native import toolchain
+
+
+def has_build_backend() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("scikit_build_core", "pybind11"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel as ``pip install .`` would build it."""
+    out = tmp_path_factory.mktemp("wheel")
+    isolation = ["--no-build-isolation"] if has_build_backend() else []
+    toolchain.run_or_fail(
+        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *isolation),
+        *("--wheel-dir", out, toolchain.ROOT),
+    )
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def extension(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (name,) = (n for n in wheel.namelist() if PurePosixPath(n).match("fastlr/_core*.so"))
+    return Path(wheel.extract(name, tmp_path_factory.mktemp("extension")))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
+    names = {PurePosixPath(n) for n in wheel.namelist()}
+    info = {n for n in names if n.parts[0].endswith(".dist-info")}
+    sources = {
+        PurePosixPath(path.relative_to(toolchain.ROOT).as_posix())
+        for path in (toolchain.ROOT / "fastlr").rglob("*")
+        if path.suffix in (".py", ".pyi", ".typed")
+    }
+    assert {PurePosixPath("fastlr/py.typed"), PurePosixPath("fastlr/_core.pyi")} <= sources
+    compiled = [n for n in names if n.suffix == ".so"]
+    assert len(compiled) == 1, compiled
+    assert compiled[0].match("fastlr/_core*.so")
+    # No tests, no C++ sources, no benchmarks, no settings.
+    assert names - info == sources | set(compiled)
+    assert any(n.name == "LICENSE" for n in info)
+
+
+def test_wheel_needs_only_torch_and_numpy(wheel: zipfile.ZipFile):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    always = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert {re.match(r"[\w-]+", r)[0] for r in always} == {"torch", "numpy"}
+    assert metadata["Requires-Python"] == ">=3.10"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_extension_links_to_no_torch_openmp_or_python(extension: Path):
+    dynamic = toolchain.run_or_fail(toolchain.tool("readelf"), "-d", extension)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert any(n.startswith("libc.so") for n in needed), dynamic
+    forbidden = r"lib(torch|c10|gomp|omp|iomp|python|cuda)"
+    assert not [n for n in needed if re.match(forbidden, n)]
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+
+
+def test_source_distribution_can_build_the_extension(tmp_path: Path):
+    if not has_build_backend():
+        pytest.skip("needs scikit-build-core and pybind11")
+    script = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    toolchain.run_or_fail(sys.executable, "-c", script, cwd=toolchain.ROOT)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {PurePosixPath(*PurePosixPath(n).parts[1:]).as_posix() for n in archive.getnames()}
+    sources = {p.relative_to(toolchain.ROOT).as_posix() for p in toolchain.CSRC.rglob("*.*")}
+    assert len(sources) > 10
+    assert sources | {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not [n for n in names if n.startswith((".ci", ".git/", ".venv", "report", "build"))]
