@@ -53,59 +53,6 @@ std::string describe(const Place& place) {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-bool is_complex(dlpack::DataType type) { return type.code == dlpack::kComplex; }
-
-bool same(dlpack::DataType a, dlpack::DataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
-
-bool same(dlpack::Device a, dlpack::Device b) { return a.type == b.type && a.id == b.id; }
-
-// The type of a tensor's real numbers; false where there is no kernel for it.
-bool storage_type(dlpack::DataType type, StorageType& out) {
-  const int bits = is_complex(type) ? type.bits / 2 : type.bits;
-  if (type.lanes != 1) return false;
-  if (type.code == dlpack::kBfloat && bits == 16) {
-    out = StorageType::kBFloat16;
-    return true;
-  }
-  if (type.code != dlpack::kFloat && type.code != dlpack::kComplex) return false;
-  switch (bits) {
-    case 16:
-      out = StorageType::kFloat16;
-      return true;
-    case 32:
-      out = StorageType::kFloat32;
-      return true;
-    case 64:
-      out = StorageType::kFloat64;
-      return true;
-    default:
-      return false;
-  }
-}
-
-// A loop, as there are few dimensions and std::equal would call memcmp for each.
-bool same_numbers(const int64_t* a, const int64_t* b, int32_t count) {
-  for (int32_t i = 0; i < count; ++i) {
-    if (a[i] != b[i]) return false;
-  }
-  return true;
-}
-
-bool same_shape(const TensorView& a, const TensorView& b) {
-  return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim);
-}
-
-// Whether two tensors of one shape lie in memory in one order. Strides of dimensions of size one,
-// which are never taken, may differ.
-bool same_order(const TensorView& a, const TensorView& b) {
-  for (int32_t d = 0; d < a.ndim; ++d) {
-    if (a.strides[d] != b.strides[d] && a.shape[d] != 1) return false;
-  }
-  return true;
-}
-
 // Whether a tensor method without arguments (is_conj, is_neg) returns true.
 bool holds(PyObject* tensor, const char* method) {
   const Owned answer = checked(PyObject_CallMethod(tensor, method, nullptr));
@@ -151,68 +98,38 @@ void SgdPlan::classify(Parameter& parameter, const TensorView& view, const Place
     refuse(describe(place) + " has " + type_name(view.dtype) +
            "; supported are float16, bfloat16, float32, float64 and the complex types.");
   }
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  int64_t numel = 1;
-  for (int32_t d = 0; d < view.ndim; ++d) {
-    numel *= view.shape[d];
-    if (view.shape[d] > 1) dims.emplace_back(view.strides[d], view.shape[d]);
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;  // the farthest element of the dimensions so far
-  int64_t packed = 1;
-  bool dense = true;
-  for (const auto& dim : dims) {
-    if (numel > 0 && dim.first <= reach) {
-      refuse(describe(place) +
-             " has elements that share memory (an expanded or overlapping view), so they cannot be "
-             "updated one by one; give the optimizer a clone() of it.");
-    }
-    dense = dense && dim.first == packed;
-    reach += (dim.second - 1) * dim.first;
-    packed *= dim.second;
+  const MemoryOrder order = memory_order(view);
+  if (order.overlapping) {
+    refuse(describe(place) +
+           " has elements that share memory (an expanded or overlapping view), so they cannot be "
+           "updated one by one; give the optimizer a clone() of it.");
   }
   parameter.shape.assign(view.shape, view.shape + view.ndim);
   parameter.strides.assign(view.strides, view.strides + view.ndim);
-  parameter.numel = numel;
-  parameter.extent = numel == 0 ? 0 : reach + 1;
-  parameter.dense = dense;
+  parameter.order = order;
   parameter.dtype = view.dtype;
 }
 
 void SgdPlan::set_layout(const Place& place, const Parameter& parameter, const TensorView& p,
                          const TensorView& g, const TensorView* m, TensorRef& ref) {
-  const int pair = is_complex(p.dtype) ? 2 : 1;
-  ref.numel = parameter.numel * pair;
+  ref.numel = parameter.order.numel * (is_complex(p.dtype) ? 2 : 1);
   ref.layout = -1;
-  if (parameter.numel <= 1) return;
-  if (parameter.dense && same_order(p, g) && (m == nullptr || same_order(p, *m))) return;
-
-  std::vector<int32_t> dims;
-  for (int32_t d = 0; d < p.ndim; ++d) {
-    if (p.shape[d] != 1) dims.push_back(d);
-  }
-  if (dims.size() + pair - 1 > kMaxDims) {
+  if (parameter.order.numel <= 1) return;
+  if (parameter.order.dense && same_order(p, g) && (m == nullptr || same_order(p, *m))) return;
+  StridedLayout layout;
+  if (!strided_layout(p, g, m, layout)) {
     refuse(describe(place) + " has more than " + std::to_string(kMaxDims) +
            " dimensions and lies in another order than its gradient or momentum.");
   }
-  // In the order of the parameter's memory, farthest first.
-  std::sort(dims.begin(), dims.end(),
-            [&](int32_t a, int32_t b) { return p.strides[a] > p.strides[b]; });
-  StridedLayout layout{};
-  for (const int32_t d : dims) {
-    const int32_t k = layout.ndim++;
-    layout.shape[k] = p.shape[d];
-    layout.param[k] = p.strides[d] * pair;
-    layout.grad[k] = g.strides[d] * pair;
-    layout.momentum[k] = m == nullptr ? 0 : m->strides[d] * pair;
-  }
-  if (pair == 2) {
-    const int32_t k = layout.ndim++;
-    layout.shape[k] = 2;
-    layout.param[k] = layout.grad[k] = layout.momentum[k] = 1;
-  }
   ref.layout = static_cast<int32_t>(layouts_.size());
   layouts_.push_back(layout);
+}
+
+// Notes memory that the step will write.
+void SgdPlan::will_write(const void* data, int64_t extent, dlpack::DataType type) {
+  if (extent == 0) return;
+  const char* begin = static_cast<const char*>(data);
+  written_.emplace_back(begin, begin + extent * (type.bits / 8));
 }
 
 void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, PyObject* buffer,
@@ -240,20 +157,21 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
     refuse("the momentum_buffer of " + describe(place) +
            " is a lazily conjugated view; replace it by momentum_buffer.resolve_conj().");
   }
-  if (m.data == nullptr && parameter.numel > 0) {
+  if (m.data == nullptr && parameter.order.numel > 0) {
     refuse("the momentum_buffer of " + describe(place) + " has no memory of its own.");
   }
   ref.momentum = m.data;
   set_layout(place, parameter, p, g, &m, ref);
-  const int64_t pair = is_complex(p.dtype) ? 2 : 1;
-  int64_t reach = 0;
-  for (int32_t d = 0; d < m.ndim; ++d) {
-    if (m.shape[d] > 1) reach += (m.shape[d] - 1) * m.strides[d];
+  int64_t extent = parameter.order.extent;
+  if (!same_order(p, m)) {
+    const MemoryOrder order = memory_order(m);
+    if (order.overlapping) {
+      refuse("the momentum_buffer of " + describe(place) +
+             " has elements that share memory; replace it by a clone() of it.");
+    }
+    extent = order.extent;
   }
-  if (parameter.numel > 0) {
-    const char* begin = static_cast<const char*>(m.data);
-    written_.emplace_back(begin, begin + (reach + 1) * pair * storage_bytes(ref.momentum_type));
-  }
+  will_write(m.data, extent, m.dtype);
 }
 
 void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
@@ -272,7 +190,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
     refuse(describe(place) + " is on " + device_name(p.device) +
            ", but this build of fastlr updates tensors on the CPU only: " + kCudaStatus + ".");
   }
-  if (p.data == nullptr && parameter.numel > 0) {
+  if (p.data == nullptr && parameter.order.numel > 0) {
     refuse(
         describe(place) + " is a " + Py_TYPE(tensor)->tp_name +
         " without memory of its own (a DTensor, FakeTensor or other wrapper); give the optimizer "
@@ -290,16 +208,17 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   if (!same_shape(p, g)) {
     refuse("the gradient of " + describe(place) + " has shape " + shape_of(grad.get()) + ".");
   }
-  if (g.data == nullptr && parameter.numel > 0) {
+  if (g.data == nullptr && parameter.order.numel > 0) {
     refuse("the gradient of " + describe(place) + " is a " + Py_TYPE(grad.get())->tp_name +
            " without memory of its own.");
   }
-  if (may_be_lazy(p, parameter.numel, parameter.dense) && is_lazy(tensor)) {
+  if (may_be_lazy(p, parameter.order.numel, parameter.order.dense) && is_lazy(tensor)) {
     refuse(describe(place) +
            " is a lazily conjugated or negated view; give the optimizer a parameter made from "
            "resolve_conj().resolve_neg().");
   }
-  if (may_be_lazy(g, parameter.numel, parameter.dense && same_order(p, g)) && is_lazy(grad.get())) {
+  if (may_be_lazy(g, parameter.order.numel, parameter.order.dense && same_order(p, g)) &&
+      is_lazy(grad.get())) {
     grad = checked(PyObject_CallMethod(grad.get(), "resolve_conj", nullptr));
     grad = checked(PyObject_CallMethod(grad.get(), "resolve_neg", nullptr));
     g = read(grad.get(), "gradient", place);
@@ -311,11 +230,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
   ref.momentum_type = ref.type;
-  if (parameter.numel > 0) {
-    const int64_t bytes = storage_bytes(ref.type) * (is_complex(p.dtype) ? 2 : 1);
-    const char* begin = static_cast<const char*>(p.data);
-    written_.emplace_back(begin, begin + parameter.extent * bytes);
-  }
+  will_write(p.data, parameter.order.extent, p.dtype);
 
   if (!has_momentum) {
     set_layout(place, parameter, p, g, nullptr, ref);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "groups.h"
+#include "layout.h"
 #include "owned.h"
 #include "step.h"
 #include "tensor_view.h"
@@ -37,13 +38,11 @@ class SgdPlan {
     HeldReference held;
     PyObject* momentum = nullptr;  // the buffer that momentum_held was taken from; only compared
     HeldReference momentum_held;
-    // What the next three follow from.
+    // What `order` follows from.
     dlpack::DataType dtype{0, 0, 0};
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
-    int64_t numel = 0;
-    int64_t extent = 0;  // elements between the first and one past the last
-    bool dense = false;
+    MemoryOrder order{};
   };
   // Where a parameter stands, for messages.
   struct Place {
@@ -70,6 +69,7 @@ class SgdPlan {
                        const TensorView& p, const TensorView& g, TensorRef& ref);
   void set_layout(const Place& place, const Parameter& parameter, const TensorView& p,
                   const TensorView& g, const TensorView* m, TensorRef& ref);
+  void will_write(const void* data, int64_t extent, dlpack::DataType type);
   bool written_memory_overlaps();
 
   Owned allocate_;

@@ -380,6 +380,28 @@ def test_meta_parameters_are_refused() -> None:
         fastlr.FusedSGD([p]).step()
 
 
+BAD_BUFFERS = {
+    "shape": (torch.zeros(3), r"momentum_buffer of parameter 0 of group 0, shape \(7,\) has shape \(3,\)"),
+    "type": (torch.zeros(7, dtype=torch.float64), "has float64; a parameter of float32 takes"),
+    "complex": (torch.zeros(7, dtype=torch.complex64), "has complex64; a parameter of float32 takes"),
+    "expanded": (torch.zeros(1).expand(7), "has elements that share memory"),
+    "meta": (torch.zeros(7, device="meta"), "momentum_buffer of parameter 0"),
+    "sparse": (torch.zeros(7).to_sparse(), "has layout torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize(("buffer", "message"), BAD_BUFFERS.values(), ids=BAD_BUFFERS.keys())
+def test_bad_momentum_buffers_are_refused(buffer: torch.Tensor, message: str) -> None:
+    model = parameters([(7,)])
+    optimizer = fastlr.FusedSGD(model, momentum=0.9)
+    train(1, (model, optimizer.step))
+    before = model[0].detach().clone()
+    optimizer.state[model[0]]["momentum_buffer"] = buffer
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same([before], [model[0].detach()])
+
+
 def test_fake_tensors_are_refused() -> None:
     model = parameters([(7,)])
     fake(model[0])
