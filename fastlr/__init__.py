@@ -7,8 +7,19 @@ from importlib.metadata import version as _version
 import torch  # noqa: F401  # first: the native code runs on the OpenMP runtime that it loads
 
 from fastlr import integrations, optim, schedules
+from fastlr._build import build_info
 from fastlr.optim import *  # noqa: F403
+from fastlr.range_test import RangeTestResult, range_test
 from fastlr.schedules import *  # noqa: F403
 
 __version__ = _version("fastlr")
-__all__ = [*optim.__all__, *schedules.__all__, "integrations", "optim", "schedules"]
+__all__ = [
+    *optim.__all__,
+    *schedules.__all__,
+    "RangeTestResult",
+    "build_info",
+    "integrations",
+    "optim",
+    "range_test",
+    "schedules",
+]

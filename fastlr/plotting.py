@@ -1,0 +1,199 @@
+"""Every picture. Matplotlib is imported inside; no display and no pyplot state is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastlr.schedules import OneCycleMomentum, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+    from fastlr.range_test import RangeTestResult
+
+__all__ = ["plot_accuracy", "plot_range_test", "plot_schedules"]
+
+# Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GREY = "#6b7280"
+_DOTS: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0}
+
+
+def plot_schedules(
+    schedules: Mapping[str, Schedule],
+    steps: int | None = None,
+    path: str | None = None,
+) -> Figure:
+    """Draws schedules over their clock, one line each.
+
+    Args:
+        schedules: name of each line and its schedule; all of one unit.
+        steps: clock units to draw, >= 1; None: up to where the last of them ends. A line ends with its
+            schedule.
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+
+    Raises:
+        ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    units = {schedule.unit for schedule in schedules.values()}
+    if len(units) != 1:
+        raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
+    if steps is None:
+        ends = [s.duration for s in schedules.values() if s.duration is not None]
+        if not ends:
+            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
+        steps = max(ends) + 1
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps!r}")
+
+    figure, axes = _figure(7.2, 3.6)
+    for i, (name, schedule) in enumerate(schedules.items()):
+        values = schedule.values(0, min(steps, schedule._last + 1))
+        style: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "label": name, "linewidth": 1.8}
+        if len(values) <= 60:  # few enough to show that the value is constant during an update
+            axes.stairs(values, baseline=None, **style)
+        else:
+            axes.plot(values, **style)
+    axes.set_xlabel(f"{units.pop()}s")
+    momentum = all(isinstance(schedule, OneCycleMomentum) for schedule in schedules.values())
+    axes.set_ylabel("momentum" if momentum else "learning rate")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if len(schedules) > 1:
+        axes.legend(frameon=False)
+    else:
+        axes.set_title(next(iter(schedules)), loc="left")
+    return _saved(figure, path)
+
+
+def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
+    """Draws a range test: what was measured, the smooth curve, and what was read from it.
+
+    The loss stands above, the accuracy (where it was measured) below; the range between the bounds is
+    shaded.
+
+    Args:
+        result: the range test's.
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+    """
+    with_accuracies = result.accuracies is not None
+    figure, *panels = _figure(8.6, 5.4 if with_accuracies else 3.6, rows=2 if with_accuracies else 1)
+    losses = panels[0]
+    losses.set_title("Learning-rate range test", loc="left")
+    losses.set_ylabel("training loss")
+    losses.plot(result.lrs, result.losses, ".", color=_COLORS[0], alpha=0.35, label="each batch", **_DOTS)
+    losses.plot(result.lrs, result.smoothed_losses, color=_COLORS[0], label="smoothed", linewidth=2)
+    _limit_to_start(losses, result.losses)
+    for name, marker in (("steepest", "v"), ("valley", "D"), ("minimum", "o")):
+        rate = getattr(result, name)
+        if rate is not None:
+            level = np.interp(rate, result.lrs, result.smoothed_losses)
+            losses.plot(
+                rate, level, marker, color="black", markersize=6, label=f"{name}: {rate:.2g}", zorder=4
+            )
+    if result.accuracies is not None and result.smoothed_accuracies is not None:
+        percent = result.metric_name == "accuracy"
+        scale, where = 100 if percent else 1, result.measured
+        panels[1].set_ylabel("validation accuracy (%)" if percent else f"validation {result.metric_name}")
+        for values, style in (
+            (result.accuracies, {"marker": "o", "linestyle": "", "alpha": 0.5, "label": "measured", **_DOTS}),
+            (result.smoothed_accuracies, {"linewidth": 2, "label": "smoothed"}),
+        ):
+            panels[1].plot(result.lrs[where], scale * values[where], color=_COLORS[1], **style)
+    for axes in panels:
+        if result.sweep == "exponential":
+            axes.set_xscale("log")
+        if result.base_lr is not None and result.max_lr is not None:
+            text = f"base_lr: {result.base_lr:.2g}\nmax_lr: {result.max_lr:.2g}"
+            axes.axvspan(result.base_lr, result.max_lr, color=_COLORS[2], alpha=0.13, linewidth=0, zorder=0)
+            axes.axvline(result.base_lr, color=_COLORS[2], linewidth=1.2)
+            axes.axvline(result.max_lr, color=_COLORS[2], linewidth=1.2, label=text)
+        if len(result.lrs) > 1:
+            axes.set_xlim(result.lrs[0], result.lrs[-1])
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+    panels[-1].set_xlabel(
+        "learning rate" + (" (log scale)" if result.sweep == "exponential" else "") + ", raised every update"
+    )
+    notes = [note for note in (result.stopped, result.reason) if note]
+    figure.text(0.01, -0.01, "; ".join(notes), fontsize=9, color=_GREY, va="top", wrap=True)
+    return _saved(figure, path)
+
+
+def plot_accuracy(
+    updates: Sequence[int],
+    accuracies: Mapping[str, ArrayLike],
+    path: str | None = None,
+    *,
+    target: float | None = None,
+) -> Figure:
+    """Draws test accuracy against updates: the mean over the runs, and a band of one standard deviation.
+
+    Args:
+        updates: at which the accuracy was measured, shape (points,).
+        accuracies: name of each line and its accuracies in [0, 1], shape (runs, points).
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+        target: an accuracy to mark.
+    """
+    figure, axes = _figure(7.2, 4.4)
+    means = []
+    for i, (name, values) in enumerate(accuracies.items()):
+        runs = 100 * np.asarray(values, dtype=np.float64)
+        mean, color = runs.mean(0), _COLORS[i % len(_COLORS)]
+        means.append(mean)
+        axes.plot(updates, mean, color=color, label=name, linewidth=1.8)
+        if len(runs) > 1:
+            deviation = runs.std(0, ddof=1)
+            low, high = mean - deviation, np.minimum(mean + deviation, 100)
+            axes.fill_between(updates, low, high, color=color, alpha=0.13, linewidth=0)
+    if target is not None:
+        text = f"target {100 * target:.1f} %"
+        axes.axhline(100 * target, color=_GREY, linestyle="--", linewidth=1.1, label=text)
+    # What tells policies apart happens at the top; the climb from chance is the same for all of them.
+    finals = [mean[-1] for mean in means]
+    best = max(float(mean.max()) for mean in means)
+    axes.set_ylim(max(0.0, min(min(finals) - 6, best - 12)), min(100.5, best + 3))
+    axes.set_xlabel("updates")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel("test accuracy (%)")
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    return _saved(figure, path)
+
+
+def _limit_to_start(axes: Axes, losses: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    """Leaves out of sight how far the loss rose after training broke down."""
+    if len(losses) == 0:
+        return
+    low, start = float(losses.min()), float(np.median(losses[: max(3, len(losses) // 10)]))
+    room = (start - low) or abs(start) or 1.0
+    axes.set_ylim(low - 0.06 * room, min(float(losses.max()), start + 0.7 * room) + 0.06 * room)
+
+
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
+    """A figure and its axes, one above the other over a shared x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.grid(True, color="#e5e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(color=_GREY)
+    return (figure, *panels)
+
+
+def _saved(figure: Figure, path: str | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, bbox_inches="tight")
+    return figure

@@ -1,0 +1,175 @@
+"""Pictures show what they are given, need no display, and are saved by suffix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastlr
+from fastlr import plotting
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+LRS = np.geomspace(1e-5, 1.0, 120)
+BOWL = 2.0 + np.log10(LRS / 0.03) ** 2 / 5
+ACCURACIES = np.where(np.arange(120) % 10 == 9, np.exp(-(np.log10(LRS / 0.01) ** 2)), np.nan)
+
+RESULTS = {
+    "loss": fastlr.RangeTestResult(LRS, BOWL),
+    "loss and accuracy": fastlr.RangeTestResult(LRS, BOWL, ACCURACIES),
+    "other metric": fastlr.RangeTestResult(LRS, BOWL, 5 * ACCURACIES, metric_name="dice"),
+    "no answer": fastlr.RangeTestResult(LRS, np.ones(120)),
+    "few accuracies": fastlr.RangeTestResult(LRS[:25], BOWL[:25], ACCURACIES[:25]),
+    "linear": fastlr.RangeTestResult(np.linspace(0, 1, 50), np.linspace(-1, 1, 50) ** 2, sweep="linear"),
+    "stopped": fastlr.RangeTestResult(LRS, np.where(np.arange(120) < 110, BOWL, np.nan)),
+    "three points": fastlr.RangeTestResult(LRS[:3], BOWL[:3]),
+    "one point": fastlr.RangeTestResult(LRS[:1], BOWL[:1]),
+    "empty": fastlr.RangeTestResult([], []),
+}
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [("png", b"\x89PNG"), ("svg", b"<svg"), ("pdf", b"%PDF")])
+def test_the_suffix_decides_the_format(suffix, mark, tmp_path):
+    path = tmp_path / f"range.{suffix}"
+    RESULTS["loss"].plot(str(path))
+    assert mark in path.read_bytes()[:500]
+
+
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
+def test_every_range_test_can_be_drawn(result):
+    figure = result.plot()
+    figure.canvas.draw()
+    losses = figure.axes[0].lines[0]
+    np.testing.assert_array_equal(losses.get_xdata(), result.lrs)
+    np.testing.assert_array_equal(losses.get_ydata(), result.losses)
+    assert figure.axes[0].get_xscale() == ("linear" if result.sweep == "linear" else "log")
+    assert len(figure.axes) == (1 if result.accuracies is None else 2)
+    assert "learning rate" in figure.axes[-1].get_xlabel()
+
+
+def test_bounds_are_shaded_and_readings_marked():
+    result = RESULTS["loss and accuracy"]
+    figure = result.plot()
+    for axes in figure.axes:
+        (span,) = axes.patches
+        box = span.get_extents().transformed(axes.transData.inverted())
+        np.testing.assert_allclose([box.x0, box.x1], [result.base_lr, result.max_lr], rtol=1e-6)
+    for name in ("steepest", "valley", "minimum"):
+        (text,) = [t for t in texts(figure) if t.startswith(name)]
+        assert float(text.split(": ")[1]) == pytest.approx(getattr(result, name), rel=0.06)
+    assert figure.axes[1].get_ylabel() == "validation accuracy (%)"
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), 100 * ACCURACIES[9::10])
+
+
+def test_without_an_answer_the_picture_says_why():
+    result = RESULTS["no answer"]
+    figure = result.plot()
+    assert not figure.axes[0].patches
+    assert result.reason in figure.texts[0].get_text()
+    assert RESULTS["stopped"].stopped in RESULTS["stopped"].plot().texts[0].get_text()
+
+
+def test_another_metric_is_named_and_not_scaled():
+    figure = RESULTS["other metric"].plot()
+    assert figure.axes[1].get_ylabel() == "validation dice"
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), 5 * ACCURACIES[9::10])
+
+
+def test_a_loss_that_explodes_does_not_hide_the_rest():
+    losses = BOWL.copy()
+    losses[-5:] = 1e30
+    low, high = fastlr.RangeTestResult(LRS, losses).plot().axes[0].get_ylim()
+    assert low < BOWL.min()
+    assert BOWL[0] < high < 10 * BOWL[0]
+
+
+SCHEDULES = {
+    "ends": (fastlr.Cosine(0.1, 0.0, 100), None, 101),
+    "ends, last value before its duration": (fastlr.OneCycle(0.1, 100), None, 100),
+    "drawn in part": (fastlr.Cosine(0.1, 0.0, 1000), 80, 80),
+    "drawn beyond its end": (fastlr.Cosine(0.1, 0.0, 100), 500, 101),
+    "endless": (fastlr.Triangular2(0.001, 0.006, 20), 300, 300),
+}
+
+
+@pytest.mark.parametrize(("schedule", "steps", "points"), SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_schedule_is_drawn_value_by_value(schedule, steps, points):
+    axes = schedule.plot(steps).axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [schedule(t) for t in range(points)])
+    assert axes.get_xlabel() == "updates"
+    assert axes.get_ylabel() == "learning rate"
+
+
+def test_few_updates_are_drawn_as_stairs():
+    schedule = fastlr.LinearRamp(0.0, 1.0, 4)
+    (stairs,) = schedule.plot().axes[0].patches
+    assert stairs.get_data().values.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_schedules_share_a_picture(tmp_path):
+    pair = {"cosine": fastlr.Cosine(0.1, 0.0, 100), "steps": fastlr.StepDecay(0.1, 30, 0.5)}
+    figure = plotting.plot_schedules(pair, path=str(tmp_path / "pair.png"))
+    assert texts(figure) == ["cosine", "steps"]
+    assert [len(line.get_ydata()) for line in figure.axes[0].lines] == [101, 101]
+    assert (tmp_path / "pair.png").stat().st_size > 1000
+
+
+def test_momentum_and_epochs_are_labelled_as_such():
+    _, momentum = fastlr.one_cycle(0.1, 100)
+    assert momentum.plot().axes[0].get_ylabel() == "momentum"
+    assert fastlr.Cosine(1.0, 0.0, 90, unit="epoch").plot().axes[0].get_xlabel() == "epochs"
+
+
+def test_drawing_a_schedule_does_not_use_up_its_warning():
+    schedule = fastlr.Cosine(0.1, 0.0, 100)
+    schedule.plot(200)
+    with pytest.warns(UserWarning, match="ended at update 100"):
+        schedule(101)
+
+
+BAD_SCHEDULES = {
+    "none": ({}, None, "one or more"),
+    "two units": (
+        {"a": fastlr.Constant(1.0), "b": fastlr.Constant(1.0, unit="epoch")},
+        10,
+        "of one unit",
+    ),
+    "no end": ({"a": fastlr.Constant(1.0)}, None, "a has no end: say how many steps"),
+    "no steps": ({"a": fastlr.Constant(1.0)}, 0, "steps must be"),
+}
+
+
+@pytest.mark.parametrize(("schedules", "steps", "message"), BAD_SCHEDULES.values(), ids=BAD_SCHEDULES.keys())
+def test_what_cannot_be_drawn_is_refused(schedules, steps, message):
+    with pytest.raises(ValueError, match=message):
+        plotting.plot_schedules(schedules, steps)
+
+
+def test_accuracy_bands_are_one_standard_deviation():
+    runs = np.array([[0.5, 0.80, 0.90], [0.5, 0.84, 0.94], [0.5, 0.88, 0.92]])
+    figure = plotting.plot_accuracy([10, 20, 30], {"a": runs, "b": runs[:1]}, target=0.9)
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [50, 84, 92])
+    (band,) = axes.collections  # a single run has no spread
+    heights = band.get_paths()[0].vertices
+    at_20 = heights[heights[:, 0] == 20][:, 1]
+    np.testing.assert_allclose([at_20.min(), at_20.max()], [80, 88])
+    assert texts(figure) == ["a", "b", "target 90.0 %"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("updates", "test accuracy (%)")
+
+
+def test_pyplot_and_the_display_stay_out_of_it(tmp_path):
+    code = (
+        "import sys, fastlr\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "fastlr.Cosine(0.1, 0.0, 100).plot()\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
