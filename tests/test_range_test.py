@@ -729,7 +729,7 @@ def test_a_curve_that_is_none_is_refused(curve, options, message):
 
 def test_on_a_plateau_the_upper_bound_is_where_the_accuracy_stops_improving():
     x = np.linspace(-5, 0, 40)
-    rises, falls = 1 / (1 + np.exp(-8 * (x + 2.5))), 1 / (1 + np.exp(-30 * (x + 1.0)))
+    rises, falls = 1 / (1 + np.exp(-8 * (x + 2.5))), 1 / (1 + np.exp(-30 * (x + 0.3)))
     bounds, ends = [], []
     for seed in range(20):
         accuracies = 0.8 * (rises - falls) + np.random.default_rng(seed).normal(0, 0.01, 40)
@@ -737,4 +737,4 @@ def test_on_a_plateau_the_upper_bound_is_where_the_accuracy_stops_improving():
         bounds.append(np.log10(found.max_lr))
         ends.append(x[np.nanargmax(found.smoothed_accuracies)])
     assert -2.3 < np.median(bounds) < -1.6
-    assert np.median(ends) > -1.5  # where the very best lies: towards the plateau's far end
+    assert np.median(ends) > -1.3  # where the very best lies: towards the plateau's far end
