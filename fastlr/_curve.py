@@ -14,9 +14,6 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 # losses of small batches leave several minima.
 _WIDTH = 0.04
 
-# But at least this many spacings of the points, so that few accuracies are smoothed as well.
-_SPACINGS = 2.0
-
 # An improvement counts where it exceeds this many of its own standard errors. The best of many points is
 # looked for, which by chance alone is two to three of them off; for losses, whose noise is not normal,
 # spikes left over add to that.
@@ -48,7 +45,7 @@ def fit(x: Array, y: Array) -> Fit:
     level, slope, error, noise = np.empty((4, n))
     for i, centre in enumerate(x):
         first, last = max(i - 2, 0), min(i + 2, n - 1)
-        width = max(_WIDTH * (x[-1] - x[0]), _SPACINGS * (x[last] - x[first]) / (last - first))
+        width = max(_WIDTH * (x[-1] - x[0]), (x[last] - x[first]) / (last - first))
         low, high = np.searchsorted(x, centre - 3 * width), np.searchsorted(x, centre + 3 * width, "right")
         d = x[low:high] - centre
         w = np.exp(-0.5 * (d / width) ** 2)

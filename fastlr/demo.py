@@ -433,8 +433,8 @@ def _page(report: Report, name: str, task: _Task, updates: int, seeds: int) -> s
     ]
     found, runs = report.found, f"{seeds} run{'s' if seeds > 1 else ''}"
     captions = {
-        "The range test": "The rate rises with every update. max_lr is where the validation accuracy was "
-        "best, base_lr a tenth of it; triangular2 cycles in the shaded range.",
+        "The range test": "The rate rises with every update. max_lr is where the validation accuracy stops "
+        "improving, base_lr a tenth of it; triangular2 cycles in the shaded range.",
         "The schedules": "What the optimizer's step evaluates; no scheduler object is involved.",
         "Accuracy against updates": f"Mean over {runs}; the bands are one standard deviation wide to either "
         "side. The best fixed rate and the best step decay are shown. The picture leaves out the climb from "
