@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What `make test` installs besides fastlr; `TEST_EXTRAS=test,frameworks` adds Lightning and transformers.
 TEST_EXTRAS ?= test
 
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastlr -name '*.h' -o -name '*.cpp' -o -name '*.py*')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastlr -name '*.h' -o -name '*.cpp' -o -name '*.py' -o -name '*.pyi')
 
 .PHONY: demo test lint bench clean
 .SECONDARY:

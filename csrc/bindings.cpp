@@ -60,6 +60,7 @@ py::array_t<double> schedule_values(const NativeSchedule& schedule, int64_t star
 }
 
 const NativeSchedule* native_of(PyObject* native) {
+  if (!py::isinstance<NativeSchedule>(native)) return nullptr;
   return py::handle(native).cast<const NativeSchedule*>();
 }
 

@@ -40,25 +40,15 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-// A view that owns a reference to its tensor, until deleter(self).
-struct ManagedTensor {
-  Version version;
-  void* manager_ctx;
-  void (*deleter)(ManagedTensor* self);
-  uint64_t flags;
-  Tensor tensor;
-};
-
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
-  void* managed_tensor_allocator;  // fastlr does not call it
-  // 0, or -1 with a Python error set; so for the next one.
-  int (*managed_tensor_from_py_object)(void* object, ManagedTensor** out);
-  void* managed_tensor_to_py_object;  // fastlr does not call it
-  // Fills a view of a tensor that the Python object keeps owning.
+  // Functions that fastlr does not call; they keep the next one at its place.
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  // Fills a view of a tensor that the Python object keeps owning; 0, or -1 with a Python error set.
   int (*tensor_from_py_object)(void* object, Tensor* out);
-  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
 }  // namespace dlpack

@@ -84,9 +84,16 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
   Driven driven;
   PyObject* owner = item(group, schedule_key);
   if (owner == Py_None) return driven;
-  const Owned native = checked(PyObject_GetAttr(owner, keys().native));
+  const Owned native(PyObject_GetAttr(owner, keys().native));
   driven.owner = owner;
-  driven.schedule = native_of(native.get());  // lives as long as its owner, which the group holds
+  // It lives as long as its owner, which the group holds.
+  driven.schedule = native ? native_of(native.get()) : nullptr;
+  if (driven.schedule == nullptr) {
+    PyErr_Clear();
+    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(schedule_key)) +
+                                " of a parameter group must be a fastlr schedule or None, got a " +
+                                Py_TYPE(owner)->tp_name + "; use optimizer.set_schedule()");
+  }
   const int64_t now =
       integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
   const int64_t start = integer_item(group, start_key);
@@ -98,6 +105,10 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
   driven.clock = now - start;
   return driven;
 }
+
+// From a warning in the middle of a step up to the caller of step(): the warning itself, _step,
+// step.
+constexpr int kFramesToCaller = 5;
 
 // What the next update uses for a hyperparameter; checked against its schedule where it has one.
 double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObject* key,
@@ -116,8 +127,8 @@ double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObj
         name + "=" + number(found) + ").");
   }
   if (driven.clock > driven.schedule->end) {
-    checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "L",
-                                static_cast<long long>(driven.clock)));
+    checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "Li",
+                                static_cast<long long>(driven.clock), kFramesToCaller));
   }
   return expected;
 }
@@ -154,6 +165,12 @@ SgdOptions read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
   options.weight_decay = real_item(group, k.weight_decay);
   options.nesterov = flag_item(group, k.nesterov);
   options.maximize = flag_item(group, k.maximize);
+  if (integer_item(group, k.updates) < 0 || integer_item(group, k.samples) < 0 ||
+      integer_item(group, k.updates) == INT64_MAX) {
+    throw std::invalid_argument("the clock" + in_group(index) + " is out of range: " +
+                                std::to_string(integer_item(group, k.updates)) + " updates, " +
+                                std::to_string(integer_item(group, k.samples)) + " samples");
+  }
   const auto finite = [](double x) { return std::isfinite(x); };
   require(finite(options.lr) && options.lr >= 0.0, "lr", index, "finite and >= 0", options.lr);
   require(options.momentum >= 0.0 && options.momentum < 1.0, "momentum", index, "in [0, 1)",
@@ -170,9 +187,14 @@ void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf
   const Keys& k = keys();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    const auto move = [group](PyObject* key, int64_t by) {
+    const auto move = [group, i](PyObject* key, int64_t by) {
       if (by == 0) return;
-      const Owned value = checked(PyLong_FromLongLong(integer_item(group, key) + by));
+      int64_t moved;
+      if (__builtin_add_overflow(integer_item(group, key), by, &moved)) {
+        throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
+                                    " would pass 2**63");
+      }
+      const Owned value = checked(PyLong_FromLongLong(moved));
       if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
     };
     move(k.updates, updates);

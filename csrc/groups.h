@@ -22,7 +22,7 @@ struct NativeSchedule {
 // The value at a clock >= 0, computed in the default floating-point environment.
 double schedule_value(const NativeSchedule& schedule, int64_t clock);
 
-// Finds the NativeSchedule behind the object that a Python schedule keeps as `_native`.
+// Finds the NativeSchedule behind the object that a Python schedule keeps as `_native`, or nullptr.
 using NativeOf = const NativeSchedule* (*)(PyObject * native);
 
 // A group's hyperparameters for the next update. Throws std::invalid_argument for a value out of

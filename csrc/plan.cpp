@@ -60,8 +60,8 @@ bool holds(PyObject* tensor, const char* method) {
 }
 
 // PyTorch marks a tensor as conjugated or negated instead of computing it; its memory then holds
-// other values than it says. Only views of complex tensors are marked: complex ones, or real ones
-// whose elements are two apart or that have a single element.
+// other values than it says. Its public functions mark views of complex tensors only: complex ones,
+// and real ones whose elements are two apart, which shows unless there is a single element.
 bool may_be_lazy(const TensorView& view, int64_t numel, bool dense) {
   return is_complex(view.dtype) || numel == 1 || !dense;
 }
@@ -176,7 +176,7 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
 
 void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   Parameter& parameter = parameters_[position];
-  PyObject* tensor = parameter.tensor.get();
+  PyObject* tensor = parameter.tensor;
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
@@ -210,7 +210,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   }
   if (g.data == nullptr && parameter.order.numel > 0) {
     refuse("the gradient of " + describe(place) + " is a " + Py_TYPE(grad.get())->tp_name +
-           " without memory of its own.");
+           " without plain memory of its own.");
   }
   if (may_be_lazy(p, parameter.order.numel, parameter.order.dense) && is_lazy(tensor)) {
     refuse(describe(place) +
@@ -237,17 +237,13 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   } else {
     PyObject* buffer = nullptr;
     if (parameter.state) {
-      buffer = PyDict_GetItemWithError(parameter.state.get(), names().momentum_buffer);
+      buffer = PyDict_GetItemWithError(parameter.state, names().momentum_buffer);
       if (buffer == nullptr && PyErr_Occurred()) throw PythonError();
     }
     if (buffer == nullptr || buffer == Py_None) {
       ref.first = true;
       new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned()});
     } else {
-      if (hold_references_ && buffer != parameter.momentum) {
-        parameter.momentum_held.hold(buffer);
-        parameter.momentum = buffer;
-      }
       attach_momentum(place, parameter, buffer, p, g, ref);
       kept_alive_.push_back(Owned::borrow(buffer));
     }
@@ -286,9 +282,9 @@ void SgdPlan::synchronize(PyObject* param_groups, PyObject* state) {
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
       PyObject* tensor = PyList_GET_ITEM(params, j);
       if (position == parameters_.size()) parameters_.emplace_back();
-      if (parameters_[position].tensor.get() == tensor) continue;
+      if (parameters_[position].tensor == tensor) continue;
       parameters_[position] = Parameter();
-      parameters_[position].tensor = Owned::borrow(tensor);
+      parameters_[position].tensor = tensor;
       changed = true;
     }
   }
@@ -296,15 +292,13 @@ void SgdPlan::synchronize(PyObject* param_groups, PyObject* state) {
   parameters_.resize(position);
   if (!changed && states_unchanged(state)) return;
 
-  hold_references_ = hold_references();
   for (Parameter& parameter : parameters_) {
-    if (hold_references_) parameter.held.hold(parameter.tensor.get());
-    PyObject* inner = PyDict_GetItemWithError(state, parameter.tensor.get());
+    PyObject* inner = PyDict_GetItemWithError(state, parameter.tensor);
     if (inner == nullptr && PyErr_Occurred()) throw PythonError();
     if (inner != nullptr && !PyDict_Check(inner)) {
       throw std::invalid_argument("the optimizer's state must hold a dict for each parameter");
     }
-    parameter.state = Owned::borrow(inner);
+    parameter.state = inner;
   }
   states_seen_.clear();
   Py_ssize_t cursor = 0;
@@ -324,7 +318,7 @@ bool SgdPlan::written_memory_overlaps() {
   return overlap_seen_;
 }
 
-PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_scale, int threads) {
+void SgdPlan::forget_step() {
   tensors_.clear();
   layouts_.clear();
   groups_.clear();
@@ -333,7 +327,25 @@ PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_s
   kept_alive_.clear();
   written_.clear();
   reader_.clear();
+}
 
+PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_scale, int threads) {
+  if (stepping_) {
+    throw std::runtime_error(
+        "step() is already running on this optimizer, in another thread or further up the stack");
+  }
+  struct Stepping {
+    explicit Stepping(SgdPlan& p) : plan(p) { plan.stepping_ = true; }
+    ~Stepping() {
+      plan.forget_step();
+      plan.stepping_ = false;
+    }
+    SgdPlan& plan;
+  } const stepping(*this);
+  return run(param_groups, state, inverse_scale, threads);
+}
+
+PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, float inverse_scale, int threads) {
   synchronize(param_groups, state);
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
@@ -351,10 +363,23 @@ PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_s
   }
   for (NewMomentum& added : new_momenta_) {
     const Parameter& parameter = parameters_[added.parameter];
-    added.buffer = checked(PyObject_CallFunctionObjArgs(allocate_.get(), parameter.tensor.get(),
+    added.buffer = checked(PyObject_CallFunctionObjArgs(allocate_.get(), parameter.tensor,
                                                         added.place.group, nullptr));
     attach_momentum(added.place, parameter, added.buffer.get(), added.param_view, added.grad_view,
                     tensors_[added.tensor]);
+  }
+  std::vector<Owned>
+      new_states;  // the dicts that the new buffers go to, made while nothing is written
+  for (const NewMomentum& added : new_momenta_) {
+    PyObject* tensor = parameters_[added.parameter].tensor;
+    Owned inner(PyObject_GetItem(state, tensor));  // a defaultdict adds an empty one
+    if (!inner) {
+      if (!PyErr_ExceptionMatches(PyExc_KeyError)) throw PythonError();
+      PyErr_Clear();
+      inner = checked(PyDict_New());
+      if (PyObject_SetItem(state, tensor, inner.get()) != 0) throw PythonError();
+    }
+    new_states.push_back(std::move(inner));
   }
   const bool serial = written_memory_overlaps();
   Owned updated = checked(PyList_New(static_cast<Py_ssize_t>(updated_.size())));
@@ -366,17 +391,13 @@ PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_s
   step_cpu(tensors_, layouts_, groups_, threads, serial);
   Py_END_ALLOW_THREADS;
 
-  for (NewMomentum& added : new_momenta_) {
-    PyObject* tensor = parameters_[added.parameter].tensor.get();
-    const Owned inner =
-        checked(PyObject_GetItem(state, tensor));  // a defaultdict adds an empty one
-    if (PyDict_SetItem(inner.get(), names().momentum_buffer, added.buffer.get()) != 0) {
+  for (size_t i = 0; i < new_momenta_.size(); ++i) {
+    if (PyDict_SetItem(new_states[i].get(), names().momentum_buffer,
+                       new_momenta_[i].buffer.get()) != 0) {
       throw PythonError();
     }
   }
   advance_groups(param_groups, 1, 0, native_of_);
-  kept_alive_.clear();
-  new_momenta_.clear();
   return updated.release();
 }
 

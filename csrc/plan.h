@@ -33,11 +33,8 @@ class SgdPlan {
 
  private:
   struct Parameter {
-    Owned tensor;
-    Owned state;  // its inner dict, or empty
-    HeldReference held;
-    PyObject* momentum = nullptr;  // the buffer that momentum_held was taken from; only compared
-    HeldReference momentum_held;
+    PyObject* tensor = nullptr;
+    PyObject* state = nullptr;  // its inner dict, or nullptr
     // What `order` follows from.
     dlpack::DataType dtype{0, 0, 0};
     std::vector<int64_t> shape;
@@ -60,6 +57,8 @@ class SgdPlan {
     Owned buffer;
   };
 
+  PyObject* run(PyObject* param_groups, PyObject* state, float inverse_scale, int threads);
+  void forget_step();
   void synchronize(PyObject* param_groups, PyObject* state);
   bool states_unchanged(PyObject* state) const;
   void gather(const Place& place, size_t position, bool has_momentum);
@@ -77,9 +76,10 @@ class SgdPlan {
   TensorReader reader_;
   std::vector<Parameter> parameters_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
-  bool hold_references_ = false;
 
-  // Filled by each step.
+  bool stepping_ = false;
+
+  // Filled by each step, empty between steps.
   std::vector<TensorRef> tensors_;
   std::vector<StridedLayout> layouts_;
   std::vector<GroupScalars> groups_;

@@ -29,6 +29,7 @@ struct KnownType {
   PyTypeObject* type;
   const dlpack::ExchangeApi* exchange;
   const PyGetSetDef* grad;  // the type's own `grad`, or nullptr: get the attribute by name
+  bool plain;               // its memory holds its values: no __torch_dispatch__ of its own
 };
 
 std::deque<KnownType> known_types;
@@ -45,11 +46,16 @@ inline const KnownType& known_type(PyTypeObject* type) {
 const KnownType& new_type(PyTypeObject* type) {
   Py_INCREF(type);  // a type that stays known must not be freed and its address taken by another
   PyObject* object = reinterpret_cast<PyObject*>(type);
-  KnownType added{type, lookup_exchange(object), nullptr};
+  KnownType added{type, lookup_exchange(object), nullptr, true};
   const Owned grad(PyObject_GetAttrString(object, "grad"));
   if (grad && Py_TYPE(grad.get()) == &PyGetSetDescr_Type) {
     added.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.get())->d_getset;
   }
+  const Owned torch_c(PyImport_ImportModule("torch._C"));
+  const Owned disabled(
+      torch_c ? PyObject_GetAttrString(torch_c.get(), "_disabled_torch_dispatch_impl") : nullptr);
+  const Owned dispatch(PyObject_GetAttrString(object, "__torch_dispatch__"));
+  added.plain = !dispatch || !disabled || dispatch.get() == disabled.get();
   PyErr_Clear();
   known_types.push_back(added);
   return known_types.back();
@@ -88,21 +94,6 @@ dlpack::DataType parse_type(const char* name) {
 
 }  // namespace
 
-void HeldReference::release() {
-  if (held_ != nullptr && held_->deleter != nullptr) held_->deleter(held_);
-  held_ = nullptr;
-}
-
-void HeldReference::hold(PyObject* tensor) {
-  release();
-  const dlpack::ExchangeApi* api = known_type(Py_TYPE(tensor)).exchange;
-  if (api == nullptr || api->managed_tensor_from_py_object == nullptr) return;
-  if (api->managed_tensor_from_py_object(tensor, &held_) != 0) {
-    held_ = nullptr;
-    PyErr_Clear();
-  }
-}
-
 bool TensorReader::exchange_enabled_ = true;
 
 bool TensorReader::exchange_available(PyObject* tensor_type) {
@@ -116,15 +107,16 @@ PyObject* TensorReader::gradient(PyObject* tensor) {
 }
 
 bool TensorReader::read(PyObject* tensor, TensorView& view) {
-  if (exchange_enabled_) {
-    if (const dlpack::ExchangeApi* api = known_type(Py_TYPE(tensor)).exchange) {
-      if (api->tensor_from_py_object(tensor, &view) != 0) return false;
-      if (view.data != nullptr) view.data = static_cast<char*>(view.data) + view.byte_offset;
-      view.byte_offset = 0;
-      return true;
-    }
+  const KnownType& type = known_type(Py_TYPE(tensor));
+  if (exchange_enabled_ && type.exchange != nullptr) {
+    if (type.exchange->tensor_from_py_object(tensor, &view) != 0) return false;
+    if (view.data != nullptr) view.data = static_cast<char*>(view.data) + view.byte_offset;
+    view.byte_offset = 0;
+  } else if (!read_attributes(tensor, view)) {
+    return false;
   }
-  return read_attributes(tensor, view);
+  if (!type.plain) view.data = nullptr;
+  return true;
 }
 
 bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
@@ -163,16 +155,6 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
   return true;
 }
 
-bool hold_references() {
-  if (!TensorReader::exchange_enabled()) return false;
-  const Owned future(PyImport_ImportModule("torch.__future__"));
-  const Owned swaps(
-      future ? PyObject_CallMethod(future.get(), "get_swap_module_params_on_conversion", nullptr)
-             : nullptr);
-  PyErr_Clear();  // where PyTorch has no such setting, nothing is swapped
-  return swaps.get() != Py_True;
-}
-
 std::string type_name(dlpack::DataType type) {
   const std::string bits = std::to_string(type.bits);
   switch (type.code) {
@@ -183,7 +165,7 @@ std::string type_name(dlpack::DataType type) {
     case dlpack::kComplex:
       return "complex" + bits;
     default:
-      return "a type that is not floating point";
+      return "an unsupported type";
   }
 }
 

@@ -18,35 +18,6 @@ namespace fastlr {
 // to the TensorReader that read it; byte_offset is always zero.
 using TensorView = dlpack::Tensor;
 
-// NOTE: [held references]
-// PyTorch 2.13 takes the interpreter lock and touches the Python object whenever the C++ references
-// to a tensor go from one to two, which every read of it does and undoes: 30 of the 50 ns that a
-// read takes, and as much again when the version counter is increased. A second reference that is
-// held all the time saves both. It keeps nothing alive that the optimizer's own reference does not,
-// and the pointer that it was given at its creation is never used: `p.data = ...` changes the
-// tensor in place. torch.utils.swap_tensors wants a single reference; hence none is held where
-// modules are converted by swapping (torch.__future__.set_swap_module_params_on_conversion), see
-// hold_references().
-class HeldReference {
- public:
-  HeldReference() = default;
-  HeldReference(HeldReference&& other) noexcept : held_(std::exchange(other.held_, nullptr)) {}
-  HeldReference& operator=(HeldReference&& other) noexcept {
-    release();
-    held_ = std::exchange(other.held_, nullptr);
-    return *this;
-  }
-  ~HeldReference() { release(); }
-
-  // Holds a reference to a tensor, in place of the one before; none where the exchange API gives
-  // none.
-  void hold(PyObject* tensor);
-
- private:
-  void release();
-  dlpack::ManagedTensor* held_ = nullptr;
-};
-
 // Reads tensors through PyTorch's DLPack exchange API (PyTorch 2.10 and newer: no Python call at
 // all), or through data_ptr() and its like where that is missing or switched off.
 class TensorReader {
@@ -73,9 +44,6 @@ class TensorReader {
   static bool exchange_enabled_;
   std::deque<std::vector<int64_t>> copied_;
 };
-
-// Whether references may be held, see NOTE [held references].
-bool hold_references();
 
 // "float32", "complex64", ... for messages.
 std::string type_name(dlpack::DataType type);

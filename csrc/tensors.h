@@ -10,10 +10,6 @@ namespace fastlr {
 
 enum class StorageType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int64_t storage_bytes(StorageType type) {
-  return type == StorageType::kFloat64 ? 8 : type == StorageType::kFloat32 ? 4 : 2;
-}
-
 // One parameter with its gradient and state. Complex tensors appear as pairs of reals.
 struct TensorRef {
   void* param;

@@ -69,7 +69,7 @@ def plot_schedules(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(schedules) > 1:
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(schedules), 4))
     else:
         axes.set_title(next(iter(schedules)), loc="left")
     return _saved(figure, path)

@@ -95,7 +95,7 @@ def test_found_inf_of_any_kind(found_inf: Any, skipped: bool) -> None:
     assert optimizer.clock().updates == (not skipped)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), 1e-42])
 def test_an_impossible_scale_is_an_error(scale: float) -> None:
     model = parameters([(3,)])
     optimizer = fastlr.FusedSGD(model)
@@ -122,3 +122,16 @@ def test_clipping_after_unscale() -> None:
         ours_scaler.update()
         reference.step()
     assert_same(theirs, ours)
+
+
+def test_a_step_that_raises_leaves_nothing_behind_for_the_next() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = fastlr.FusedSGD([p], lr=1.0)
+    made = scaler()
+    p.grad = torch.full((3,), 1024.0)
+    optimizer.param_groups[0]["weight_decay"] = -1.0
+    with pytest.raises(ValueError, match="weight_decay"):
+        made.step(optimizer)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    made.step(optimizer)
+    assert_same([-torch.ones(3)], [p.data])

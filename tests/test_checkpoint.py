@@ -254,3 +254,24 @@ def test_a_damaged_clock_is_an_error() -> None:
     saved["param_groups"][0]["lr_start"] = 5
     with pytest.raises(ValueError, match="starts at 5, after the clock, which is at 0"):
         optimizer.load_state_dict(saved)
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_a_schedule_set_since() -> None:
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.5)
+    train(1, (model, optimizer.step))
+    saved = through_file(optimizer.state_dict())
+    train(2, (model, optimizer.step), start=1)
+    optimizer.set_schedule(lr=fastlr.Cosine(0.1, 0.0, 10))
+    optimizer.load_state_dict(saved)
+    assert optimizer.clock().updates == 1
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_values_out_of_range_in_a_file_are_errors() -> None:
+    optimizer = fastlr.FusedSGD(parameters([(9,)]))
+    for key, value in (("lr", float("nan")), ("momentum", 1.5), ("momentum_dtype", "load")):
+        saved = optimizer.state_dict()
+        saved["param_groups"][0][key] = value
+        with pytest.raises(ValueError, match=f"{key} of the file's parameter group 0"):
+            optimizer.load_state_dict(saved)

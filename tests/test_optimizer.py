@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -358,6 +360,90 @@ def test_drives_a_compiled_model_and_a_compiled_caller() -> None:
     assert_same(theirs, ours)
 
 
+def test_a_cycle_through_a_hook_is_garbage() -> None:
+    def run() -> weakref.ref[torch.Tensor]:
+        layer = torch.nn.Linear(3, 2)
+        optimizer = fastlr.FusedSGD(layer.parameters(), lr=0.1, momentum=0.9)
+        layer.weight.register_hook(lambda g: g * optimizer.param_groups[0]["lr"])
+        layer.bias.owner = optimizer
+        for _ in range(3):
+            layer(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weakref.ref(layer.weight)
+
+    parameter = run()
+    gc.collect()
+    assert parameter() is None
+
+
+def test_a_step_keeps_nothing_alive() -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedSGD(model, momentum=0.9)
+    train(1, (model, optimizer.step))
+    buffer = weakref.ref(optimizer.state[model[0]]["momentum_buffer"])
+    optimizer.state.clear()
+    assert buffer() is None
+    model[1].grad = torch.ones(3).to_sparse()
+    gradient = weakref.ref(model[0].grad)
+    with pytest.raises(ValueError, match="parameter 1"):
+        optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert gradient() is None
+
+
+def test_a_step_inside_a_step_is_an_error() -> None:
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, momentum=0.9)
+    set_gradients(0, model)
+
+    class Nested(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.empty_like:
+                optimizer.step()
+            return func(*args, **(kwargs or {}))
+
+    before = model[0].detach().clone()
+    with Nested(), pytest.raises(RuntimeError, match="already running"):
+        optimizer.step()
+    assert_same([before], [model[0].detach()])
+    optimizer.step()
+    assert optimizer.clock().updates == 1
+
+
+def test_a_plain_dict_as_state_works() -> None:
+    ours, theirs = twins([(9,)])
+    fused = fastlr.FusedSGD(ours, momentum=0.9)
+    reference = torch.optim.SGD(theirs, momentum=0.9, foreach=False)
+    fused.state = {}
+    train(3, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
+def test_zero_gradients_at_rate_zero_do_not_stop_the_clock_for_good() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fastlr.FusedSGD([p], lr=fastlr.LinearRamp(0.0, 0.1, 10))
+    for _ in range(4):
+        p.grad = torch.zeros(3)
+        optimizer.step()
+    assert optimizer.clock().updates == 3  # the first is taken for a checkpoint's initializing step
+
+
+def test_groups_of_another_optimizer_bring_their_schedules() -> None:
+    old = fastlr.FusedSGD(parameters([(3,)]), lr=fastlr.Cosine(0.1, 0.0, 10))
+    new = fastlr.FusedSGD(old.param_groups)
+    assert new.param_groups[0]["lr_schedule"] == fastlr.Cosine(0.1, 0.0, 10)
+
+
+def test_a_warning_past_the_end_points_at_the_caller() -> None:
+    optimizer = fastlr.FusedSGD(parameters([(3,)]), lr=fastlr.Tabulated([0.1]))
+    optimizer.step()
+    with pytest.warns(UserWarning, match="Tabulated ended at update 0") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
 # -- errors in arguments --------------------------------------------------------------------------
 
 nan, inf = float("nan"), float("inf")
@@ -443,6 +529,37 @@ def test_bad_values_written_later_are_caught_by_the_step(name: str) -> None:
     del optimizer.param_groups[0][name]
     with pytest.raises(KeyError, match=name):
         optimizer.step()
+
+
+BAD_GROUPS: dict[str, tuple[dict[str, Any], str]] = {
+    "lr_schedule": ({"lr_schedule": "cos"}, "lr_schedule of a parameter group must be a fastlr schedule"),
+    "updates": ({"updates": -1}, "clock of parameter group 0 is out of range: -1 updates"),
+    "too-late": ({"updates": 2**63 - 1}, "clock of parameter group 0 is out of range"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GROUPS.values(), ids=BAD_GROUPS.keys())
+def test_damaged_groups_are_caught_by_the_step(change: dict[str, Any], message: str) -> None:
+    model = parameters([(4,)])
+    optimizer = fastlr.FusedSGD(model)
+    set_gradients(0, model)
+    before = model[0].detach().clone()
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same([before], [model[0].detach()])
+
+
+def test_wrong_types_and_contradictions_are_named() -> None:
+    model = parameters([(4,)])
+    with pytest.raises(TypeError, match="weight_decay of parameter group 0 must be a number, got None"):
+        fastlr.FusedSGD(model, weight_decay=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a group takes lr or base_lr, not both"):
+        fastlr.FusedCyclicSGD([{"params": model, "lr": 0.1, "base_lr": 0.2}], 0.1, 0.5)
+    optimizer = fastlr.FusedSGD(model)
+    optimizer.advance_samples(2**62)
+    with pytest.raises(ValueError, match="would pass 2"):
+        optimizer.advance_samples(2**62)
 
 
 def test_torchs_own_errors_are_kept() -> None:

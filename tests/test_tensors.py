@@ -424,6 +424,29 @@ def test_dtensors_are_refused() -> None:
         dist.destroy_process_group()
 
 
+class Quarter(torch.Tensor):
+    """Holds a quarter of the values that it stands for."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [a.as_subclass(torch.Tensor) * 4 if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+def test_tensors_whose_memory_means_something_else_are_refused(exchange: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.Tensor._make_subclass(Quarter, torch.ones(4))
+    fastlr._core.set_exchange_enabled(exchange)
+    try:
+        with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0.*Quarter without plain"):
+            fastlr.FusedSGD([p]).step()
+    finally:
+        fastlr._core.set_exchange_enabled(True)
+
+
 def test_named_parameters_are_named_in_errors() -> None:
     layer = torch.nn.Embedding(4, 3, sparse=True)
     optimizer = fastlr.FusedSGD(layer.named_parameters(), lr=0.1)

@@ -82,7 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             filled = {**self.defaults, **param_group, "updates": clock.updates}
             filled |= {"samples": clock.samples, "fresh": False}
             for name in _SCHEDULED:
-                filled |= self._hyperparameter(name, filled[name], clock, index)
+                owner = filled[f"{name}_schedule"]  # a group of another optimizer brings its own
+                filled |= self._hyperparameter(name, filled[name] if owner is None else owner, clock, index)
             self._check_group(filled, f" of parameter group {index}")
             param_group.update({key: value for key, value in filled.items() if key != "params"})
         super().add_param_group(param_group)
@@ -216,6 +217,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
 
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        try:
+            return self._apply(closure)
+        except BaseException:
+            # GradScaler takes these back only after a step that returns, and multiplies what is left into
+            # the next scale.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _apply(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -246,8 +257,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # so that neither weights nor clock move and the first update is a first update.
 
     def _only_initializes_state(self) -> bool:
-        if any(group["lr"] != 0.0 for group in self.param_groups):
-            return False
+        if self.param_groups[0]["fresh"] or any(group["lr"] != 0.0 for group in self.param_groups):
+            return False  # done once already, or a step like any other
         with_gradient = [
             (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
@@ -310,9 +321,12 @@ def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor
 
 
 def _inverse_scale(scale: float) -> float:
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"grad_scale must be finite and > 0, got {scale!r}")
-    return float(np.float32(1.0 / scale))
+    """What gradients are multiplied with: ``1 / scale``, rounded to float32 as ``unscale_`` does."""
+    if math.isfinite(scale) and scale > 0.0:
+        inverse = 1.0 / scale
+        if float(torch.finfo(torch.float32).tiny) <= inverse <= torch.finfo(torch.float32).max:
+            return float(np.float32(inverse))
+    raise ValueError(f"grad_scale must be finite and > 0, and its inverse a float32, got {scale!r}")
 
 
 def _pack_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -334,7 +348,7 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
     if sizes[0] != sizes[1]:
         return None  # PyTorch raises next
 
-    groups = []
+    groups: list[dict[str, Any]] = []
     momenta: dict[torch.Tensor, torch.Tensor] = {}
     state = {
         key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
@@ -344,13 +358,15 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
         for name in _SCHEDULED:
             owner = saved.get(f"{name}_schedule")
             if owner is None:
-                keep = (f"{name}_schedule", f"{name}_start")
-                group |= {key: own[key] for key in keep}
+                schedule = group[f"{name}_schedule"] = own[f"{name}_schedule"]
+                clock = group["samples" if schedule is not None and schedule.unit == "sample" else "updates"]
+                group[f"{name}_start"] = min(own[f"{name}_start"], clock)
             else:
                 group[f"{name}_schedule"] = Schedule.from_dict(owner)
             group[name] = float(group[name])  # a torch optimizer's may be a tensor
-        if isinstance(group["momentum_dtype"], str):
-            group["momentum_dtype"] = getattr(torch, group["momentum_dtype"])
+        if group["momentum_dtype"] == "float32":
+            group["momentum_dtype"] = torch.float32
+        optimizer._check_group(group, f" of the file's parameter group {len(groups)}")
         groups.append(group)
         for key, parameter in zip(saved["params"], own["params"], strict=True):
             buffer = state[key].pop("momentum_buffer", None) if key in state else None

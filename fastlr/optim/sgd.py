@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fastlr import _core
@@ -13,6 +14,9 @@ from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
 Mode = Literal["triangular", "triangular2", "exp_range"]
+
+# The arguments that make up a cyclic learning rate.
+_LR_CYCLE = ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "interpolation")
 
 
 class FusedSGD(FusedOptimizer):
@@ -91,6 +95,10 @@ class FusedSGD(FusedOptimizer):
             if not valid:
                 raise ValueError(f"{name}{where} must be {expected}, got {group[name]!r}")
 
+        for name in ("dampening", "weight_decay"):
+            if not isinstance(group[name], (int, float, np.number)):
+                kind = type(group[name]).__name__
+                raise TypeError(f"{name}{where} must be a number, got {group[name]!r} ({kind})")
         lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
         check("lr", math.isfinite(lr) and lr >= 0.0, "finite and >= 0")
         check("momentum", 0.0 <= momentum < 1.0, "in [0, 1)")
@@ -204,6 +212,8 @@ class FusedCyclicSGD(FusedSGD):
                 where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or with an ``lr``.
         """
         if isinstance(param_group, dict):
+            if "lr" in param_group and (given := [key for key in _LR_CYCLE if key in param_group]):
+                raise ValueError(f"a group takes lr or {', '.join(given)}, not both")
             own = {key: param_group.pop(key) for key in self._cycle if key in param_group}
             for name, value in _cycle_schedules(**{**self._cycle, **own}).items():
                 param_group.setdefault(name, value)

@@ -172,7 +172,7 @@ class Schedule:
             self._warn_past_end(stop - 1)
         return self._native.values(start, stop)
 
-    def _warn_past_end(self, clock: int) -> None:
+    def _warn_past_end(self, clock: int, stacklevel: int = 3) -> None:
         if "_warned" in self.__dict__:
             return
         self._set(_warned=True)
@@ -180,7 +180,7 @@ class Schedule:
             f"{type(self).__name__} ended at {self.unit} {self._last} and holds its last value; "
             f"asked for {self.unit} {clock}. Join another schedule to it with then(), or stop earlier.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
     def plot(self, steps: int | None = None, path: str | None = None) -> Figure:
