@@ -157,6 +157,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, [f"{h:.1f}" for h in heights], fontsize=7)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log")
+    axes.set_yticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+    axes.minorticks_off()
     axes.set_xticks(range(len(rows)), [row["set"] for row in rows], fontsize=8)
     axes.set_ylabel("step time / fastlr's")
     axes.set_title(
