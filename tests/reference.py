@@ -7,6 +7,7 @@ that all that a test sees is the rounding of the code under test.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeAlias
 
 from mpmath import MPContext
@@ -141,3 +142,20 @@ def _through_phases(
     part = (t - exact.mpf(ends[phase])) / (ends[phase + 1] - ends[phase])
     curve = _half_cosine if anneal_strategy == "cos" else _straight
     return curve(levels[phase], levels[phase + 1], part)
+
+
+# -- SGD: one element ----------------------------------------------------------------------------------
+
+
+def sgd_nesterov(
+    p: float, g: float, m: float | None, lr: float, momentum: float, weight_decay: float
+) -> tuple[float, float]:
+    """Parameter and momentum after an update (m None: the first), in rational arithmetic.
+
+    Every line is exact until it is rounded to a double once, as a fused multiply-add does; the product
+    ``m * momentum`` is rounded before.
+    """
+    g = float(Fraction(weight_decay) * Fraction(p) + Fraction(g))
+    m = g if m is None else float(Fraction(g) + Fraction(m * momentum))
+    u = float(Fraction(m) * Fraction(momentum) + Fraction(g))
+    return float(Fraction(u) * Fraction(-lr) + Fraction(p)), m
