@@ -1,0 +1,61 @@
+// What tests see and set of the emulated CUDA: seeds, devices, statistics, failures and graphs.
+// Plain functions, to be called between launches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+// Decides the order in which threads and blocks run from now on, and how many blocks are resident
+// (multiprocessors times blocks on each).
+void set_seed(uint64_t seed);
+
+// Versions as in cudaDriverGetVersion, 12010 at first: 0 is a machine without a driver. From 12010
+// on kernels may have 32,764 bytes of parameters, else 4,096.
+void set_driver_version(int version);
+void set_device_count(int count);  // 1 at first
+
+struct Launch {
+  int device;
+  uintptr_t stream;
+  unsigned grid[3];
+  unsigned block[3];
+  size_t parameter_bytes;
+  bool captured;  // recorded, not run
+};
+
+struct Statistics {
+  int64_t launches = 0;  // run at once or recorded by a capture; replays are counted apart
+  int64_t replayed_launches = 0;
+  int64_t copies = 0;  // calls of cudaMemcpyAsync
+  int64_t uploaded_bytes = 0;
+  int64_t downloaded_bytes = 0;
+  int64_t memsets = 0;
+  int64_t stream_synchronizations = 0;
+  int64_t set_device_calls = 0;
+  // Kernels that a capture was the first to touch: lazy loading may then have to synchronise.
+  int64_t loads_in_capture = 0;
+  int last_copy_device = -1;
+  std::vector<Launch> recent_launches;  // the last 256, oldest first
+};
+Statistics statistics();
+void reset_statistics();  // kernels stay loaded
+
+// Why a launch returned cudaErrorLaunchFailure; empty where none did. As in CUDA that error sticks:
+// every later call returns it, until reset_failure().
+std::string last_failure();
+void reset_failure();
+
+// While a stream captures, launches on it are recorded with their arguments instead of run. What
+// CUDA forbids meanwhile (all host memory counts as pageable) returns
+// cudaErrorStreamCaptureUnsupported and invalidates the capture. These functions throw
+// std::runtime_error where CUDA's would return an error; end_capture also for an invalid capture.
+void begin_capture(uintptr_t stream);
+int64_t end_capture(uintptr_t stream);  // the graph's number
+void replay(int64_t graph);
+void destroy(int64_t graph);
+
+}  // namespace emulator
