@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What `make test` installs besides fastlr; `TEST_EXTRAS=test,frameworks` adds Lightning and transformers.
 TEST_EXTRAS ?= test
 
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc fastlr -name '*.h' -o -name '*.cpp' -o -name '*.py' -o -name '*.pyi')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
 .PHONY: demo test lint bench clean
 .SECONDARY:
@@ -28,7 +28,7 @@ lint: $(VENV)/installed-test,lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/installed-plot
 	$(BIN)/python benchmarks/step.py --out benchmarks/results

@@ -7,10 +7,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_plan.h"
 #include "build_info.h"
 #include "cpu/step_cpu.h"
 #include "groups.h"
-#include "plan.h"
 #include "schedule.h"
 #include "tensor_view.h"
 
@@ -59,29 +59,6 @@ py::array_t<double> schedule_values(const NativeSchedule& schedule, int64_t star
   return values;
 }
 
-const NativeSchedule* native_of(PyObject* native) {
-  if (!py::isinstance<NativeSchedule>(native)) return nullptr;
-  return py::handle(native).cast<const NativeSchedule*>();
-}
-
-// Runs a function that may leave a Python error set.
-template <typename Function>
-auto with_python_errors(Function function) {
-  try {
-    return function();
-  } catch (const PythonError&) {
-    throw py::error_already_set();
-  }
-}
-
-py::list plan_step(SgdPlan& plan, py::object param_groups, py::object state, float inverse_scale,
-                   int threads) {
-  return with_python_errors([&] {
-    return py::reinterpret_steal<py::list>(
-        plan.step(param_groups.ptr(), state.ptr(), inverse_scale, threads));
-  });
-}
-
 void advance(py::list param_groups, int64_t updates, int64_t samples) {
   with_python_errors([&] { advance_groups(param_groups.ptr(), updates, samples, native_of); });
 }
@@ -93,7 +70,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["cuda"] = false;
+  info["cuda"] = kHasCuda;
   info["cuda_status"] = kCudaStatus;
   py::list levels;
   for (const SimdLevel& level : usable_simd_levels()) levels.append(level.name);
@@ -139,12 +116,7 @@ PYBIND11_MODULE(_core, m) {
       .def("value", &schedule_value, py::arg("clock"))
       .def("values", &schedule_values, py::arg("start"), py::arg("stop"));
 
-  py::class_<SgdPlan>(m, "SgdPlan")
-      .def(py::init(
-               [](const py::function& allocate) { return new SgdPlan(allocate.ptr(), native_of); }),
-           py::arg("allocate"))
-      .def("step", &plan_step, py::arg("param_groups"), py::arg("state"), py::arg("inverse_scale"),
-           py::arg("threads"));
+  bind_plan(m);
 
   m.def("advance", &advance, py::arg("param_groups"), py::arg("updates"), py::arg("samples"));
   m.def("build_info", &build_info);

@@ -3,6 +3,13 @@
 
 namespace fastlr {
 
-constexpr const char* kCudaStatus = "this version of fastlr contains no CUDA kernels";
+#if defined(FASTLR_HAS_CUDA)
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+// Which CUDA it was built with, or why with none; FASTLR_CUDA_STATUS comes from the build.
+constexpr const char* kCudaStatus = FASTLR_CUDA_STATUS;
 
 }  // namespace fastlr

@@ -73,20 +73,13 @@ int64_t integer_item(PyObject* group, PyObject* key) {
   return result;
 }
 
-// The schedule that drives one hyperparameter of a group, and where on it the group stands.
-struct Driven {
-  PyObject* owner = nullptr;  // borrowed; nullptr where the hyperparameter is a plain number
-  const NativeSchedule* schedule = nullptr;
-  int64_t clock = 0;
-};
-
 Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
   Driven driven;
   PyObject* owner = item(group, schedule_key);
   if (owner == Py_None) return driven;
   const Owned native(PyObject_GetAttr(owner, keys().native));
   driven.owner = owner;
-  // It lives as long as its owner, which the group holds.
+  driven.native = native.get();  // lives as long as its owner, which the group holds
   driven.schedule = native ? native_of(native.get()) : nullptr;
   if (driven.schedule == nullptr) {
     PyErr_Clear();
@@ -96,13 +89,13 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
   }
   const int64_t now =
       integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
-  const int64_t start = integer_item(group, start_key);
-  if (start > now) {
+  driven.start = integer_item(group, start_key);
+  if (driven.start > now) {
     throw std::invalid_argument("a schedule of a parameter group starts at " +
-                                std::to_string(start) + ", after the clock, which is at " +
+                                std::to_string(driven.start) + ", after the clock, which is at " +
                                 std::to_string(now) + "; put it in place with set_schedule()");
   }
-  driven.clock = now - start;
+  driven.clock = now - driven.start;
   return driven;
 }
 
@@ -110,11 +103,16 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
 // step.
 constexpr int kFramesToCaller = 5;
 
+void warn_past_end(const Driven& driven, int frames) {
+  if (driven.owner == nullptr || driven.clock <= driven.schedule->end) return;
+  checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "Li",
+                              static_cast<long long>(driven.clock), frames));
+}
+
 // What the next update uses for a hyperparameter; checked against its schedule where it has one.
 double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObject* key,
-                      PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
+                      const Driven& driven) {
   const double found = real_item(group, key);
-  const Driven driven = driven_by(group, schedule_key, start_key, native_of);
   if (driven.owner == nullptr) return found;
   const double expected = schedule_value(*driven.schedule, driven.clock);
   if (!(found == expected)) {
@@ -126,10 +124,7 @@ double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObj
         "optimizer.set_schedule(" +
         name + "=" + number(found) + ").");
   }
-  if (driven.clock > driven.schedule->end) {
-    checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "Li",
-                                static_cast<long long>(driven.clock), kFramesToCaller));
-  }
+  warn_past_end(driven, kFramesToCaller);
   return expected;
 }
 
@@ -155,21 +150,42 @@ double schedule_value(const NativeSchedule& schedule, int64_t clock) {
                   schedule.table.data(), clock);
 }
 
-SgdOptions read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
+Clock read_clock(PyObject* group) {
+  return {integer_item(group, keys().updates), integer_item(group, keys().samples)};
+}
+
+void set_clock(PyObject* group, const Clock& clock) {
+  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
+  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
+  if (PyDict_SetItem(group, keys().updates, updates.get()) != 0 ||
+      PyDict_SetItem(group, keys().samples, samples.get()) != 0) {
+    throw PythonError();
+  }
+}
+
+void warn_past_end(PyObject* group, NativeOf native_of, int frames) {
   const Keys& k = keys();
-  SgdOptions options;
-  options.lr = read_scheduled(group, index, "lr", k.lr, k.lr_schedule, k.lr_start, native_of);
-  options.momentum = read_scheduled(group, index, "momentum", k.momentum, k.momentum_schedule,
-                                    k.momentum_start, native_of);
+  warn_past_end(driven_by(group, k.lr_schedule, k.lr_start, native_of), frames);
+  warn_past_end(driven_by(group, k.momentum_schedule, k.momentum_start, native_of), frames);
+}
+
+GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
+  const Keys& k = keys();
+  GroupReading reading;
+  SgdOptions& options = reading.options;
+  reading.lr = driven_by(group, k.lr_schedule, k.lr_start, native_of);
+  reading.momentum = driven_by(group, k.momentum_schedule, k.momentum_start, native_of);
+  options.lr = read_scheduled(group, index, "lr", k.lr, reading.lr);
+  options.momentum = read_scheduled(group, index, "momentum", k.momentum, reading.momentum);
   options.dampening = real_item(group, k.dampening);
   options.weight_decay = real_item(group, k.weight_decay);
   options.nesterov = flag_item(group, k.nesterov);
   options.maximize = flag_item(group, k.maximize);
-  if (integer_item(group, k.updates) < 0 || integer_item(group, k.samples) < 0 ||
-      integer_item(group, k.updates) == INT64_MAX) {
-    throw std::invalid_argument("the clock" + in_group(index) + " is out of range: " +
-                                std::to_string(integer_item(group, k.updates)) + " updates, " +
-                                std::to_string(integer_item(group, k.samples)) + " samples");
+  const Clock& clock = reading.clock = read_clock(group);
+  if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
+    throw std::invalid_argument("the clock" + in_group(index) +
+                                " is out of range: " + std::to_string(clock.updates) +
+                                " updates, " + std::to_string(clock.samples) + " samples");
   }
   const auto finite = [](double x) { return std::isfinite(x); };
   require(finite(options.lr) && options.lr >= 0.0, "lr", index, "finite and >= 0", options.lr);
@@ -180,7 +196,7 @@ SgdOptions read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
           "finite and >= 0", options.weight_decay);
   require(!options.nesterov || options.dampening == 0.0, "dampening", index, "0 with nesterov=True",
           options.dampening);
-  return options;
+  return reading;
 }
 
 void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {

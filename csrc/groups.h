@@ -25,9 +25,38 @@ double schedule_value(const NativeSchedule& schedule, int64_t clock);
 // Finds the NativeSchedule behind the object that a Python schedule keeps as `_native`, or nullptr.
 using NativeOf = const NativeSchedule* (*)(PyObject * native);
 
-// A group's hyperparameters for the next update. Throws std::invalid_argument for a value out of
-// range, and std::runtime_error where something else wrote a value that a schedule owns.
-SgdOptions read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
+// A group's clock; setting it does not evaluate its schedules.
+struct Clock {
+  int64_t updates;
+  int64_t samples;
+};
+Clock read_clock(PyObject* group);
+void set_clock(PyObject* group, const Clock& clock);
+
+// The schedule that drives one hyperparameter of a group, and where on it the group stands. All
+// pointers are nullptr where the hyperparameter is a plain number, and borrowed from the group.
+struct Driven {
+  PyObject* owner = nullptr;
+  PyObject* native = nullptr;
+  const NativeSchedule* schedule = nullptr;
+  int64_t start = 0;
+  int64_t clock = 0;  // since start
+};
+
+struct GroupReading {
+  SgdOptions options;  // for the next update
+  Driven lr;
+  Driven momentum;
+  Clock clock;
+};
+
+// Throws std::invalid_argument for a value out of range, and std::runtime_error where something
+// else wrote a value that a schedule owns.
+GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
+
+// Warns, once each, that schedules of a group have ended before its clock. frames: from the warning
+// up to the user's call.
+void warn_past_end(PyObject* group, NativeOf native_of, int frames);
 
 // Moves every group's clock and writes what its schedules say at the new one.
 void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);

@@ -2,7 +2,8 @@
 //
 // Halves are 16-bit integers here: nvcc rejects _Float16 and GCC 12 leaves loops over it scalar.
 // Rounding is to nearest, ties to even; the results equal those of the F16C instructions, NaN
-// payloads included, so that they do not depend on the SIMD level.
+// payloads included, so that they do not depend on the SIMD level. GPUs convert in one instruction,
+// with the same results but for NaN payloads, which they do not keep in any arithmetic.
 #pragma once
 
 #include <stdint.h>
@@ -51,6 +52,11 @@ FASTLR_HD float bits_float(uint32_t bits) {
 FASTLR_HD float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 
 FASTLR_HD float to_float(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   uint32_t bits;
@@ -62,16 +68,28 @@ FASTLR_HD float to_float(Float16 x) {
     bits = (magnitude << 13) + (112u << 23);
   }
   return bits_float(sign | bits);
+#endif
 }
 
 FASTLR_HD BFloat16 to_bfloat16(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 value;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
+  return value;
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+#endif
 }
 
 FASTLR_HD Float16 to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  Float16 value;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
+  return value;
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -86,6 +104,7 @@ FASTLR_HD Float16 to_float16(float x) {
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return Float16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 // A stored value in its compute type, and a computed one stored with a single rounding.

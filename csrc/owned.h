@@ -41,4 +41,16 @@ inline Owned checked(PyObject* new_reference) {
   return Owned(new_reference);
 }
 
+// Lets other Python threads run for the length of a scope.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 }  // namespace fastlr

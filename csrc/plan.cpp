@@ -70,8 +70,17 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 
 }  // namespace
 
-SgdPlan::SgdPlan(PyObject* allocate, NativeOf native_of)
-    : allocate_(Owned::borrow(allocate)), native_of_(native_of) {}
+bool SgdPlan::host_to_cuda_ = false;
+
+SgdPlan::SgdPlan(PyObject* runtime, NativeOf native_of)
+    : runtime_(Owned::borrow(runtime)),
+      native_of_(native_of)
+#if defined(FASTLR_HAS_CUDA)
+      ,
+      devices_(runtime)
+#endif
+{
+}
 
 TensorView SgdPlan::read(PyObject* tensor, const char* what, const Place& place) {
   TensorView view;
@@ -174,7 +183,19 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
   will_write(m.data, extent, m.dtype);
 }
 
-void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
+int SgdPlan::device_of(const TensorView& p, const Place& place) const {
+  if (p.device.type == dlpack::kCpu) return host_to_cuda_ ? kHostMemory : kNoDevice;
+#if defined(FASTLR_HAS_CUDA)
+  if (p.device.type == dlpack::kCuda) return p.device.id;
+  const std::string reason = "fastlr updates tensors on the CPU and on CUDA devices";
+#else
+  const std::string reason =
+      "this build of fastlr updates tensors on the CPU only: " + std::string(kCudaStatus);
+#endif
+  refuse(describe(place) + " is on " + device_name(p.device) + ", but " + reason + ".");
+}
+
+void SgdPlan::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
   Owned grad = checked(reader_.gradient(tensor));
@@ -186,10 +207,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
       !same_numbers(p.strides, parameter.strides.data(), p.ndim)) {
     classify(parameter, p, place);
   }
-  if (p.device.type != dlpack::kCpu) {
-    refuse(describe(place) + " is on " + device_name(p.device) +
-           ", but this build of fastlr updates tensors on the CPU only: " + kCudaStatus + ".");
-  }
+  const int device = device_of(p, place);
   if (p.data == nullptr && parameter.order.numel > 0) {
     refuse(
         describe(place) + " is a " + Py_TYPE(tensor)->tp_name +
@@ -224,6 +242,11 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
     g = read(grad.get(), "gradient", place);
   }
 
+  if (device != kNoDevice && parameter.order.dense && !same_order(p, g)) {
+    grad = checked(PyObject_CallMethod(runtime_.get(), "gradient_like", "OO", tensor, grad.get()));
+    g = read(grad.get(), "gradient", place);
+  }
+
   TensorRef ref{};
   ref.param = p.data;
   ref.grad = g.data;
@@ -232,16 +255,21 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
   ref.momentum_type = ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
+  // A device moves its momentum itself, and may meet another value than the host expects.
+  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  const bool has_momentum =
+      group.options.momentum != 0.0 || (device != kNoDevice && group.momentum.owner != nullptr);
+  PyObject* buffer = nullptr;
   if (!has_momentum) {
     set_layout(place, parameter, p, g, nullptr, ref);
   } else {
-    PyObject* buffer = nullptr;
     if (parameter.state) {
       buffer = PyDict_GetItemWithError(parameter.state, names().momentum_buffer);
       if (buffer == nullptr && PyErr_Occurred()) throw PythonError();
     }
     if (buffer == nullptr || buffer == Py_None) {
       ref.first = true;
+      buffer = nullptr;
       new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned()});
     } else {
       attach_momentum(place, parameter, buffer, p, g, ref);
@@ -249,6 +277,7 @@ void SgdPlan::gather(const Place& place, size_t position, bool has_momentum) {
     }
   }
   tensors_.push_back(ref);
+  sources_.push_back({position, device, buffer});
   updated_.push_back(Owned::borrow(tensor));
   kept_alive_.push_back(std::move(grad));
 }
@@ -319,9 +348,10 @@ bool SgdPlan::written_memory_overlaps() {
 }
 
 void SgdPlan::forget_step() {
-  tensors_.clear();
-  layouts_.clear();
   groups_.clear();
+  tensors_.clear();
+  sources_.clear();
+  layouts_.clear();
   new_momenta_.clear();
   updated_.clear();
   kept_alive_.clear();
@@ -329,7 +359,8 @@ void SgdPlan::forget_step() {
   reader_.clear();
 }
 
-PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_scale, int threads) {
+PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, PyObject* found_inf,
+                        PyObject* grad_scale, int threads) {
   if (stepping_) {
     throw std::runtime_error(
         "step() is already running on this optimizer, in another thread or further up the stack");
@@ -342,63 +373,188 @@ PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, float inverse_s
     }
     SgdPlan& plan;
   } const stepping(*this);
-  return run(param_groups, state, inverse_scale, threads);
+  return run(param_groups, state, found_inf, grad_scale, threads);
 }
 
-PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, float inverse_scale, int threads) {
-  synchronize(param_groups, state);
+void SgdPlan::read_groups(PyObject* param_groups) {
+  groups_.clear();
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    groups_.push_back(read_group(PyList_GET_ITEM(param_groups, i), i, native_of_));
+  }
+}
+
+void SgdPlan::gather_all(PyObject* param_groups) {
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
-    const SgdOptions options = read_group(group, i, native_of_);
-    {
-      const DefaultFloatEnvironment environment;
-      groups_.push_back({sgd_scalars<float>(options, inverse_scale),
-                         sgd_scalars<double>(options, inverse_scale)});
-    }
     const Py_ssize_t size = PyList_GET_SIZE(PyDict_GetItemWithError(group, names().params));
-    for (Py_ssize_t j = 0; j < size; ++j, ++position) {
-      gather({group, i, j}, position, options.momentum != 0.0);
+    for (Py_ssize_t j = 0; j < size; ++j, ++position) gather({group, i, j}, position);
+  }
+}
+
+// Whether the host itself updates tensors, or has the clock to itself.
+bool SgdPlan::uses_host() const {
+  bool alone = sources_.empty();
+#if defined(FASTLR_HAS_CUDA)
+  alone = alone && !devices_.any();
+#endif
+  return alone || std::any_of(sources_.begin(), sources_.end(),
+                              [](const Source& source) { return source.device == kNoDevice; });
+}
+
+void SgdPlan::step_on_host(float inverse_scale, int threads, bool in_order) {
+  std::vector<GroupScalars> scalars;
+  {
+    const DefaultFloatEnvironment environment;
+    for (const GroupReading& group : groups_) {
+      scalars.push_back({sgd_scalars<float>(group.options, inverse_scale),
+                         sgd_scalars<double>(group.options, inverse_scale)});
     }
   }
+  size_t kept = 0;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (sources_[i].device == kNoDevice) tensors_[kept++] = tensors_[i];
+  }
+  tensors_.resize(kept);
+  const WithoutGil other_threads_run;
+  step_cpu(tensors_, layouts_, scalars, threads, in_order);
+}
+
+PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, PyObject* found_inf,
+                       PyObject* grad_scale, int threads) {
+  synchronize(param_groups, state);
+  read_groups(param_groups);
+  gather_all(param_groups);
+#if defined(FASTLR_HAS_CUDA)
+  if (host_must_catch_up()) {
+    devices_.sync(param_groups, native_of_);
+    advance_groups(param_groups, 0, 0, native_of_);
+    forget_step();
+    read_groups(param_groups);
+    gather_all(param_groups);
+  }
+#endif
+
+  const bool with_host = uses_host();
+  float inverse_scale = 1.0f;
+  if (with_host && (found_inf != Py_None || grad_scale != Py_None)) {
+    const Owned answer =
+        checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO", found_inf, grad_scale));
+    if (answer.get() == Py_None) return Py_NewRef(Py_None);
+    inverse_scale = static_cast<float>(PyFloat_AsDouble(answer.get()));
+    if (PyErr_Occurred()) throw PythonError();
+  }
+
   for (NewMomentum& added : new_momenta_) {
     const Parameter& parameter = parameters_[added.parameter];
-    added.buffer = checked(PyObject_CallFunctionObjArgs(allocate_.get(), parameter.tensor,
-                                                        added.place.group, nullptr));
+    added.buffer = checked(PyObject_CallMethod(runtime_.get(), "new_momentum", "OO",
+                                               parameter.tensor, added.place.group));
     attach_momentum(added.place, parameter, added.buffer.get(), added.param_view, added.grad_view,
                     tensors_[added.tensor]);
+    sources_[added.tensor].momentum = added.buffer.get();
   }
-  std::vector<Owned>
-      new_states;  // the dicts that the new buffers go to, made while nothing is written
+  std::vector<Owned> new_states;  // the dicts that the new buffers go to
   for (const NewMomentum& added : new_momenta_) {
-    PyObject* tensor = parameters_[added.parameter].tensor;
-    Owned inner(PyObject_GetItem(state, tensor));  // a defaultdict adds an empty one
-    if (!inner) {
-      if (!PyErr_ExceptionMatches(PyExc_KeyError)) throw PythonError();
-      PyErr_Clear();
-      inner = checked(PyDict_New());
-      if (PyObject_SetItem(state, tensor, inner.get()) != 0) throw PythonError();
-    }
-    new_states.push_back(std::move(inner));
+    PyObject* inner = parameters_[added.parameter].state;
+    new_states.push_back(inner != nullptr ? Owned::borrow(inner) : checked(PyDict_New()));
   }
-  const bool serial = written_memory_overlaps();
+  const bool in_order = written_memory_overlaps();
   Owned updated = checked(PyList_New(static_cast<Py_ssize_t>(updated_.size())));
   for (size_t i = 0; i < updated_.size(); ++i) {
     PyList_SET_ITEM(updated.get(), static_cast<Py_ssize_t>(i), updated_[i].release());
   }
 
-  Py_BEGIN_ALLOW_THREADS;
-  step_cpu(tensors_, layouts_, groups_, threads, serial);
-  Py_END_ALLOW_THREADS;
+  bool captured = false;
+#if defined(FASTLR_HAS_CUDA)
+  std::vector<DeviceItem> items;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Source& source = sources_[i];
+    if (source.device == kNoDevice) continue;
+    items.push_back(
+        {source.device, tensors_[i], parameters_[source.parameter].tensor, source.momentum});
+  }
+  if (!items.empty() || devices_.any()) {
+    captured = devices_.step(items, layouts_, groups_, found_inf, grad_scale, with_host, in_order);
+  }
+#endif
+  if (with_host) step_on_host(inverse_scale, threads, in_order);
 
   for (size_t i = 0; i < new_momenta_.size(); ++i) {
+    PyObject* tensor = parameters_[new_momenta_[i].parameter].tensor;
     if (PyDict_SetItem(new_states[i].get(), names().momentum_buffer,
-                       new_momenta_[i].buffer.get()) != 0) {
+                       new_momenta_[i].buffer.get()) != 0 ||
+        PyObject_SetItem(state, tensor, new_states[i].get()) != 0) {
       throw PythonError();
     }
   }
-  advance_groups(param_groups, 1, 0, native_of_);
+  if (!captured) advance(param_groups, 1, 0);
   return updated.release();
 }
+
+// Moves the host's clocks along with what the devices were told.
+void SgdPlan::advance(PyObject* param_groups, int64_t updates, int64_t samples) {
+  advance_groups(param_groups, updates, samples, native_of_);
+#if defined(FASTLR_HAS_CUDA)
+  devices_.agree(param_groups);
+#endif
+}
+
+void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
+#if defined(FASTLR_HAS_CUDA)
+  if (!devices_.advance_samples(samples)) return;
+#endif
+  advance(param_groups, 0, samples);
+}
+
+void SgdPlan::push(PyObject* param_groups) {
+  read_groups(param_groups);
+#if defined(FASTLR_HAS_CUDA)
+  devices_.push(groups_);
+#endif
+  groups_.clear();
+}
+
+void SgdPlan::loaded([[maybe_unused]] PyObject* uninitialized) {
+#if defined(FASTLR_HAS_CUDA)
+  devices_.set_initialized(uninitialized);
+#endif
+}
+
+PyObject* SgdPlan::sync([[maybe_unused]] PyObject* param_groups) {
+#if defined(FASTLR_HAS_CUDA)
+  if (devices_.any()) {
+    const bool skipped = devices_.sync(param_groups, native_of_);
+    advance_groups(param_groups, 0, 0, native_of_);
+    return Py_NewRef(skipped ? Py_True : Py_False);
+  }
+#endif
+  return Py_NewRef(Py_None);
+}
+
+PyObject* SgdPlan::uninitialized() {
+#if defined(FASTLR_HAS_CUDA)
+  return devices_.uninitialized();
+#else
+  return checked(PyList_New(0)).release();
+#endif
+}
+
+bool SgdPlan::captured() const {
+#if defined(FASTLR_HAS_CUDA)
+  return devices_.captured();
+#else
+  return false;
+#endif
+}
+
+#if defined(FASTLR_HAS_CUDA)
+// Where the host updates tensors, or a device is new, the host's clocks are what counts.
+bool SgdPlan::host_must_catch_up() const {
+  if (!devices_.any() || devices_.host_is_exact()) return false;
+  return uses_host() || std::any_of(sources_.begin(), sources_.end(), [&](const Source& source) {
+           return source.device != kNoDevice && !devices_.knows(source.device);
+         });
+}
+#endif
 
 }  // namespace fastlr

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +15,10 @@
 #include "tensor_view.h"
 #include "tensors.h"
 
+#if defined(FASTLR_HAS_CUDA)
+#include "cuda/devices.h"
+#endif
+
 namespace fastlr {
 
 // NOTE: [what is cached]
@@ -22,14 +27,47 @@ namespace fastlr {
 // from them and is slow to find: whether a parameter is dense, the dict that holds its state,
 // whether tensors overlap. Each is compared with what it was derived from before it is used.
 class SgdPlan {
+  // Where a tensor is updated: kNoDevice by the CPU's kernels, kHostMemory or a device's index by
+  // CUDA's.
+  static constexpr int kNoDevice = -2;
+
  public:
-  // allocate(parameter, group) returns a new tensor for the parameter's momentum.
-  SgdPlan(PyObject* allocate, NativeOf native_of);
+  // runtime: see NOTE: [the runtime object]; besides, new_momentum(parameter, group) returns a new
+  // tensor for the parameter's momentum, gradient_like(parameter, gradient) a copy of the gradient
+  // that lies in memory as the parameter does, read_amp(found_inf, grad_scale) what the host makes
+  // of these: the inverse scale, or None where the update is to be skipped.
+  SgdPlan(PyObject* runtime, NativeOf native_of);
 
   // One update of all parameters that have a gradient. Everything is checked, and new momentum
   // buffers are allocated, before the first byte is written; then state and clocks move.
-  // param_groups, state: the optimizer's own. Returns the updated parameters, a new list.
-  PyObject* step(PyObject* param_groups, PyObject* state, float inverse_scale, int threads);
+  // param_groups, state: the optimizer's own. found_inf, grad_scale: GradScaler's tensors, or None.
+  // Returns the updated parameters, a new list, or None where the host knows that the update is to
+  // be skipped.
+  PyObject* step(PyObject* param_groups, PyObject* state, PyObject* found_inf, PyObject* grad_scale,
+                 int threads);
+
+  // Moves the samples clock of host and devices.
+  void advance_samples(PyObject* param_groups, int64_t samples);
+
+  // Hands schedules, hyperparameters and clocks to the devices at once, so that captured graphs
+  // follow them.
+  void push(PyObject* param_groups);
+  // After state was loaded: every buffer holds something but those of the listed parameters.
+  void loaded(PyObject* uninitialized);
+
+  // Waits for the devices and brings the groups' clocks up to date with theirs. Returns whether the
+  // last step was skipped, None where there is no device.
+  PyObject* sync(PyObject* param_groups);
+  // A new list of the parameters on devices whose momentum buffers hold nothing yet, as every
+  // update so far was skipped. Waits for the devices.
+  PyObject* uninitialized();
+
+  // Whether a CUDA graph has captured a step.
+  bool captured() const;
+
+  // Treats tensors in host memory as a device's, which the CUDA launcher updates. For tests, with a
+  // CUDA that is emulated.
+  static void route_host_to_cuda(bool enabled) { host_to_cuda_ = enabled; }
 
  private:
   struct Parameter {
@@ -47,6 +85,12 @@ class SgdPlan {
     Py_ssize_t group_index;
     Py_ssize_t index;
   };
+  // What a tensor of this step comes from.
+  struct Source {
+    size_t parameter;
+    int device;
+    PyObject* momentum;  // its buffer, or nullptr
+  };
   // A parameter that is about to get its first momentum buffer.
   struct NewMomentum {
     size_t parameter;
@@ -57,11 +101,12 @@ class SgdPlan {
     Owned buffer;
   };
 
-  PyObject* run(PyObject* param_groups, PyObject* state, float inverse_scale, int threads);
+  PyObject* run(PyObject* param_groups, PyObject* state, PyObject* found_inf, PyObject* grad_scale,
+                int threads);
   void forget_step();
   void synchronize(PyObject* param_groups, PyObject* state);
   bool states_unchanged(PyObject* state) const;
-  void gather(const Place& place, size_t position, bool has_momentum);
+  void gather(const Place& place, size_t position);
   TensorView read(PyObject* tensor, const char* what, const Place& place);
   void classify(Parameter& parameter, const TensorView& view, const Place& place) const;
   void attach_momentum(const Place& place, const Parameter& parameter, PyObject* buffer,
@@ -71,18 +116,33 @@ class SgdPlan {
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
   bool written_memory_overlaps();
 
-  Owned allocate_;
+  int device_of(const TensorView& p, const Place& place) const;
+  void read_groups(PyObject* param_groups);
+  void gather_all(PyObject* param_groups);
+  void advance(PyObject* param_groups, int64_t updates, int64_t samples);
+  bool uses_host() const;
+  void step_on_host(float inverse_scale, int threads, bool in_order);
+
+  Owned runtime_;
   NativeOf native_of_;
   TensorReader reader_;
   std::vector<Parameter> parameters_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
 
   bool stepping_ = false;
+  static bool host_to_cuda_;
+
+#if defined(FASTLR_HAS_CUDA)
+  bool host_must_catch_up() const;
+
+  Devices devices_;
+#endif
 
   // Filled by each step, empty between steps.
+  std::vector<GroupReading> groups_;
   std::vector<TensorRef> tensors_;
+  std::vector<Source> sources_;  // of tensors_, one each
   std::vector<StridedLayout> layouts_;
-  std::vector<GroupScalars> groups_;
   std::vector<NewMomentum> new_momenta_;
   std::vector<Owned> updated_;
   std::vector<Owned> kept_alive_;  // gradients and buffers, until the step is done

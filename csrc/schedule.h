@@ -69,6 +69,16 @@ static_assert(std::is_trivially_copyable<Segment>::value,
 
 constexpr double kPi = 3.14159265358979323846;
 
+// cos(pi * t / length). On the host as PyTorch's schedulers write it; a GPU's cos(), unlike its
+// cospi(), needs stack for arguments of any size. The two differ in the last bits.
+FASTLR_HD double half_turn_cosine(double t, double length) {
+#if defined(__CUDA_ARCH__)
+  return cospi(t / length);
+#else
+  return cos(kPi * t / length);
+#endif
+}
+
 FASTLR_HD double cycle_value(const Segment& s, double t) {
   const double rise = s.up / s.span;
   const double cycle = floor(1.0 + t / s.span);
@@ -85,7 +95,7 @@ FASTLR_HD double cycle_value(const Segment& s, double t) {
       height = (s.end - s.start) * (w * (2.0 - w));
       break;
     case Window::kSinusoidal:
-      height = (s.end - s.start) * ((1.0 - cos(kPi * w)) / 2.0);
+      height = (s.end - s.start) * ((1.0 - half_turn_cosine(w, 1.0)) / 2.0);
       break;
     default:
       height = (s.end - s.start) * w;
@@ -122,8 +132,8 @@ FASTLR_HD double restarts_value(const Segment& s, int64_t t) {
       length = static_cast<double>(period);
     }
   }
-  const double angle = kPi * static_cast<double>(t) / length;
-  return s.end + (s.start - s.end) * (1.0 + cos(angle)) / 2.0;
+  const double cosine = half_turn_cosine(static_cast<double>(t), length);
+  return s.end + (s.start - s.end) * (1.0 + cosine) / 2.0;
 }
 
 FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t clock) {
@@ -141,7 +151,7 @@ FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t cl
     }
     case Curve::kCosine: {
       const double part = s.span > 0.0 ? (t - s.offset) / s.span : 1.0;
-      value = s.end + (s.start - s.end) / 2.0 * (cos(kPi * part) + 1.0);
+      value = s.end + (s.start - s.end) / 2.0 * (half_turn_cosine(part, 1.0) + 1.0);
       break;
     }
     case Curve::kRestarts:

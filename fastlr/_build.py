@@ -16,12 +16,12 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``version``, ``torch``; ``compiler`` (its version); ``simd_level`` in use and the ``simd_levels``
         that this machine can run; ``threads``; ``openmp_runtime`` (the library that PyTorch loaded, None:
-        every step runs on one thread); ``tensor_access`` (how tensors are read); ``cuda`` and, where it is
-        False, ``cuda_status`` with the reason.
+        every step runs on one thread); ``tensor_access`` (how tensors are read); ``cuda``: whether it
+        contains CUDA kernels; ``cuda_status``: of which toolkit and architectures, or why not.
 
     >>> import fastlr
-    >>> fastlr.build_info()["cuda"]
-    False
+    >>> fastlr.build_info()["tensor_access"]
+    'DLPack exchange API'
     """
     exchange = _core.exchange_enabled() and _core.exchange_available(torch.Tensor)
     return {

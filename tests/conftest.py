@@ -1,11 +1,74 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the backends that the optimizers' tests run on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from cuda_on_cpu import build as cuda_on_cpu
+
+from fastlr import _core
+
+# What the emulated CUDA runs in another order each time: threads, blocks, how many are resident.
+SEEDS = (0, 1, 2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=["cpu", "cuda", "cuda-on-cpu"],
+        help="what the optimizers' tests run on, may be repeated; default: all that there are. cpu; cuda, a "
+        "device of this machine; cuda-on-cpu, the CUDA sources built for the host",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--backend") or ["cpu", "cuda", "cuda-on-cpu"]
+    backends = []
+    for name in chosen:
+        if name == "cuda-on-cpu":
+            backends += [f"cuda-on-cpu-{seed}" for seed in SEEDS]
+        elif name == "cpu" or torch.cuda.is_available():
+            backends.append(name)
+        elif metafunc.config.getoption("--backend"):
+            raise pytest.UsageError("--backend cuda: PyTorch finds no CUDA device here")
+    metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def emulated(pytestconfig: pytest.Config) -> ModuleType:
+    """The native step with the CUDA sources, emulated on the host."""
+    assert pytestconfig.cache is not None
+    return cuda_on_cpu.load_extension(cuda_on_cpu.build_extension(pytestconfig.cache.mkdir("cuda_on_cpu")))
+
+
+@pytest.fixture
+def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Optimizers that are built now update tensors in host memory by the CUDA launcher and kernels."""
+    monkeypatch.setattr(_core, "SgdPlan", emulated.SgdPlan)
+    emulated.set_seed(0)
+    emulated.route_host_to_cuda(True)
+    yield emulated
+    emulated.route_host_to_cuda(False)
+    emulated.limit_launch_capacity(0)
+    failure = emulated.last_failure()
+    emulated.reset_failure()
+    assert failure == ""
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """What updates parameters in this test: "cpu", "cuda" (then ``helpers.device()`` is one) or
+    "cuda-on-cpu"."""
+    name, _, seed = request.param.rpartition("-") if request.param[-1].isdigit() else (request.param, "", "")
+    if name == "cuda-on-cpu":
+        request.getfixturevalue("on_emulated_cuda").set_seed(int(seed))
+    return name
 
 
 @pytest.fixture(autouse=True)

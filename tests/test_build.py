@@ -28,23 +28,64 @@ def _as_found() -> Iterator[None]:
 # -- options -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [(), ("-DFASTLR_CUDA=AUTO",), ("-DFASTLR_CUDA=OFF",)], ids=str)
-def test_configures_without_cuda(tmp_path: Path, options: tuple[str, ...]):
-    done = toolchain.configure(tmp_path, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+def configured(build: Path, cuda: str, nvcc: object = None) -> str:
+    """What CMake says; nvcc: the only one that it finds, or None: as this machine has it."""
+    chosen = () if nvcc is None else (f"-DCMAKE_CUDA_COMPILER={nvcc}",)
+    done = toolchain.configure(build, f"-DFASTLR_CUDA={cuda}", *chosen)
+    return " ".join(f"{done.stdout} {done.stderr} rc={done.returncode}".split())  # CMake breaks lines
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("ON", "FASTLR_CUDA=ON, but this version of fastlr contains no CUDA kernels; use AUTO or OFF"),
-        ("sometimes", "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes"),
-    ],
-)
-def test_refuses_to_configure(tmp_path: Path, value: str, message: str):
-    done = toolchain.configure(tmp_path, f"-DFASTLR_CUDA={value}")
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.split())  # CMake breaks lines
+def pretended_nvcc(folder: Path, version: str, error: str) -> Path:
+    """A compiler that tells a version and compiles nothing."""
+    script = folder / "nvcc"
+    script.write_text(
+        f"#!/bin/sh\n"
+        f'[ "$1" = --version ] && echo "Cuda compilation tools, release {version}, V{version}.1" && exit\n'
+        f"echo '{error}' >&2\nexit 1\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+WITHOUT_CUDA = {
+    "too-old": ("11.8", "", "nvcc 11.8 is too old: it needs CUDA 12.1 or newer"),
+    "host-compiler": (
+        "12.4",
+        "host_config.h:143:2: error: #error -- unsupported GNU version!",
+        "nvcc 12.4 did not work with its host compiler: host_config.h:143:2: error: #error -- unsupported",
+    ),
+    "no-version": ("none", "", "--version did not tell a version"),
+}
+
+
+@pytest.mark.parametrize(("version", "error", "reason"), WITHOUT_CUDA.values(), ids=WITHOUT_CUDA.keys())
+def test_says_why_there_is_no_cuda(tmp_path: Path, version: str, error: str, reason: str):
+    nvcc = pretended_nvcc(tmp_path, version, error)
+    said = configured(tmp_path / "auto", "AUTO", nvcc)
+    assert "fastlr without CUDA: " in said
+    assert reason in said
+    assert said.endswith("rc=0")
+    said = configured(tmp_path / "on", "ON", nvcc)
+    assert "FASTLR_CUDA=ON, but " in said
+    assert reason in said
+    assert said.endswith("rc=1")
+
+
+def test_cuda_can_be_switched_off(tmp_path: Path):
+    said = configured(tmp_path, "OFF")
+    assert "fastlr without CUDA: it was built with FASTLR_CUDA=OFF" in said
+    assert said.endswith("rc=0")
+
+
+def test_finds_cuda_where_there_is_an_nvcc(tmp_path: Path):
+    toolchain.tool("nvcc")
+    said = configured(tmp_path, "AUTO")
+    assert re.search(r"fastlr with CUDA \d+\.\d+, architectures 75-real 80-real 86-real 89-real 90", said)
+    assert said.endswith("rc=0")
+
+
+def test_refuses_an_unknown_choice(tmp_path: Path):
+    assert "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes" in configured(tmp_path, "sometimes")
 
 
 # -- routes and instruction sets -----------------------------------------------------------------

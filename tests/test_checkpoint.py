@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import fastlr
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SCHEDULES = {
     "triangular2": fastlr.Triangular2(0.01, 0.1, 3, 4),
     "joined": fastlr.LinearRamp(0.0, 0.1, 4).then(2.0 * fastlr.Cosine(0.05, 0.0, 30)),

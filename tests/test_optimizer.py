@@ -16,6 +16,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import fastlr
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # -- groups ---------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from reference import sgd_nesterov
 
 import fastlr
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 OPTIONS = {
     "plain": {},
     "weight_decay": {"weight_decay": 5e-4},

@@ -10,6 +10,8 @@ from helpers import assert_same, parameters, set_gradients, train, twins
 
 import fastlr
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 

@@ -41,16 +41,21 @@ struct SgdScalars {
 // inverse_scale: 1 / GradScaler's scale, rounded to float32 as torch's unscale_ does; 1 where
 // unused.
 template <typename T>
+FASTLR_HD void set_inverse_scale(SgdScalars<T>& s, float inverse_scale) {
+  s.inverse_scale = static_cast<T>(inverse_scale);
+  s.has_scale = inverse_scale != 1.0f;
+}
+
+template <typename T>
 FASTLR_HD SgdScalars<T> sgd_scalars(const SgdOptions& options, float inverse_scale) {
   SgdScalars<T> s;
   s.neg_lr = static_cast<T>(-options.lr);
   s.momentum = static_cast<T>(options.momentum);
   s.one_minus_dampening = static_cast<T>(1.0 - options.dampening);
   s.weight_decay = static_cast<T>(options.weight_decay);
-  s.inverse_scale = static_cast<T>(inverse_scale);
+  set_inverse_scale(s, inverse_scale);
   s.has_momentum = options.momentum != 0.0;
   s.has_weight_decay = options.weight_decay != 0.0;
-  s.has_scale = inverse_scale != 1.0f;
   s.nesterov = options.nesterov;
   s.maximize = options.maximize;
   return s;

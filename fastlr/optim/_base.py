@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
@@ -13,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
+from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
@@ -58,6 +58,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _new_plan(self) -> _core.SgdPlan:
+        """The native step of this optimizer's rule."""
         raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
@@ -78,7 +79,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             index = len(self.param_groups)
-            clock = self.clock() if self.param_groups else Clock(0, 0)
+            clock = self.sync() if self.param_groups else Clock(0, 0)
             filled = {**self.defaults, **param_group, "updates": clock.updates}
             filled |= {"samples": clock.samples, "fresh": False}
             for name in _SCHEDULED:
@@ -133,7 +134,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if group is not None and not 0 <= group < len(self.param_groups):
             raise ValueError(f"group must be in 0 .. {len(self.param_groups) - 1}, got {group}")
         indices = range(len(self.param_groups)) if group is None else (group,)
-        origin = self.clock() if start == "now" else Clock(0, 0)
+        now = self.sync()
+        origin = now if start == "now" else Clock(0, 0)
         changes = []
         for index in indices:
             change: dict[str, Any] = {}
@@ -145,15 +147,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, change in zip(indices, changes, strict=True):
             self.param_groups[index].update(change)
         _core.advance(self.param_groups, 0, 0)
+        self._plan.push(self.param_groups)
 
     # -- clocks ----------------------------------------------------------------------------------
 
     def clock(self) -> Clock:
-        """Updates applied and samples consumed so far."""
+        """Updates applied and samples consumed so far, as the host counts them.
+
+        On CUDA devices the host does not see which updates a GradScaler made the device skip, nor
+        replays of a graph; :meth:`sync` asks the device.
+        """
         return Clock(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
 
     def sync(self) -> Clock:
-        """Brings the host's clock and rates up to date with the device's; on the CPU they always are."""
+        """Brings the host's clock and rates up to date with the devices', and returns the clock.
+
+        Waits for CUDA devices; on the CPU the two are always the same. What could not be said during
+        steps is said here: that a schedule has ended, and that a ``grad_scale`` was out of range.
+
+        Raises:
+            ValueError: a ``grad_scale`` had no inverse in float32, so that updates were skipped.
+            RuntimeError: called while a CUDA graph is captured, or devices disagree.
+        """
+        skipped = self._plan.sync(self.param_groups)
+        if skipped is not None:
+            self._last_step_skipped = skipped
         return self.clock()
 
     def advance_samples(self, samples: int) -> None:
@@ -168,11 +186,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         count = operator.index(samples)
         if count < 0:
             raise ValueError(f"samples must be >= 0, got {samples!r}")
-        _core.advance(self.param_groups, 0, count)
+        self._plan.advance_samples(self.param_groups, count)
 
     @property
     def last_step_skipped(self) -> bool:
-        """Whether the last :meth:`step` changed nothing because GradScaler found an inf or NaN."""
+        """Whether the last :meth:`step` changed nothing because GradScaler found an inf or NaN.
+
+        Asks the device as :meth:`sync` does.
+        """
+        self.sync()
         return self._last_step_skipped
 
     # -- the step --------------------------------------------------------------------------------
@@ -231,19 +253,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0.0:
-            self._last_step_skipped = True
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        inverse_scale = 1.0 if grad_scale is None else _inverse_scale(float(grad_scale))
         if not self.state and self._only_initializes_state():
             return loss
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
-        updated = self._plan.step(self.param_groups, self.state, inverse_scale, torch.get_num_threads())
-        increment_version(updated)  # so that a backward through an overwritten parameter raises
-        self._last_step_skipped = False
+        amp = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        updated = self._plan.step(self.param_groups, self.state, *amp, torch.get_num_threads())
+        self._last_step_skipped = updated is None
+        if updated is not None:
+            increment_version(updated)  # so that a backward through an overwritten parameter raises
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -270,7 +288,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["fresh"] = True
         for p, group in with_gradient:
             if group["momentum"] != 0.0:
-                self.state[p]["momentum_buffer"] = new_momentum(p, group).zero_()
+                self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
         return True
 
     def _drop_initialized_state(self) -> None:
@@ -282,15 +300,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.SGD``'s, plus schedules and clocks; numbers, strings, dicts and tensors only."""
-        handle = self.register_state_dict_post_hook(_pack_groups, prepend=True)
+        """As ``torch.optim.SGD``'s, plus schedules and clocks; numbers, strings, dicts and tensors only.
+
+        Waits for CUDA devices, as :meth:`sync`.
+        """
+        self.sync()
+        handle = self.register_state_dict_post_hook(_pack, prepend=True)  # type: ignore[arg-type]
         try:
             return super().state_dict()
         finally:
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied.
+        """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those
+        that there are, so that a captured CUDA graph goes on from what was loaded.
 
         Where the file has no schedule or no clock, the optimizer keeps its own. What a schedule owns is
         computed anew. Buffers are converted to the type that their group keeps momentum in.
@@ -305,32 +328,54 @@ class FusedOptimizer(torch.optim.Optimizer):
             handle.remove()
             self.__dict__.pop("_loaded_momenta", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.sync()
+        state = self.state.copy()
+        for p in self._plan.uninitialized():
+            _drop_momentum(state, p)
+        return {**super().__getstate__(), "state": state}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        own = self.__dict__.get("state", {})
         super().__setstate__(state)
-        for p, buffer in self.__dict__.get("_loaded_momenta", {}).items():
+        if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
+            self._plan = self._new_plan()
+            return
+        loaded = self.__dict__.get("_loaded_momenta", {})
+        empty = []
+        if self._plan.captured():
+            # The graph goes on with its own buffers, also with those that the file has nothing for.
+            for p, entry in own.items():
+                buffer = entry.get("momentum_buffer")
+                if buffer is not None and p not in loaded:
+                    empty.append(p)
+                    loaded[p] = buffer
+                elif buffer is not None and _same_layout(buffer, loaded[p]):
+                    loaded[p] = buffer.copy_(loaded[p])
+        for p, buffer in loaded.items():
             self.state[p]["momentum_buffer"] = buffer
-        self._plan = self._new_plan()
+        self._plan.loaded(empty)
+        self._plan.push(self.param_groups)
 
 
-def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """An uninitialized momentum buffer, laid out like the parameter, in the group's type for it."""
-    dtype = group["momentum_dtype"] or parameter.dtype
-    if parameter.is_complex():
-        dtype = dtype.to_complex()
-    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
 
 
-def _inverse_scale(scale: float) -> float:
-    """What gradients are multiplied with: ``1 / scale``, rounded to float32 as ``unscale_`` does."""
-    if math.isfinite(scale) and scale > 0.0:
-        inverse = 1.0 / scale
-        if float(torch.finfo(torch.float32).tiny) <= inverse <= torch.finfo(torch.float32).max:
-            return float(np.float32(inverse))
-    raise ValueError(f"grad_scale must be finite and > 0, and its inverse a float32, got {scale!r}")
+def _drop_momentum(state: dict[Any, dict[str, Any]], key: object) -> None:
+    """Takes a momentum buffer out of a copied state, whose inner dicts are still the original's."""
+    entry = {name: value for name, value in state.pop(key, {}).items() if name != "momentum_buffer"}
+    if entry:
+        state[key] = entry
 
 
-def _pack_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    for group in state_dict["param_groups"]:
+def _pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Makes a state_dict of plain values, without buffers that hold nothing yet."""
+    empty = set(optimizer._plan.uninitialized())
+    for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for p, key in zip(own["params"], group["params"], strict=True):
+            if p in empty:
+                _drop_momentum(state_dict["state"], key)
         for key, value in group.items():
             if isinstance(value, Schedule):
                 group[key] = value.to_dict()
@@ -379,7 +424,7 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
                     f"the file's momentum_buffer {key} has shape {tuple(buffer.shape)} and "
                     f"{buffer.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
                 )
-            momenta[parameter] = new_momentum(parameter, group).copy_(buffer)
+            momenta[parameter] = Runtime.new_momentum(parameter, group).copy_(buffer)
     _core.advance(groups, 0, 0)  # what schedules own follows from the clock, not from the file
     optimizer._loaded_momenta = momenta
     return {**state_dict, "state": state, "param_groups": groups}

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from fastlr import _core
-from fastlr.optim._base import FusedOptimizer, Params, new_momentum
+from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._runtime import Runtime
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
@@ -88,7 +89,7 @@ class FusedSGD(FusedOptimizer):
         )
 
     def _new_plan(self) -> _core.SgdPlan:
-        return _core.SgdPlan(new_momentum)
+        return _core.SgdPlan(Runtime())
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         def check(name: str, valid: bool, expected: str) -> None:

@@ -1,0 +1,393 @@
+#include "device_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <stdexcept>
+
+#include "../tensor_view.h"
+
+namespace fastlr {
+namespace {
+
+template <typename... Arguments>
+Owned call(PyObject* object, const char* method, const char* format, Arguments... arguments) {
+  return checked(PyObject_CallMethod(object, method, format, arguments...));
+}
+
+[[noreturn]] void cannot_capture(const std::string& what) {
+  throw std::runtime_error(
+      what +
+      ", which a CUDA graph cannot capture. Run a step with the same parameters, gradients and "
+      "hyperparameters before the capture, on a side stream, as the documentation of "
+      "torch.cuda.graph shows.");
+}
+
+bool same(const SgdOptions& a, const SgdOptions& b) {
+  return a.lr == b.lr && a.momentum == b.momentum && a.dampening == b.dampening &&
+         a.weight_decay == b.weight_decay && a.nesterov == b.nesterov && a.maximize == b.maximize;
+}
+
+bool same(const StridedLayout& a, const StridedLayout& b) {
+  return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim) &&
+         same_numbers(a.param, b.param, a.ndim) && same_numbers(a.grad, b.grad, a.ndim) &&
+         same_numbers(a.momentum, b.momentum, a.ndim);
+}
+
+// What the device must be told: the numbers that no schedule owns.
+SgdOptions unscheduled(const GroupReading& group) {
+  SgdOptions options = group.options;
+  if (group.lr.owner != nullptr) options.lr = 0.0;
+  if (group.momentum.owner != nullptr) options.momentum = 0.0;
+  return options;
+}
+
+bool may_have_momentum(const GroupReading& group) {
+  return group.momentum.owner != nullptr || group.options.momentum != 0.0;
+}
+
+}  // namespace
+
+DeviceScope::DeviceScope(PyObject* runtime, int device) : runtime_(runtime), device_(device) {
+  guard_ = call(runtime, "enter", "i", device);
+  try {
+    const Owned stream = call(runtime, "stream", "i", device);
+    stream_ = static_cast<cuda::Stream>(PyLong_AsUnsignedLongLong(stream.get()));
+    if (PyErr_Occurred()) throw PythonError();
+    capturing_ = cuda::is_capturing(this->device(), stream_);
+  } catch (...) {
+    leave();
+    throw;
+  }
+}
+
+void DeviceScope::leave() {
+  if (!guard_) return;
+  PyObject *type, *value, *traceback;  // an error on its way out must survive the call
+  PyErr_Fetch(&type, &value, &traceback);
+  const Owned left(PyObject_CallMethod(runtime_, "leave", "O", guard_.get()));
+  if (!left) PyErr_WriteUnraisable(runtime_);
+  guard_ = Owned();
+  PyErr_Restore(type, value, traceback);
+}
+
+Table::Table(PyObject* runtime, int device, size_t size, const DeviceScope& scope)
+    : tensor_(call(runtime, "new_bytes", "in", device, static_cast<Py_ssize_t>(size))),
+      size_(size),
+      streams_{scope.stream()} {
+  TensorReader reader;
+  TensorView view;
+  if (!reader.read(tensor_.get(), view)) throw PythonError();
+  data_ = static_cast<char*>(view.data);
+}
+
+void Table::used_by(PyObject* runtime, int device, const DeviceScope& scope) {
+  if (scope.capturing()) return;  // a captured table is kept anyway
+  if (std::find(streams_.begin(), streams_.end(), scope.stream()) != streams_.end()) return;
+  call(runtime, "record_stream", "Oi", tensor_.get(), device);
+  streams_.push_back(scope.stream());
+}
+
+Clocks DevicePlan::clocks(const float* found_inf) const {
+  char* const data = state_.data();
+  return {reinterpret_cast<DeviceState*>(data),
+          reinterpret_cast<const DeviceGroup*>(data + sizeof(DeviceState) +
+                                               capacity_ * sizeof(GroupClock)),
+          reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
+}
+
+// A table that is replaced: its memory must outlive the graphs that have seen it.
+void DevicePlan::keep(Table&& table) {
+  if (captured_ && table) kept_tables_.push_back(std::move(table));
+}
+
+void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
+                            bool force) {
+  const bool clocks_changed = force || seen_.size() != groups.size() ||
+                              !std::equal(groups.begin(), groups.end(), seen_.begin(),
+                                          [](const GroupReading& group, const Seen& seen) {
+                                            return group.clock.updates == seen.clock.updates &&
+                                                   group.clock.samples == seen.clock.samples;
+                                          });
+  const bool schedules_changed = seen_.size() != groups.size() ||
+                                 !std::equal(groups.begin(), groups.end(), seen_.begin(),
+                                             [](const GroupReading& group, const Seen& seen) {
+                                               return group.lr.native == seen.lr.get() &&
+                                                      group.momentum.native == seen.momentum.get();
+                                             });
+  const bool numbers_changed =
+      schedules_changed || !std::equal(groups.begin(), groups.end(), seen_.begin(),
+                                       [](const GroupReading& group, const Seen& seen) {
+                                         return same(unscheduled(group), seen.options) &&
+                                                group.lr.start == seen.lr_start &&
+                                                group.momentum.start == seen.momentum_start;
+                                       });
+  if (!clocks_changed && !numbers_changed) return;
+  if (scope.capturing()) cannot_capture("a schedule, hyperparameter or clock has changed");
+  for (size_t i = 0; captured_ && i < std::min(groups.size(), seen_.size()); ++i) {
+    if (may_have_momentum(groups[i]) && !seen_[i].had_momentum_in_graph) {
+      throw std::runtime_error("parameter group " + std::to_string(i) +
+                               " got a momentum, but a CUDA graph captured its step without one, "
+                               "so that it has no momentum buffers; capture the graph anew with a "
+                               "new optimizer.");
+    }
+  }
+
+  const cuda::Stream stream = scope.stream();
+  const bool grows = groups.size() > capacity_;
+  if (grows) {
+    if (captured_) {
+      throw std::runtime_error("a CUDA graph has captured this optimizer's step with room for " +
+                               std::to_string(capacity_) +
+                               " parameter groups; add parameter groups before the capture.");
+    }
+    cuda::preload(scope.device());
+    // Room for many: what a graph has captured cannot move to a larger table.
+    capacity_ = std::max<size_t>(64, 2 * groups.size());
+    state_ =
+        Table(runtime_, device_,
+              sizeof(DeviceState) + capacity_ * (sizeof(GroupClock) + sizeof(DeviceGroup)), scope);
+  }
+  state_.used_by(runtime_, device_, scope);
+  const Clocks to = clocks(nullptr);
+
+  if (schedules_changed) {
+    size_t segments = 0, values = 0;
+    for (const GroupReading& group : groups) {
+      for (const Driven* driven : {&group.lr, &group.momentum}) {
+        if (driven->schedule == nullptr) continue;
+        segments += driven->schedule->segments.size();
+        values += driven->schedule->table.size();
+      }
+    }
+    keep(std::move(schedules_));
+    schedules_ = Table();
+    const size_t bytes = segments * sizeof(Segment) + values * sizeof(double);
+    if (bytes != 0) {
+      schedules_ = Table(runtime_, device_, bytes, scope);
+      std::vector<char> image(bytes);
+      size_t segments_at = 0, values_at = segments * sizeof(Segment);
+      for (const GroupReading& group : groups) {
+        for (const Driven* driven : {&group.lr, &group.momentum}) {
+          if (driven->schedule == nullptr) continue;
+          const NativeSchedule& schedule = *driven->schedule;
+          const size_t segment_bytes = schedule.segments.size() * sizeof(Segment);
+          const size_t value_bytes = schedule.table.size() * sizeof(double);
+          std::memcpy(image.data() + segments_at, schedule.segments.data(), segment_bytes);
+          if (value_bytes != 0) {
+            std::memcpy(image.data() + values_at, schedule.table.data(), value_bytes);
+          }
+          segments_at += segment_bytes;
+          values_at += value_bytes;
+        }
+      }
+      cuda::upload(scope.device(), stream, schedules_.data(), image.data(), bytes);
+    }
+  }
+  if (schedules_) schedules_.used_by(runtime_, device_, scope);
+
+  if (numbers_changed || grows) {
+    size_t segments = 0;
+    for (const GroupReading& group : groups) {
+      for (const Driven* driven : {&group.lr, &group.momentum}) {
+        if (driven->schedule != nullptr) segments += driven->schedule->segments.size();
+      }
+    }
+    const Segment* segments_at = reinterpret_cast<const Segment*>(schedules_.data());
+    const double* values_at = reinterpret_cast<const double*>(segments_at + segments);
+    const auto place = [&](const Driven& driven) {
+      DeviceSchedule placed{};
+      if (driven.schedule == nullptr) return placed;
+      placed.segments = segments_at;
+      placed.table = values_at;
+      placed.count = static_cast<int64_t>(driven.schedule->segments.size());
+      placed.start = driven.start;
+      placed.end = driven.schedule->end;
+      placed.in_samples = driven.schedule->in_samples;
+      segments_at += driven.schedule->segments.size();
+      values_at += driven.schedule->table.size();
+      return placed;
+    };
+    std::vector<DeviceGroup> entries;
+    for (const GroupReading& group : groups) {
+      DeviceGroup entry{};
+      entry.options = unscheduled(group);
+      entry.lr = place(group.lr);
+      entry.momentum = place(group.momentum);
+      entries.push_back(entry);
+    }
+    cuda::upload(scope.device(), stream, const_cast<DeviceGroup*>(to.groups), entries.data(),
+                 entries.size() * sizeof(DeviceGroup));
+  }
+  if (clocks_changed || grows) {
+    DeviceState state{};
+    state.groups = static_cast<int32_t>(groups.size());
+    std::vector<GroupClock> entries(groups.size());
+    for (size_t i = 0; i < groups.size(); ++i) {
+      entries[i].updates = groups[i].clock.updates;
+      entries[i].samples = groups[i].clock.samples;
+    }
+    cuda::upload(scope.device(), stream, to.state, &state, sizeof state);
+    cuda::upload(scope.device(), stream, to.clocks, entries.data(),
+                 entries.size() * sizeof(GroupClock));
+  }
+  cuda::launch_clock(scope.device(), stream, to, 0, 0);
+
+  std::vector<Seen> seen(groups.size());
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const bool in_graph = i < seen_.size() && seen_[i].had_momentum_in_graph;
+    seen[i] = {unscheduled(groups[i]),
+               Owned::borrow(groups[i].lr.native),
+               Owned::borrow(groups[i].momentum.native),
+               groups[i].lr.start,
+               groups[i].momentum.start,
+               groups[i].clock,
+               in_graph};
+  }
+  seen_ = std::move(seen);
+}
+
+void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
+                         const std::vector<StridedLayout>& layouts, bool in_order) {
+  // Tensors of one kernel, in the order in which they came.
+  struct Batch {
+    StorageType type;
+    StorageType momentum_type;
+    bool strided;
+    std::vector<const DeviceWork*> work;
+  };
+  std::vector<Batch> batches;
+  for (const DeviceWork& item : work) {
+    const TensorRef& tensor = item.tensor;
+    const bool strided = tensor.layout >= 0;
+    const auto fits = [&](const Batch& batch) {
+      return batch.type == tensor.type && batch.momentum_type == tensor.momentum_type &&
+             batch.strided == strided;
+    };
+    auto batch = in_order ? batches.end() : std::find_if(batches.begin(), batches.end(), fits);
+    if (batch == batches.end()) {
+      batches.push_back({tensor.type, tensor.momentum_type, strided, {}});
+      batch = batches.end() - 1;
+    }
+    batch->work.push_back(&item);
+  }
+
+  launches_.clear();
+  std::vector<DeviceTensor> entries;
+  std::vector<StridedLayout> entry_layouts;
+  std::vector<size_t> firsts;  // of each launch
+  for (const Batch& batch : batches) {
+    const size_t capacity = static_cast<size_t>(cuda::launch_capacity(batch.strided));
+    for (size_t begin = 0; begin < batch.work.size(); begin += capacity) {
+      const size_t end = std::min(begin + capacity, batch.work.size());
+      cuda::Launch launch{};
+      launch.type = batch.type;
+      launch.momentum_type = batch.momentum_type;
+      launch.strided = batch.strided;
+      firsts.push_back(entries.size());
+      for (size_t i = begin; i < end; ++i) {
+        const TensorRef& tensor = batch.work[i]->tensor;
+        DeviceTensor entry{};
+        entry.param = tensor.param;
+        entry.momentum = tensor.momentum;
+        entry.initialized = batch.work[i]->initialized;
+        entry.numel = tensor.numel;
+        entry.first_chunk = launch.chunks;
+        entry.group = tensor.group;
+        entry.layout = -1;
+        if (batch.strided) {
+          entry.layout = static_cast<int32_t>(entry_layouts.size());
+          entry_layouts.push_back(layouts[tensor.layout]);
+        }
+        launch.chunks += (tensor.numel + kChunkElements - 1) / kChunkElements;
+        launch.grads.push_back(tensor.grad);
+        entries.push_back(entry);
+      }
+      launches_.push_back(std::move(launch));
+    }
+  }
+  if (entries.empty()) return;
+  launches_.back().ends_step = true;
+
+  const size_t entry_bytes = entries.size() * sizeof(DeviceTensor);
+  const size_t layout_bytes = entry_layouts.size() * sizeof(StridedLayout);
+  const bool changed =
+      entries.size() != uploaded_.size() || entry_layouts.size() != uploaded_layouts_.size() ||
+      std::memcmp(entries.data(), uploaded_.data(), entry_bytes) != 0 ||
+      !std::equal(entry_layouts.begin(), entry_layouts.end(), uploaded_layouts_.begin(),
+                  [](const StridedLayout& a, const StridedLayout& b) { return same(a, b); });
+  if (changed) {
+    if (scope.capturing()) {
+      cannot_capture(uploaded_.empty() ? "this is the optimizer's first step"
+                                       : "parameters or their state have changed or moved");
+    }
+    if (tensors_captured_ || tensors_.size() < entry_bytes + layout_bytes) {
+      keep(std::move(tensors_));
+      tensors_ = Table(runtime_, device_, entry_bytes + layout_bytes, scope);
+      tensors_captured_ = false;
+    }
+    tensors_.used_by(runtime_, device_, scope);
+    uploaded_.clear();  // until the upload is under way
+    cuda::upload(scope.device(), scope.stream(), tensors_.data(), entries.data(), entry_bytes);
+    if (layout_bytes != 0) {
+      cuda::upload(scope.device(), scope.stream(), tensors_.data() + entry_bytes,
+                   entry_layouts.data(), layout_bytes);
+    }
+    uploaded_ = std::move(entries);
+    uploaded_layouts_ = std::move(entry_layouts);
+  }
+  const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
+  for (size_t i = 0; i < launches_.size(); ++i) {
+    launches_[i].tensors = tensors + firsts[i];
+    launches_[i].layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
+  }
+}
+
+void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale) {
+  for (Table* table : {&state_, &schedules_, &tensors_}) {
+    if (*table) table->used_by(runtime_, device_, scope);
+  }
+  if (scope.capturing()) {
+    captured_ = tensors_captured_ = true;
+    for (Seen& seen : seen_) {
+      seen.had_momentum_in_graph = seen.momentum || seen.options.momentum != 0.0;
+    }
+  }
+  if (launches_.empty()) return advance(scope, 1, 0, found_inf);
+  const WithoutGil waiting_for_room_in_the_stream;
+  for (cuda::Launch& launch : launches_) {
+    launch.clocks = clocks(found_inf);
+    launch.grad_scale = grad_scale;
+    cuda::launch_step(scope.device(), scope.stream(), launch);
+  }
+}
+
+void DevicePlan::advance(const DeviceScope& scope, int64_t updates, int64_t samples,
+                         const float* found_inf) {
+  state_.used_by(runtime_, device_, scope);
+  if (schedules_) schedules_.used_by(runtime_, device_, scope);
+  captured_ = captured_ || scope.capturing();
+  cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples);
+}
+
+void DevicePlan::agree(size_t group, const Clock& clock) {
+  if (group < seen_.size()) seen_[group].clock = clock;
+}
+
+DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invalid_scale) {
+  std::vector<char> image(sizeof(DeviceState) + seen_.size() * sizeof(GroupClock));
+  cuda::download(scope.device(), scope.stream(), image.data(), state_.data(), image.size());
+  Reading reading;
+  std::memcpy(&reading.state, image.data(), sizeof(DeviceState));
+  reading.clocks.resize(seen_.size());
+  std::memcpy(reading.clocks.data(), image.data() + sizeof(DeviceState),
+              seen_.size() * sizeof(GroupClock));
+  if (reset_invalid_scale && reading.state.invalid_scale != 0) {
+    const int32_t none = 0;
+    cuda::upload(scope.device(), scope.stream(), &clocks(nullptr).state->invalid_scale, &none,
+                 sizeof none);
+  }
+  return reading;
+}
+
+}  // namespace fastlr

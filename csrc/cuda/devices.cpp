@@ -1,0 +1,281 @@
+#include "devices.h"
+
+#include <algorithm>
+#include <iterator>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <unordered_set>
+
+#include "../tensor_view.h"
+
+namespace fastlr {
+namespace {
+
+// A number that GradScaler hands over, on the device of a step; nullptr for None.
+class Scalar {
+ public:
+  Scalar(PyObject* runtime, PyObject* value, const char* name, int device) {
+    if (value == Py_None) return;
+    tensor_ = checked(PyObject_CallMethod(runtime, "on_device", "Oi", value, device));
+    TensorReader reader;
+    TensorView view;
+    if (!reader.read(tensor_.get(), view)) throw PythonError();
+    const int64_t numel = memory_order(view).numel;
+    if (numel != 1) {
+      throw std::invalid_argument(std::string(name) + " must be one number, got a tensor of " +
+                                  std::to_string(numel));
+    }
+    data_ = static_cast<const float*>(view.data);
+  }
+
+  const float* data() const { return data_; }
+
+ private:
+  Owned tensor_;
+  const float* data_ = nullptr;
+};
+
+// What a weak reference refers to, or nullptr; to be compared only.
+PyObject* referent(const Owned& weak) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* object = nullptr;
+  if (PyWeakref_GetRef(weak.get(), &object) < 0) throw PythonError();
+  return Owned(object).get();
+#else
+  PyObject* object = PyWeakref_GetObject(weak.get());
+  return object == Py_None ? nullptr : object;
+#endif
+}
+
+}  // namespace
+
+bool Devices::any() const {
+  return std::any_of(plans_.begin(), plans_.end(),
+                     [](const auto& entry) { return entry.second.ready(); });
+}
+
+bool Devices::knows(int device) const {
+  const auto found = plans_.find(device);
+  return found != plans_.end() && found->second.ready();
+}
+
+bool Devices::captured() const {
+  return std::any_of(plans_.begin(), plans_.end(),
+                     [](const auto& entry) { return entry.second.captured(); });
+}
+
+DevicePlan& Devices::plan(int device) {
+  return plans_.try_emplace(device, runtime_, device).first->second;
+}
+
+// Calls visit(scope, device, plan) for each device. Only one scope is open at a time, as it makes
+// its device the current one of two CUDA runtimes, PyTorch's and this extension's.
+template <typename Visit>
+void Devices::on_each_device(Visit visit) {
+  for (auto& [device, device_plan] : plans_) {
+    if (!device_plan.ready()) continue;
+    const DeviceScope scope(runtime_, device);
+    visit(scope, device, device_plan);
+  }
+}
+
+template <typename Visit>
+void Devices::for_each_flag(const Flags& flags, Visit visit) {
+  const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
+  for (const auto& [parameter, flag] : flag_of_) {
+    if (flag.device != flags.device || flag.address < first ||
+        flag.address >= first + flags.count) {
+      continue;
+    }
+    visit(parameter, flag, static_cast<size_t>(flag.address - first));
+  }
+}
+
+// Gives each item with momentum a flag that says whether its buffer holds anything yet.
+void Devices::flag_momenta(const DeviceScope& scope, int device,
+                           const std::vector<DeviceItem>& items) {
+  std::vector<const DeviceItem*> without;
+  for (const DeviceItem& item : items) {
+    if (item.device != device || item.momentum == nullptr) continue;
+    const auto found = flag_of_.find(item.parameter);
+    const bool known = found != flag_of_.end() && found->second.device == device;
+    if (known && referent(found->second.buffer) == item.momentum) continue;
+    if (scope.capturing()) {
+      throw std::runtime_error(
+          "a parameter's momentum buffer is new, which a CUDA graph cannot capture: the first step "
+          "allocates it. Run a step before the capture, on a side stream, as the documentation of "
+          "torch.cuda.graph shows.");
+    }
+    if (!known) {
+      without.push_back(&item);
+      continue;
+    }
+    const int32_t value = item.tensor.first ? 0 : 1;
+    cuda::upload(scope.device(), scope.stream(), found->second.address, &value, sizeof value);
+    found->second.buffer = checked(PyWeakref_NewRef(item.momentum, nullptr));
+  }
+  if (without.empty()) return;
+  std::vector<int32_t> values;
+  for (const DeviceItem* item : without) values.push_back(item->tensor.first ? 0 : 1);
+  Table memory(runtime_, device, values.size() * sizeof(int32_t), scope);
+  cuda::upload(scope.device(), scope.stream(), memory.data(), values.data(),
+               values.size() * sizeof(int32_t));
+  int32_t* address = reinterpret_cast<int32_t*>(memory.data());
+  for (const DeviceItem* item : without) {
+    flag_of_[item->parameter] = {device, address++,
+                                 checked(PyWeakref_NewRef(item->momentum, nullptr))};
+  }
+  flags_.push_back({device, std::move(memory), values.size()});
+}
+
+bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
+                   const std::vector<GroupReading>& groups, PyObject* found_inf,
+                   PyObject* grad_scale, bool with_host, bool in_order) {
+  for (auto it = plans_.begin(); it != plans_.end();) {
+    it = it->second.ready() ? std::next(it) : plans_.erase(it);
+  }
+  for (const DeviceItem& item : items) plan(item.device);
+  size_t capturing = 0;
+  std::optional<DeviceScope> scope;
+  for (auto& [device, device_plan] : plans_) {
+    if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
+    capturing += scope->capturing();
+    device_plan.set_groups(*scope, groups);
+    flag_momenta(*scope, device, items);
+    for (Flags& flags : flags_) {
+      if (flags.device == device) flags.memory.used_by(runtime_, device, *scope);
+    }
+    std::vector<DeviceWork> work;
+    for (const DeviceItem& item : items) {
+      if (item.device != device) continue;
+      work.push_back(
+          {item.tensor, item.momentum == nullptr ? nullptr : flag_of_.at(item.parameter).address});
+    }
+    device_plan.prepare(*scope, work, layouts, in_order);
+  }
+  if (capturing != 0 && (with_host || capturing != plans_.size())) {
+    throw std::runtime_error(
+        "this step updates tensors on several devices, of which only some are being captured in a "
+        "CUDA graph; give what is not captured an optimizer of its own.");
+  }
+  for (auto& [device, device_plan] : plans_) {
+    if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
+    const Scalar inf(runtime_, found_inf, "found_inf", device);
+    const Scalar scale(runtime_, grad_scale, "grad_scale", device);
+    if (scope->capturing()) {
+      for (const DeviceItem& item : items) {
+        if (item.device == device && item.momentum != nullptr) device_plan.keep(item.momentum);
+      }
+    }
+    device_plan.launch(*scope, inf.data(), scale.data());
+  }
+  if ((found_inf != Py_None || grad_scale != Py_None) && !with_host) host_is_exact_ = false;
+  return capturing != 0;
+}
+
+bool Devices::advance_samples(int64_t samples) {
+  size_t capturing = 0;
+  on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
+    capturing += scope.capturing();
+    device_plan.advance(scope, 0, samples, nullptr);
+  });
+  return capturing == 0;
+}
+
+void Devices::agree(PyObject* param_groups) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    const Clock clock = read_clock(PyList_GET_ITEM(param_groups, i));
+    for (auto& entry : plans_) entry.second.agree(static_cast<size_t>(i), clock);
+  }
+}
+
+void Devices::push(const std::vector<GroupReading>& groups) {
+  on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
+    device_plan.set_groups(scope, groups, true);
+  });
+  host_is_exact_ = true;
+}
+
+void Devices::set_initialized(PyObject* uninitialized) {
+  std::unordered_set<PyObject*> empty;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(uninitialized); ++i) {
+    empty.insert(PyList_GET_ITEM(uninitialized, i));
+  }
+  on_each_device([&](const DeviceScope& scope, int device, DevicePlan&) {
+    for (const Flags& flags : flags_) {
+      if (flags.device != device) continue;
+      std::vector<int32_t> values(flags.count, 1);
+      for_each_flag(flags, [&](PyObject* parameter, const Flag&, size_t i) {
+        values[i] = empty.count(parameter) == 0;
+      });
+      cuda::upload(scope.device(), scope.stream(), flags.memory.data(), values.data(),
+                   flags.count * sizeof(int32_t));
+    }
+  });
+}
+
+bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
+  std::vector<DevicePlan::Reading> readings;
+  on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
+    if (scope.capturing()) {
+      throw std::runtime_error(
+          "reading the clock of " +
+          device_name({device == kHostMemory ? dlpack::kCpu : dlpack::kCuda, device}) +
+          " waits for the device, which a CUDA graph cannot capture; do it outside the capture.");
+    }
+    readings.push_back(device_plan.read(scope, true));
+  });
+  const std::vector<GroupClock>& clocks = readings.front().clocks;
+  bool invalid_scale = false;
+  for (const DevicePlan::Reading& reading : readings) {
+    invalid_scale = invalid_scale || reading.state.invalid_scale != 0;
+    for (size_t i = 0; i < clocks.size(); ++i) {
+      if (reading.clocks[i].updates == clocks[i].updates &&
+          reading.clocks[i].samples == clocks[i].samples) {
+        continue;
+      }
+      throw std::runtime_error(
+          "the devices of this optimizer have made different numbers of updates (" +
+          std::to_string(clocks[i].updates) + " and " + std::to_string(reading.clocks[i].updates) +
+          "), as after replaying a CUDA graph of one of them; replay the graphs of all of them.");
+    }
+  }
+  for (size_t i = 0; i < clocks.size(); ++i) {
+    set_clock(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
+              {clocks[i].updates, clocks[i].samples});
+  }
+  agree(param_groups);
+  host_is_exact_ = true;
+  constexpr int kFramesToCaller = 4;  // the warning itself, sync, the property or method
+  for (size_t i = 0; i < clocks.size(); ++i) {
+    if (!clocks[i].past_end) continue;
+    warn_past_end(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)), native_of,
+                  kFramesToCaller);
+  }
+  if (invalid_scale) {
+    throw std::invalid_argument(
+        "grad_scale must be finite and > 0, and its inverse a float32; updates since the last "
+        "sync() in which it was not were skipped.");
+  }
+  return readings.front().state.last_skipped != 0;
+}
+
+PyObject* Devices::uninitialized() {
+  Owned list = checked(PyList_New(0));
+  on_each_device([&](const DeviceScope& scope, int device, DevicePlan&) {
+    for (const Flags& flags : flags_) {
+      if (flags.device != device) continue;
+      std::vector<int32_t> values(flags.count);
+      cuda::download(scope.device(), scope.stream(), values.data(), flags.memory.data(),
+                     flags.count * sizeof(int32_t));
+      for_each_flag(flags, [&](PyObject* parameter, const Flag& flag, size_t i) {
+        if (values[i] != 0 || referent(flag.buffer) == nullptr) return;
+        if (PyList_Append(list.get(), parameter) != 0) throw PythonError();
+      });
+    }
+  });
+  return list.release();
+}
+
+}  // namespace fastlr

@@ -1,0 +1,87 @@
+// All CUDA devices of an optimizer: a step over them, and what the host learns from them.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <map>
+#include <unordered_map>
+#include <vector>
+
+#include "device_plan.h"
+
+namespace fastlr {
+
+// A parameter's tensors in a step.
+struct DeviceItem {
+  int device;
+  TensorRef tensor;  // tensor.first: its momentum buffer is new
+  PyObject* parameter;
+  PyObject* momentum;  // its buffer, or nullptr
+};
+
+class Devices {
+ public:
+  // runtime: see NOTE: [the runtime object]; borrowed.
+  explicit Devices(PyObject* runtime) : runtime_(runtime) {}
+
+  bool any() const;
+  bool knows(int device) const;
+  // Whether a CUDA graph has captured a step.
+  bool captured() const;
+  // Whether the host's clocks are surely the devices'.
+  bool host_is_exact() const { return host_is_exact_ && !captured(); }
+
+  // One step on every device that there is, or that an item names; prepared everywhere before it is
+  // launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host takes part in
+  // the step and has read found_inf. in_order: tensors share memory. Returns whether the step was
+  // captured instead of run.
+  bool step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
+            const std::vector<GroupReading>& groups, PyObject* found_inf, PyObject* grad_scale,
+            bool with_host, bool in_order);
+
+  // Moves the samples clock of every device; false where that was captured instead of done.
+  bool advance_samples(int64_t samples);
+
+  // The host's clocks after a step that ran.
+  void agree(PyObject* param_groups);
+
+  // Hands schedules, hyperparameters and clocks to every device.
+  void push(const std::vector<GroupReading>& groups);
+  // After state was loaded: whether each parameter's buffer holds anything.
+  void set_initialized(PyObject* uninitialized);
+
+  // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
+  bool sync(PyObject* param_groups, NativeOf native_of);
+  // A new list of the parameters whose buffers hold nothing yet.
+  PyObject* uninitialized();
+
+ private:
+  // Where a device keeps whether a parameter's buffer holds anything yet.
+  struct Flag {
+    int device;
+    int32_t* address;
+    Owned buffer;  // a weak reference: another buffer holds something
+  };
+  // Memory of flags.
+  struct Flags {
+    int device;
+    Table memory;
+    size_t count;
+  };
+
+  DevicePlan& plan(int device);
+  template <typename Visit>
+  void for_each_flag(const Flags& flags, Visit visit);
+  void flag_momenta(const DeviceScope& scope, int device, const std::vector<DeviceItem>& items);
+  template <typename Visit>
+  void on_each_device(Visit visit);
+
+  PyObject* runtime_;
+  std::map<int, DevicePlan> plans_;
+  std::vector<Flags> flags_;
+  std::unordered_map<PyObject*, Flag> flag_of_;  // by parameter
+  bool host_is_exact_ = true;
+};
+
+}  // namespace fastlr

@@ -1,0 +1,242 @@
+// The CUDA kernels: one pass over many tensors, and the clocks.
+#pragma once
+
+#include <float.h>
+
+#include "tables.h"
+
+// Storage that the threads of a block share. A build that runs these kernels on the host defines it
+// otherwise.
+#if !defined(FASTLR_SHARED)
+#define FASTLR_SHARED(type, name) __shared__ type name
+#endif
+
+namespace fastlr {
+
+constexpr int kThreads = 256;
+
+// NOTE: [kernel arguments]
+// Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
+// graph keeps them. Arguments may take 4,096 bytes, from CUDA 12.1 on (toolkit and driver) 32,764.
+constexpr int kSmallLaunch = 480;
+constexpr int kLargeLaunch = 3900;
+
+template <int kCapacity>
+struct StepArguments {
+  Clocks clocks;
+  const DeviceTensor* tensors;
+  const StridedLayout* layouts;
+  const float* grad_scale;  // GradScaler's scale, or nullptr
+  int64_t chunks;
+  int32_t count;   // tensors
+  bool ends_step;  // the last launch of a step on this device moves its clocks
+  const void* grads[kCapacity];
+};
+static_assert(sizeof(StepArguments<kSmallLaunch>) <= 4096, "the limit of every device");
+static_assert(sizeof(StepArguments<kLargeLaunch>) <= 32764, "the limit from CUDA 12.1 on");
+
+// What GradScaler tells the device about this step.
+struct Amp {
+  bool applied;
+  bool invalid_scale;
+  float inverse_scale;
+};
+
+__device__ inline Amp read_amp(const float* found_inf, const float* grad_scale) {
+  Amp amp{true, false, 1.0f};
+  if (grad_scale != nullptr) {
+    // Rounded to nearest, as the double reciprocal rounded to float32 is: 53 bits suffice for that.
+    amp.inverse_scale = 1.0f / *grad_scale;
+    amp.invalid_scale = !(amp.inverse_scale >= FLT_MIN && amp.inverse_scale <= FLT_MAX);
+  }
+  amp.applied = !amp.invalid_scale && (found_inf == nullptr || *found_inf == 0.0f);
+  return amp;
+}
+
+// Values of one vector access or two: 16 bytes of the narrower type.
+template <typename P, typename M>
+constexpr int kVector = 16 / (sizeof(P) < sizeof(M) ? sizeof(P) : sizeof(M));
+
+template <typename T, int kCount>
+__device__ inline void load_vector(T (&to)[kCount], const T* from) {
+  uint4 raw[sizeof to / sizeof(uint4)];
+#pragma unroll
+  for (size_t i = 0; i < sizeof to / sizeof(uint4); ++i) {
+    raw[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+  memcpy(to, raw, sizeof to);
+}
+
+template <typename T, int kCount>
+__device__ inline void store_vector(T* to, const T (&from)[kCount]) {
+  uint4 raw[sizeof from / sizeof(uint4)];
+  memcpy(raw, from, sizeof from);
+#pragma unroll
+  for (size_t i = 0; i < sizeof from / sizeof(uint4); ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+}
+
+// Elements before the first 16-byte boundary.
+template <typename T>
+__device__ inline int64_t misaligned_elements(const T* p) {
+  return static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(p)) % 16 / sizeof(T));
+}
+
+template <typename T>
+__device__ inline bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// m is left alone without momentum and may then be any pointer.
+template <typename P, typename M>
+__device__ inline void update_one(const SgdScalars<compute_t<P>>& s, bool first, P& p, const P& g,
+                                  M* m, int64_t m_at) {
+  using C = compute_t<P>;
+  C p_value = load(p);
+  C m_value = 0;
+  if (s.has_momentum && !first) m_value = static_cast<C>(load(m[m_at]));
+  sgd_update(s, first, p_value, load(g), m_value);
+  store(p, p_value);
+  if (s.has_momentum) store(m[m_at], m_value);
+}
+
+// n elements that lie in memory in one order, by all threads of the block. Vectors begin where the
+// parameter is aligned, if gradient and momentum are aligned there too.
+template <typename P, typename M>
+__device__ inline void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g,
+                                    M* m, int64_t n) {
+  constexpr int kWidth = kVector<P, M>;
+  int64_t head = misaligned_elements(p);
+  int64_t vectors = 0;
+  if (aligned(g + head) && (!s.has_momentum || aligned(m + head)) && n > head) {
+    vectors = (n - head) / kWidth;
+  }
+  if (vectors == 0) head = 0;
+  for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+    const int64_t i = head + v * kWidth;
+    P p_values[kWidth], g_values[kWidth];
+    M m_values[kWidth];
+    load_vector(p_values, p + i);
+    load_vector(g_values, g + i);
+    if (s.has_momentum && !first) load_vector(m_values, m + i);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      update_one(s, first, p_values[k], g_values[k], m_values, k);
+    }
+    store_vector(p + i, p_values);
+    if (s.has_momentum) store_vector(m + i, m_values);
+  }
+  const int64_t rest = n - vectors * kWidth;
+  for (int64_t k = threadIdx.x; k < rest; k += kThreads) {
+    const int64_t i = k < head ? k : k + vectors * kWidth;
+    update_one(s, first, p[i], g[i], m, i);
+  }
+}
+
+// The elements begin .. end, counted in the order of the layout's indices.
+template <typename P, typename M>
+__device__ inline void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p,
+                                      const P* g, M* m, const StridedLayout& layout, int64_t begin,
+                                      int64_t end) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    int64_t rest = i, p_at = 0, g_at = 0, m_at = 0;
+    for (int d = layout.ndim - 1; d >= 0; --d) {
+      const int64_t index = rest % layout.shape[d];
+      rest /= layout.shape[d];
+      p_at += index * layout.param[d];
+      g_at += index * layout.grad[d];
+      m_at += index * layout.momentum[d];
+    }
+    update_one(s, first, p[p_at], g[g_at], m, m_at);
+  }
+}
+
+// The last tensor of low .. count that begins at or before the chunk.
+__device__ inline int32_t find_tensor(const DeviceTensor* tensors, int32_t low, int32_t count,
+                                      int64_t chunk) {
+  int32_t high = count;
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    if (tensors[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Moves every group's clock; by the threads of one block. Returns after all of them have.
+__device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int64_t samples) {
+  for (int32_t i = threadIdx.x; i < clocks.state->groups; i += blockDim.x) {
+    advance_clock(clocks.groups[i], clocks.clocks[i], updates, samples);
+  }
+}
+
+// NOTE: [the last block]
+// Blocks finish in any order. Each draws a ticket when all its reads and writes are done; the one
+// that draws the last knows that nobody reads the clocks any more, and moves them.
+template <int kCapacity>
+__device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& amp) {
+  FASTLR_SHARED(bool, is_last);
+  DeviceState& state = *step.clocks.state;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  if (amp.applied) {
+    for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
+      const DeviceTensor& tensor = step.tensors[i];
+      const GroupScalars& used = step.clocks.clocks[tensor.group].next;
+      if (tensor.initialized != nullptr && used.in_double.has_momentum) *tensor.initialized = 1;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    state.ticket = 0;
+    if (step.ends_step) state.last_skipped = !amp.applied;
+    if (amp.invalid_scale) state.invalid_scale = 1;
+  }
+  if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);
+}
+
+template <typename P, typename M, bool kStrided, int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
+  using C = compute_t<P>;
+  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  int32_t index = 0;
+  for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
+    index = find_tensor(step.tensors, index, step.count, chunk);
+    const DeviceTensor& tensor = step.tensors[index];
+    SgdScalars<C> s = scalars_of(step.clocks.clocks[tensor.group].next, C{});
+    set_inverse_scale(s, amp.inverse_scale);
+    const bool first = tensor.initialized != nullptr && *tensor.initialized == 0;
+    const int64_t begin = (chunk - tensor.first_chunk) * kChunkElements;
+    const int64_t end =
+        begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
+    P* p = static_cast<P*>(tensor.param);
+    const P* g = static_cast<const P*>(step.grads[index]);
+    M* m = static_cast<M*>(tensor.momentum);
+    if constexpr (kStrided) {
+      update_strided(s, first, p, g, m, step.layouts[tensor.layout], begin, end);
+    } else {
+      update_dense(s, first, p + begin, g + begin, m == nullptr ? m : m + begin, end - begin);
+    }
+  }
+  finish(step, amp);
+}
+
+// Moves the clocks without an update of tensors: after a change of them, of schedules or of
+// hyperparameters, for samples consumed, and for a step that has no tensor on this device.
+__global__ void __launch_bounds__(kThreads)
+    clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples) {
+  const Amp amp = read_amp(clocks.found_inf, nullptr);
+  if (updates != 0 && threadIdx.x == 0) clocks.state->last_skipped = !amp.applied;
+  advance_clocks(clocks, amp.applied ? updates : 0, samples);
+}
+
+}  // namespace fastlr

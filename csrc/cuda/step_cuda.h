@@ -1,0 +1,57 @@
+// The CUDA launcher: plain functions over raw device pointers and a stream. Each makes its device
+// the calling thread's current one and leaves it so: the caller holds PyTorch's device guard.
+// Errors are std::runtime_error and name the CUDA call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tables.h"
+
+namespace fastlr::cuda {
+
+// A cudaStream_t, as PyTorch's Stream.cuda_stream gives it.
+using Stream = uintptr_t;
+
+// One launch: tensors of one storage type.
+struct Launch {
+  StorageType type;
+  StorageType momentum_type;
+  bool strided;
+  Clocks clocks;
+  const DeviceTensor* tensors;  // in device memory, as what follows
+  const StridedLayout* layouts;
+  const float* grad_scale;
+  int64_t chunks;
+  bool ends_step;
+  std::vector<const void*> grads;  // one a tensor; at most launch_capacity()
+};
+
+// The most tensors that one launch takes; see NOTE: [kernel arguments] in kernels.cuh. A lower
+// limit may be set for tests; 0: none.
+int32_t launch_capacity(bool strided);
+void limit_launch_capacity(int32_t limit);
+
+// Loads every kernel and finds out how many of its blocks a device holds. What is loaded only at
+// its first launch could not be captured.
+void preload(int device);
+
+bool is_capturing(int device, Stream stream);
+
+// Copies to the device in the stream's order; `from` may be reused on return.
+void upload(int device, Stream stream, void* to, const void* from, size_t bytes);
+// Copies from the device and waits for it.
+void download(int device, Stream stream, void* to, const void* from, size_t bytes);
+
+void launch_step(int device, Stream stream, const Launch& launch);
+// Moves a device's clocks; updates: 0, or 1 where found_inf allows.
+void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates,
+                  int64_t samples);
+
+// "13000", as CUDA counts versions; 0 where there is no driver.
+int runtime_version();
+int driver_version();
+
+}  // namespace fastlr::cuda

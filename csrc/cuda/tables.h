@@ -1,0 +1,98 @@
+// What a step on a CUDA device works on: tables in device memory, read by kernels and written by
+// the host, and the clocks, which the device itself moves.
+#pragma once
+
+#include "../schedule.h"
+#include "../step.h"
+#include "../tensors.h"
+
+namespace fastlr {
+
+// One parameter with its state. Gradients change most often and travel in the kernel's arguments.
+struct DeviceTensor {
+  void* param;
+  void* momentum;        // nullptr without momentum
+  int32_t* initialized;  // whether momentum holds something yet, 0 or 1; nullptr without momentum
+  int64_t numel;
+  int64_t first_chunk;  // counted from the launch's first tensor
+  int32_t group;
+  int32_t layout;  // index of its StridedLayout, or -1
+};
+static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");
+
+// Elements that one block updates at a time: eight rounds of 256 threads with 16 bytes of float32.
+// Fewer would search for their tensor too often, more would leave multiprocessors idle in networks
+// of a million parameters.
+constexpr int64_t kChunkElements = 8192;
+
+// The schedule of one hyperparameter, or count == 0: it is the number in `options`.
+struct DeviceSchedule {
+  const Segment* segments;
+  const double* table;
+  int64_t count;
+  int64_t start;  // clock at which the schedule's zero lies
+  int64_t end;
+  bool in_samples;
+};
+
+struct DeviceGroup {
+  SgdOptions options;
+  DeviceSchedule lr;
+  DeviceSchedule momentum;
+};
+static_assert(std::is_trivially_copyable<DeviceGroup>::value, "uploaded as bytes");
+
+// A group's clock, and what its next update uses: evaluated once, so that blocks only load it.
+struct GroupClock {
+  int64_t updates;
+  int64_t samples;
+  GroupScalars next;
+  bool past_end;  // an update was applied after a schedule's end
+};
+static_assert(std::is_trivially_copyable<GroupClock>::value, "uploaded as bytes");
+
+// One a device.
+struct DeviceState {
+  int32_t groups;
+  uint32_t ticket;        // blocks of the running launch that are done
+  int32_t last_skipped;   // the last step changed nothing because of found_inf ...
+  int32_t invalid_scale;  // ... or since the last reset, because grad_scale has no usable inverse
+};
+
+// What both kinds of launches need to find and move the clocks.
+struct Clocks {
+  DeviceState* state;
+  const DeviceGroup* groups;
+  GroupClock* clocks;
+  const float* found_inf;  // the update is skipped where this is not zero; may be nullptr
+};
+
+FASTLR_HD int64_t local_clock(const DeviceSchedule& schedule, const GroupClock& clock) {
+  return (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
+}
+
+FASTLR_HD bool past_end(const DeviceSchedule& schedule, const GroupClock& clock) {
+  return schedule.count != 0 && local_clock(schedule, clock) > schedule.end;
+}
+
+FASTLR_HD double scheduled(const DeviceSchedule& schedule, const GroupClock& clock, double number) {
+  if (schedule.count == 0) return number;
+  return value_at(schedule.segments, schedule.count, schedule.table, local_clock(schedule, clock));
+}
+
+// Moves a group's clock and evaluates what the next update uses.
+FASTLR_HD void advance_clock(const DeviceGroup& group, GroupClock& clock, int64_t updates,
+                             int64_t samples) {
+  if (updates != 0 && (past_end(group.lr, clock) || past_end(group.momentum, clock))) {
+    clock.past_end = true;
+  }
+  clock.updates += updates;
+  clock.samples += samples;
+  SgdOptions options = group.options;
+  options.lr = scheduled(group.lr, clock, options.lr);
+  options.momentum = scheduled(group.momentum, clock, options.momentum);
+  clock.next.in_float = sgd_scalars<float>(options, 1.0f);
+  clock.next.in_double = sgd_scalars<double>(options, 1.0f);
+}
+
+}  // namespace fastlr

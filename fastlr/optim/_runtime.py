@@ -1,0 +1,88 @@
+"""PyTorch's memory, devices and streams, as the native step asks for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Runtime:
+    """What native code calls; it holds nothing.
+
+    A device is the index of a CUDA device, or -1: host memory that is updated as a device's, which only
+    tests do.
+    """
+
+    @staticmethod
+    def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """An uninitialized momentum buffer, laid out like the parameter, in the group's type for it."""
+        dtype = group["momentum_dtype"] or parameter.dtype
+        if parameter.is_complex():
+            dtype = dtype.to_complex()
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+
+    @staticmethod
+    def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """A copy of the gradient that lies in memory as the parameter does."""
+        return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+    @staticmethod
+    def read_amp(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> float | None:
+        """What gradients are multiplied with, None: the update is to be skipped. Waits for the device.
+
+        ``1 / grad_scale`` is rounded to float32, as ``unscale_`` does.
+        """
+        if found_inf is not None and float(found_inf) != 0.0:
+            return None
+        if grad_scale is None:
+            return 1.0
+        scale = float(grad_scale)
+        if math.isfinite(scale) and scale > 0.0:
+            inverse = 1.0 / scale
+            if float(torch.finfo(torch.float32).tiny) <= inverse <= torch.finfo(torch.float32).max:
+                return float(np.float32(inverse))
+        raise ValueError(f"grad_scale must be finite and > 0, and its inverse a float32, got {scale!r}")
+
+    @staticmethod
+    def new_bytes(device: int, size: int) -> torch.Tensor:
+        """Uninitialized memory, on the current stream: uint8, shape (size,)."""
+        return torch.empty(size, dtype=torch.uint8, device=_device(device))
+
+    @staticmethod
+    def enter(device: int) -> torch.cuda.device | None:
+        """Makes a device the current one until :meth:`leave`."""
+        if device < 0 or device == torch.cuda.current_device():
+            return None
+        guard = torch.cuda.device(device)
+        guard.__enter__()  # type: ignore[no-untyped-call]
+        return guard
+
+    @staticmethod
+    def leave(guard: torch.cuda.device | None) -> None:
+        if guard is not None:
+            guard.__exit__(None, None, None)
+
+    @staticmethod
+    def stream(device: int) -> int:
+        """The current stream, as a ``cudaStream_t``."""
+        return 0 if device < 0 else torch.cuda.current_stream(device).cuda_stream
+
+    @staticmethod
+    def record_stream(tensor: torch.Tensor, device: int) -> None:
+        """Keeps a tensor's memory from being given out again before the current stream is done with it."""
+        if device >= 0:
+            tensor.record_stream(torch.cuda.current_stream(device))
+
+    @staticmethod
+    def on_device(value: torch.Tensor | float, device: int) -> torch.Tensor:
+        """A number as a float32 tensor on the device: itself where it is one already."""
+        if isinstance(value, torch.Tensor):
+            return value.to(_device(device), torch.float32, non_blocking=True)
+        return torch.tensor(value, dtype=torch.float32, device=_device(device))
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cpu") if index < 0 else torch.device("cuda", index)

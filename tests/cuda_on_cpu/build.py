@@ -1,0 +1,80 @@
+"""Builds the extension of module.cpp: the project's .cu files under g++."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from native import toolchain
+
+HERE = Path(__file__).parent
+NAME = "_cuda_on_cpu"
+
+# -fno-strict-aliasing: the kernels read and write memory through vector types, as CUDA allows.
+# -ffp-contract=off: every fma is written out, on the host as with nvcc's -fmad=false.
+FLAGS = (
+    *("-std=c++17", "-g1", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *("-DFASTLR_HAS_CUDA", '-DFASTLR_CUDA_STATUS="CUDA emulated on the host"'),
+    *(f"-I{HERE}", f"-I{toolchain.CSRC}"),
+)
+KERNELS = ("cuda/step_cuda.cu",)
+PLAN = ("cuda/devices.cpp", "cuda/device_plan.cpp", "groups.cpp", "layout.cpp", "plan.cpp", "tensor_view.cpp")
+
+
+def compiler() -> str:
+    return shutil.which("g++") or pytest.skip("needs g++, whose host code the emulation of CUDA is")
+
+
+def compile_all(build: Path, items: list[tuple[Path, list[str]]]) -> list[Path]:
+    """Compiles (source, flags) pairs, two at a time; returns the objects."""
+
+    def compile_one(item: tuple[Path, list[str]]) -> Path:
+        source, flags = item
+        output = build / f"{source.name}.o"
+        toolchain.run_or_fail(compiler(), *flags, "-x", "c++", "-c", source, "-o", output)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, items))
+
+
+def build_extension(cache: Path) -> Path:
+    """The extension, built where the cache has none for these sources."""
+    import pybind11
+
+    sources = [p for p in sorted([*toolchain.CSRC.rglob("*"), *HERE.iterdir()]) if p.is_file()]
+    digest = hashlib.sha256(repr((FLAGS, sys.version)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    library = cache / digest.hexdigest()[:16] / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if library.exists():
+        return library
+    shutil.rmtree(cache, ignore_errors=True)
+    library.parent.mkdir(parents=True)
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-fvisibility=hidden"]
+    flags = [*FLAGS, *python, "-O1", "-fPIC"]
+    items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
+    items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
+    items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
+    items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_KERNEL=update_baseline"]))
+    objects = compile_all(library.parent, items)
+    unfinished = library.with_suffix(".unfinished")
+    toolchain.run_or_fail(compiler(), "-shared", *objects, "-ldl", "-o", unfinished)
+    unfinished.rename(library)
+    return library
+
+
+def load_extension(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
