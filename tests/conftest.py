@@ -62,13 +62,15 @@ def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
-    """What updates parameters in this test: "cpu", "cuda" (then ``helpers.device()`` is one) or
-    "cuda-on-cpu"."""
-    name, _, seed = request.param.rpartition("-") if request.param[-1].isdigit() else (request.param, "", "")
-    if name == "cuda-on-cpu":
-        request.getfixturevalue("on_emulated_cuda").set_seed(int(seed))
-    return name
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What updates parameters in this test: "cpu", "cuda" (then it is the default device) or
+    "cuda-on-cpu-<seed>"."""
+    if request.param.startswith("cuda-on-cpu"):
+        request.getfixturevalue("on_emulated_cuda").set_seed(int(request.param[-1]))
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

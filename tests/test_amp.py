@@ -16,7 +16,7 @@ OPTIONS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-2}
 
 
 def scaler(scale: float = 1024.0) -> torch.amp.GradScaler:
-    made = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    made = torch.amp.GradScaler(torch.get_default_device().type, init_scale=scale, growth_interval=3)
     made.scale(torch.zeros(()))  # sets it up; the tests scale gradients, not a loss
     return made
 

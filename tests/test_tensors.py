@@ -382,23 +382,26 @@ def test_meta_parameters_are_refused() -> None:
         fastlr.FusedSGD([p]).step()
 
 
-BAD_BUFFERS = {
-    "shape": (torch.zeros(3), r"momentum_buffer of parameter 0 of group 0, shape \(7,\) has shape \(3,\)"),
-    "type": (torch.zeros(7, dtype=torch.float64), "has float64; a parameter of float32 takes"),
-    "complex": (torch.zeros(7, dtype=torch.complex64), "has complex64; a parameter of float32 takes"),
-    "expanded": (torch.zeros(1).expand(7), "has elements that share memory"),
-    "meta": (torch.zeros(7, device="meta"), "momentum_buffer of parameter 0"),
-    "sparse": (torch.zeros(7).to_sparse(), "has layout torch.sparse_coo"),
+BAD_BUFFERS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "shape": (
+        lambda: torch.zeros(3),
+        r"momentum_buffer of parameter 0 of group 0, shape \(7,\) has shape \(3,\)",
+    ),
+    "type": (lambda: torch.zeros(7, dtype=torch.float64), "has float64; a parameter of float32 takes"),
+    "complex": (lambda: torch.zeros(7, dtype=torch.complex64), "has complex64; a parameter of float32 takes"),
+    "expanded": (lambda: torch.zeros(1).expand(7), "has elements that share memory"),
+    "meta": (lambda: torch.zeros(7, device="meta"), "momentum_buffer of parameter 0"),
+    "sparse": (lambda: torch.zeros(7).to_sparse(), "has layout torch.sparse_coo"),
 }
 
 
 @pytest.mark.parametrize(("buffer", "message"), BAD_BUFFERS.values(), ids=BAD_BUFFERS.keys())
-def test_bad_momentum_buffers_are_refused(buffer: torch.Tensor, message: str) -> None:
+def test_bad_momentum_buffers_are_refused(buffer: Callable[[], torch.Tensor], message: str) -> None:
     model = parameters([(7,)])
     optimizer = fastlr.FusedSGD(model, momentum=0.9)
     train(1, (model, optimizer.step))
     before = model[0].detach().clone()
-    optimizer.state[model[0]]["momentum_buffer"] = buffer
+    optimizer.state[model[0]]["momentum_buffer"] = buffer()
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert_same([before], [model[0].detach()])
@@ -418,8 +421,8 @@ def test_dtensors_are_refused() -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(tensor.distribute_tensor(torch.zeros(4), mesh))
-        p.grad = tensor.distribute_tensor(torch.ones(4), mesh)
+        p = torch.nn.Parameter(tensor.distribute_tensor(torch.zeros(4, device="cpu"), mesh))
+        p.grad = tensor.distribute_tensor(torch.ones(4, device="cpu"), mesh)
         with pytest.raises(ValueError, match=r"parameter 0 of group 0.*DTensor.*local"):
             fastlr.FusedSGD([p]).step()
     finally:
