@@ -34,6 +34,7 @@ extern "C" {
 [[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
 [[gnu::weak]] void __tsan_destroy_fiber(void* fiber);
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+[[gnu::weak]] void __tsan_set_fiber_name(void* fiber, const char* name);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
 }
@@ -77,6 +78,10 @@ fastlr_emulator_switch:
 namespace emulator {
 
 inline bool under_thread_sanitizer() { return __tsan_create_fiber != nullptr; }
+
+// How many threads ThreadSanitizer is asked to tell apart: it could some 8,000, but each costs it
+// half a millisecond to create and all of them time whenever any two meet.
+constexpr uint32_t kSanitizedThreads = 1024;
 
 class Fiber {
  public:
@@ -160,10 +165,13 @@ class Fiber {
     entered();
   }
 
+  // Under ThreadSanitizer: what its reports call the fiber.
+  void set_name(const char* name) { __tsan_set_fiber_name(sanitizer_fiber_, name); }
+
   // Under ThreadSanitizer: calls `f` as if the fiber did, or as if the scheduler did.
   template <typename F>
   void impersonate(F f) {
-    as(sanitizer_fiber_, f);
+    if (sanitizer_fiber_) as(sanitizer_fiber_, f);
   }
   template <typename F>
   static void as_scheduler(F f) {
@@ -173,8 +181,8 @@ class Fiber {
       f();
   }
 
-  // A fence keeps what the fiber had done until then, for later atomic operations to publish; what
-  // follows the fence is not published with it. A second fiber of the sanitizer's holds that state.
+  // Under ThreadSanitizer: keeps what the fiber has done until now, in a second fiber of the
+  // sanitizer's, and lets those who acquire an address know of that much.
   void keep_state_for_atomics() {
     if (!fence_) as_scheduler([&] { fence_ = __tsan_create_fiber(0); });
     __tsan_release(this);
@@ -246,10 +254,9 @@ class FiberPool {
   explicit FiberPool(void (*body)()) : body_(body) {}
 
   Fiber* take(uint64_t launch) {
-    // Under ThreadSanitizer threads that share a fiber would look ordered to it: a launch uses a
-    // fiber once, until there are about as many as the sanitizer can tell apart.
-    constexpr size_t kMostUnshared = 2048;
-    const bool unshared = under_thread_sanitizer() && created_ < kMostUnshared;
+    // Threads that share a fiber look ordered to ThreadSanitizer: a launch uses a fiber once, while
+    // it may have more.
+    const bool unshared = under_thread_sanitizer() && created_ < kSanitizedThreads;
     if (idle_.empty() || (unshared && idle_.front()->last_launch == launch)) return create(launch);
     Fiber* fiber;
     if (under_thread_sanitizer()) {  // the one that has been idle longest

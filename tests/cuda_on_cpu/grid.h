@@ -62,6 +62,7 @@ class Grid {
 
   struct Thread {
     uint32_t index;
+    uint3 position;
     State state;
     Fiber* fiber;  // null until it starts and after it ends
     Site site;     // where it waits
@@ -70,7 +71,10 @@ class Grid {
     int source;
     uint64_t value;
     uint64_t result;
-    std::vector<void*> atomics;  // what it read atomically since its last fence
+    // For ThreadSanitizer: what it changed atomically since its last fence, and whether it has
+    // passed a fence since it last did.
+    std::vector<void*> atomics;
+    bool fenced;
   };
 
   struct Free {
@@ -101,12 +105,12 @@ class Grid {
   void wait(State state, Site site);
   void pause();
   void finish_barrier(Block& block);
-  bool finish_warp(Block& block, const Thread& waiting);
+  void finish_warp(Block& block, const Thread& waiting);
   void exited(Block& block, Thread& thread);
   void order(Block& block, const std::vector<uint32_t>& threads);
-  [[noreturn]] void fail(const std::string& message);
+  [[noreturn]] void fail(const char* what, Site site);
   std::string diagnose(const Block& block) const;
-  void abandon();
+  void finish();
 
   FiberPool fibers_{&Grid::thread_body};
   std::vector<std::unique_ptr<Block>> resident_, idle_;
@@ -120,9 +124,9 @@ class Grid {
   std::string failure_;
 };
 
-// One launch runs at a time.
+// One launch runs at a time. Never destroyed: fibers are kept, and exit is no time to unmap them.
 inline Grid& running_grid() {
-  static Grid grid;
+  static Grid& grid = *new Grid;
   return grid;
 }
 
@@ -143,9 +147,8 @@ inline std::string Grid::run(dim3 grid, dim3 block, uint64_t resident, Random& r
                              const Call& call) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint32_t threads = block.x * block.y * block.z;
-  // ThreadSanitizer can tell some 8,000 threads apart.
   if (under_thread_sanitizer())
-    resident = std::min<uint64_t>(resident, std::max(1u, 2048 / threads));
+    resident = std::min<uint64_t>(resident, std::max(1u, kSanitizedThreads / threads));
   ++launch_;
   call_ = &call;
   random_ = &random;
@@ -194,8 +197,7 @@ inline std::string Grid::run(dim3 grid, dim3 block, uint64_t resident, Random& r
     }
     if (!failure_.empty()) break;
   }
-  if (under_thread_sanitizer()) __tsan_acquire(&failure_);
-  abandon();
+  finish();
   return failure_;
 }
 
@@ -205,10 +207,13 @@ inline void Grid::start_block(Block& block, uint64_t linear) {
   block.index.z = static_cast<unsigned>(linear / gridDim.x / gridDim.y);
   block.ready.resize(block.threads.size());
   for (uint32_t i = 0; i < block.threads.size(); ++i) {
-    block.threads[i].index = block.ready[i] = i;
-    block.threads[i].state = State::kReady;
-    block.threads[i].fiber = nullptr;
-    block.threads[i].atomics.clear();
+    Thread& thread = block.threads[i];
+    thread.index = block.ready[i] = i;
+    thread.position = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    thread.state = State::kReady;
+    thread.fiber = nullptr;
+    thread.atomics.clear();
+    thread.fenced = false;
   }
   block.exited = block.arrived = block.predicates = 0;
 }
@@ -222,16 +227,25 @@ inline void Grid::run_thread(Block& block) {
   block_ = &block;
   thread_ = &thread;
   blockIdx = block.index;
-  threadIdx.x = thread.index % blockDim.x;
-  threadIdx.y = thread.index / blockDim.x % blockDim.y;
-  threadIdx.z = thread.index / blockDim.x / blockDim.y;
-  if (!thread.fiber) thread.fiber = fibers_.take(launch_);
+  threadIdx = thread.position;
+  if (!thread.fiber) {
+    thread.fiber = fibers_.take(launch_);
+    if (under_thread_sanitizer()) {
+      const uint3 b = block.index, t = thread.position;
+      char name[100];
+      std::snprintf(name, sizeof(name), "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, t.x,
+                    t.y, t.z);
+      thread.fiber->set_name(name);
+    }
+  }
   thread.fiber->resume();
   if (thread.state == State::kExited) exited(block, thread);
 
-  // A thread that spins on what never comes makes no progress; half a minute is ample.
-  if (failure_.empty() && ++idle_switches_ == 100'000'000)
-    failure_ = "no progress: no thread ended or passed a barrier in 100,000,000 switches";
+  // Threads that spin on what never comes; this many switches take about half a second.
+  constexpr uint64_t kPatience = 4'000'000;
+  if (failure_.empty() && ++idle_switches_ == kPatience)
+    failure_ = "no progress: no thread has ended or passed a barrier for " +
+               std::to_string(kPatience) + " switches";
 }
 
 inline void Grid::exited(Block& block, Thread& thread) {
@@ -249,15 +263,22 @@ inline void Grid::exited(Block& block, Thread& thread) {
   }
 }
 
-inline void Grid::abandon() {
+// Ends the launch for the host, with whatever has not ended by itself.
+inline void Grid::finish() {
   for (std::unique_ptr<Block>& block : resident_) {
-    for (Thread& thread : block->threads)
-      if (thread.fiber) fibers_.discard(thread.fiber);
+    for (Thread& thread : block->threads) {
+      if (!thread.fiber) continue;
+      thread.fiber->impersonate([&] { __tsan_release(&failure_); });
+      fibers_.discard(thread.fiber);
+    }
+  }
+  if (under_thread_sanitizer()) __tsan_acquire(&failure_);
+  retired_.clear();
+  for (std::unique_ptr<Block>& block : resident_) {
     block->shared.clear();
     idle_.push_back(std::move(block));
   }
   resident_.clear();
-  retired_.clear();
 }
 
 inline void Grid::wait(State state, Site site) {
@@ -271,8 +292,8 @@ inline void Grid::pause() {
   Fiber::current()->suspend();
 }
 
-inline void Grid::fail(const std::string& message) {
-  failure_ = message;
+inline void Grid::fail(const char* what, Site site) {
+  failure_ = std::string(what) + " at " + site.file + ":" + std::to_string(site.line);
   Fiber::current()->suspend();
   std::abort();
 }
@@ -280,6 +301,7 @@ inline void Grid::fail(const std::string& message) {
 // What each of these threads did comes before what each does next. They are suspended, but for the
 // caller.
 inline void Grid::order(Block& block, const std::vector<uint32_t>& threads) {
+  if (!under_thread_sanitizer()) return;
   void* meeting = nullptr;  // fresh: nobody else's past hangs on it
   Fiber::as_scheduler([&] { meeting = std::malloc(1); });
   for (const uint32_t i : threads)
@@ -290,17 +312,21 @@ inline void Grid::order(Block& block, const std::vector<uint32_t>& threads) {
 }
 
 inline void* Grid::shared_storage(const void* key, size_t size, size_t align) {
-  for (const Shared& shared : block_->shared)
-    if (shared.key == key) return shared.memory.get();
-  // Allocated in the scheduler's name: to ThreadSanitizer an allocation is a write.
-  Fiber::as_scheduler([&] {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, std::max(align, sizeof(void*)), size) != 0) std::abort();
-    std::memset(memory, 0xff, size);
-    block_->shared.push_back({key, std::unique_ptr<void, Free>(memory)});
-    if (under_thread_sanitizer()) __tsan_release(&launch_);
-  });
-  return block_->shared.back().memory.get();
+  std::vector<Shared>& shared = block_->shared;
+  auto found = std::find_if(shared.begin(), shared.end(),
+                            [&](const Shared& variable) { return variable.key == key; });
+  if (found == shared.end()) {
+    // In the scheduler's name: to ThreadSanitizer an allocation is a write.
+    Fiber::as_scheduler([&] {
+      void* memory = nullptr;
+      if (posix_memalign(&memory, std::max(align, sizeof(void*)), size) != 0) std::abort();
+      std::memset(memory, 0xff, size);
+      found = shared.insert(found, {key, std::unique_ptr<void, Free>(memory)});
+      if (under_thread_sanitizer()) __tsan_release(&launch_);
+    });
+  }
+  if (under_thread_sanitizer()) __tsan_acquire(&launch_);
+  return found->memory.get();
 }
 
 inline int Grid::barrier(BarrierOp op, bool predicate, Site site) {
@@ -336,7 +362,7 @@ inline void Grid::finish_barrier(Block& block) {
     block.threads[i].state = State::kReady;
     block.ready[i] = i;
   }
-  if (under_thread_sanitizer()) order(block, block.ready);
+  order(block, block.ready);
   idle_switches_ = 0;
 }
 
@@ -355,49 +381,57 @@ inline uint64_t Grid::warp(WarpOp op, unsigned mask, uint64_t value, int source,
 }
 
 // Lets the lanes that meet `waiting` go on, where all have come.
-inline bool Grid::finish_warp(Block& block, const Thread& waiting) {
+inline void Grid::finish_warp(Block& block, const Thread& waiting) {
   const uint32_t first = waiting.index / kLanes * kLanes;
-  std::vector<uint32_t> lanes;
-  lanes.reserve(kLanes);
-  for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    if (!(waiting.mask >> lane & 1)) continue;
-    const uint32_t i = first + lane;
-    const bool exists = i < block.threads.size() && block.threads[i].state != State::kExited;
-    if (!exists && waiting.op == WarpOp::kSync) continue;
-    if (!exists) return false;
-    const Thread& other = block.threads[i];
-    if (other.state != State::kAtWarp || other.op != waiting.op || other.mask != waiting.mask ||
-        !(other.site == waiting.site))
-      return false;
-    lanes.push_back(i);
+  Thread* const lanes = &block.threads[first];
+  const uint32_t existing =
+      std::min<uint32_t>(kLanes, static_cast<uint32_t>(block.threads.size()) - first);
+  unsigned present = 0, ballot = 0;
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    if (!(waiting.mask >> i & 1)) continue;
+    if (i >= existing || lanes[i].state == State::kExited) {
+      if (waiting.op == WarpOp::kSync) continue;
+      return;
+    }
+    if (lanes[i].state != State::kAtWarp || lanes[i].op != waiting.op ||
+        lanes[i].mask != waiting.mask || !(lanes[i].site == waiting.site))
+      return;
+    present |= 1u << i;
+    ballot |= static_cast<unsigned>(lanes[i].value != 0) << i;
   }
-  uint64_t ballot = 0;
-  for (const uint32_t i : lanes) ballot |= uint64_t{block.threads[i].value != 0} << i % kLanes;
-  for (const uint32_t i : lanes) {
-    Thread& lane = block.threads[i];
-    const bool present = lane.source >= 0 && lane.source < 32 && (lane.mask >> lane.source & 1);
-    lane.result = lane.op == WarpOp::kBallot ? ballot
-                  : present                  ? block.threads[first + lane.source].value
-                                             : ~uint64_t{0};
-    lane.state = State::kReady;
-    block.ready.push_back(i);
+  std::vector<uint32_t> waiters;
+  for (uint32_t i = 0; i < existing; ++i) {
+    if (!(present >> i & 1)) continue;
+    const uint32_t source = static_cast<uint32_t>(lanes[i].source);
+    lanes[i].result = waiting.op == WarpOp::kBallot              ? ballot
+                      : source < kLanes && present >> source & 1 ? lanes[source].value
+                                                                 : ~uint64_t{0};
+    lanes[i].state = State::kReady;
+    block.ready.push_back(first + i);
+    if (under_thread_sanitizer()) waiters.push_back(first + i);
   }
   // Of these operations only __syncwarp() orders memory.
-  if (under_thread_sanitizer() && waiting.op == WarpOp::kSync) order(block, lanes);
-  return true;
+  if (waiting.op == WarpOp::kSync) order(block, waiters);
 }
 
+// NOTE: [fences and atomics]
+// Atomic operations are relaxed and order nothing by themselves. A fence makes them: those after it
+// publish what came before the fence, and it acquires what those before it saw published. Both
+// sides of a ticket therefore need one. The first atomic operation after a fence publishes itself
+// too, and all before it, so that the last of several blocks may set their ticket back by a plain
+// store.
 inline void Grid::fence() {
+  if (under_thread_sanitizer()) {
+    for (void* address : thread_->atomics) __tsan_acquire(address);
+    thread_->atomics.clear();
+    thread_->fenced = true;
+    Fiber::current()->keep_state_for_atomics();
+  }
   pause();
-  if (!under_thread_sanitizer()) return;
-  for (void* address : thread_->atomics) __tsan_acquire(address);
-  thread_->atomics.clear();
-  Fiber::current()->keep_state_for_atomics();
 }
 
 inline void Grid::before_atomic(const volatile void* address, size_t size, Site site) {
-  if (reinterpret_cast<uintptr_t>(address) % size != 0)
-    fail("misaligned atomic at " + std::string(site.file) + ":" + std::to_string(site.line));
+  if (reinterpret_cast<uintptr_t>(address) % size != 0) fail("misaligned atomic operation", site);
   pause();
   if (under_thread_sanitizer()) Fiber::current()->publish_kept_state(const_cast<void*>(address));
 }
@@ -407,6 +441,8 @@ inline void Grid::after_atomic(const volatile void* address) {
   std::vector<void*>& atomics = thread_->atomics;
   void* const plain = const_cast<void*>(address);
   if (std::find(atomics.begin(), atomics.end(), plain) == atomics.end()) atomics.push_back(plain);
+  if (thread_->fenced) __tsan_release(plain);
+  thread_->fenced = false;
 }
 
 // "block (1,0,0): 3 threads (0-2) wait at __syncthreads() kernels.cu:40, 1 thread (3) has exited".
