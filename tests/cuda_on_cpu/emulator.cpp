@@ -202,7 +202,6 @@ void reset_failure() {
 void begin_capture(uintptr_t stream) {
   Runtime& r = runtime();
   const Lock lock(r.mutex);
-  if (stream <= 1) throw std::runtime_error("the legacy default stream cannot capture");
   if (!r.captures.emplace(stream_of(stream), Graph{}).second)
     throw std::runtime_error("the stream is capturing already");
 }

@@ -21,8 +21,10 @@
 // NOTE: [sanitizers]
 // The sanitizers must be told of switches. Their functions are weak here and null where the program
 // is linked without them. Under ThreadSanitizer each fiber is a thread to it, and no switch orders
-// anything: only fibers that CUDA orders are, see order(). The emulation itself is compiled without
-// -fsanitize=thread, since its own data passes from fiber to fiber without such order.
+// anything: only fibers that CUDA orders are, see Grid::order(). The emulation itself is compiled
+// without -fsanitize=thread (and with -O1 at least), since its own data passes from fiber to fiber
+// without such order. Its containers hold types of its own: the linker would merge, say,
+// std::vector<void*>::push_back() with one that is compiled for the sanitizer elsewhere.
 #if defined(__SANITIZE_THREAD__)
 #error "compile emulator.cpp without -fsanitize=thread; link with it"
 #endif

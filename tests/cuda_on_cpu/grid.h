@@ -60,6 +60,10 @@ class Grid {
 
   enum class State { kReady, kAtBarrier, kAtWarp, kExited };
 
+  struct Address {
+    void* value;
+  };
+
   struct Thread {
     uint32_t index;
     uint3 position;
@@ -73,7 +77,7 @@ class Grid {
     uint64_t result;
     // For ThreadSanitizer: what it changed atomically since its last fence, and whether it has
     // passed a fence since it last did.
-    std::vector<void*> atomics;
+    std::vector<Address> atomics;
     bool fenced;
   };
 
@@ -88,7 +92,7 @@ class Grid {
   struct Block {
     uint3 index;
     std::vector<Thread> threads;
-    std::vector<uint32_t> ready;  // what may run, in no order
+    std::vector<Thread*> ready;  // what may run, in no order
     uint32_t exited;
     uint32_t arrived;  // at the barrier
     uint32_t predicates;
@@ -107,7 +111,7 @@ class Grid {
   void finish_barrier(Block& block);
   void finish_warp(Block& block, const Thread& waiting);
   void exited(Block& block, Thread& thread);
-  void order(Block& block, const std::vector<uint32_t>& threads);
+  void order(const std::vector<Thread*>& threads);
   [[noreturn]] void fail(const char* what, Site site);
   std::string diagnose(const Block& block) const;
   void finish();
@@ -208,7 +212,8 @@ inline void Grid::start_block(Block& block, uint64_t linear) {
   block.ready.resize(block.threads.size());
   for (uint32_t i = 0; i < block.threads.size(); ++i) {
     Thread& thread = block.threads[i];
-    thread.index = block.ready[i] = i;
+    block.ready[i] = &thread;
+    thread.index = i;
     thread.position = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     thread.state = State::kReady;
     thread.fiber = nullptr;
@@ -219,9 +224,9 @@ inline void Grid::start_block(Block& block, uint64_t linear) {
 }
 
 inline void Grid::run_thread(Block& block) {
-  uint32_t& chosen = block.ready[random_->below(static_cast<uint32_t>(block.ready.size()))];
-  Thread& thread = block.threads[chosen];
-  chosen = block.ready.back();
+  std::swap(block.ready[random_->below(static_cast<uint32_t>(block.ready.size()))],
+            block.ready.back());
+  Thread& thread = *block.ready.back();
   block.ready.pop_back();
 
   block_ = &block;
@@ -288,7 +293,7 @@ inline void Grid::wait(State state, Site site) {
 }
 
 inline void Grid::pause() {
-  block_->ready.push_back(thread_->index);
+  block_->ready.push_back(thread_);
   Fiber::current()->suspend();
 }
 
@@ -300,14 +305,12 @@ inline void Grid::fail(const char* what, Site site) {
 
 // What each of these threads did comes before what each does next. They are suspended, but for the
 // caller.
-inline void Grid::order(Block& block, const std::vector<uint32_t>& threads) {
+inline void Grid::order(const std::vector<Thread*>& threads) {
   if (!under_thread_sanitizer()) return;
   void* meeting = nullptr;  // fresh: nobody else's past hangs on it
   Fiber::as_scheduler([&] { meeting = std::malloc(1); });
-  for (const uint32_t i : threads)
-    block.threads[i].fiber->impersonate([&] { __tsan_release(meeting); });
-  for (const uint32_t i : threads)
-    block.threads[i].fiber->impersonate([&] { __tsan_acquire(meeting); });
+  for (const Thread* thread : threads) thread->fiber->impersonate([&] { __tsan_release(meeting); });
+  for (const Thread* thread : threads) thread->fiber->impersonate([&] { __tsan_acquire(meeting); });
   Fiber::as_scheduler([&] { std::free(meeting); });
 }
 
@@ -317,9 +320,10 @@ inline void* Grid::shared_storage(const void* key, size_t size, size_t align) {
                             [&](const Shared& variable) { return variable.key == key; });
   if (found == shared.end()) {
     // In the scheduler's name: to ThreadSanitizer an allocation is a write.
+    const size_t alignment = std::max(align, sizeof(void*));
     Fiber::as_scheduler([&] {
       void* memory = nullptr;
-      if (posix_memalign(&memory, std::max(align, sizeof(void*)), size) != 0) std::abort();
+      if (posix_memalign(&memory, alignment, size) != 0) std::abort();
       std::memset(memory, 0xff, size);
       found = shared.insert(found, {key, std::unique_ptr<void, Free>(memory)});
       if (under_thread_sanitizer()) __tsan_release(&launch_);
@@ -360,9 +364,9 @@ inline void Grid::finish_barrier(Block& block) {
   block.ready.resize(threads);
   for (uint32_t i = 0; i < threads; ++i) {
     block.threads[i].state = State::kReady;
-    block.ready[i] = i;
+    block.ready[i] = &block.threads[i];
   }
-  order(block, block.ready);
+  order(block.ready);
   idle_switches_ = 0;
 }
 
@@ -399,7 +403,7 @@ inline void Grid::finish_warp(Block& block, const Thread& waiting) {
     present |= 1u << i;
     ballot |= static_cast<unsigned>(lanes[i].value != 0) << i;
   }
-  std::vector<uint32_t> waiters;
+  std::vector<Thread*> waiters;
   for (uint32_t i = 0; i < existing; ++i) {
     if (!(present >> i & 1)) continue;
     const uint32_t source = static_cast<uint32_t>(lanes[i].source);
@@ -407,11 +411,11 @@ inline void Grid::finish_warp(Block& block, const Thread& waiting) {
                       : source < kLanes && present >> source & 1 ? lanes[source].value
                                                                  : ~uint64_t{0};
     lanes[i].state = State::kReady;
-    block.ready.push_back(first + i);
-    if (under_thread_sanitizer()) waiters.push_back(first + i);
+    block.ready.push_back(&lanes[i]);
+    if (under_thread_sanitizer()) waiters.push_back(&lanes[i]);
   }
   // Of these operations only __syncwarp() orders memory.
-  if (waiting.op == WarpOp::kSync) order(block, waiters);
+  if (waiting.op == WarpOp::kSync) order(waiters);
 }
 
 // NOTE: [fences and atomics]
@@ -422,7 +426,7 @@ inline void Grid::finish_warp(Block& block, const Thread& waiting) {
 // store.
 inline void Grid::fence() {
   if (under_thread_sanitizer()) {
-    for (void* address : thread_->atomics) __tsan_acquire(address);
+    for (const Address& address : thread_->atomics) __tsan_acquire(address.value);
     thread_->atomics.clear();
     thread_->fenced = true;
     Fiber::current()->keep_state_for_atomics();
@@ -438,9 +442,10 @@ inline void Grid::before_atomic(const volatile void* address, size_t size, Site 
 
 inline void Grid::after_atomic(const volatile void* address) {
   if (!under_thread_sanitizer()) return;
-  std::vector<void*>& atomics = thread_->atomics;
   void* const plain = const_cast<void*>(address);
-  if (std::find(atomics.begin(), atomics.end(), plain) == atomics.end()) atomics.push_back(plain);
+  bool known = false;
+  for (const Address& other : thread_->atomics) known |= other.value == plain;
+  if (!known) thread_->atomics.push_back({plain});
   if (thread_->fenced) __tsan_release(plain);
   thread_->fenced = false;
 }

@@ -1,7 +1,6 @@
 // Checks the emulation itself with small kernels of known results.
 //   self_test              every check; prints "ok"
-//   self_test race NAME    one kernel with a planted race, for ThreadSanitizer to report; what is
-//                          wrong must be seen by it alone, the program ends well
+//   self_test fault NAME   one kernel with a planted fault that only a sanitizer sees
 // The kernels and calls are CUDA's: nvcc compiles this file too.
 #include <cuda_runtime.h>
 
@@ -570,7 +569,14 @@ void check_captures() {
   cudaGetLastError();
 }
 
-// Arithmetic.
+// Arithmetic, loads and stores.
+
+template <typename T>
+__global__ void copy_with_hints(const T* from, T* to) {
+  to[0] = __ldg(from);
+  to[1] = __ldcg(from + 1);
+  __stcs(to + 2, __ldcs(from + 2));
+}
 
 __global__ void half_of(const float* value, float* out, double* cosines) {
   *out = *value / 2;
@@ -593,11 +599,14 @@ void check_arithmetic() {
   for (int i = 0; i <= 16; ++i)
     CHECK(std::fabs(cosines[i] - std::cos(3.14159265358979323846 * (i / 8.0 - 1.0))) < 2e-16);
   CHECK(cosines[0] == -1 && cosines[4] == 0 && cosines[8] == 1 && cosines[12] == 0);
-  static_assert(alignof(float4) == 16 && alignof(uint4) == 16 && alignof(int4) == 16, "");
-  static_assert(alignof(double2) == 16 && alignof(float2) == 8 && alignof(uint2) == 8, "");
+  float4 from[3] = {{1, 2, 3, 4}, {5, 6, 7, 8}, {9, 10, 11, 12}}, to[3] = {};
+  CHECK(launch(copy_with_hints<float4>, dim3(1), dim3(1), from, to) == cudaSuccess);
+  CHECK(std::memcmp(from, to, sizeof(from)) == 0);
+  static_assert(alignof(float4) == 16 && alignof(uint4) == 16 && alignof(int4) == 16);
+  static_assert(alignof(double2) == 16 && alignof(float2) == 8 && alignof(uint2) == 8);
 }
 
-// Races for ThreadSanitizer.
+// Faults for sanitizers.
 
 __global__ void count_plainly(unsigned* count) { ++*count; }
 
@@ -654,8 +663,21 @@ void check_publishing() {
   CHECK(sum == 4);
 }
 
-bool race(const std::string& name) {
-  int values[64], sum = 0;
+__global__ void write_past_shared(int* out) {
+  FASTLR_SHARED(int[32], values);
+  int* const first = values;  // whose length only AddressSanitizer knows
+  first[threadIdx.x] = 1;
+  __syncthreads();
+  out[threadIdx.x] = values[0];
+}
+
+__global__ void load_vector(const int* from, int4* to) {
+  *to = *reinterpret_cast<const int4*>(from);
+}
+
+bool fault(const std::string& name) {
+  alignas(16) int values[64] = {};
+  int sum = 0;
   unsigned tickets[2] = {};
   unsigned* const ticket = tickets;
   const dim3 one(1), four(4), warps(64);
@@ -671,13 +693,16 @@ bool race(const std::string& name) {
     error = launch(publish<true, false>, four, one, values, ticket, &sum);
   if (name == "fence-too-early")
     error = launch(publish_after_fence, four, one, values, ticket, &sum);
+  if (name == "past-shared") error = launch(write_past_shared, one, dim3(33), values);
+  int4 to;
+  if (name == "misaligned-vector") error = launch(load_vector, one, one, values + 1, &to);
   return error == cudaSuccess;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count == 3 && std::string(arguments[1]) == "race") return race(arguments[2]) ? 0 : 2;
+  if (count == 3 && std::string(arguments[1]) == "fault") return fault(arguments[2]) ? 0 : 2;
   check_indices();
   check_shared_memory();
   check_reductions();
