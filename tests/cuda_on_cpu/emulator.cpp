@@ -13,6 +13,7 @@
 
 #include "cuda_runtime.h"
 #include "grid.h"
+#include "waiting.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;

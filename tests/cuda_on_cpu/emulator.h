@@ -1,6 +1,10 @@
 // What tests see and set of the emulated CUDA: seeds, devices, statistics, failures and graphs.
 // Plain functions, to be called between launches.
 //
+// A .cu file is compiled by g++ -std=c++17 -x c++ with this directory first on the include path;
+// the project's vector accesses need -fno-strict-aliasing, equal results -ffp-contract=off.
+// emulator.cpp is linked in; it is compiled with -O1 at least, and never with -fsanitize=thread.
+//
 // A launch runs to its end before it returns, all in the calling OS thread: one fiber per CUDA
 // thread, those of all resident blocks in flight together. At barriers, warp operations, atomic
 // operations and fences another one goes on, by chance. A loop that waits for another thread must
