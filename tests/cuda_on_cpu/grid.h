@@ -94,6 +94,7 @@ class Grid {
     std::vector<Thread> threads;
     std::vector<Thread*> ready;  // what may run, in no order
     uint32_t exited;
+    uint32_t at_warp;  // threads that wait for a warp operation
     uint32_t arrived;  // at the barrier
     uint32_t predicates;
     Site barrier_site;
@@ -224,7 +225,7 @@ inline void Grid::start_block(Block& block, uint64_t linear) {
     thread.atomics.clear();
     thread.fenced = false;
   }
-  block.exited = block.arrived = block.predicates = 0;
+  block.exited = block.at_warp = block.arrived = block.predicates = 0;
 }
 
 inline void Grid::run_thread(Block& block) {
@@ -262,6 +263,7 @@ inline void Grid::exited(Block& block, Thread& thread) {
   thread.fiber = nullptr;
   ++block.exited;
   idle_switches_ = 0;
+  if (block.at_warp == 0) return;
   // Who waits at a __syncwarp() need not wait for this one.
   const uint32_t first = thread.index / kLanes * kLanes;
   const uint32_t end =

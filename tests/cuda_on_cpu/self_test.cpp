@@ -343,6 +343,12 @@ __global__ void wait_for_each_other(int* out) {
   out[threadIdx.x] = 1;
 }
 
+__global__ void sync_those_left(int* out) {
+  if (threadIdx.x % 3 != 0) return;
+  __syncwarp();
+  out[threadIdx.x] = 1;
+}
+
 __global__ void spin(unsigned* flag) {
   while (atomicAdd(flag, 0u) == 0) {
   }
@@ -374,7 +380,12 @@ void expect_failure(cudaError_t error, const std::vector<std::string>& parts) {
 }
 
 void check_failures() {
-  int out[64];
+  int out[64] = {};
+  for (uint64_t seed = 0; seed < 10; ++seed) {
+    emulator::set_seed(seed);
+    CHECK(launch(sync_those_left, dim3(1), dim3(40), out) == cudaSuccess);
+  }
+  CHECK(std::count(out, out + 40, 1) == 14);
   const auto at = [](int line) { return "self_test.cpp:" + std::to_string(line); };
   expect_failure(launch(wait_at_two_places, dim3(1), dim3(8)),
                  {"divergent barrier in block (0,0,0)", "3 threads (0-2) at ", at(kFirstPlace),
@@ -409,6 +420,13 @@ __global__ void read_parameter(const __grid_constant__ T bulk, int* sum) {
   if (threadIdx.x == 0) *sum = bulk.bytes[0] + bulk.bytes[sizeof(bulk.bytes) - 1];
 }
 
+#if !defined(__CUDACC__)
+// What the emulation allows beyond CUDA: one copy for all threads, instead of one for each.
+void read_reference(const Bulk<4000>& bulk, const Bulk<4000>* original, int* sum) {
+  if (threadIdx.x == 0) *sum = &bulk == original ? 0 : bulk.bytes[7];
+}
+#endif
+
 __global__ void change_parameter(int value, int* out) {
   value += static_cast<int>(threadIdx.x);
   __syncthreads();
@@ -437,6 +455,13 @@ void check_parameters() {
   CHECK(pass<4096 - kPointer + 1>() == cudaErrorInvalidValue);  // the pointer is aligned
   emulator::set_driver_version(12010);
   cudaGetLastError();
+
+#if !defined(__CUDACC__)
+  Bulk<4000> bulk{};
+  bulk.bytes[7] = 5;
+  int sum = 0;
+  CHECK(launch(read_reference, dim3(1), dim3(2), bulk, &bulk, &sum) == cudaSuccess && sum == 5);
+#endif
 
   int out[100];
   CHECK(launch(change_parameter, dim3(1), dim3(100), 1000, out) == cudaSuccess);

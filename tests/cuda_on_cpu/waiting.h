@@ -76,6 +76,7 @@ inline uint64_t Grid::warp(WarpOp op, unsigned mask, uint64_t value, int source,
   thread.value = value;
   thread.source = source;
   thread.state = State::kAtWarp;
+  ++block_->at_warp;
   thread.site = site;
   // A lane that its own mask does not name waits for ever, and is reported.
   if (mask >> lane() & 1) finish_warp(*block_, thread);
@@ -110,6 +111,7 @@ inline void Grid::finish_warp(Block& block, const Thread& waiting) {
                       : source < kLanes && present >> source & 1 ? lanes[source].value
                                                                  : ~uint64_t{0};
     lanes[i].state = State::kReady;
+    --block.at_warp;
     block.ready.push_back(&lanes[i]);
     if (under_thread_sanitizer()) waiters.push_back(&lanes[i]);
   }
