@@ -14,12 +14,10 @@
 #include <utility>
 
 #define CUDART_VERSION 12010
-#define CUDART_CB
 
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -183,23 +181,23 @@ inline void __threadfence_block() { emulator::fence(); }
 
 template <typename T>
 T atomicAdd(T* address, typename emulator::Identity<T>::type value, EMULATOR_SITE) {
-  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long, float, double>, "");
+  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long, float, double>);
   return emulator::atomic_update(address, site, [&](T old) { return old + value; });
 }
 template <typename T>
 T atomicMax(T* address, typename emulator::Identity<T>::type value, EMULATOR_SITE) {
-  static_assert(emulator::is_any_of<T, int, unsigned, long long, unsigned long long>, "");
+  static_assert(emulator::is_any_of<T, int, unsigned, long long, unsigned long long>);
   return emulator::atomic_update(address, site, [&](T old) { return old < value ? value : old; });
 }
 template <typename T>
 T atomicExch(T* address, typename emulator::Identity<T>::type value, EMULATOR_SITE) {
-  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long, float>, "");
+  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long, float>);
   return emulator::atomic_update(address, site, [&](T) { return value; });
 }
 template <typename T>
 T atomicCAS(T* address, typename emulator::Identity<T>::type compare,
             typename emulator::Identity<T>::type value, EMULATOR_SITE) {
-  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long>, "");
+  static_assert(emulator::is_any_of<T, int, unsigned, unsigned long long>);
   return emulator::atomic_update(address, site,
                                  [&](T old) { return old == compare ? value : old; });
 }

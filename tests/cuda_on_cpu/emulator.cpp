@@ -13,6 +13,7 @@
 
 #include "cuda_runtime.h"
 #include "grid.h"
+#include "waiting.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -202,7 +203,6 @@ void reset_failure() {
 void begin_capture(uintptr_t stream) {
   Runtime& r = runtime();
   const Lock lock(r.mutex);
-  if (stream <= 1) throw std::runtime_error("the legacy default stream cannot capture");
   if (!r.captures.emplace(stream_of(stream), Graph{}).second)
     throw std::runtime_error("the stream is capturing already");
 }

@@ -1,5 +1,17 @@
 // What tests see and set of the emulated CUDA: seeds, devices, statistics, failures and graphs.
 // Plain functions, to be called between launches.
+//
+// A .cu file is compiled by g++ -std=c++17 -x c++ with this directory first on the include path;
+// the project's vector accesses need -fno-strict-aliasing, equal results -ffp-contract=off.
+// emulator.cpp is linked in; it is compiled with -O1 at least, and never with -fsanitize=thread.
+//
+// A launch runs to its end before it returns, all in the calling OS thread: one fiber per CUDA
+// thread, those of all resident blocks in flight together. At barriers, warp operations, atomic
+// operations and fences another one goes on, by chance. A loop that waits for another thread must
+// therefore contain one of these. What a launch cannot recover from makes it fail, see
+// last_failure(): threads of a block at different barriers, or some gone while others wait; lanes
+// that a warp operation's mask names missing (__syncwarp() does not wait for those that have
+// ended); threads that wait for each other or for what never comes; misaligned atomic operations.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +63,8 @@ void reset_failure();
 
 // While a stream captures, launches on it are recorded with their arguments instead of run. What
 // CUDA forbids meanwhile (all host memory counts as pageable) returns
-// cudaErrorStreamCaptureUnsupported and invalidates the capture. These functions throw
+// cudaErrorStreamCaptureUnsupported and invalidates the capture. Here the default stream, 0, can
+// capture too: that of CPU tensors. These functions throw
 // std::runtime_error where CUDA's would return an error; end_capture also for an invalid capture.
 void begin_capture(uintptr_t stream);
 int64_t end_capture(uintptr_t stream);  // the graph's number

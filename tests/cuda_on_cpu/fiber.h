@@ -21,8 +21,10 @@
 // NOTE: [sanitizers]
 // The sanitizers must be told of switches. Their functions are weak here and null where the program
 // is linked without them. Under ThreadSanitizer each fiber is a thread to it, and no switch orders
-// anything: only fibers that CUDA orders are, see order(). The emulation itself is compiled without
-// -fsanitize=thread, since its own data passes from fiber to fiber without such order.
+// anything: only fibers that CUDA orders are, see Grid::order(). The emulation itself is compiled
+// without -fsanitize=thread (and with -O1 at least), since its own data passes from fiber to fiber
+// without such order. Its containers hold types of its own: the linker would merge, say,
+// std::vector<void*>::push_back() with one that is compiled for the sanitizer elsewhere.
 #if defined(__SANITIZE_THREAD__)
 #error "compile emulator.cpp without -fsanitize=thread; link with it"
 #endif
@@ -34,14 +36,17 @@ extern "C" {
 [[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
 [[gnu::weak]] void __tsan_destroy_fiber(void* fiber);
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+[[gnu::weak]] void __tsan_set_fiber_name(void* fiber, const char* name);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
 }
 
 #if !defined(FASTLR_EMULATOR_UCONTEXT)
 extern "C" void fastlr_emulator_switch(void** save, void* next);
-// Saves what a call must preserve (System V ABI: rbx, rbp, r12-r15, MXCSR and the x87 control word)
-// on this stack, the stack pointer in *save, and goes on from the stack pointer `next`.
+// Saves the registers that a call must preserve (System V ABI) on this stack and the stack pointer
+// in *save, and goes on from the stack pointer `next`. The jump, in place of a return, is one that
+// the processor predicts; the floating-point environment is the same for all fibers, see
+// Grid::run().
 asm(R"(
 .pushsection .text
 .globl fastlr_emulator_switch
@@ -54,21 +59,16 @@ fastlr_emulator_switch:
   pushq %r13
   pushq %r14
   pushq %r15
-  subq $8, %rsp
-  stmxcsr (%rsp)
-  fnstcw 4(%rsp)
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  ldmxcsr (%rsp)
-  fldcw 4(%rsp)
-  addq $8, %rsp
   popq %r15
   popq %r14
   popq %r13
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmp *%rcx
 .size fastlr_emulator_switch, .-fastlr_emulator_switch
 .popsection
 )");
@@ -77,6 +77,10 @@ fastlr_emulator_switch:
 namespace emulator {
 
 inline bool under_thread_sanitizer() { return __tsan_create_fiber != nullptr; }
+
+// How many threads ThreadSanitizer is asked to tell apart: it could some 8,000, but each costs it
+// half a millisecond to create and all of them time whenever any two meet.
+constexpr uint32_t kSanitizedThreads = 1024;
 
 class Fiber {
  public:
@@ -107,12 +111,6 @@ class Fiber {
     *--top = nullptr;  // a return address: where debuggers stop
     *--top = reinterpret_cast<void*>(&Fiber::start);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
-    // MXCSR and x87 control word as a process starts with: a GPU does not flush denormals because
-    // the host does.
-    const uint32_t control[2] = {0x1f80, 0x037f};
-    static_assert(sizeof(control) == sizeof(void*), "");
-    *--top = nullptr;
-    __builtin_memcpy(top, control, sizeof(control));
     pointer_ = top;
 #endif
   }
@@ -160,10 +158,13 @@ class Fiber {
     entered();
   }
 
+  // Under ThreadSanitizer: what its reports call the fiber.
+  void set_name(const char* name) { __tsan_set_fiber_name(sanitizer_fiber_, name); }
+
   // Under ThreadSanitizer: calls `f` as if the fiber did, or as if the scheduler did.
   template <typename F>
   void impersonate(F f) {
-    as(sanitizer_fiber_, f);
+    if (sanitizer_fiber_) as(sanitizer_fiber_, f);
   }
   template <typename F>
   static void as_scheduler(F f) {
@@ -173,8 +174,8 @@ class Fiber {
       f();
   }
 
-  // A fence keeps what the fiber had done until then, for later atomic operations to publish; what
-  // follows the fence is not published with it. A second fiber of the sanitizer's holds that state.
+  // Under ThreadSanitizer: keeps what the fiber has done until now, in a second fiber of the
+  // sanitizer's, and lets those who acquire an address know of that much.
   void keep_state_for_atomics() {
     if (!fence_) as_scheduler([&] { fence_ = __tsan_create_fiber(0); });
     __tsan_release(this);
@@ -246,10 +247,9 @@ class FiberPool {
   explicit FiberPool(void (*body)()) : body_(body) {}
 
   Fiber* take(uint64_t launch) {
-    // Under ThreadSanitizer threads that share a fiber would look ordered to it: a launch uses a
-    // fiber once, until there are about as many as the sanitizer can tell apart.
-    constexpr size_t kMostUnshared = 2048;
-    const bool unshared = under_thread_sanitizer() && created_ < kMostUnshared;
+    // Threads that share a fiber look ordered to ThreadSanitizer: a launch uses a fiber once, while
+    // it may have more.
+    const bool unshared = under_thread_sanitizer() && created_ < kSanitizedThreads;
     if (idle_.empty() || (unshared && idle_.front()->last_launch == launch)) return create(launch);
     Fiber* fiber;
     if (under_thread_sanitizer()) {  // the one that has been idle longest

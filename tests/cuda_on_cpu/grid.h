@@ -1,8 +1,8 @@
-// One launch: its blocks, the scheduler that runs their threads, and how threads wait for each
-// other. Included by emulator.cpp only.
+// One launch: its blocks, and the scheduler that runs their threads. Included by emulator.cpp only.
 #pragma once
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,7 +46,7 @@ class Grid {
   // Returns: empty, or what went wrong; the launch is then abandoned.
   std::string run(dim3 grid, dim3 block, uint64_t resident, Random& random, const Call& call);
 
-  // The rest is called by the kernel's threads.
+  // What the kernel's threads call: see waiting.h.
   void* shared_storage(const void* key, size_t size, size_t align);
   int barrier(BarrierOp op, bool predicate, Site site);
   uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
@@ -60,8 +60,13 @@ class Grid {
 
   enum class State { kReady, kAtBarrier, kAtWarp, kExited };
 
+  struct Address {
+    void* value;
+  };
+
   struct Thread {
     uint32_t index;
+    uint3 position;
     State state;
     Fiber* fiber;  // null until it starts and after it ends
     Site site;     // where it waits
@@ -70,7 +75,10 @@ class Grid {
     int source;
     uint64_t value;
     uint64_t result;
-    std::vector<void*> atomics;  // what it read atomically since its last fence
+    // For ThreadSanitizer: what it changed atomically since its last fence, and whether it has
+    // passed a fence since it last did.
+    std::vector<Address> atomics;
+    bool fenced;
   };
 
   struct Free {
@@ -84,8 +92,9 @@ class Grid {
   struct Block {
     uint3 index;
     std::vector<Thread> threads;
-    std::vector<uint32_t> ready;  // what may run, in no order
+    std::vector<Thread*> ready;  // what may run, in no order
     uint32_t exited;
+    uint32_t at_warp;  // threads that wait for a warp operation
     uint32_t arrived;  // at the barrier
     uint32_t predicates;
     Site barrier_site;
@@ -98,15 +107,14 @@ class Grid {
   static void thread_body();
   void start_block(Block& block, uint64_t linear);
   void run_thread(Block& block);
-  void wait(State state, Site site);
   void pause();
   void finish_barrier(Block& block);
-  bool finish_warp(Block& block, const Thread& waiting);
+  void finish_warp(Block& block, const Thread& waiting);
   void exited(Block& block, Thread& thread);
-  void order(Block& block, const std::vector<uint32_t>& threads);
-  [[noreturn]] void fail(const std::string& message);
+  void order(const std::vector<Thread*>& threads);
+  [[noreturn]] void fail(const char* what, Site site);
+  void finish();
   std::string diagnose(const Block& block) const;
-  void abandon();
 
   FiberPool fibers_{&Grid::thread_body};
   std::vector<std::unique_ptr<Block>> resident_, idle_;
@@ -120,9 +128,9 @@ class Grid {
   std::string failure_;
 };
 
-// One launch runs at a time.
+// One launch runs at a time. Never destroyed: fibers are kept, and exit is no time to unmap them.
 inline Grid& running_grid() {
-  static Grid grid;
+  static Grid& grid = *new Grid;
   return grid;
 }
 
@@ -143,9 +151,8 @@ inline std::string Grid::run(dim3 grid, dim3 block, uint64_t resident, Random& r
                              const Call& call) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint32_t threads = block.x * block.y * block.z;
-  // ThreadSanitizer can tell some 8,000 threads apart.
   if (under_thread_sanitizer())
-    resident = std::min<uint64_t>(resident, std::max(1u, 2048 / threads));
+    resident = std::min<uint64_t>(resident, std::max(1u, kSanitizedThreads / threads));
   ++launch_;
   call_ = &call;
   random_ = &random;
@@ -154,6 +161,10 @@ inline std::string Grid::run(dim3 grid, dim3 block, uint64_t resident, Random& r
   gridDim = grid;
   blockDim = block;
   if (under_thread_sanitizer()) __tsan_release(&launch_);
+  // A GPU does not flush denormals, or round otherwise, because the host does.
+  std::fenv_t host;
+  std::fegetenv(&host);
+  std::fesetenv(FE_DFL_ENV);
 
   // How long the scheduler stays with a block on average: from threads of all blocks mixed finely
   // to one block after the other.
@@ -194,8 +205,8 @@ inline std::string Grid::run(dim3 grid, dim3 block, uint64_t resident, Random& r
     }
     if (!failure_.empty()) break;
   }
-  if (under_thread_sanitizer()) __tsan_acquire(&failure_);
-  abandon();
+  std::fesetenv(&host);
+  finish();
   return failure_;
 }
 
@@ -205,33 +216,46 @@ inline void Grid::start_block(Block& block, uint64_t linear) {
   block.index.z = static_cast<unsigned>(linear / gridDim.x / gridDim.y);
   block.ready.resize(block.threads.size());
   for (uint32_t i = 0; i < block.threads.size(); ++i) {
-    block.threads[i].index = block.ready[i] = i;
-    block.threads[i].state = State::kReady;
-    block.threads[i].fiber = nullptr;
-    block.threads[i].atomics.clear();
+    Thread& thread = block.threads[i];
+    block.ready[i] = &thread;
+    thread.index = i;
+    thread.position = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    thread.state = State::kReady;
+    thread.fiber = nullptr;
+    thread.atomics.clear();
+    thread.fenced = false;
   }
-  block.exited = block.arrived = block.predicates = 0;
+  block.exited = block.at_warp = block.arrived = block.predicates = 0;
 }
 
 inline void Grid::run_thread(Block& block) {
-  uint32_t& chosen = block.ready[random_->below(static_cast<uint32_t>(block.ready.size()))];
-  Thread& thread = block.threads[chosen];
-  chosen = block.ready.back();
+  std::swap(block.ready[random_->below(static_cast<uint32_t>(block.ready.size()))],
+            block.ready.back());
+  Thread& thread = *block.ready.back();
   block.ready.pop_back();
 
   block_ = &block;
   thread_ = &thread;
   blockIdx = block.index;
-  threadIdx.x = thread.index % blockDim.x;
-  threadIdx.y = thread.index / blockDim.x % blockDim.y;
-  threadIdx.z = thread.index / blockDim.x / blockDim.y;
-  if (!thread.fiber) thread.fiber = fibers_.take(launch_);
+  threadIdx = thread.position;
+  if (!thread.fiber) {
+    thread.fiber = fibers_.take(launch_);
+    if (under_thread_sanitizer()) {
+      const uint3 b = block.index, t = thread.position;
+      char name[100];
+      std::snprintf(name, sizeof(name), "block (%u,%u,%u) thread (%u,%u,%u)", b.x, b.y, b.z, t.x,
+                    t.y, t.z);
+      thread.fiber->set_name(name);
+    }
+  }
   thread.fiber->resume();
   if (thread.state == State::kExited) exited(block, thread);
 
-  // A thread that spins on what never comes makes no progress; half a minute is ample.
-  if (failure_.empty() && ++idle_switches_ == 100'000'000)
-    failure_ = "no progress: no thread ended or passed a barrier in 100,000,000 switches";
+  // Threads that spin on what never comes; this many switches take about half a second.
+  constexpr uint64_t kPatience = 4'000'000;
+  if (failure_.empty() && ++idle_switches_ == kPatience)
+    failure_ = "no progress: no thread has ended or passed a barrier for " +
+               std::to_string(kPatience) + " switches";
 }
 
 inline void Grid::exited(Block& block, Thread& thread) {
@@ -239,6 +263,7 @@ inline void Grid::exited(Block& block, Thread& thread) {
   thread.fiber = nullptr;
   ++block.exited;
   idle_switches_ = 0;
+  if (block.at_warp == 0) return;
   // Who waits at a __syncwarp() need not wait for this one.
   const uint32_t first = thread.index / kLanes * kLanes;
   const uint32_t end =
@@ -249,220 +274,34 @@ inline void Grid::exited(Block& block, Thread& thread) {
   }
 }
 
-inline void Grid::abandon() {
+// Ends the launch for the host, with whatever has not ended by itself.
+inline void Grid::finish() {
   for (std::unique_ptr<Block>& block : resident_) {
-    for (Thread& thread : block->threads)
-      if (thread.fiber) fibers_.discard(thread.fiber);
+    for (Thread& thread : block->threads) {
+      if (!thread.fiber) continue;
+      thread.fiber->impersonate([&] { __tsan_release(&failure_); });
+      fibers_.discard(thread.fiber);
+    }
+  }
+  if (under_thread_sanitizer()) __tsan_acquire(&failure_);
+  retired_.clear();
+  for (std::unique_ptr<Block>& block : resident_) {
     block->shared.clear();
     idle_.push_back(std::move(block));
   }
   resident_.clear();
-  retired_.clear();
 }
 
-inline void Grid::wait(State state, Site site) {
-  thread_->state = state;
-  thread_->site = site;
-  Fiber::current()->suspend();
-}
-
+// Lets another thread go on, perhaps.
 inline void Grid::pause() {
-  block_->ready.push_back(thread_->index);
+  block_->ready.push_back(thread_);
   Fiber::current()->suspend();
 }
 
-inline void Grid::fail(const std::string& message) {
-  failure_ = message;
+inline void Grid::fail(const char* what, Site site) {
+  failure_ = std::string(what) + " at " + site.file + ":" + std::to_string(site.line);
   Fiber::current()->suspend();
   std::abort();
-}
-
-// What each of these threads did comes before what each does next. They are suspended, but for the
-// caller.
-inline void Grid::order(Block& block, const std::vector<uint32_t>& threads) {
-  void* meeting = nullptr;  // fresh: nobody else's past hangs on it
-  Fiber::as_scheduler([&] { meeting = std::malloc(1); });
-  for (const uint32_t i : threads)
-    block.threads[i].fiber->impersonate([&] { __tsan_release(meeting); });
-  for (const uint32_t i : threads)
-    block.threads[i].fiber->impersonate([&] { __tsan_acquire(meeting); });
-  Fiber::as_scheduler([&] { std::free(meeting); });
-}
-
-inline void* Grid::shared_storage(const void* key, size_t size, size_t align) {
-  for (const Shared& shared : block_->shared)
-    if (shared.key == key) return shared.memory.get();
-  // Allocated in the scheduler's name: to ThreadSanitizer an allocation is a write.
-  Fiber::as_scheduler([&] {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, std::max(align, sizeof(void*)), size) != 0) std::abort();
-    std::memset(memory, 0xff, size);
-    block_->shared.push_back({key, std::unique_ptr<void, Free>(memory)});
-    if (under_thread_sanitizer()) __tsan_release(&launch_);
-  });
-  return block_->shared.back().memory.get();
-}
-
-inline int Grid::barrier(BarrierOp op, bool predicate, Site site) {
-  Block& block = *block_;
-  if (block.arrived == 0) {
-    block.barrier_site = site;
-    block.barrier_op = op;
-    block.barrier_agreed = true;
-  } else if (!(block.barrier_site == site) || block.barrier_op != op) {
-    block.barrier_agreed = false;
-  }
-  ++block.arrived;
-  block.predicates += predicate;
-  if (block.arrived == block.threads.size() && block.barrier_agreed) finish_barrier(block);
-  // The last one is among those that may go on, but it is not the next for sure.
-  if (block.arrived == 0) {
-    thread_->site = site;
-    Fiber::current()->suspend();
-  } else {
-    wait(State::kAtBarrier, site);
-  }
-  return block.barrier_result;
-}
-
-inline void Grid::finish_barrier(Block& block) {
-  const uint32_t threads = block.arrived, predicates = block.predicates;
-  block.barrier_result = block.barrier_op == BarrierOp::kCount ? static_cast<int>(predicates)
-                         : block.barrier_op == BarrierOp::kAnd ? predicates == threads
-                                                               : predicates != 0;
-  block.arrived = block.predicates = 0;
-  block.ready.resize(threads);
-  for (uint32_t i = 0; i < threads; ++i) {
-    block.threads[i].state = State::kReady;
-    block.ready[i] = i;
-  }
-  if (under_thread_sanitizer()) order(block, block.ready);
-  idle_switches_ = 0;
-}
-
-inline uint64_t Grid::warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
-  Thread& thread = *thread_;
-  thread.op = op;
-  thread.mask = mask;
-  thread.value = value;
-  thread.source = source;
-  thread.state = State::kAtWarp;
-  thread.site = site;
-  // A lane that its own mask does not name waits for ever, and is reported.
-  if (mask >> lane() & 1) finish_warp(*block_, thread);
-  Fiber::current()->suspend();
-  return thread.result;
-}
-
-// Lets the lanes that meet `waiting` go on, where all have come.
-inline bool Grid::finish_warp(Block& block, const Thread& waiting) {
-  const uint32_t first = waiting.index / kLanes * kLanes;
-  std::vector<uint32_t> lanes;
-  lanes.reserve(kLanes);
-  for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    if (!(waiting.mask >> lane & 1)) continue;
-    const uint32_t i = first + lane;
-    const bool exists = i < block.threads.size() && block.threads[i].state != State::kExited;
-    if (!exists && waiting.op == WarpOp::kSync) continue;
-    if (!exists) return false;
-    const Thread& other = block.threads[i];
-    if (other.state != State::kAtWarp || other.op != waiting.op || other.mask != waiting.mask ||
-        !(other.site == waiting.site))
-      return false;
-    lanes.push_back(i);
-  }
-  uint64_t ballot = 0;
-  for (const uint32_t i : lanes) ballot |= uint64_t{block.threads[i].value != 0} << i % kLanes;
-  for (const uint32_t i : lanes) {
-    Thread& lane = block.threads[i];
-    const bool present = lane.source >= 0 && lane.source < 32 && (lane.mask >> lane.source & 1);
-    lane.result = lane.op == WarpOp::kBallot ? ballot
-                  : present                  ? block.threads[first + lane.source].value
-                                             : ~uint64_t{0};
-    lane.state = State::kReady;
-    block.ready.push_back(i);
-  }
-  // Of these operations only __syncwarp() orders memory.
-  if (under_thread_sanitizer() && waiting.op == WarpOp::kSync) order(block, lanes);
-  return true;
-}
-
-inline void Grid::fence() {
-  pause();
-  if (!under_thread_sanitizer()) return;
-  for (void* address : thread_->atomics) __tsan_acquire(address);
-  thread_->atomics.clear();
-  Fiber::current()->keep_state_for_atomics();
-}
-
-inline void Grid::before_atomic(const volatile void* address, size_t size, Site site) {
-  if (reinterpret_cast<uintptr_t>(address) % size != 0)
-    fail("misaligned atomic at " + std::string(site.file) + ":" + std::to_string(site.line));
-  pause();
-  if (under_thread_sanitizer()) Fiber::current()->publish_kept_state(const_cast<void*>(address));
-}
-
-inline void Grid::after_atomic(const volatile void* address) {
-  if (!under_thread_sanitizer()) return;
-  std::vector<void*>& atomics = thread_->atomics;
-  void* const plain = const_cast<void*>(address);
-  if (std::find(atomics.begin(), atomics.end(), plain) == atomics.end()) atomics.push_back(plain);
-}
-
-// "block (1,0,0): 3 threads (0-2) wait at __syncthreads() kernels.cu:40, 1 thread (3) has exited".
-inline std::string Grid::diagnose(const Block& block) const {
-  struct Group {
-    State state;
-    Site site;
-    unsigned mask;
-    std::vector<uint32_t> threads;
-  };
-  std::vector<Group> groups;
-  bool at_barrier = false, at_warp = false;
-  for (const Thread& thread : block.threads) {
-    at_barrier |= thread.state == State::kAtBarrier;
-    at_warp |= thread.state == State::kAtWarp;
-    const auto same = [&](const Group& group) {
-      if (group.state != thread.state || thread.state == State::kExited)
-        return group.state == thread.state;
-      return group.site == thread.site &&
-             (thread.state == State::kAtBarrier || group.mask == thread.mask);
-    };
-    auto group = std::find_if(groups.begin(), groups.end(), same);
-    if (group == groups.end())
-      group = groups.insert(group, {thread.state, thread.site, thread.mask, {}});
-    group->threads.push_back(thread.index);
-  }
-
-  const auto number = [](auto value) { return std::to_string(value); };
-  std::string text = !at_warp      ? "divergent barrier"
-                     : !at_barrier ? "warp operation with lanes missing"
-                                   : "deadlock";
-  text += " in block (" + number(block.index.x) + "," + number(block.index.y) + "," +
-          number(block.index.z) + "):";
-  for (const Group& group : groups) {
-    const std::vector<uint32_t>& threads = group.threads;
-    text += &group == &groups.front() ? " " : ", ";
-    text += number(threads.size()) + (threads.size() == 1 ? " thread (" : " threads (");
-    for (size_t i = 0; i < threads.size();) {
-      size_t end = i + 1;
-      while (end < threads.size() && threads[end] == threads[end - 1] + 1) ++end;
-      text += (i ? "," : "") + number(threads[i]);
-      if (end > i + 1) text += "-" + number(threads[end - 1]);
-      i = end;
-    }
-    if (group.state == State::kExited) {
-      text += ") exited";
-      continue;
-    }
-    text += ") at " + std::string(group.site.file) + ":" + number(group.site.line);
-    if (group.state == State::kAtWarp) {
-      char mask[40];
-      std::snprintf(mask, sizeof(mask), " with mask 0x%08x", group.mask);
-      text += mask;
-    }
-  }
-  return text;
 }
 
 }  // namespace emulator
