@@ -40,6 +40,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", backends, indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what would only repeat a test: CUDA does not use the CPU's threads."""
+
+    def repeats(item: pytest.Item) -> bool:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        return parameters.get("threads", 1) > 1 and parameters.get("backend", "cpu") != "cpu"
+
+    kept = [item for item in items if not repeats(item)]
+    config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def emulated(pytestconfig: pytest.Config) -> ModuleType:
     """The native step with the CUDA sources, emulated on the host."""

@@ -8,7 +8,9 @@
 // Storage that the threads of a block share. A build that runs these kernels on the host defines it
 // otherwise.
 #if !defined(FASTLR_SHARED)
-#define FASTLR_SHARED(type, name) __shared__ type name
+#define FASTLR_SHARED(type, name) \
+  using name##_type = type;       \
+  __shared__ name##_type name
 #endif
 
 namespace fastlr {

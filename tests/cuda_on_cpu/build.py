@@ -59,7 +59,7 @@ def build_extension(cache: Path) -> Path:
     shutil.rmtree(cache, ignore_errors=True)
     library.parent.mkdir(parents=True)
     python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-fvisibility=hidden"]
-    flags = [*FLAGS, *python, "-O1", "-fPIC"]
+    flags = [*FLAGS, *python, "-O2", "-fPIC"]
     items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
     items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
     items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
