@@ -14,6 +14,10 @@
 #include "schedule.h"
 #include "tensor_view.h"
 
+#if defined(FASTLR_HAS_CUDA)
+#include "cuda/step_cuda.h"
+#endif
+
 namespace py = pybind11;
 
 namespace fastlr {
@@ -72,6 +76,9 @@ py::dict build_info() {
 #endif
   info["cuda"] = kHasCuda;
   info["cuda_status"] = kCudaStatus;
+#if defined(FASTLR_HAS_CUDA)
+  info["cuda_driver"] = cuda::version_text(cuda::driver_version());
+#endif
   py::list levels;
   for (const SimdLevel& level : usable_simd_levels()) levels.append(level.name);
   info["simd_levels"] = levels;

@@ -17,7 +17,8 @@ def build_info() -> dict[str, Any]:
         ``version``, ``torch``; ``compiler`` (its version); ``simd_level`` in use and the ``simd_levels``
         that this machine can run; ``threads``; ``openmp_runtime`` (the library that PyTorch loaded, None:
         every step runs on one thread); ``tensor_access`` (how tensors are read); ``cuda``: whether it
-        contains CUDA kernels; ``cuda_status``: of which toolkit and architectures, or why not.
+        contains CUDA kernels; ``cuda_status``: of which toolkit and architectures, or why not;
+        ``cuda_driver``: the newest CUDA that this machine's driver supports, or "none".
 
     >>> import fastlr
     >>> fastlr.build_info()["tensor_access"]

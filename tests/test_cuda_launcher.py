@@ -531,6 +531,21 @@ def test_a_graph_without_momentum_cannot_get_one(cuda: ModuleType):
         optimizer.set_schedule(momentum=0.9)
 
 
+def test_a_group_added_after_a_capture_is_free_of_it(cuda: ModuleType):
+    ours, theirs = twins([(9,), (5,)])
+    optimizer = fastlr.FusedSGD(ours[:1], lr=0.1)
+    sgd = reference(theirs[:1], lr=0.1)
+    train(1, (theirs[:1], sgd.step), (ours[:1], optimizer.step))
+    Graph(cuda, optimizer.step)
+    for o, model in ((optimizer, ours), (sgd, theirs)):
+        o.add_param_group({"params": model[1:], "momentum": 0.9})
+    for step in range(1, 5):
+        for o in (optimizer, sgd):
+            o.param_groups[1]["weight_decay"] = step / 10
+        train(1, (theirs, sgd.step), (ours, optimizer.step), start=step)
+    assert_same(theirs, ours)
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 

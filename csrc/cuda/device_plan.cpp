@@ -1,7 +1,6 @@
 #include "device_plan.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -124,8 +123,8 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
                                        });
   if (!clocks_changed && !numbers_changed) return;
   if (scope.capturing()) cannot_capture("a schedule, hyperparameter or clock has changed");
-  for (size_t i = 0; captured_ && i < std::min(groups.size(), seen_.size()); ++i) {
-    if (may_have_momentum(groups[i]) && !seen_[i].had_momentum_in_graph) {
+  for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
+    if (may_have_momentum(groups[i]) && seen_[i].lacks_momentum_in_graph) {
       throw std::runtime_error("parameter group " + std::to_string(i) +
                                " got a momentum, but a CUDA graph captured its step without one, "
                                "so that it has no momentum buffers; capture the graph anew with a "
@@ -235,14 +234,14 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
-    const bool in_graph = i < seen_.size() && seen_[i].had_momentum_in_graph;
+    const bool lacks_momentum = i < seen_.size() && seen_[i].lacks_momentum_in_graph;
     seen[i] = {unscheduled(groups[i]),
                Owned::borrow(groups[i].lr.native),
                Owned::borrow(groups[i].momentum.native),
                groups[i].lr.start,
                groups[i].momentum.start,
                groups[i].clock,
-               in_graph};
+               lacks_momentum};
   }
   seen_ = std::move(seen);
 }
@@ -350,7 +349,7 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
   if (scope.capturing()) {
     captured_ = tensors_captured_ = true;
     for (Seen& seen : seen_) {
-      seen.had_momentum_in_graph = seen.momentum || seen.options.momentum != 0.0;
+      if (!seen.momentum && seen.options.momentum == 0.0) seen.lacks_momentum_in_graph = true;
     }
   }
   if (launches_.empty()) return advance(scope, 1, 0, found_inf);

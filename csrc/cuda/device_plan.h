@@ -126,7 +126,7 @@ class DevicePlan {
     int64_t lr_start;
     int64_t momentum_start;
     Clock clock;
-    bool had_momentum_in_graph;
+    bool lacks_momentum_in_graph;  // a graph has captured it without
   };
 
   Clocks clocks(const float* found_inf) const;

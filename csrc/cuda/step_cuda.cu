@@ -14,10 +14,6 @@
 namespace fastlr::cuda {
 namespace {
 
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 // Throws for a failed call, by its name.
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -212,6 +208,11 @@ int runtime_version() {
 int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+std::string version_text(int version) {
+  if (version == 0) return "none";
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
 }  // namespace fastlr::cuda

@@ -50,8 +50,9 @@ void launch_step(int device, Stream stream, const Launch& launch);
 void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates,
                   int64_t samples);
 
-// "13000", as CUDA counts versions; 0 where there is no driver.
+// As CUDA counts versions, 12010 for 12.1; the driver's is 0 where there is none.
 int runtime_version();
 int driver_version();
+std::string version_text(int version);  // "12.1", or "none"
 
 }  // namespace fastlr::cuda
