@@ -232,13 +232,4 @@ __global__ void __launch_bounds__(kThreads)
   finish(step, amp);
 }
 
-// Moves the clocks without an update of tensors: after a change of them, of schedules or of
-// hyperparameters, for samples consumed, and for a step that has no tensor on this device.
-__global__ void __launch_bounds__(kThreads)
-    clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples) {
-  const Amp amp = read_amp(clocks.found_inf, nullptr);
-  if (updates != 0 && threadIdx.x == 0) clocks.state->last_skipped = !amp.applied;
-  advance_clocks(clocks, amp.applied ? updates : 0, samples);
-}
-
 }  // namespace fastlr

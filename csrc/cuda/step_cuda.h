@@ -45,6 +45,7 @@ void upload(int device, Stream stream, void* to, const void* from, size_t bytes)
 // Copies from the device and waits for it.
 void download(int device, Stream stream, void* to, const void* from, size_t bytes);
 
+// preload() comes first.
 void launch_step(int device, Stream stream, const Launch& launch);
 // Moves a device's clocks; updates: 0, or 1 where found_inf allows.
 void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates,

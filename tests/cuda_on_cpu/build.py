@@ -24,7 +24,7 @@ FLAGS = (
     *("-DFASTLR_HAS_CUDA", '-DFASTLR_CUDA_STATUS="CUDA emulated on the host"'),
     *(f"-I{HERE}", f"-I{toolchain.CSRC}"),
 )
-KERNELS = ("cuda/step_cuda.cu",)
+KERNELS = ("cuda/step_cuda.cu", "cuda/step_cuda_large.cu")
 PLAN = ("cuda/devices.cpp", "cuda/device_plan.cpp", "groups.cpp", "layout.cpp", "plan.cpp", "tensor_view.cpp")
 
 
