@@ -1,5 +1,5 @@
-// The CPU kernel. Compiled once for each SIMD level, which names its entry point
-// (FASTLR_SIMD_KERNEL).
+// The CPU kernels. Compiled once for each SIMD level, which names their entry points
+// (FASTLR_SIMD_LEVEL).
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -145,10 +145,56 @@ void update(const TensorRef& tensor, const StridedLayout* layout, const GroupSca
   }
 }
 
+// Eight sums, of every eighth element each, are one order of additions for every vector width.
+constexpr int kSums = 8;
+
+template <typename T>
+double sum_of_squares(const T* values, int64_t n) {
+  using C = compute_t<T>;
+  double sums[kSums] = {};
+  C block[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    load_dense(block, values + i, count);
+    int64_t j = 0;
+    for (; j + kSums <= count; j += kSums) {
+      for (int k = 0; k < kSums; ++k) {
+        const double x = block[j + k];
+        sums[k] += x * x;
+      }
+    }
+    for (int k = 0; j + k < count; ++k) {
+      const double x = block[j + k];
+      sums[k] += x * x;
+    }
+  }
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
 }  // namespace
 
-void FASTLR_SIMD_KERNEL(const TensorRef& tensor, const StridedLayout* layout,
-                        const GroupScalars& scalars, int64_t begin, int64_t end) {
+#define FASTLR_JOIN(name, level) name##_##level
+#define FASTLR_AT_LEVEL(name, level) FASTLR_JOIN(name, level)
+
+double FASTLR_AT_LEVEL(squares, FASTLR_SIMD_LEVEL)(StorageType type, const void* data, int64_t n) {
+  switch (type) {
+    case StorageType::kFloat32:
+      return sum_of_squares(static_cast<const float*>(data), n);
+    case StorageType::kFloat64:
+      return sum_of_squares(static_cast<const double*>(data), n);
+    case StorageType::kBFloat16:
+      return sum_of_squares(static_cast<const BFloat16*>(data), n);
+    case StorageType::kFloat16:
+      return sum_of_squares(static_cast<const Float16*>(data), n);
+  }
+  return 0.0;
+}
+
+void FASTLR_AT_LEVEL(update,
+                     FASTLR_SIMD_LEVEL)(const TensorRef& tensor, const StridedLayout* layout,
+                                        const GroupScalars& scalars, int64_t begin, int64_t end) {
   switch (tensor.type) {
     case StorageType::kFloat32:
       return update<float, float>(tensor, layout, scalars, begin, end);

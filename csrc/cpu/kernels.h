@@ -11,9 +11,14 @@ namespace fastlr {
 using ChunkKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout,
                              const GroupScalars& scalars, int64_t begin, int64_t end);
 
+// The sum of the squares of n <= kSquaresBlock elements, in double. The same at every level.
+constexpr int64_t kSquaresBlock = 4096;
+using SquaresKernel = double (*)(StorageType type, const void* data, int64_t n);
+
 struct SimdLevel {
   const char* name;
   ChunkKernel kernel;
+  SquaresKernel squares;
 };
 
 // The levels that were built and that this machine can run, the best last.

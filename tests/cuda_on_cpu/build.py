@@ -63,7 +63,7 @@ def build_extension(cache: Path) -> Path:
     items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
     items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
     items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
-    items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_KERNEL=update_baseline"]))
+    items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_LEVEL=baseline"]))
     objects = compile_all(library.parent, items)
     unfinished = library.with_suffix(".unfinished")
     toolchain.run_or_fail(compiler(), "-shared", *objects, "-ldl", "-o", unfinished)
