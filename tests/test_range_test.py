@@ -1,11 +1,8 @@
-"""range_test() leaves no trace and sweeps what it says; RangeTestResult reads curves with known answers."""
+"""range_test() leaves no trace, sweeps what it says, and refuses what it cannot test."""
 
 from __future__ import annotations
 
 import copy
-import csv
-import dataclasses
-import pickle
 import random
 
 import numpy as np
@@ -310,7 +307,7 @@ def test_noise_around_a_loss_of_zero_is_no_divergence():
     found = fastlr.range_test(
         model,
         fastlr.FusedSGD(model.parameters()),
-        lambda output, target: 0.0 * output.mean() + float(next(losses)),
+        lambda output, target: 1e-9 * output.mean() + float(next(losses)),
         batches,
         num_steps=100,
         progress=False,
@@ -370,7 +367,7 @@ def test_no_update_makes_the_host_wait():
         torch.ones(()).item()
         assert reads.count == 1
         fastlr.range_test(model, opt, cross_entropy, batches, num_steps=64, progress=False)
-    assert reads.count == 1
+    assert reads.count == 2  # the other: whether the first gradient is zero
 
 
 # -- validation ----------------------------------------------------------------------------------------
@@ -404,10 +401,11 @@ def test_the_metric_is_averaged_over_samples_not_batches():
         model.weight.copy_(torch.eye(3))
     target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 1])  # the last is wrong: 90 %
     val = [(x[:8], target[:8]), (x[8:], target[8:])]
-    train = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))]  # no gradient reaches the weights
+    train = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))]
     opt = fastlr.FusedSGD(model.parameters())
+    rates = {"start_lr": 1e-9, "end_lr": 1e-8, "num_steps": 20}  # too low to change anything
     found = fastlr.range_test(
-        model, opt, cross_entropy, train, val, num_steps=20, val_batches=None, progress=False
+        model, opt, cross_entropy, train, val, **rates, val_batches=None, progress=False
     )
     assert found.accuracies[found.measured].tolist() == pytest.approx([0.9, 0.9])
 
@@ -448,7 +446,7 @@ REFUSED = {
     "empty train_loader": (ValueError, "train_loader is empty", {"train_loader": []}, None),
     "empty val_loader": (ValueError, "val_loader is empty", {"val_loader": []}, None),
     "an iterator": (TypeError, "train_loader is an iterator", {"train_loader": iter([BATCH])}, None),
-    "no pairs": (TypeError, "pairs of tensors, got Tensor", {"train_loader": [BATCH[0]]}, None),
+    "no pairs": (TypeError, "got Tensor; for other batches pass step_fn", {"train_loader": [BATCH[0]]}, None),
     "a loss per sample": (
         ValueError,
         r"scalar tensor, got a torch.float32 tensor of shape \(16,\)",
@@ -493,248 +491,3 @@ def test_bad_input_is_refused_and_nothing_is_touched(error, message, options, ch
 def test_an_optimizer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="torch optimizer, got list"):
         fastlr.range_test(torch.nn.Linear(1, 1), [], cross_entropy, [BATCH])
-
-
-# -- reading a curve -----------------------------------------------------------------------------------
-
-LRS = np.geomspace(1e-5, 1.0, 200)
-U = np.log10(LRS)
-
-
-def falling(center=-2.6, steepness=4.0, start=2.3, fall=1.6):
-    """A smooth fall; its steepest point is at ``center``, in decades."""
-    return start - fall / (1 + np.exp(-(U - center) * steepness))
-
-
-# Curve without noise, and how much of it the noise is, at most. The lowest point is looked up in it.
-CURVES = {
-    "bowl": (falling() + 0.02 * np.exp((U + 1.0) * 6), 0.05),
-    "blow-up": (falling() + np.exp((U + 0.7) * 12), 0.05),
-    "plateau": (falling(center=-3.2, steepness=6.0) + 0.02 * np.exp((U + 0.8) * 6), 0.05),
-    "negative": (falling(start=-5.0, fall=8.0) + 0.02 * np.exp((U + 0.8) * 8), 0.02),
-    "small fall": (falling(fall=0.4) + 0.02 * np.exp((U + 1.0) * 6), 0.02),
-}
-
-
-def noisy(curve, noise, seed, spikes=2):
-    rng = np.random.default_rng(seed)
-    sound = np.minimum(np.abs(curve), np.abs(curve[0]) + 2)
-    losses = curve + noise * sound * rng.standard_normal(len(curve))
-    losses[rng.integers(0, 20, spikes)] += 3 * abs(curve[0])
-    return losses
-
-
-@pytest.mark.parametrize(("curve", "most"), CURVES.values(), ids=CURVES.keys())
-@pytest.mark.parametrize("part", [0.0, 0.5, 1.0], ids=["exact", "some noise", "much noise"])
-def test_the_lowest_loss_is_found_on_curves_with_a_known_answer(curve, most, part):
-    truth = LRS[curve.argmin()]
-    results = [fastlr.RangeTestResult(LRS, noisy(curve, part * most, seed)) for seed in range(15)]
-    assert all(results)
-    assert truth / 1.5 <= np.median([r.max_lr for r in results]) <= truth * 1.5
-    for r in results:
-        assert r.minimum == r.max_lr
-        assert r.base_lr == pytest.approx(r.max_lr / 10)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_below_a_cliff_the_answer_errs_to_the_lower_side(noise):
-    curve = falling(steepness=3.0) + np.where(U > -0.8, (U + 0.8) * 40, 0)
-    edge = LRS[curve.argmin()]
-    rates = [fastlr.RangeTestResult(LRS, noisy(curve, noise, seed)).max_lr for seed in range(15)]
-    assert max(rates) <= edge
-    assert np.median(rates) >= edge / 3
-    # Up there the curve is all but level: hardly anything of the improvement is given away.
-    gain = curve[0] - curve.min()
-    assert curve[LRS.searchsorted(np.median(rates))] - curve.min() < 0.05 * gain
-
-
-@pytest.mark.parametrize("center", [-3.5, -2.6, -2.0])
-def test_steepest_is_where_the_fall_is_steepest_on_the_log_axis(center):
-    curve = falling(center) + 0.02 * np.exp((U + 1.0) * 6)
-    rates = [fastlr.RangeTestResult(LRS, noisy(curve, 0.02, seed)).steepest for seed in range(15)]
-    assert 10**center / 1.3 <= np.median(rates) <= 10**center * 1.3
-
-
-def test_valley_lies_two_thirds_down_the_way():
-    curve = falling() + 0.02 * np.exp((U + 1.0) * 6)
-    found = fastlr.RangeTestResult(LRS, curve)
-    gain = curve[0] - curve.min()
-    onset = U[np.flatnonzero(curve[: curve.argmin()] > curve[0] - 0.1 * gain)[-1]]
-    expected = onset + 2 / 3 * (U[curve.argmin()] - onset)
-    assert np.log10(found.valley) == pytest.approx(expected, abs=0.1)
-    assert found.steepest < found.valley < found.minimum
-
-
-FLAT = {
-    "flat": np.full(200, 2.3),
-    "flat, then up": 2.3 + np.exp((U + 0.5) * 8),
-    "rising": 2.3 + 0.3 * (U + 5),
-    "zero": np.zeros(200),
-}
-
-
-@pytest.mark.parametrize("curve", FLAT.values(), ids=FLAT.keys())
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-def test_a_curve_that_never_falls_gives_no_answer(curve, noise):
-    for seed in range(20):
-        found = fastlr.RangeTestResult(LRS, noisy(curve, noise, seed))
-        assert not found
-        assert (found.base_lr, found.max_lr, found.steepest, found.valley, found.minimum) == (None,) * 5
-        assert "improves nowhere" in found.reason or "lower start_lr" in found.reason
-
-
-def test_a_flat_accuracy_gives_no_answer_even_where_the_loss_falls():
-    for seed in range(20):
-        accuracies = np.full(200, np.nan)
-        accuracies[9::10] = np.random.default_rng(seed).binomial(256, 0.1, 20) / 256
-        found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], accuracies)
-        assert not found
-        assert "the accuracy improves nowhere" in found.reason
-        assert found.minimum is not None
-
-
-def test_the_bounds_come_from_the_accuracy_where_there_is_one():
-    truth = -1.7
-    accuracies = np.full(200, np.nan)
-    accuracies[9::10] = (0.1 + 0.8 * np.exp(-((U - truth) ** 2)))[9::10]
-    best = []
-    for seed in range(15):
-        rng = np.random.default_rng(seed)
-        found = fastlr.RangeTestResult(
-            LRS, noisy(CURVES["plateau"][0], 0.05, seed), accuracies + 0.02 * rng.standard_normal(200)
-        )
-        best.append(found.max_lr)
-    assert 10**truth / 1.5 <= np.median(best) <= 10**truth * 1.5
-
-
-def test_an_accuracy_that_still_rises_at_the_end_is_no_upper_bound():
-    found = fastlr.RangeTestResult(LRS, falling(), 0.1 + 0.15 * (U + 5))
-    assert not found
-    assert "raise end_lr" in found.reason
-    # A sweep that ended because training broke down has found its upper bound there.
-    assert fastlr.RangeTestResult(LRS, falling(), 0.1 + 0.15 * (U + 5), stopped="the loss diverged")
-
-
-def test_smoothing_does_not_shift_a_symmetric_dip():
-    dip = 2.0 - np.exp(-(((U + 2.5) / 0.8) ** 2))
-    found = fastlr.RangeTestResult(LRS, dip)
-    assert found.minimum == pytest.approx(10**-2.5, rel=0.06)  # neighbouring rates are that far apart
-    sound = np.isfinite(found.smoothed_losses)
-    assert sound[: dip.argmin() + 15].all()
-    np.testing.assert_allclose(found.smoothed_losses[sound], dip[sound], atol=0.07)
-
-
-def test_outlying_batches_do_not_move_the_minimum():
-    losses = CURVES["bowl"][0].copy()
-    lowest = int(losses.argmin())
-    clean = fastlr.RangeTestResult(LRS, losses).minimum
-    losses[[lowest - 30, lowest, lowest + 1, lowest + 6]] += 50.0
-    losses[60] = -20.0
-    assert fastlr.RangeTestResult(LRS, losses).minimum == pytest.approx(clean, rel=0.06)
-
-
-def test_a_line_is_smoothed_to_itself_up_to_its_ends():
-    line = 0.1 + 0.15 * (U + 5)
-    found = fastlr.RangeTestResult(LRS, falling(), line)
-    np.testing.assert_allclose(found.smoothed_accuracies, line, rtol=1e-9)
-    # Losses are freed of spikes first, which bends the first and last two points.
-    found = fastlr.RangeTestResult(LRS, 3 - line)
-    np.testing.assert_allclose(found.smoothed_losses[30:-30], 3 - line[30:-30], rtol=1e-9)
-
-
-def test_a_linear_sweep_is_read_on_a_linear_axis():
-    lrs = np.linspace(0.0, 0.1, 150)
-    curve = 2.0 - 1.0 * np.exp(-(((lrs - 0.06) / 0.015) ** 2))
-    found = fastlr.RangeTestResult(lrs, curve, sweep="linear")
-    assert found.minimum == pytest.approx(0.06, rel=0.03)
-    # d/dlr of a Gaussian is steepest one standard deviation off: 0.015 / sqrt(2).
-    assert found.steepest == pytest.approx(0.06 - 0.015 / np.sqrt(2), rel=0.05)
-
-
-def test_values_after_the_first_that_is_not_finite_are_cut():
-    losses = CURVES["bowl"][0].copy()
-    losses[180:] = np.nan
-    losses[185] = 0.0
-    found = fastlr.RangeTestResult(LRS, losses)
-    assert len(found.lrs) == len(found.losses) == 180
-    assert "nan" in found.stopped
-    assert found
-
-
-@pytest.mark.parametrize("points", [0, 1, 2, 3, 9])
-def test_too_short_a_curve_gives_no_answer(points):
-    found = fastlr.RangeTestResult(LRS[:points], falling()[:points])
-    assert not found
-    assert f"{points} points, of 10" in found.reason
-    assert len(found.smoothed_losses) == points
-
-
-def test_no_result_says_why_in_place_of_a_schedule():
-    empty = fastlr.RangeTestResult(LRS, np.ones(200))
-    with pytest.raises(ValueError, match="no bounds: the loss improves nowhere"):
-        empty.triangular2(step_size_up=100)
-    assert "reason=" in repr(empty)
-
-
-def test_a_result_becomes_a_schedule_and_drives_the_optimizer():
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0])
-    schedule = found.triangular2(step_size_up=10)
-    assert schedule == fastlr.Triangular2(found.base_lr, found.max_lr, 10)
-    opt = fastlr.FusedSGD(torch.nn.Linear(1, 1).parameters())
-    opt.set_schedule(lr=schedule)
-    assert opt.param_groups[0]["lr"] == found.base_lr
-    assert "base_lr=" in repr(found)
-
-
-def test_a_result_is_immutable_and_survives_pickling():
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], stopped="early")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        found.lrs = LRS
-    with pytest.raises(ValueError, match="read-only"):
-        found.losses[0] = 0.0
-    loaded = pickle.loads(pickle.dumps(found))
-    np.testing.assert_array_equal(loaded.losses, found.losses)
-    assert (loaded.max_lr, loaded.stopped) == (found.max_lr, "early")
-
-
-def test_the_csv_file_holds_every_number_exactly(tmp_path):
-    accuracies = np.where(np.arange(200) % 10 == 9, 0.5, np.nan)
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], accuracies, metric_name="f1")
-    found.to_csv(tmp_path / "range.csv")
-    with open(tmp_path / "range.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["lr", "loss", "f1"]
-    assert [float(row["lr"]) for row in rows] == LRS.tolist()
-    assert [float(row["loss"]) for row in rows] == CURVES["bowl"][0].tolist()
-    assert [row["f1"] for row in rows[8:11]] == ["", "0.5", ""]
-
-
-BAD_CURVES = {
-    "lengths": (([1.0, 2.0], [1.0]), {}, "one length"),
-    "two dimensions": (([[1.0]], [1.0]), {}, "one dimension"),
-    "descending": (([2.0, 1.0], [1.0, 1.0]), {}, "ascending"),
-    "repeated": (([1.0, 1.0], [1.0, 1.0]), {}, "ascending"),
-    "zero on a log axis": (([0.0, 1.0], [1.0, 1.0]), {}, "> 0"),
-    "negative": (([-1.0, 1.0], [1.0, 1.0]), {"sweep": "linear"}, ">= 0"),
-    "infinite": (([1.0, np.inf], [1.0, 1.0]), {}, "finite"),
-    "unknown sweep": (([1.0], [1.0]), {"sweep": "log"}, "sweep must be one of"),
-}
-
-
-@pytest.mark.parametrize(("curve", "options", "message"), BAD_CURVES.values(), ids=BAD_CURVES.keys())
-def test_a_curve_that_is_none_is_refused(curve, options, message):
-    with pytest.raises(ValueError, match=message):
-        fastlr.RangeTestResult(*curve, **options)
-
-
-def test_on_a_plateau_the_upper_bound_is_where_the_accuracy_stops_improving():
-    x = np.linspace(-5, 0, 40)
-    rises, falls = 1 / (1 + np.exp(-8 * (x + 2.5))), 1 / (1 + np.exp(-30 * (x + 0.3)))
-    bounds, ends = [], []
-    for seed in range(20):
-        accuracies = 0.8 * (rises - falls) + np.random.default_rng(seed).normal(0, 0.01, 40)
-        found = fastlr.RangeTestResult(10**x, 2.3 - 0.5 * rises + 2 * falls, accuracies)
-        bounds.append(np.log10(found.max_lr))
-        ends.append(x[np.nanargmax(found.smoothed_accuracies)])
-    assert -2.3 < np.median(bounds) < -1.6
-    assert np.median(ends) > -1.3  # where the very best lies: towards the plateau's far end
