@@ -119,6 +119,9 @@ class Update:
         self._before = [p.detach().clone() for p in self._trained]
         self._sound: torch.Tensor | None = None
         self._count = 0
+        for group in optimizer.param_groups if lrs is not None else ():
+            if isinstance(group["lr"], torch.Tensor):  # which groups may share
+                group["lr"] = group["lr"].clone()
 
     def __call__(self, batches: Batches) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss before the update, averaged over batches and ranks, and whether the scaler skipped it."""
