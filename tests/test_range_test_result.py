@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import pickle
 
 import numpy as np
@@ -245,6 +246,201 @@ def test_the_csv_file_holds_every_number_exactly(tmp_path):
     assert [float(row["lr"]) for row in rows] == LRS.tolist()
     assert [float(row["loss"]) for row in rows] == PEAKS["bowl"].tolist()
     assert [row["f1"] for row in rows[8:11]] == ["", "0.5", ""]
+
+
+FULL = {
+    "plain": lambda: fastlr.RangeTestResult(LRS, PEAKS["bowl"]),
+    "linear, with everything": lambda: fastlr.RangeTestResult(
+        np.linspace(0, 1, 60),
+        (np.linspace(0, 1, 60) - 0.5) ** 2,
+        np.where(np.arange(60) % 4 == 3, 0.1 + np.linspace(0, 0.5, 60), np.nan),
+        sweep="linear",
+        stopped="the loss diverged at lr 1",
+        metric_name="f1",
+        notes=["the loader ran out"],
+        group_bounds=[(0, 1), (0, 10)],
+    ),
+    "repeats": lambda: repeated([noisy(PEAKS["bowl"], 0.05, seed) for seed in range(3)]),
+    "no answer": lambda: fastlr.RangeTestResult(LRS, np.ones(200)),
+    "empty": lambda: fastlr.RangeTestResult([], []),
+}
+READINGS = ("base_lr", "max_lr", "onset", "steepest", "steepest_region", "valley", "minimum", "reason")
+
+
+def repeated(curves, accuracies=None):
+    return fastlr.RangeTestResult.from_repeats([fastlr.RangeTestResult(LRS, c, accuracies) for c in curves])
+
+
+@pytest.mark.parametrize("make", FULL.values(), ids=FULL.keys())
+def test_a_json_file_brings_everything_back(make, tmp_path):
+    found, path = make(), tmp_path / "range.json"
+    found.to_json(path)
+    loaded = fastlr.RangeTestResult.from_json(path)
+    for name in ("lrs", "losses", "accuracies"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(found, name))
+    for name in (*READINGS, "sweep", "stopped", "metric_name", "notes", "group_bounds", "intervals"):
+        assert getattr(loaded, name) == getattr(found, name), name
+    assert loaded.summary() == found.summary()
+    assert [r.max_lr for r in loaded.repeats] == [r.max_lr for r in found.repeats]
+    answers = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))["answers"]
+    assert answers["max_lr"] == found.max_lr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr,loss", "no JSON file"),
+        ("[1]", "holds no"),
+        ('{"format": "something else"}', "holds no"),
+        ('{"format": "fastlr range test, version 1", "lrs": [1]}', "incomplete"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(text, message, tmp_path):
+    path = tmp_path / "range.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        fastlr.RangeTestResult.from_json(path)
+
+
+def test_the_summary_says_everything():
+    text = FULL["repeats"]().summary()
+    found = FULL["repeats"]()
+    assert "3 repeats" in text
+    low, high = found.intervals["max_lr"]
+    assert f"max_lr    {found.max_lr:.2g} [{low:.2g}, {high:.2g}]" in text
+    assert "region {:.2g} to {:.2g}".format(*found.steepest_region) in text
+    text = FULL["no answer"]().summary()
+    assert "no bounds: the loss improves nowhere" in text
+    text = FULL["linear, with everything"]().summary()
+    for part in ("linear", "stopped early: the loss diverged", "note: the loader", "bounds of each group"):
+        assert part in text
+
+
+def test_repeats_give_medians_and_intervals():
+    found = repeated([noisy(PEAKS["bowl"], 0.05, seed) for seed in range(5)])
+    singles = [r.max_lr for r in found.repeats]
+    assert found.max_lr == pytest.approx(np.median(singles))
+    assert found.intervals["max_lr"] == (min(singles), max(singles))
+    assert min(singles) < found.max_lr < max(singles)
+    assert found.base_lr == pytest.approx(found.max_lr / 10)
+    assert found.lrs.tolist() == LRS.tolist()
+    np.testing.assert_array_equal(found.losses, np.median([r.losses for r in found.repeats], 0))
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    truth = np.median([fastlr.RangeTestResult(LRS, noisy(PEAKS["bowl"], 0.05, s)).minimum for s in SEEDS])
+    inside = []
+    for seed in range(60):
+        found = repeated([noisy(PEAKS["bowl"], 0.05, 1000 + 5 * seed + i) for i in range(5)])
+        low, high = found.intervals["minimum"]
+        inside.append(low <= truth <= high)
+    assert np.mean(inside) > 0.85  # 94 % expected
+
+
+def test_repeats_of_different_length_share_what_half_of_them_reached():
+    curves = [PEAKS["bowl"].copy() for _ in range(4)]
+    for curve, end in zip(curves, (150, 180, 190, 200), strict=True):
+        curve[end:] = np.nan
+    found = repeated(curves)
+    assert len(found.lrs) == 190
+    assert "(repeat 1)" in found.stopped
+    assert found
+
+
+def test_repeats_that_disagree_give_no_answer():
+    low, high = PEAKS["bowl"], np.roll(PEAKS["bowl"], -90)
+    low, high = low[:200], np.concatenate([high[:110], np.full(90, 9.0)])
+    found = repeated([low, high, low])
+    assert not found
+    assert "the repeats disagree: max_lr between" in found.reason
+    assert found.max_lr is None
+    found = repeated([low, np.ones(200), np.ones(200)])
+    assert "1 of 3 repeats give bounds: the loss improves nowhere" in found.reason
+
+
+def test_results_of_different_kinds_are_no_repeats():
+    one = FULL["plain"]()
+    with pytest.raises(ValueError, match="of one sweep and metric"):
+        fastlr.RangeTestResult.from_repeats([one, FULL["linear, with everything"]()])
+    with pytest.raises(ValueError, match="one or more"):
+        fastlr.RangeTestResult.from_repeats([])
+    assert fastlr.RangeTestResult.from_repeats([one]) is one
+
+
+def test_repeats_are_told_apart_in_the_csv_file(tmp_path):
+    found = FULL["repeats"]()
+    found.to_csv(tmp_path / "range.csv")
+    with open(tmp_path / "range.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["repeat", "lr", "loss"]
+    assert [float(r["loss"]) for r in rows if r["repeat"] == "2"] == found.repeats[1].losses.tolist()
+
+
+def test_the_steepest_region_surrounds_the_steepest_rate():
+    found = fastlr.RangeTestResult(LRS, falling(center=-2.6, steepness=4.0) + np.exp((U + 0.7) * 12))
+    low, high = found.steepest_region
+    # The slope of a logistic is half its largest where 4 * |u - center| = 2 * acosh(sqrt(2)).
+    half = 2 * np.arccosh(np.sqrt(2)) / 4
+    assert np.log10(low) == pytest.approx(-2.6 - half, abs=0.12)
+    assert np.log10(high) == pytest.approx(-2.6 + half, abs=0.12)
+    assert low < found.steepest < high
+    rising = 0.1 + 0.8 / (1 + np.exp(-8 * (U + 3.0))) - 0.5 / (1 + np.exp(-12 * (U + 0.8)))
+    by_accuracy = fastlr.RangeTestResult(LRS, PEAKS["bowl"], rising)
+    assert np.log10(by_accuracy.steepest) == pytest.approx(-3.0, abs=0.1)
+
+
+def test_a_metric_that_is_infinite_was_not_measured():
+    metric = np.where(U < -0.5, -((U + 2) ** 2), -np.inf)
+    found = fastlr.RangeTestResult(LRS, PEAKS["bowl"], metric)
+    assert found.measured.sum() == (U < -0.5).sum()
+    assert found.max_lr == pytest.approx(1e-2, rel=0.1)
+
+
+# -- from test to training -----------------------------------------------------------------------------
+
+
+def test_a_schedule_may_be_passed_by_position():
+    found = FULL["plain"]()
+    opt = fastlr.FusedSGD(torch.nn.Linear(1, 1).parameters())
+    opt.set_schedule(found.triangular2(step_size_up=10))
+    assert opt.param_groups[0]["lr"] == found.base_lr
+
+
+def test_the_optimizer_says_why_it_takes_no_empty_answer():
+    opt = fastlr.FusedSGD(torch.nn.Linear(1, 1).parameters())
+    with pytest.raises(TypeError, match="gives no bounds: the loss improves nowhere"):
+        opt.set_schedule(FULL["no answer"]())
+    with pytest.raises(TypeError, match=r"pass its triangular2"):
+        opt.set_schedule(FULL["plain"]())
+    with pytest.raises(ValueError, match="gives no bounds: the loss improves nowhere"):
+        fastlr.FusedCyclicSGD.from_range_test(torch.nn.Linear(1, 1).parameters(), FULL["no answer"]())
+
+
+def test_a_cyclic_optimizer_is_made_from_a_result():
+    found, model = FULL["plain"](), torch.nn.Linear(1, 1)
+    opt = fastlr.FusedCyclicSGD.from_range_test(model.parameters(), found, 10, momentum=0.9)
+    assert opt.param_groups[0]["lr_schedule"] == found.triangular2(10)
+    opt = fastlr.FusedCyclicSGD.from_range_test(model.parameters(), found, 10, mode="exp_range", gamma=0.99)
+    assert opt.param_groups[0]["lr_schedule"] == fastlr.ExpRange(found.base_lr, found.max_lr, 10, gamma=0.99)
+
+
+def test_groups_get_bounds_of_their_own():
+    model = torch.nn.Linear(2, 1)
+    found = fastlr.RangeTestResult(LRS, PEAKS["bowl"], group_bounds=[(1e-5, 1.0), (1e-3, 0.1)])
+    tops = [top for _, top in found.bounds()]
+    part = np.log(tops[0] / 1e-5) / np.log(1e5)
+    assert tops == pytest.approx([found.max_lr, 1e-3 * 100**part])
+    assert found.group(1).max_lr == pytest.approx(tops[1])
+    assert found.group(0).max_lr == pytest.approx(tops[0])
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+    opt = fastlr.FusedCyclicSGD.from_range_test(groups, found, 10)
+    assert [g["lr_schedule"].max for g in opt.param_groups] == tops
+    with pytest.raises(ValueError, match="each of 2 groups has bounds of its own"):
+        found.triangular2(10)
+    with pytest.raises(ValueError, match=r"are 0 .. 1; got 2"):
+        found.group(2)
+    with pytest.raises(ValueError, match="all share their rates"):
+        FULL["plain"]().group(0)
 
 
 BAD_CURVES = {
