@@ -166,7 +166,6 @@ def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure
             if result.max_lr is not None:
                 at = np.interp(result.max_lr, result.lrs, values)
                 axes.plot(result.max_lr, at, "o", color=style["color"], markersize=6, zorder=4)
-    _limit_to_start(panels[0], np.concatenate([r.losses for r in grid.results]))
     if first.sweep == "exponential":
         panels[0].set_xscale("log")
     panels[-1].set_xlabel(_rate_label(first))

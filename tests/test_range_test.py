@@ -882,6 +882,11 @@ def foreign(job):
     job.optimizer = fastlr.FusedSGD(torch.nn.Linear(2, 2).parameters())
 
 
+def one_column(job):
+    job.model = torch.nn.Linear(FEATURES, 1)
+    job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
+
+
 def lbfgs(job):
     job.optimizer = torch.optim.LBFGS(job.model.parameters())
 
@@ -944,6 +949,24 @@ REFUSED = {
         },
         None,
     ),
+    "one column": (
+        ValueError,
+        r"no accuracy for an output of shape \(4, 1\)",
+        {"train_loader": [BATCH], "val_loader": [BATCH], "loss_fn": lambda output, target: output.mean()},
+        one_column,
+    ),
+    "a metric per sample": (
+        ValueError,
+        r"must return one number, got a tensor of shape \(32,\)",
+        {"metric": lambda output, target: (output.argmax(1) == target).double()},
+        None,
+    ),
+    "a metric that returns nothing": (
+        ValueError,
+        "must return one number, got NoneType",
+        {"metric": lambda output, target: None},
+        None,
+    ),
     "no loss": (TypeError, "loss_fn, called with", {"loss_fn": None}, None),
     "two losses": (TypeError, "one of them", {"step_fn": len}, None),
     "step_fn without metric": (
@@ -988,6 +1011,12 @@ def test_bad_input_is_refused_and_nothing_is_touched(error, message, options, ch
         fastlr.range_test(job.model, job.optimizer, **arguments)
     if before is not None:
         assert_same(job.everything(), before)
+
+
+def test_inference_mode_is_refused():
+    job = Job()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside"):
+        job.range_test()
 
 
 def test_an_optimizer_of_another_kind_is_refused():

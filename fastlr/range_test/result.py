@@ -359,7 +359,7 @@ class RangeTestResult:
         tops = (
             [self.max_lr] if not self.group_bounds else [self._in_group(i, self.max_lr) for i in self._groups]
         )
-        return tuple((top / 10, top) for top in tops)
+        return tuple((float(top) / 10, float(top)) for top in tops)
 
     @property
     def _groups(self) -> range:

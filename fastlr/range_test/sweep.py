@@ -112,6 +112,7 @@ def range_test(
             gradient is zero everywhere.
         TypeError: an argument is of the wrong kind, such as an iterator, which cannot be put back.
         MemoryError, OSError: there is no room for the backup.
+        RuntimeError: called within ``torch.inference_mode()``.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -247,6 +248,10 @@ def _check(
     backup: object,
 ) -> torch.device:
     """The model's device, once everything that can be seen from outside is in order."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a range test trains, which torch.inference_mode() rules out; call it outside of that"
+        )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{type(optimizer).__name__}.step() needs a closure, which the sweep cannot give it")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from fastlr.range_test.update import Batches
@@ -85,12 +86,24 @@ class Validation:
             with self.context():
                 for batch in self._batches:
                     weight = float(len(batch[1])) if self.weigh and hasattr(batch[1], "__len__") else 1.0
-                    total = total + self.value(batch) * weight
+                    total = total + _number(self.value(batch), self.name) * weight
                     weights += weight
         finally:
             for module, training in flags:
                 module.training = training
         return total, weights
+
+
+def _number(value: object, name: str) -> torch.Tensor | float:
+    """What a metric returned, once it is sure to be one number."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    if isinstance(value, (int, float, np.number)):
+        return float(value)
+    got = (
+        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    )
+    raise ValueError(f"the metric {name} must return one number, got {got}; take its mean")
 
 
 def _accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -99,6 +112,7 @@ def _accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         or not isinstance(target, torch.Tensor)
         or output.ndim != target.ndim + 1
         or target.is_floating_point()
+        or output.shape[1] < 2
     ):
         got = [
             f"shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, torch.Tensor) else type(v).__name__
