@@ -587,6 +587,34 @@ def test_a_compiled_model_can_be_tested():
     assert_same(fit(True), fit(False))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_can_be_tested():
+    model = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(FEATURES, 8), torch.nn.BatchNorm1d(8)))
+    before = copy.deepcopy(dict(model.state_dict()))
+    batches = [(torch.randn(8, FEATURES), torch.randint(8, (8,))) for _ in range(20)]
+    opt = fastlr.FusedSGD(model.parameters(), momentum=0.9)
+    found = fastlr.range_test(model, opt, cross_entropy, batches, num_steps=20, end_lr=0.1, progress=False)
+    assert len(found.losses) == 20
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_the_metric_of_a_dict_of_targets_is_weighted_by_its_samples():
+    model = torch.nn.Linear(3, 1)
+    val = [(torch.ones(n, 3), {"y": torch.full((n, 1), float(n))}) for n in (2, 6)]
+    found = fastlr.range_test(
+        model,
+        fastlr.FusedSGD(model.parameters()),
+        lambda out, t: (out - t["y"]).square().mean(),
+        val,
+        val,
+        metric=lambda out, t: t["y"].mean(),
+        num_steps=10,
+        end_lr=1e-4,
+        progress=False,
+    )
+    assert found.accuracies[-1] == pytest.approx((2 * 2 + 6 * 6) / 8)
+
+
 @each_optimizer
 def test_stairs_hold_each_rate_for_some_updates(make_optimizer):
     job, used = Job(make_optimizer), []
@@ -882,6 +910,10 @@ def foreign(job):
     job.optimizer = fastlr.FusedSGD(torch.nn.Linear(2, 2).parameters())
 
 
+def rateless(job):
+    del job.optimizer.param_groups[0]["lr"]
+
+
 def one_column(job):
     job.model = torch.nn.Linear(FEATURES, 1)
     job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
@@ -978,7 +1010,7 @@ REFUSED = {
     "no loader": (TypeError, "train_loader is missing", {"train_loader": None}, None),
     "a number of batches": (TypeError, "to iterate over, got int", {"train_loader": 5}, None),
     "three parts": (TypeError, "got tuple of 3", {"train_loader": [(*BATCH, 1)]}, None),
-    "staircase": (ValueError, "multiple of it, got num_steps=20, staircase=3", {"staircase": 3}, None),
+    "staircase": (ValueError, "num_steps must be a multiple of staircase", {"staircase": 3}, None),
     "rates of other groups": (ValueError, "start_lr has 2 values for 1", {"start_lr": [1e-5, 1e-4]}, None),
     "a rate in words": (ValueError, "start_lr must be a finite number", {"start_lr": "low"}, None),
     "accumulate 0": (ValueError, "accumulate", {"accumulate": 0}, None),
@@ -987,6 +1019,7 @@ REFUSED = {
     "unknown autocast": (ValueError, "autocast must be", {"autocast": torch.float64}, None),
     "no scaler": (TypeError, "GradScaler, got float", {"scaler": 2.0}, None),
     "frozen model": (ValueError, "the model is frozen", {}, frozen),
+    "no rate": (ValueError, "groups without an lr to sweep", {}, rateless),
     "foreign optimizer": (ValueError, "none of the model's parameters", {}, foreign),
     "closure-only optimizer": (TypeError, "needs a closure", {}, lbfgs),
     "lazy model": (ValueError, "uninitialized", {}, lazy),

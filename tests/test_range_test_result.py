@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -472,3 +474,18 @@ def test_on_a_plateau_the_upper_bound_is_where_the_accuracy_stops_improving():
         ends.append(x[np.nanargmax(found.smoothed_accuracies)])
     assert -2.3 < np.median(bounds) < -1.6
     assert np.median(ends) > -1.3  # where the very best lies: towards the plateau's far end
+
+
+# -- real data -----------------------------------------------------------------------------------------
+
+
+def test_bounds_found_on_digits_train_as_well_as_bounds_picked_by_hand(monkeypatch):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    path = Path(__file__).parent.parent / "benchmarks" / "range_test.py"
+    spec = importlib.util.spec_from_file_location("range_test_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "BY_HAND", [(0.0005, 0.005), (0.001, 0.01), (0.002, 0.02)])
+    torch.set_num_threads(1)
+    compared = benchmark.compare("digits", seeds=5)
+    assert compared["points between them"] > -0.5

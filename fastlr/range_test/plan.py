@@ -54,8 +54,8 @@ class Plan:
         staircase = count("staircase", staircase)
         if num_steps % staircase or num_steps // staircase < 2:
             raise ValueError(
-                f"num_steps must be twice staircase or another multiple of it, got num_steps={num_steps}, "
-                f"staircase={staircase}"
+                f"num_steps must be a multiple of staircase, and at least twice it, got "
+                f"num_steps={num_steps}, staircase={staircase}"
             )
         groups = len(optimizer.param_groups)
         starts = _each(start_lr, "start_lr", groups)

@@ -72,10 +72,14 @@ class Record:
             self.read()
         return self.stopped is not None
 
-    def read(self) -> None:
-        """Reads what has not been read, up to the first point that is a reason to stop."""
+    def read(self, *, alone: bool = False) -> None:
+        """Reads what has not been read, up to the first point that is a reason to stop.
+
+        Args:
+            alone: whether the other ranks do not read now.
+        """
         block = self._rows[self._read : self._written]
-        if ranks() > 1:
+        if ranks() > 1 and not alone:
             rest = block[:, _SKIPPED:].contiguous()  # the losses are averaged already
             torch.distributed.all_reduce(rest)
             block = torch.cat([block[:, :_SKIPPED], rest], 1)

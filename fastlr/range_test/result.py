@@ -418,12 +418,12 @@ class RangeTestResult:
         >>> lrs = np.geomspace(1e-4, 10, 200)
         >>> print(RangeTestResult(lrs, 2 + np.log10(lrs / 0.1) ** 2 / 4).summary())
         range test: 200 rates from 0.0001 to 10, exponential
-        base_lr   0.01
-        max_lr    0.1
-        onset     0.00026
-        steepest  0.00014, region 0.0001 to 0.0035
-        valley    0.014
-        minimum   0.1
+        base_lr   0.0098
+        max_lr    0.098
+        onset     0.00024
+        steepest  0.00024, region 0.0001 to 0.0051
+        valley    0.013
+        minimum   0.098
         """
         span = f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if len(self.lrs) else ""
         repeats = f", {len(self.repeats)} repeats" if self.repeats else ""

@@ -23,7 +23,7 @@ Backup: TypeAlias = Literal["device", "host", "file"] | os.PathLike[str]
 
 # Modules of these packages keep attributes that belong together with state in C++ or on other ranks, such as
 # whether they have been set up; those are left alone.
-_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
+_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit.")
 
 
 def all_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -121,11 +121,12 @@ class Snapshot:
             self._file.unlink(missing_ok=True)
 
     def _keep_module(self, module: torch.nn.Module) -> None:
-        attributes = vars(module)
         for name in ("_parameters", "_buffers", "_modules"):
-            self._keep(attributes[name])
+            self._keep(getattr(module, name))
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            self._keep(tensor)  # a scripted module's stand in no dict
         if not type(module).__module__.startswith(_WRAPPERS):
-            self._keep(attributes)
+            self._keep(vars(module))
         training = module.training
 
         def undo() -> None:

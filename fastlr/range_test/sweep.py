@@ -206,7 +206,7 @@ def _swept(
             # Code may well choke on what an update with a loss of inf or NaN left behind. The losses
             # up to here tell; if they are sound, the error is the user's.
             if record is not None:
-                record.read()
+                record.read(alone=True)
                 if record.stopped is not None:
                     break
             raise
@@ -271,6 +271,8 @@ def _check(
     for p in all_parameters(model, optimizer):
         if torch.nn.parameter.is_lazy(p):
             raise ValueError("the model has uninitialized parameters; run one batch through it first")
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"{type(optimizer).__name__} has parameter groups without an lr to sweep")
     own = {id(p) for p in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
     if not held:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -85,13 +85,24 @@ class Validation:
         try:
             with self.context():
                 for batch in self._batches:
-                    weight = float(len(batch[1])) if self.weigh and hasattr(batch[1], "__len__") else 1.0
+                    weight = _samples(batch[1]) if self.weigh else 1.0
                     total = total + _number(self.value(batch), self.name) * weight
                     weights += weight
         finally:
             for module, training in flags:
                 module.training = training
         return total, weights
+
+
+def _samples(target: Any) -> float:
+    """How many samples a batch has, by the first tensor of its target; 1, where there is none."""
+    if isinstance(target, torch.Tensor):
+        return float(len(target)) if target.ndim else 1.0
+    if isinstance(target, Mapping):
+        target = list(target.values())
+    nested = (torch.Tensor, Mapping, tuple, list)
+    parts = target if isinstance(target, (tuple, list)) else ()
+    return next((_samples(part) for part in parts if isinstance(part, nested)), 1.0)
 
 
 def _number(value: object, name: str) -> torch.Tensor | float:
