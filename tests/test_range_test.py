@@ -348,6 +348,26 @@ def test_code_that_chokes_on_nan_does_not_hide_that_the_loss_was_nan():
     assert "nan" in job.range_test(loss_fn, val_every=100).stopped
 
 
+def test_a_metric_that_chokes_on_weights_of_nan_ends_the_sweep():
+    job, calls = Job(), iter(range(1000))
+
+    def loss_fn(output, target):
+        # The loss is finite, its gradient is not: the weights are the first to be NaN.
+        loss = cross_entropy(output, target)
+        return loss + (output.sum() * torch.inf).nan_to_num(0, 0, 0) if next(calls) == 18 else loss
+
+    def metric(output, target):
+        if not output.isfinite().all():
+            raise ValueError("Input contains NaN.")
+        return 1.0
+
+    before = copy.deepcopy(job.everything())
+    found = job.range_test(loss_fn, metric=metric, val_every=1)
+    assert len(found.losses) == 19
+    assert "weights were inf or NaN after the update" in found.stopped
+    assert_same(job.everything(), before)
+
+
 def test_a_loader_that_runs_out_begins_again():
     job = Job()
     assert len(job.loader) == 5

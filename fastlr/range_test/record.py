@@ -27,6 +27,11 @@ def ranks() -> int:
     return 1
 
 
+def kept_dtype(device: torch.device) -> torch.dtype:
+    """What losses are kept in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Record:
     """The points of one sweep.
 
@@ -46,8 +51,7 @@ class Record:
         self.points: list[tuple[int, float, float]] = []
         self.stopped: str | None = None
         self._lrs, self._factor, self._held = lrs, factor, held
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which it does not have
-        self._rows = torch.zeros((len(lrs), 4), dtype=dtype, device=device)
+        self._rows = torch.zeros((len(lrs), 4), dtype=kept_dtype(device), device=device)
         self._read = self._written = self._skipped = 0
         self._mean = 0.0
         self._first = self._lowest = math.nan

@@ -202,19 +202,22 @@ def _swept(
     for step in range(plan.num_steps):
         try:
             loss, skipped = update(batches)
+            if record is None:
+                record = Record(lrs[0], plan.diverge_factor, held=scheduled, device=loss.device)
+            record.add(loss, skipped)
+            if measure.due(step, plan.num_steps):
+                record.add_metric(*measure())
         except Exception:
-            # Code may well choke on what an update with a loss of inf or NaN left behind. The losses
-            # up to here tell; if they are sound, the error is the user's.
-            if record is not None:
-                record.read(alone=True)
-                if record.stopped is not None:
-                    break
-            raise
-        if record is None:
-            record = Record(lrs[0], plan.diverge_factor, held=scheduled, device=loss.device)
-        record.add(loss, skipped)
-        if measure.due(step, plan.num_steps):
-            record.add_metric(*measure())
+            # Code may well choke on what a loss of inf or NaN, or an update with such gradients, left behind.
+            # The losses up to here and the weights tell; if they are sound, the error is the user's.
+            if record is None:
+                raise
+            record.read(alone=True)
+            if record.stopped is None and not update.sound():
+                record.stopped = f"weights were inf or NaN after the update at lr {lrs[0][step]:.3g}"
+            if record.stopped is None:
+                raise
+            break
         advance()
         if record.over():
             break

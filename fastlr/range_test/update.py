@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastlr.range_test.record import ranks
+from fastlr.range_test.record import kept_dtype, ranks
 from fastlr.range_test.snapshot import all_parameters
 
 
@@ -140,6 +140,10 @@ class Update:
         self._count += 1
         return loss, skipped
 
+    def sound(self) -> bool:
+        """Whether all weights are finite. Asks the device."""
+        return all(bool(torch.isfinite(p).all()) for p in self._trained)
+
     def _gradients(self, batches: Batches) -> torch.Tensor:
         mean: torch.Tensor | None = None
         for i in range(self._accumulate):
@@ -156,7 +160,7 @@ class Update:
                     part = loss / self._accumulate if self._accumulate > 1 else loss
                 scaled = part if self._scaler is None else self._scaler.scale(part)
                 scaled.backward()  # type: ignore[no-untyped-call]
-            part = part.detach().reshape(()).float()
+            part = part.detach().reshape(()).to(kept_dtype(part.device))
             mean = part if mean is None else mean + part
         assert mean is not None
         return mean
