@@ -64,6 +64,22 @@ def skipped_on_rank_1(output, target, call):
     return loss + (output.sum() * torch.inf).nan_to_num(0, 0, 0) if rank == 1 and call >= 20 else loss
 
 
+def trained(tested):
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    model = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    opt = fastlr.FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(2):
+        for x, y in batches:
+            opt.zero_grad(set_to_none=False)
+            cross_entropy(model(x), y).backward()
+            opt.step()
+        if tested and epoch == 0:
+            fastlr.range_test(model, opt, cross_entropy, batches, num_steps=20, accumulate=2, progress=False)
+    return {name: value.tolist() for name, value in net.state_dict().items()}
+
+
+assert trained(True) == trained(False)
 results = {
     "plain": run(),
     "accumulated": run(accumulate=2),
