@@ -61,8 +61,9 @@ class RangeTestResult:
 
     Attributes:
         max_lr: upper bound for a cyclic policy: where the accuracy (without accuracies, the loss) stops
-            improving. That is the rate at which the smooth curve is best, and where it is as good, within 2 %
-            of the improvement or its noise, over more than a factor of ten, the lowest such rate.
+            improving. That is the rate at which the smooth curve is best; but where it is as good, within 2 %
+            of the improvement or its noise, over more than a factor of ten, it is the rate at which it comes
+            within 5 %, the beginning of that plateau.
         base_lr: lower bound: a tenth of ``max_lr``, a rule of thumb and not a reading.
         onset: where the same curve starts to improve: the rate at which a tenth of the improvement is done.
         steepest: where it improves fastest, per log lr in an exponential sweep.
