@@ -9,17 +9,19 @@ import torch  # noqa: F401  # first: the native code runs on the OpenMP runtime 
 from fastlr import integrations, optim, schedules
 from fastlr._build import build_info
 from fastlr.optim import *  # noqa: F403
-from fastlr.range_test import RangeTestResult, range_test
+from fastlr.range_test import RangeTestGrid, RangeTestResult, range_test, range_test_grid
 from fastlr.schedules import *  # noqa: F403
 
 __version__ = _version("fastlr")
 __all__ = [
     *optim.__all__,
     *schedules.__all__,
+    "RangeTestGrid",
     "RangeTestResult",
     "build_info",
     "integrations",
     "optim",
     "range_test",
+    "range_test_grid",
     "schedules",
 ]

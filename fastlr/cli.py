@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
 import textwrap
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 import fastlr
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastlr: error: {error}; pip install 'fastlr[demo]' brings it", file=sys.stderr)
         return 1
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         print(f"fastlr: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -57,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="DIR", default="report", help="where to write (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each policy (default: 5)")
     demo.add_argument("--updates", type=int, metavar="N", help="of each run (default: 1500, 2000)")
+
+    _add_range_test(commands.add_parser("range-test", help="find the bounds for a model of your own"))
 
     doctor = commands.add_parser("doctor", help="what was built, what is used, and why CUDA is off")
     doctor.set_defaults(command=_doctor)
@@ -104,6 +110,87 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+# -- range test ----------------------------------------------------------------------------------------
+
+
+def _add_range_test(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a learning-rate range test and writes its picture, its curve and what it says. Exits with 0 "
+        "when there are bounds, with 1 when there are none."
+    )
+    parser.add_argument(
+        "factory",
+        metavar="MODULE:FUNCTION",
+        help="function without arguments that returns what to test: a dict of range_test's arguments, or a "
+        "tuple (model, optimizer, loss_fn, train_loader[, val_loader]); looked for in this folder, too",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default="report", help="where to write (default: %(default)s)"
+    )
+    options = {"start-lr": float, "end-lr": float, "num-steps": int, "sweep": str, "staircase": int}
+    options |= {"val-every": int, "val-batches": int, "accumulate": int, "repeats": int, "backup": str}
+    for name, kind in options.items():
+        help_text = "as range_test's argument; goes before what the function says"
+        metavar = {int: "N", float: "X", str: "WORD"}[kind]
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help_text
+        )
+    parser.add_argument("--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS)
+    parser.set_defaults(command=_range_test)
+
+
+def _range_test(arguments: argparse.Namespace) -> None:
+    import matplotlib  # noqa: F401  # to be missed before the test, not after it
+
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "factory", "out")}
+    if given.get("backup", "device") not in ("device", "host", "file"):
+        given["backup"] = Path(given["backup"])
+    found = fastlr.range_test(**{**_made(arguments.factory), **given})
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.plot(str(folder / "range_test.png"))
+    found.to_csv(folder / "range_test.csv")
+    found.to_json(folder / "range_test.json")
+    (folder / "range_test.txt").write_text(found.summary() + "\n", encoding="utf-8")
+    print(found.summary())
+    print(f"\nreport: {folder / 'range_test.png'}, .csv, .json, .txt")
+    if not found:
+        raise ValueError(f"the range test gives no bounds: {found.reason}")
+
+
+def _made(name: str) -> dict[str, Any]:
+    """What a function named ``package.module:function`` returns, as range_test's arguments."""
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(f"the factory must be given as package.module:function, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as python -m does
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(
+            f"there is no module {error.name} in this folder or among what is installed"
+        ) from error
+    factory = getattr(module, function_name, None)
+    if not callable(factory):
+        raise ValueError(f"{module_name} has no function {function_name}")
+    made = factory()
+    if isinstance(made, tuple) and len(made) in (4, 5):
+        made = dict(zip(("model", "optimizer", "loss_fn", "train_loader", "val_loader"), made, strict=False))
+    known = inspect.signature(fastlr.range_test).parameters
+    if not isinstance(made, dict) or not {"model", "optimizer"} <= set(made) <= set(known):
+        got = sorted(map(str, made)) if isinstance(made, dict) else type(made).__name__
+        raise ValueError(
+            f"{name} must return a tuple (model, optimizer, loss_fn, train_loader[, val_loader]) or a dict "
+            f"of range_test's arguments, got {got}"
+        )
+    return made
 
 
 # -- schedule ------------------------------------------------------------------------------------------

@@ -274,6 +274,7 @@ def _find_bounds(dataset: data.Dataset, task: _Task) -> fastlr.RangeTestResult:
         data.Batches(x[held_out:], y[held_out:], task.batch_size, seed=0),
         data.Batches(x[:held_out], y[:held_out], 500),
         num_steps=_SWEEP_STEPS,
+        val_every=5,
         progress=False,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-    from fastlr.range_test import RangeTestResult
+    from fastlr.range_test import RangeTestGrid, RangeTestResult
 
-__all__ = ["plot_accuracy", "plot_range_test", "plot_schedules"]
+Curve: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+__all__ = ["plot_accuracy", "plot_range_test", "plot_range_test_grid", "plot_schedules"]
 
 # Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -79,7 +81,8 @@ def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
     """Draws a range test: what was measured, the smooth curve, and what was read from it.
 
     The loss stands above, the accuracy (where it was measured) below; the range between the bounds is
-    shaded.
+    shaded. With repeats the smooth curve is that of their median, in a band from the lowest to the highest of
+    theirs.
 
     Args:
         result: the range test's.
@@ -90,42 +93,107 @@ def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
     losses = panels[0]
     losses.set_title("Learning-rate range test", loc="left")
     losses.set_ylabel("training loss")
-    losses.plot(result.lrs, result.losses, ".", color=_COLORS[0], alpha=0.35, label="each batch", **_DOTS)
+    dots = f"median of {len(result.repeats)} repeats" if result.repeats else "each update"
+    losses.plot(result.lrs, result.losses, ".", color=_COLORS[0], alpha=0.35, label=dots, **_DOTS)
     losses.plot(result.lrs, result.smoothed_losses, color=_COLORS[0], label="smoothed", linewidth=2)
+    _band(losses, result.lrs, [(r.lrs, r.smoothed_losses) for r in result.repeats], _COLORS[0])
     _limit_to_start(losses, result.losses)
-    for name, marker in (("steepest", "v"), ("valley", "D"), ("minimum", "o")):
-        rate = getattr(result, name)
-        if rate is not None:
-            level = np.interp(rate, result.lrs, result.smoothed_losses)
-            losses.plot(
-                rate, level, marker, color="black", markersize=6, label=f"{name}: {rate:.2g}", zorder=4
-            )
-    if result.accuracies is not None and result.smoothed_accuracies is not None:
+    for name, marker in (("valley", "D"), ("minimum", "o")):
+        _mark(losses, result, name, marker, result.smoothed_losses)
+    if result.accuracies is None or result.smoothed_accuracies is None:
+        _mark(losses, result, "steepest", "v", result.smoothed_losses)
+    else:
         percent = result.metric_name == "accuracy"
-        scale, where = 100 if percent else 1, result.measured
-        panels[1].set_ylabel("validation accuracy (%)" if percent else f"validation {result.metric_name}")
-        for values, style in (
-            (result.accuracies, {"marker": "o", "linestyle": "", "alpha": 0.5, "label": "measured", **_DOTS}),
-            (result.smoothed_accuracies, {"linewidth": 2, "label": "smoothed"}),
-        ):
-            panels[1].plot(result.lrs[where], scale * values[where], color=_COLORS[1], **style)
+        scale, where, axes = 100 if percent else 1, result.measured, panels[1]
+        axes.set_ylabel("validation accuracy (%)" if percent else f"validation {result.metric_name}")
+        style: dict[str, Any] = {"color": _COLORS[1], "alpha": 0.5, "label": "measured", **_DOTS}
+        axes.plot(result.lrs[where], scale * result.accuracies[where], "o", **style)
+        smooth = scale * result.smoothed_accuracies
+        axes.plot(result.lrs, smooth, color=_COLORS[1], linewidth=2, label="smoothed")
+        curves = [
+            (r.lrs, scale * r.smoothed_accuracies)
+            for r in result.repeats
+            if r.smoothed_accuracies is not None
+        ]
+        _band(axes, result.lrs, curves, _COLORS[1])
+        _mark(axes, result, "steepest", "v", smooth)
     for axes in panels:
         if result.sweep == "exponential":
             axes.set_xscale("log")
         if result.base_lr is not None and result.max_lr is not None:
             text = f"base_lr: {result.base_lr:.2g}\nmax_lr: {result.max_lr:.2g}"
+            if "max_lr" in result.intervals:
+                text += " [{:.2g}, {:.2g}]".format(*result.intervals["max_lr"])
             axes.axvspan(result.base_lr, result.max_lr, color=_COLORS[2], alpha=0.13, linewidth=0, zorder=0)
             axes.axvline(result.base_lr, color=_COLORS[2], linewidth=1.2)
             axes.axvline(result.max_lr, color=_COLORS[2], linewidth=1.2, label=text)
         if len(result.lrs) > 1:
             axes.set_xlim(result.lrs[0], result.lrs[-1])
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.02))
-    panels[-1].set_xlabel(
-        "learning rate" + (" (log scale)" if result.sweep == "exponential" else "") + ", raised every update"
-    )
+    panels[-1].set_xlabel(_rate_label(result))
     notes = [note for note in (result.stopped, result.reason) if note]
     figure.text(0.01, -0.01, "; ".join(notes), fontsize=9, color=_GREY, va="top", wrap=True)
     return _saved(figure, path)
+
+
+def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure:
+    """Draws the smooth curves of several range tests over each other, each with a dot at its max_lr.
+
+    The loss stands above, the accuracy (where it was measured) below.
+
+    Args:
+        grid: the range tests and their settings.
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+    """
+    first = grid.results[0]
+    with_accuracies = first.accuracies is not None
+    figure, *panels = _figure(9.4, 6.2 if with_accuracies else 4.2, rows=2 if with_accuracies else 1)
+    panels[0].set_title("Learning-rate range tests", loc="left")
+    percent = first.metric_name == "accuracy"
+    panels[0].set_ylabel("training loss, smoothed")
+    if with_accuracies:
+        name = "accuracy (%)" if percent else first.metric_name
+        panels[1].set_ylabel(f"validation {name}, smoothed")
+    for i, (name, result) in enumerate(zip(grid.names(), grid.results, strict=True)):
+        smooth = [result.smoothed_losses]
+        if result.smoothed_accuracies is not None:
+            smooth.append((100 if percent else 1) * result.smoothed_accuracies)
+        dashes = ("-", "--", ":", "-.")[i // len(_COLORS) % 4]  # where there are more curves than colours
+        style = {"color": _COLORS[i % len(_COLORS)], "linestyle": dashes, "linewidth": 1.6}
+        max_lr = "none" if result.max_lr is None else f"{result.max_lr:.2g}"
+        for axes, values in zip(panels, smooth, strict=True):
+            axes.plot(result.lrs, values, label=f"{name}: max_lr {max_lr}", **style)
+            if result.max_lr is not None:
+                at = np.interp(result.max_lr, result.lrs, values)
+                axes.plot(result.max_lr, at, "o", color=style["color"], markersize=6, zorder=4)
+    if first.sweep == "exponential":
+        panels[0].set_xscale("log")
+    panels[-1].set_xlabel(_rate_label(first))
+    panels[0].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+    return _saved(figure, path)
+
+
+def _rate_label(result: RangeTestResult) -> str:
+    scale = " (log scale)" if result.sweep == "exponential" else ""
+    return f"learning rate{scale}, raised during the sweep"
+
+
+def _mark(axes: Axes, result: RangeTestResult, name: str, marker: str, curve: Curve) -> None:
+    """Marks a rate by its name on a smooth curve, where there is that rate."""
+    rate = getattr(result, name)
+    if rate is not None:
+        level = np.interp(rate, result.lrs, curve)
+        axes.plot(rate, level, marker, color="black", markersize=6, label=f"{name}: {rate:.2g}", zorder=4)
+
+
+def _band(axes: Axes, lrs: Curve, curves: Sequence[tuple[Curve, Curve]], color: str) -> None:
+    """From the lowest to the highest of the curves, where two or more of them are."""
+    if len(curves) < 2:
+        return
+    rows = np.array([np.interp(lrs, x, y, left=np.nan, right=np.nan) for x, y in curves if len(x)])
+    there = (~np.isnan(rows)).sum(0) >= 2
+    low, high = np.nanmin(rows[:, there], 0), np.nanmax(rows[:, there], 0)
+    axes.fill_between(lrs[there], low, high, color=color, alpha=0.2, linewidth=0, label="repeats")
 
 
 def plot_accuracy(
@@ -169,7 +237,7 @@ def plot_accuracy(
     return _saved(figure, path)
 
 
-def _limit_to_start(axes: Axes, losses: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+def _limit_to_start(axes: Axes, losses: Curve) -> None:
     """Leaves out of sight how far the loss rose after training broke down."""
     if len(losses) == 0:
         return

@@ -146,6 +146,125 @@ def test_the_demo_prints_table_verdict_and_report(capsys, tmp_path):
     assert (tmp_path / "report" / "index.html").exists()
 
 
+# -- range-test -----------------------------------------------------------------------------------------
+
+FACTORIES = """
+import torch, fastlr
+
+def job(targets=True):
+    torch.manual_seed(0)
+    x = torch.randn(512, 6)
+    y = (x @ torch.randn(6, 3)).argmax(1) if targets else torch.randint(3, (512,))
+    model = torch.nn.Linear(6, 3)
+    data = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
+    optimizer = fastlr.FusedSGD(model.parameters(), momentum=0.9)
+    return model, optimizer, torch.nn.functional.cross_entropy, loader
+
+def learns():
+    return {**as_dict(), "val_loader": job()[3]}
+
+def as_dict():
+    names = ("model", "optimizer", "loss_fn", "train_loader")
+    return {**dict(zip(names, job())), "end_lr": 1000.0}
+
+def hopeless():
+    return job(targets=False)
+
+def frozen():
+    model, *rest = job()
+    return model.requires_grad_(False), *rest, rest[2]
+
+def number():
+    return 5
+
+def unknown():
+    return {**as_dict(), "epochs": 3}
+
+def broken():
+    raise RuntimeError("the data are not here")
+
+constant = 5
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the report has a picture")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("")
+    (tmp_path / "jobs" / "made.py").write_text(FACTORIES)
+    (tmp_path / "jobs" / "needy.py").write_text("import no_such_package")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "jobs"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("factory", ["learns", "as_dict"])
+def test_a_range_test_of_ones_own_is_run_and_kept(capsys, factories, factory):
+    code, out, err = run(capsys, "range-test", f"jobs.made:{factory}", "--out", "found", "--num-steps", 150)
+    assert code == 0
+    assert "backup of" in err
+    found = fastlr.RangeTestResult.from_json("found/range_test.json")
+    assert found.summary() in out
+    assert (factories / "found" / "range_test.txt").read_text() == found.summary() + "\n"
+    assert len((factories / "found" / "range_test.csv").read_text().splitlines()) == len(found.lrs) + 1
+    assert (factories / "found" / "range_test.png").read_bytes().startswith(b"\x89PNG")
+    assert (found.accuracies is None) == (factory == "as_dict")
+
+
+def test_options_of_the_range_test_are_passed_on(capsys, factories):
+    options = "--start-lr 0.001 --end-lr 0.5 --num-steps 40 --sweep linear --staircase 2 --repeats 2"
+    options += " --accumulate 2 --val-every 2 --val-batches 1 --backup host --no-progress"
+    run(capsys, "range-test", "jobs.made:learns", *options.split())
+    found = fastlr.RangeTestResult.from_json("report/range_test.json")
+    assert (found.lrs[0], len(found.repeats), found.sweep) == (0.001, 2, "linear")
+    assert found.repeats[0].lrs[1] == pytest.approx(0.001 + 0.499 / 19)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_an_answer_the_report_is_written_and_the_exit_code_is_1(capsys, factories):
+    line = ["range-test", "jobs.made:hopeless", "--num-steps", "60", "--end-lr", "1e-4", "--no-progress"]
+    code, out, err = run(capsys, *line)
+    assert code == 1
+    assert err.startswith("fastlr: error: the range test gives no bounds: the loss improves nowhere")
+    assert "no bounds" in out
+    assert (factories / "report" / "range_test.png").exists()
+
+
+RANGE_TEST_ERRORS = {
+    "no colon": ("jobs.made", "must be given as package.module:function, got 'jobs.made'"),
+    "no module": ("jobs.missing:job", "there is no module jobs.missing"),
+    "no package": ("nowhere.at.all:job", "there is no module nowhere"),
+    "no function": ("jobs.made:missing", "jobs.made has no function missing"),
+    "no function but a number": ("jobs.made:constant", "jobs.made has no function constant"),
+    "no job": (
+        "jobs.made:number",
+        "must return a tuple (model, optimizer, loss_fn, train_loader[, val_loader])",
+    ),
+    "unknown argument": ("jobs.made:unknown", "epochs"),
+    "frozen": ("jobs.made:frozen", "the model is frozen"),
+    "broken": ("jobs.made:broken", "the data are not here"),
+    "out of range": ("jobs.made:learns --start-lr 2000", "start_lr must be < end_lr"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), RANGE_TEST_ERRORS.values(), ids=RANGE_TEST_ERRORS.keys())
+def test_a_range_test_that_cannot_be_run_says_why(capsys, factories, line, message):
+    code, out, err = run(capsys, "range-test", *line.split())
+    assert code == 1
+    assert message in err
+    assert out == ""
+    assert not (factories / "report").exists()
+
+
+def test_a_package_that_the_factory_misses_is_its_own_affair(capsys, factories):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        run(capsys, "range-test", "jobs.needy:job")
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
 def test_a_missing_package_is_named_with_its_remedy(capsys, tmp_path, monkeypatch, package):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:

@@ -26,6 +26,12 @@ RESULTS = {
     "linear": fastlr.RangeTestResult(np.linspace(0, 1, 50), np.linspace(-1, 1, 50) ** 2, sweep="linear"),
     "stopped": fastlr.RangeTestResult(LRS, np.where(np.arange(120) < 110, BOWL, np.nan)),
     "three points": fastlr.RangeTestResult(LRS[:3], BOWL[:3]),
+    "repeats": fastlr.RangeTestResult.from_repeats(
+        [
+            fastlr.RangeTestResult(LRS[:end], BOWL[:end] + 0.1 * end / 100, ACCURACIES[:end])
+            for end in (100, 110, 120)
+        ]
+    ),
     "one point": fastlr.RangeTestResult(LRS[:1], BOWL[:1]),
     "empty": fastlr.RangeTestResult([], []),
 }
@@ -52,6 +58,23 @@ def test_every_range_test_can_be_drawn(result):
     assert figure.axes[0].get_xscale() == ("linear" if result.sweep == "linear" else "log")
     assert len(figure.axes) == (1 if result.accuracies is None else 2)
     assert "learning rate" in figure.axes[-1].get_xlabel()
+
+
+def test_repeats_are_a_band_from_the_lowest_to_the_highest():
+    result = RESULTS["repeats"]
+    figure = result.plot()
+    for axes, name, scale in zip(
+        figure.axes, ("smoothed_losses", "smoothed_accuracies"), (1, 100), strict=True
+    ):
+        (band,) = axes.collections
+        corners = band.get_paths()[0].vertices
+        rate = result.lrs[60]
+        at_rate = corners[corners[:, 0] == rate][:, 1]
+        values = [scale * getattr(r, name)[60] for r in result.repeats]
+        np.testing.assert_allclose([at_rate.min(), at_rate.max()], [min(values), max(values)])
+        assert "repeats" in [text.get_text() for text in axes.get_legend().get_texts()]
+    low, high = result.intervals["max_lr"]
+    assert f"max_lr: {result.max_lr:.2g} [{low:.2g}, {high:.2g}]" in texts(figure)[-1]
 
 
 def test_bounds_are_shaded_and_readings_marked():

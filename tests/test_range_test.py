@@ -1,12 +1,10 @@
-"""range_test() leaves no trace and sweeps what it says; RangeTestResult reads curves with known answers."""
+"""range_test() leaves no trace, sweeps what it says, and refuses what it cannot test."""
 
 from __future__ import annotations
 
 import copy
-import csv
-import dataclasses
-import pickle
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastlr
+from fastlr.range_test import snapshot
 
 FEATURES, CLASSES = 6, 3
 cross_entropy = torch.nn.functional.cross_entropy
@@ -310,7 +309,7 @@ def test_noise_around_a_loss_of_zero_is_no_divergence():
     found = fastlr.range_test(
         model,
         fastlr.FusedSGD(model.parameters()),
-        lambda output, target: 0.0 * output.mean() + float(next(losses)),
+        lambda output, target: 1e-9 * output.mean() + float(next(losses)),
         batches,
         num_steps=100,
         progress=False,
@@ -349,6 +348,26 @@ def test_code_that_chokes_on_nan_does_not_hide_that_the_loss_was_nan():
     assert "nan" in job.range_test(loss_fn, val_every=100).stopped
 
 
+def test_a_metric_that_chokes_on_weights_of_nan_ends_the_sweep():
+    job, calls = Job(), iter(range(1000))
+
+    def loss_fn(output, target):
+        # The loss is finite, its gradient is not: the weights are the first to be NaN.
+        loss = cross_entropy(output, target)
+        return loss + (output.sum() * torch.inf).nan_to_num(0, 0, 0) if next(calls) == 18 else loss
+
+    def metric(output, target):
+        if not output.isfinite().all():
+            raise ValueError("Input contains NaN.")
+        return 1.0
+
+    before = copy.deepcopy(job.everything())
+    found = job.range_test(loss_fn, metric=metric, val_every=1)
+    assert len(found.losses) == 19
+    assert "weights were inf or NaN after the update" in found.stopped
+    assert_same(job.everything(), before)
+
+
 def test_a_loader_that_runs_out_begins_again():
     job = Job()
     assert len(job.loader) == 5
@@ -370,7 +389,7 @@ def test_no_update_makes_the_host_wait():
         torch.ones(()).item()
         assert reads.count == 1
         fastlr.range_test(model, opt, cross_entropy, batches, num_steps=64, progress=False)
-    assert reads.count == 1
+    assert reads.count == 2  # the other: whether the first gradient is zero
 
 
 # -- validation ----------------------------------------------------------------------------------------
@@ -404,12 +423,498 @@ def test_the_metric_is_averaged_over_samples_not_batches():
         model.weight.copy_(torch.eye(3))
     target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 1])  # the last is wrong: 90 %
     val = [(x[:8], target[:8]), (x[8:], target[8:])]
-    train = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))]  # no gradient reaches the weights
+    train = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))]
     opt = fastlr.FusedSGD(model.parameters())
+    rates = {"start_lr": 1e-9, "end_lr": 1e-8, "num_steps": 20}  # too low to change anything
     found = fastlr.range_test(
-        model, opt, cross_entropy, train, val, num_steps=20, val_batches=None, progress=False
+        model, opt, cross_entropy, train, val, **rates, val_batches=None, progress=False
     )
     assert found.accuracies[found.measured].tolist() == pytest.approx([0.9, 0.9])
+
+
+# -- what is swept, and how -------------------------------------------------------------------------------
+
+
+def test_a_step_function_gets_the_batch_as_it_comes():
+    job, batches = (
+        Job(),
+        [{"x": torch.randn(8, FEATURES), "y": torch.randint(CLASSES, (8,))} for _ in range(50)],
+    )
+    seen = []
+
+    def step_fn(batch):
+        seen.append(batch)
+        return cross_entropy(job.model(batch["x"]), batch["y"])
+
+    def metric(batch):
+        return (job.model(batch["x"]).argmax(1) == batch["y"]).double().mean()
+
+    before = copy.deepcopy(job.everything())
+    found = fastlr.range_test(
+        job.model,
+        job.optimizer,
+        None,
+        batches,
+        batches,
+        step_fn=step_fn,
+        metric=metric,
+        num_steps=40,
+        end_lr=0.1,
+        progress=False,
+    )
+    assert all(a is b for a, b in zip(seen, batches, strict=False))
+    assert found.measured.sum() == 4
+    assert_same(job.everything(), before)
+
+
+def test_inputs_and_targets_may_be_dicts_and_tuples():
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 1)
+
+        def forward(self, parts):
+            return {"sum": self.linear(parts["a"]) + parts["b"][0]}
+
+    model = Pair()
+    batch = ({"a": torch.randn(8, 4), "b": (torch.randn(8, 1),)}, [torch.randn(8, 1), "a name"])
+    found = fastlr.range_test(
+        model,
+        torch.optim.SGD(model.parameters()),
+        lambda out, target: (out["sum"] - target[0]).square().mean(),
+        [batch] * 3,
+        num_steps=20,
+        end_lr=0.1,
+        progress=False,
+    )
+    assert len(found.losses) == 20
+
+
+def test_accumulated_batches_make_one_update():
+    def losses(batch_size, accumulate):
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(4, 1), torch.randn(96, 4)
+        loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=batch_size)
+        found = fastlr.range_test(
+            model,
+            fastlr.FusedSGD(model.parameters(), momentum=0.9),
+            torch.nn.functional.mse_loss,
+            loader,
+            num_steps=30,
+            end_lr=0.1,
+            accumulate=accumulate,
+            progress=False,
+        )
+        return found.losses
+
+    np.testing.assert_allclose(losses(8, 3), losses(24, 1), rtol=1e-4)
+
+
+def test_losses_and_metrics_are_computed_under_autocast():
+    job, types = Job(), set()
+
+    def loss_fn(output, target):
+        types.add(output.dtype)
+        return cross_entropy(output.float(), target)
+
+    def metric(output, target):
+        types.add(output.dtype)
+        return 1.0
+
+    job.range_test(loss_fn, metric=metric, autocast=torch.bfloat16, num_steps=12)
+    assert types == {torch.bfloat16}
+
+
+@each_optimizer
+def test_a_scaler_is_used_and_put_back(make_optimizer):
+    job = Job(make_optimizer).fit(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+    before, vars_before = copy.deepcopy(job.everything()), dict(vars(scaler))
+    scaled = job.range_test(scaler=scaler, num_steps=24, end_lr=0.01)
+    plain = job.range_test(num_steps=24, end_lr=0.01)
+    np.testing.assert_allclose(scaled.losses, plain.losses, rtol=1e-5)
+    assert_same(job.everything(), before)
+    assert vars(scaler) == vars_before
+    scaler.scale(torch.ones(()))  # creates the scale
+    job.range_test(scaler=scaler, num_steps=24)
+    assert scaler.state_dict()["scale"] == 1024.0
+    assert scaler.state_dict()["_growth_tracker"] == 0
+
+
+def overflowing(at):
+    """A loss whose gradient overflows at the given calls; the loss itself is finite."""
+    calls = iter(range(10_000))
+
+    def loss_fn(output, target):
+        loss = cross_entropy(output, target)
+        return loss + (output.sum() * torch.inf).nan_to_num(0, 0, 0) if next(calls) in at else loss
+
+    return loss_fn
+
+
+@each_optimizer
+def test_a_skipped_update_makes_no_point(make_optimizer):
+    job = Job(make_optimizer)
+    rates = []
+    inner = overflowing({3, 4, 9})
+
+    def loss_fn(output, target):
+        rates.append(float(job.optimizer.param_groups[0]["lr"]))
+        return inner(output, target)
+
+    scaler = torch.amp.GradScaler("cpu")
+    found = job.range_test(loss_fn, scaler=scaler, num_steps=30, end_lr=0.01)
+    assert len(rates) == 30  # as many batches as asked for, whatever was skipped
+    assert len(found.lrs) == 27
+    applied = [rate for i, rate in enumerate(rates) if i not in (3, 4, 9)]
+    np.testing.assert_allclose(found.lrs, applied, rtol=1e-6)
+    assert found.stopped is None
+
+
+@each_optimizer
+def test_ten_skipped_updates_in_a_row_end_the_sweep(make_optimizer):
+    job = Job(make_optimizer)
+    before = copy.deepcopy(job.everything())
+    skips = set(range(12, 10_000)) - {15}
+    scaler = torch.amp.GradScaler("cpu")
+    found = job.range_test(overflowing(skips), scaler=scaler, num_steps=100)
+    assert len(found.losses) == 13
+    assert "skipped 10 updates in a row" in found.stopped
+    assert_same(job.everything(), before)
+
+
+def test_a_compiled_model_can_be_tested():
+    def fit(test):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(FEATURES, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+        )
+        compiled = torch.compile(model, backend="eager")
+        opt = fastlr.FusedSGD(compiled.parameters(), lr=0.1, momentum=0.9)
+        batches = [(torch.randn(8, FEATURES), torch.randint(CLASSES, (8,))) for _ in range(12)]
+        for part in (batches[:4], batches[4:]):
+            for x, y in part:
+                cross_entropy(compiled(x), y).backward()
+                opt.step()
+                opt.zero_grad()
+            if test:
+                found = fastlr.range_test(
+                    compiled, opt, cross_entropy, batches, batches, num_steps=20, end_lr=0.1, progress=False
+                )
+                assert len(found.losses) == 20
+        return model.state_dict()
+
+    assert_same(fit(True), fit(False))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_can_be_tested():
+    model = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(FEATURES, 8), torch.nn.BatchNorm1d(8)))
+    before = copy.deepcopy(dict(model.state_dict()))
+    batches = [(torch.randn(8, FEATURES), torch.randint(8, (8,))) for _ in range(20)]
+    opt = fastlr.FusedSGD(model.parameters(), momentum=0.9)
+    found = fastlr.range_test(model, opt, cross_entropy, batches, num_steps=20, end_lr=0.1, progress=False)
+    assert len(found.losses) == 20
+    assert_same(dict(model.state_dict()), before)
+
+
+def test_the_metric_of_a_dict_of_targets_is_weighted_by_its_samples():
+    model = torch.nn.Linear(3, 1)
+    val = [(torch.ones(n, 3), {"y": torch.full((n, 1), float(n))}) for n in (2, 6)]
+    found = fastlr.range_test(
+        model,
+        fastlr.FusedSGD(model.parameters()),
+        lambda out, t: (out - t["y"]).square().mean(),
+        val,
+        val,
+        metric=lambda out, t: t["y"].mean(),
+        num_steps=10,
+        end_lr=1e-4,
+        progress=False,
+    )
+    assert found.accuracies[-1] == pytest.approx((2 * 2 + 6 * 6) / 8)
+
+
+@each_optimizer
+def test_stairs_hold_each_rate_for_some_updates(make_optimizer):
+    job, used = Job(make_optimizer), []
+
+    def loss_fn(output, target):
+        used.append(float(job.optimizer.param_groups[0]["lr"]))
+        return cross_entropy(output, target)
+
+    for sweep, space in (("exponential", np.geomspace), ("linear", np.linspace)):
+        used.clear()
+        found = job.range_test(loss_fn, start_lr=1e-3, end_lr=1e-1, num_steps=36, staircase=3, sweep=sweep)
+        np.testing.assert_allclose(found.lrs, space(1e-3, 1e-1, 12), rtol=1e-12)
+        np.testing.assert_allclose(used, np.repeat(found.lrs, 3), rtol=1e-6)
+        assert len(found.losses) == len(found.accuracies) == 12
+
+
+@each_optimizer
+@pytest.mark.parametrize("sweep", ["exponential", "linear"])
+def test_each_group_sweeps_between_bounds_of_its_own(make_optimizer, sweep):
+    job = Job(lambda p: (lambda ps: make_optimizer([{"params": ps[:3]}, {"params": ps[3:]}]))(list(p)))
+    used = []
+
+    def loss_fn(output, target):
+        used.append([float(group["lr"]) for group in job.optimizer.param_groups])
+        return cross_entropy(output, target)
+
+    bounds = {"start_lr": [1e-5, 1e-3], "end_lr": [1e-2, 1.0]}
+    found = job.range_test(loss_fn, **bounds, num_steps=30, sweep=sweep)
+    space = np.geomspace if sweep == "exponential" else np.linspace
+    expected = np.stack([space(1e-5, 1e-2, 30), space(1e-3, 1.0, 30)], 1)
+    np.testing.assert_allclose(used, expected[: len(used)], rtol=1e-6)
+    np.testing.assert_allclose(found.group(1).lrs, expected[: len(found.lrs), 1], rtol=1e-9)
+
+
+def test_a_first_step_over_a_decade_is_said(capsys):
+    job = Job()
+    found = job.range_test(sweep="linear", num_steps=30, progress=True)
+    assert "from 1e-05 to 0.034" in found.notes[0]
+    assert found.notes[0] in capsys.readouterr().err
+    assert not job.range_test(sweep="linear", num_steps=30, start_lr=0.01).notes[1:]
+
+
+def test_a_loader_that_runs_out_is_said_once(caplog):
+    with caplog.at_level("INFO", logger="fastlr.range_test"):
+        found = Job().range_test(num_steps=30, repeats=2, end_lr=0.1)
+    (note,) = found.notes
+    assert "ran out after 5 batches" in note
+    assert [r.message for r in caplog.records].count(note) == 1
+
+
+@each_optimizer
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_stop_at_the_first_loss_that_is_not_finite(make_optimizer, scaled, value):
+    job = Job(make_optimizer)
+    weights = []
+
+    def loss_fn(output, target):
+        weights.append([p.detach().clone() for p in job.model.parameters()])
+        loss = cross_entropy(output, target)
+        # The gradient stays finite, so that nothing but the loss says that something is wrong.
+        return loss + torch.tensor(value) if len(weights) == 4 else loss
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    found = job.range_test(loss_fn, num_steps=60, val_every=1, scaler=scaler)
+    assert len(found.losses) == 3
+    assert 4 < len(weights) <= 16  # the host reads blocks; until then the device holds the weights
+    for later in weights[4:]:
+        assert_same(later, weights[3])
+    assert not torch.equal(weights[2][0], weights[3][0])
+
+
+def test_the_host_reads_in_blocks(monkeypatch):
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (reads.append(tuple(t.shape)), tolist(t))[1])
+    Job().range_test(num_steps=50, val_every=3, end_lr=0.1)
+    of_losses = [shape for shape in reads if len(shape) == 2]  # the others are the samplers' orders
+    assert of_losses == [(16, 4), (16, 4), (16, 4), (2, 4)]
+
+
+# -- backup and repeats --------------------------------------------------------------------------------
+
+
+@each_optimizer
+@pytest.mark.parametrize("backup", ["device", "host", "file", "path"])
+def test_every_backup_brings_everything_back(make_optimizer, backup, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    job = Job(make_optimizer).fit(1)
+    for p in list(job.model.parameters())[::2]:
+        p.grad = torch.randn_like(p)
+    before = copy.deepcopy(job.everything())
+    found = job.range_test(backup=tmp_path / "backup.pt" if backup == "path" else backup, repeats=2)
+    assert len(found.repeats) == 2
+    assert_same(job.everything(), before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_can_be_watched_while_the_test_runs_and_is_no_other(tmp_path):
+    job, path, seen = Job(), tmp_path / "backup.pt", []
+    parameters = [p.detach().clone() for p in job.model.parameters()]
+
+    def loss_fn(output, target):
+        seen.append(path.exists())
+        return cross_entropy(output, target)
+
+    job.range_test(loss_fn, backup=path)
+    assert all(seen)
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        job.range_test(backup=path)
+    assert path.read_text() == "mine"
+    assert_same([p.detach() for p in job.model.parameters()], parameters)
+
+
+def test_the_size_of_the_backup_is_said_before_the_sweep(capsys, caplog):
+    model = torch.nn.Linear(1024, 256, bias=False)  # 1 MiB
+    opt = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model.weight.grad = torch.zeros_like(model.weight)
+    opt.step()  # creates the momentum, 1 MiB; and the gradient is one more
+    said = []
+
+    def loss_fn(output, target):
+        said.append(capsys.readouterr().err)
+        return output.square().mean()
+
+    batches = [(torch.randn(2, 1024), torch.zeros(2))] * 20
+    fastlr.range_test(model, opt, loss_fn, batches, backup="host", num_steps=20)
+    assert said[0] == "range test: backup of 3.0 MiB on the host, and 1.0 MiB on the device for the sweep\n"
+    assert "".join(said[1:]) == ""
+    with caplog.at_level("INFO", logger="fastlr.range_test"):
+        fastlr.range_test(model, opt, lambda o, t: o.square().mean(), batches, num_steps=20, progress=False)
+    assert "backup of 3.0 MiB on the device" in caplog.text
+    assert capsys.readouterr().err == ""
+
+
+def test_a_backup_that_does_not_fit_is_refused(monkeypatch):
+    job = Job()
+    before = copy.deepcopy(job.everything())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match="does not fit into the 100 bytes left"):
+        job.range_test(backup="file")
+
+    def clone(tensor):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(MemoryError, match="pass backup='host' or 'file'"):
+        job.range_test()
+    monkeypatch.undo()
+    assert_same(job.everything(), before)
+
+
+def test_repeats_start_from_the_same_weights_over_other_batches():
+    job, weights = Job().fit(1), []
+
+    def loss_fn(output, target):
+        weights.append(job.model.first.weight.detach().clone())
+        return cross_entropy(output, target)
+
+    before = copy.deepcopy(job.everything())
+    found = job.range_test(loss_fn, repeats=3, num_steps=20, end_lr=0.1)
+    assert len(weights) == 60
+    assert_same(weights[::20], [before["model"]["first.weight"].detach()] * 3)
+    first, second, third = (r.losses for r in found.repeats)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(second, third)
+    np.testing.assert_array_equal(found.losses, np.median([first, second, third], 0))
+    assert_same(job.everything(), before)
+
+
+def test_repeats_that_are_no_repeats_are_said():
+    model, _, batches = quadratic()
+    opt = torch.optim.SGD(model.parameters())
+    loss_fn = torch.nn.functional.mse_loss
+    found = fastlr.range_test(
+        model, opt, lambda o, t: loss_fn(o, t), batches, num_steps=20, repeats=2, end_lr=0.1, progress=False
+    )
+    assert "the same batches" in found.notes[-1]
+
+
+def test_a_ctrl_c_while_everything_is_put_back_waits_until_it_is():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        snapshot._in_one_go(lambda: (signal.raise_signal(signal.SIGINT), done.append(True)))
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_loaders_with_a_state_of_their_own_are_put_back():
+    class Sampler(torch.utils.data.Sampler):
+        def __init__(self):
+            self.order, self.array, self.epoch = list(range(20)), np.arange(20), 0
+
+        def __iter__(self):
+            self.epoch += 1
+            random.shuffle(self.order)
+            np.random.shuffle(self.array)  # noqa: NPY002
+            return iter(
+                [i if self.epoch % 2 else int(j) for i, j in zip(self.order, self.array, strict=True)]
+            )
+
+    class Data(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, i):
+            self.reads += 1
+            return super().__getitem__(i)
+
+    sampler, dataset = Sampler(), Data(torch.randn(20, FEATURES), torch.zeros(20, dtype=torch.int64))
+    loader = DataLoader(dataset, sampler=sampler, batch_size=5)
+    next(iter(loader))
+    before = (list(sampler.order), sampler.array.tolist(), sampler.epoch, dataset.reads)
+    order, array = sampler.order, sampler.array
+    model = torch.nn.Linear(FEATURES, CLASSES)
+    fastlr.range_test(
+        model, fastlr.FusedSGD(model.parameters()), cross_entropy, loader, num_steps=10, progress=False
+    )
+    assert (sampler.order, sampler.array.tolist(), sampler.epoch, dataset.reads) == before
+    assert sampler.order is order
+    assert sampler.array is array
+
+
+def test_workers_that_outlive_an_epoch_do_not_notice():
+    class Random(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return torch.randn(FEATURES), 0
+
+    def fit(test):
+        torch.manual_seed(0)
+        loader = DataLoader(Random(), 5, shuffle=True, num_workers=1, persistent_workers=True)
+        model = torch.nn.Linear(FEATURES, CLASSES)
+        opt = fastlr.FusedSGD(model.parameters(), lr=0.1)
+        for epoch in range(2):
+            for x, y in loader:
+                cross_entropy(model(x), y).backward()
+                opt.step()
+                opt.zero_grad()
+            if test and epoch == 0:
+                fastlr.range_test(model, opt, cross_entropy, loader, num_steps=10, progress=False)
+        return model.weight.detach()
+
+    assert_same(fit(True), fit(False))
+
+
+def test_attributes_of_modules_are_put_back():
+    class Stateful(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(FEATURES, CLASSES)
+            self.hidden, self.calls, self.seen = torch.zeros(1), 0, {"shapes": []}
+
+        def forward(self, x):
+            self.calls += 1
+            self.hidden += 0.01
+            self.seen["shapes"].append(tuple(x.shape))
+            self.added = x.mean()
+            return self.linear(x) + self.hidden
+
+    model = Stateful()
+    hidden = model.hidden
+    batches = [(torch.randn(4, FEATURES), torch.zeros(4, dtype=torch.int64))] * 12
+    fastlr.range_test(
+        model, fastlr.FusedSGD(model.parameters()), cross_entropy, batches, num_steps=12, progress=False
+    )
+    assert model.hidden is hidden
+    assert (hidden.item(), model.calls, model.seen) == (0.0, 0, {"shapes": []})
+    assert not hasattr(model, "added")
+
+
+def test_the_bar_draws_no_random_numbers(monkeypatch):
+    pytest.importorskip("rich", reason="the bar is rich's")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as far as rich can tell
+    job = Job()
+    before = copy.deepcopy(job.everything())
+    job.range_test(progress=True, num_steps=20)
+    assert_same(job.everything(), before)
 
 
 # -- what is refused -----------------------------------------------------------------------------------
@@ -423,6 +928,15 @@ def frozen(job):
 
 def foreign(job):
     job.optimizer = fastlr.FusedSGD(torch.nn.Linear(2, 2).parameters())
+
+
+def rateless(job):
+    del job.optimizer.param_groups[0]["lr"]
+
+
+def one_column(job):
+    job.model = torch.nn.Linear(FEATURES, 1)
+    job.optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
 
 
 def lbfgs(job):
@@ -448,7 +962,7 @@ REFUSED = {
     "empty train_loader": (ValueError, "train_loader is empty", {"train_loader": []}, None),
     "empty val_loader": (ValueError, "val_loader is empty", {"val_loader": []}, None),
     "an iterator": (TypeError, "train_loader is an iterator", {"train_loader": iter([BATCH])}, None),
-    "no pairs": (TypeError, "pairs of tensors, got Tensor", {"train_loader": [BATCH[0]]}, None),
+    "no pairs": (TypeError, "got Tensor; for other batches pass step_fn", {"train_loader": [BATCH[0]]}, None),
     "a loss per sample": (
         ValueError,
         r"scalar tensor, got a torch.float32 tensor of shape \(16,\)",
@@ -463,7 +977,69 @@ REFUSED = {
         None,
     ),
     "no classes": (ValueError, r"pass metric=", {"val_loader": [(BATCH[0], BATCH[0])]}, None),
+    "zero gradient": (
+        ValueError,
+        "the gradient is zero everywhere",
+        {"loss_fn": lambda output, target: 0.0 * output.sum()},
+        None,
+    ),
+    "gradient elsewhere": (
+        ValueError,
+        "does not depend on any parameter that the optimizer holds",
+        {"loss_fn": lambda output, target: torch.ones((), requires_grad=True) * 2},
+        None,
+    ),
+    "exhausted loader": (
+        ValueError,
+        "exhausted after 1 batches",
+        {
+            "train_loader": type(
+                "Once",
+                (),
+                {"__init__": lambda s: s.__dict__.update(i=iter([BATCH])), "__iter__": lambda s: s.i},
+            )()
+        },
+        None,
+    ),
+    "one column": (
+        ValueError,
+        r"no accuracy for an output of shape \(4, 1\)",
+        {"train_loader": [BATCH], "val_loader": [BATCH], "loss_fn": lambda output, target: output.mean()},
+        one_column,
+    ),
+    "a metric per sample": (
+        ValueError,
+        r"must return one number, got a tensor of shape \(32,\)",
+        {"metric": lambda output, target: (output.argmax(1) == target).double()},
+        None,
+    ),
+    "a metric that returns nothing": (
+        ValueError,
+        "must return one number, got NoneType",
+        {"metric": lambda output, target: None},
+        None,
+    ),
+    "no loss": (TypeError, "loss_fn, called with", {"loss_fn": None}, None),
+    "two losses": (TypeError, "one of them", {"step_fn": len}, None),
+    "step_fn without metric": (
+        ValueError,
+        r"needs metric=\(batch\)",
+        {"loss_fn": None, "step_fn": len},
+        None,
+    ),
+    "no loader": (TypeError, "train_loader is missing", {"train_loader": None}, None),
+    "a number of batches": (TypeError, "to iterate over, got int", {"train_loader": 5}, None),
+    "three parts": (TypeError, "got tuple of 3", {"train_loader": [(*BATCH, 1)]}, None),
+    "staircase": (ValueError, "num_steps must be a multiple of staircase", {"staircase": 3}, None),
+    "rates of other groups": (ValueError, "start_lr has 2 values for 1", {"start_lr": [1e-5, 1e-4]}, None),
+    "a rate in words": (ValueError, "start_lr must be a finite number", {"start_lr": "low"}, None),
+    "accumulate 0": (ValueError, "accumulate", {"accumulate": 0}, None),
+    "repeats 0": (ValueError, "repeats", {"repeats": 0}, None),
+    "unknown backup": (ValueError, "backup must be one of", {"backup": "tape"}, None),
+    "unknown autocast": (ValueError, "autocast must be", {"autocast": torch.float64}, None),
+    "no scaler": (TypeError, "GradScaler, got float", {"scaler": 2.0}, None),
     "frozen model": (ValueError, "the model is frozen", {}, frozen),
+    "no rate": (ValueError, "groups without an lr to sweep", {}, rateless),
     "foreign optimizer": (ValueError, "none of the model's parameters", {}, foreign),
     "closure-only optimizer": (TypeError, "needs a closure", {}, lbfgs),
     "lazy model": (ValueError, "uninitialized", {}, lazy),
@@ -490,251 +1066,12 @@ def test_bad_input_is_refused_and_nothing_is_touched(error, message, options, ch
         assert_same(job.everything(), before)
 
 
+def test_inference_mode_is_refused():
+    job = Job()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside"):
+        job.range_test()
+
+
 def test_an_optimizer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="torch optimizer, got list"):
         fastlr.range_test(torch.nn.Linear(1, 1), [], cross_entropy, [BATCH])
-
-
-# -- reading a curve -----------------------------------------------------------------------------------
-
-LRS = np.geomspace(1e-5, 1.0, 200)
-U = np.log10(LRS)
-
-
-def falling(center=-2.6, steepness=4.0, start=2.3, fall=1.6):
-    """A smooth fall; its steepest point is at ``center``, in decades."""
-    return start - fall / (1 + np.exp(-(U - center) * steepness))
-
-
-# Curve without noise, and how much of it the noise is, at most. The lowest point is looked up in it.
-CURVES = {
-    "bowl": (falling() + 0.02 * np.exp((U + 1.0) * 6), 0.05),
-    "blow-up": (falling() + np.exp((U + 0.7) * 12), 0.05),
-    "plateau": (falling(center=-3.2, steepness=6.0) + 0.02 * np.exp((U + 0.8) * 6), 0.05),
-    "negative": (falling(start=-5.0, fall=8.0) + 0.02 * np.exp((U + 0.8) * 8), 0.02),
-    "small fall": (falling(fall=0.4) + 0.02 * np.exp((U + 1.0) * 6), 0.02),
-}
-
-
-def noisy(curve, noise, seed, spikes=2):
-    rng = np.random.default_rng(seed)
-    sound = np.minimum(np.abs(curve), np.abs(curve[0]) + 2)
-    losses = curve + noise * sound * rng.standard_normal(len(curve))
-    losses[rng.integers(0, 20, spikes)] += 3 * abs(curve[0])
-    return losses
-
-
-@pytest.mark.parametrize(("curve", "most"), CURVES.values(), ids=CURVES.keys())
-@pytest.mark.parametrize("part", [0.0, 0.5, 1.0], ids=["exact", "some noise", "much noise"])
-def test_the_lowest_loss_is_found_on_curves_with_a_known_answer(curve, most, part):
-    truth = LRS[curve.argmin()]
-    results = [fastlr.RangeTestResult(LRS, noisy(curve, part * most, seed)) for seed in range(15)]
-    assert all(results)
-    assert truth / 1.5 <= np.median([r.max_lr for r in results]) <= truth * 1.5
-    for r in results:
-        assert r.minimum == r.max_lr
-        assert r.base_lr == pytest.approx(r.max_lr / 10)
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_below_a_cliff_the_answer_errs_to_the_lower_side(noise):
-    curve = falling(steepness=3.0) + np.where(U > -0.8, (U + 0.8) * 40, 0)
-    edge = LRS[curve.argmin()]
-    rates = [fastlr.RangeTestResult(LRS, noisy(curve, noise, seed)).max_lr for seed in range(15)]
-    assert max(rates) <= edge
-    assert np.median(rates) >= edge / 3
-    # Up there the curve is all but level: hardly anything of the improvement is given away.
-    gain = curve[0] - curve.min()
-    assert curve[LRS.searchsorted(np.median(rates))] - curve.min() < 0.05 * gain
-
-
-@pytest.mark.parametrize("center", [-3.5, -2.6, -2.0])
-def test_steepest_is_where_the_fall_is_steepest_on_the_log_axis(center):
-    curve = falling(center) + 0.02 * np.exp((U + 1.0) * 6)
-    rates = [fastlr.RangeTestResult(LRS, noisy(curve, 0.02, seed)).steepest for seed in range(15)]
-    assert 10**center / 1.3 <= np.median(rates) <= 10**center * 1.3
-
-
-def test_valley_lies_two_thirds_down_the_way():
-    curve = falling() + 0.02 * np.exp((U + 1.0) * 6)
-    found = fastlr.RangeTestResult(LRS, curve)
-    gain = curve[0] - curve.min()
-    onset = U[np.flatnonzero(curve[: curve.argmin()] > curve[0] - 0.1 * gain)[-1]]
-    expected = onset + 2 / 3 * (U[curve.argmin()] - onset)
-    assert np.log10(found.valley) == pytest.approx(expected, abs=0.1)
-    assert found.steepest < found.valley < found.minimum
-
-
-FLAT = {
-    "flat": np.full(200, 2.3),
-    "flat, then up": 2.3 + np.exp((U + 0.5) * 8),
-    "rising": 2.3 + 0.3 * (U + 5),
-    "zero": np.zeros(200),
-}
-
-
-@pytest.mark.parametrize("curve", FLAT.values(), ids=FLAT.keys())
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-def test_a_curve_that_never_falls_gives_no_answer(curve, noise):
-    for seed in range(20):
-        found = fastlr.RangeTestResult(LRS, noisy(curve, noise, seed))
-        assert not found
-        assert (found.base_lr, found.max_lr, found.steepest, found.valley, found.minimum) == (None,) * 5
-        assert "improves nowhere" in found.reason or "lower start_lr" in found.reason
-
-
-def test_a_flat_accuracy_gives_no_answer_even_where_the_loss_falls():
-    for seed in range(20):
-        accuracies = np.full(200, np.nan)
-        accuracies[9::10] = np.random.default_rng(seed).binomial(256, 0.1, 20) / 256
-        found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], accuracies)
-        assert not found
-        assert "the accuracy improves nowhere" in found.reason
-        assert found.minimum is not None
-
-
-def test_the_bounds_come_from_the_accuracy_where_there_is_one():
-    truth = -1.7
-    accuracies = np.full(200, np.nan)
-    accuracies[9::10] = (0.1 + 0.8 * np.exp(-((U - truth) ** 2)))[9::10]
-    best = []
-    for seed in range(15):
-        rng = np.random.default_rng(seed)
-        found = fastlr.RangeTestResult(
-            LRS, noisy(CURVES["plateau"][0], 0.05, seed), accuracies + 0.02 * rng.standard_normal(200)
-        )
-        best.append(found.max_lr)
-    assert 10**truth / 1.5 <= np.median(best) <= 10**truth * 1.5
-
-
-def test_an_accuracy_that_still_rises_at_the_end_is_no_upper_bound():
-    found = fastlr.RangeTestResult(LRS, falling(), 0.1 + 0.15 * (U + 5))
-    assert not found
-    assert "raise end_lr" in found.reason
-    # A sweep that ended because training broke down has found its upper bound there.
-    assert fastlr.RangeTestResult(LRS, falling(), 0.1 + 0.15 * (U + 5), stopped="the loss diverged")
-
-
-def test_smoothing_does_not_shift_a_symmetric_dip():
-    dip = 2.0 - np.exp(-(((U + 2.5) / 0.8) ** 2))
-    found = fastlr.RangeTestResult(LRS, dip)
-    assert found.minimum == pytest.approx(10**-2.5, rel=0.06)  # neighbouring rates are that far apart
-    sound = np.isfinite(found.smoothed_losses)
-    assert sound[: dip.argmin() + 15].all()
-    np.testing.assert_allclose(found.smoothed_losses[sound], dip[sound], atol=0.07)
-
-
-def test_outlying_batches_do_not_move_the_minimum():
-    losses = CURVES["bowl"][0].copy()
-    lowest = int(losses.argmin())
-    clean = fastlr.RangeTestResult(LRS, losses).minimum
-    losses[[lowest - 30, lowest, lowest + 1, lowest + 6]] += 50.0
-    losses[60] = -20.0
-    assert fastlr.RangeTestResult(LRS, losses).minimum == pytest.approx(clean, rel=0.06)
-
-
-def test_a_line_is_smoothed_to_itself_up_to_its_ends():
-    line = 0.1 + 0.15 * (U + 5)
-    found = fastlr.RangeTestResult(LRS, falling(), line)
-    np.testing.assert_allclose(found.smoothed_accuracies, line, rtol=1e-9)
-    # Losses are freed of spikes first, which bends the first and last two points.
-    found = fastlr.RangeTestResult(LRS, 3 - line)
-    np.testing.assert_allclose(found.smoothed_losses[30:-30], 3 - line[30:-30], rtol=1e-9)
-
-
-def test_a_linear_sweep_is_read_on_a_linear_axis():
-    lrs = np.linspace(0.0, 0.1, 150)
-    curve = 2.0 - 1.0 * np.exp(-(((lrs - 0.06) / 0.015) ** 2))
-    found = fastlr.RangeTestResult(lrs, curve, sweep="linear")
-    assert found.minimum == pytest.approx(0.06, rel=0.03)
-    # d/dlr of a Gaussian is steepest one standard deviation off: 0.015 / sqrt(2).
-    assert found.steepest == pytest.approx(0.06 - 0.015 / np.sqrt(2), rel=0.05)
-
-
-def test_values_after_the_first_that_is_not_finite_are_cut():
-    losses = CURVES["bowl"][0].copy()
-    losses[180:] = np.nan
-    losses[185] = 0.0
-    found = fastlr.RangeTestResult(LRS, losses)
-    assert len(found.lrs) == len(found.losses) == 180
-    assert "nan" in found.stopped
-    assert found
-
-
-@pytest.mark.parametrize("points", [0, 1, 2, 3, 9])
-def test_too_short_a_curve_gives_no_answer(points):
-    found = fastlr.RangeTestResult(LRS[:points], falling()[:points])
-    assert not found
-    assert f"{points} points, of 10" in found.reason
-    assert len(found.smoothed_losses) == points
-
-
-def test_no_result_says_why_in_place_of_a_schedule():
-    empty = fastlr.RangeTestResult(LRS, np.ones(200))
-    with pytest.raises(ValueError, match="no bounds: the loss improves nowhere"):
-        empty.triangular2(step_size_up=100)
-    assert "reason=" in repr(empty)
-
-
-def test_a_result_becomes_a_schedule_and_drives_the_optimizer():
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0])
-    schedule = found.triangular2(step_size_up=10)
-    assert schedule == fastlr.Triangular2(found.base_lr, found.max_lr, 10)
-    opt = fastlr.FusedSGD(torch.nn.Linear(1, 1).parameters())
-    opt.set_schedule(lr=schedule)
-    assert opt.param_groups[0]["lr"] == found.base_lr
-    assert "base_lr=" in repr(found)
-
-
-def test_a_result_is_immutable_and_survives_pickling():
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], stopped="early")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        found.lrs = LRS
-    with pytest.raises(ValueError, match="read-only"):
-        found.losses[0] = 0.0
-    loaded = pickle.loads(pickle.dumps(found))
-    np.testing.assert_array_equal(loaded.losses, found.losses)
-    assert (loaded.max_lr, loaded.stopped) == (found.max_lr, "early")
-
-
-def test_the_csv_file_holds_every_number_exactly(tmp_path):
-    accuracies = np.where(np.arange(200) % 10 == 9, 0.5, np.nan)
-    found = fastlr.RangeTestResult(LRS, CURVES["bowl"][0], accuracies, metric_name="f1")
-    found.to_csv(tmp_path / "range.csv")
-    with open(tmp_path / "range.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["lr", "loss", "f1"]
-    assert [float(row["lr"]) for row in rows] == LRS.tolist()
-    assert [float(row["loss"]) for row in rows] == CURVES["bowl"][0].tolist()
-    assert [row["f1"] for row in rows[8:11]] == ["", "0.5", ""]
-
-
-BAD_CURVES = {
-    "lengths": (([1.0, 2.0], [1.0]), {}, "one length"),
-    "two dimensions": (([[1.0]], [1.0]), {}, "one dimension"),
-    "descending": (([2.0, 1.0], [1.0, 1.0]), {}, "ascending"),
-    "repeated": (([1.0, 1.0], [1.0, 1.0]), {}, "ascending"),
-    "zero on a log axis": (([0.0, 1.0], [1.0, 1.0]), {}, "> 0"),
-    "negative": (([-1.0, 1.0], [1.0, 1.0]), {"sweep": "linear"}, ">= 0"),
-    "infinite": (([1.0, np.inf], [1.0, 1.0]), {}, "finite"),
-    "unknown sweep": (([1.0], [1.0]), {"sweep": "log"}, "sweep must be one of"),
-}
-
-
-@pytest.mark.parametrize(("curve", "options", "message"), BAD_CURVES.values(), ids=BAD_CURVES.keys())
-def test_a_curve_that_is_none_is_refused(curve, options, message):
-    with pytest.raises(ValueError, match=message):
-        fastlr.RangeTestResult(*curve, **options)
-
-
-def test_on_a_plateau_the_upper_bound_is_where_the_accuracy_stops_improving():
-    x = np.linspace(-5, 0, 40)
-    rises, falls = 1 / (1 + np.exp(-8 * (x + 2.5))), 1 / (1 + np.exp(-30 * (x + 0.3)))
-    bounds, ends = [], []
-    for seed in range(20):
-        accuracies = 0.8 * (rises - falls) + np.random.default_rng(seed).normal(0, 0.01, 40)
-        found = fastlr.RangeTestResult(10**x, 2.3 - 0.5 * rises + 2 * falls, accuracies)
-        bounds.append(np.log10(found.max_lr))
-        ends.append(x[np.nanargmax(found.smoothed_accuracies)])
-    assert -2.3 < np.median(bounds) < -1.6
-    assert np.median(ends) > -1.3  # where the very best lies: towards the plateau's far end

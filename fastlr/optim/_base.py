@@ -94,9 +94,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         where = f"{name} of parameter group {group}"
         if not isinstance(value, Schedule):
             if isinstance(value, torch.Tensor) or not isinstance(value, (int, float, np.number)):
+                remedy = "; pass its .item()" if isinstance(value, torch.Tensor) else ""
+                if hasattr(value, "triangular2"):  # a range test's result
+                    reason = getattr(value, "reason", None)
+                    remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
                 raise TypeError(
-                    f"{where} must be a number or a fastlr schedule, got {type(value).__name__}"
-                    + ("; pass its .item()" if isinstance(value, torch.Tensor) else "")
+                    f"{where} must be a number or a fastlr schedule, got {type(value).__name__}{remedy}"
                 )
             return {name: float(value), f"{name}_schedule": None, f"{name}_start": 0}
         if value.unit == "epoch":
@@ -111,8 +114,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def set_schedule(
         self,
-        *,
         lr: float | Schedule | None = None,
+        *,
         momentum: float | Schedule | None = None,
         group: int | None = None,
         start: Literal["now", "zero"] = "now",

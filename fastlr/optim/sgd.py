@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ from fastlr.optim._base import FusedOptimizer, Params
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from fastlr.range_test import RangeTestResult
 
 Mode = Literal["triangular", "triangular2", "exp_range"]
 
@@ -203,6 +208,47 @@ class FusedCyclicSGD(FusedSGD):
             nesterov=nesterov,
             maximize=maximize,
             momentum_dtype=momentum_dtype,
+        )
+
+    @classmethod
+    def from_range_test(
+        cls,
+        params: Params,
+        found: RangeTestResult,
+        step_size_up: float = 2000,
+        *,
+        mode: Mode = "triangular2",
+        **options: Any,
+    ) -> Self:
+        """Cycles between the bounds that a range test found, each group between its own where it has them.
+
+        Args:
+            params: as for :class:`FusedCyclicSGD`; of a model as it was tested.
+            found: the range test's result.
+            step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
+            mode: as for :class:`FusedCyclicSGD`.
+            options: its other arguments.
+
+        Raises:
+            ValueError: the range test gives no bounds; the message says why.
+
+        >>> import fastlr, numpy as np, torch
+        >>> lrs = np.geomspace(1e-4, 10, 200)
+        >>> found = fastlr.RangeTestResult(lrs, 2 + np.log10(lrs / 0.1) ** 2 / 4)
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = fastlr.FusedCyclicSGD.from_range_test(model.parameters(), found, 500, momentum=0.9)
+        >>> opt.param_groups[0]["lr"] == found.base_lr
+        True
+        """
+        base, top = zip(*found.bounds(), strict=True)
+        several = len(base) > 1
+        return cls(
+            params,
+            list(base) if several else base[0],
+            list(top) if several else top[0],
+            step_size_up,
+            mode=mode,
+            **options,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

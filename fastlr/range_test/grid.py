@@ -1,0 +1,216 @@
+"""Range tests side by side: several settings of weight decay, momentum and batch size."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fastlr.optim import FusedOptimizer
+from fastlr.range_test.result import RangeTestResult
+from fastlr.range_test.sweep import range_test
+from fastlr.schedules._base import count, real
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RangeTestGrid:
+    """Range tests of several settings.
+
+    Attributes:
+        settings: of each test, such as ``{"weight_decay": 1e-4, "momentum": 0.9}``.
+        results: of each test.
+    """
+
+    settings: tuple[dict[str, float], ...]
+    results: tuple[RangeTestResult, ...]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, float], RangeTestResult]]:
+        return iter(zip(self.settings, self.results, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def names(self) -> list[str]:
+        """Each setting in words."""
+        return [", ".join(f"{key} {value:g}" for key, value in s.items()) for s in self.settings]
+
+    def peaks(self) -> list[float]:
+        """Of each test the best of its smooth curve: the highest accuracy, or else the lowest loss.
+
+        NaN where the curve is too short to be smoothed.
+        """
+        peaks = []
+        for result in self.results:
+            smooth = result.smoothed_losses
+            if result.smoothed_accuracies is not None:
+                smooth = -result.smoothed_accuracies
+            low = float(np.nanmin(smooth)) if not np.isnan(smooth).all() else np.nan
+            peaks.append(low if result.accuracies is None else -low)
+        return peaks
+
+    def best(self) -> dict[str, float]:
+        """The setting whose curve gets best, of those that have an answer.
+
+        Raises:
+            ValueError: none has an answer.
+        """
+        sign = 1 if self.results[0].accuracies is None else -1
+        answers = [(sign * peak, i) for i, peak in enumerate(self.peaks()) if self.results[i]]
+        if not answers:
+            raise ValueError(f"no setting gives bounds; the first says: {self.results[0].reason}")
+        return self.settings[min(answers)[1]]
+
+    def table(self) -> list[list[str]]:
+        """The tests as rows of text, under a row of headings."""
+        first = self.results[0]
+        peak = "lowest loss" if first.accuracies is None else f"best {first.metric_name}"
+        rows = [[*self.settings[0], "base_lr", "max_lr", peak, "remark"]]
+        for (setting, result), best in zip(self, self.peaks(), strict=True):
+            rates = [f"{lr:.2g}" if lr is not None else "none" for lr in (result.base_lr, result.max_lr)]
+            remark = result.reason or result.stopped or ""
+            rows.append([*(f"{v:g}" for v in setting.values()), *rates, f"{best:.4g}", remark])
+        return rows
+
+    def summary(self) -> str:
+        """The table in aligned columns."""
+        rows = self.table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Draws the smooth curves of all tests in one picture. Needs matplotlib.
+
+        Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
+        """
+        from fastlr import plotting
+
+        return plotting.plot_range_test_grid(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(self.table())
+
+
+def range_test_grid(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    train_loader: Iterable[Any] | Callable[[int], Iterable[Any]] | None = None,
+    val_loader: Iterable[Any] | None = None,
+    *,
+    weight_decay: Sequence[float] = (),
+    momentum: Sequence[float] = (),
+    batch_size: Sequence[int] = (),
+    **options: Any,
+) -> RangeTestGrid:
+    """A range test for each combination of settings, all from the same weights and random numbers.
+
+    What weight decay, momentum and batch size to take shows in how high a rate each of them bears and how
+    far it gets there.
+
+    Args:
+        model, optimizer, loss_fn, train_loader, val_loader: as for :func:`range_test`. With ``batch_size``
+            the train_loader is a DataLoader, which is made anew for each size, or a function
+            ``(batch_size) -> loader``.
+        weight_decay: values to try, >= 0; none: the optimizer's own.
+        momentum: values to try, in [0, 1): ``momentum``, or the first of ``betas``.
+        batch_size: values to try, >= 1.
+        options: the others of :func:`range_test`.
+
+    Raises:
+        ValueError: there is nothing to try, or a value is out of range or not one that the optimizer has.
+        TypeError: the train_loader does not let its batch size be changed.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> opt = fastlr.FusedSGD(model.parameters(), momentum=0.9)
+    >>> batches = [(torch.randn(32, 4), torch.randint(3, (32,))) for _ in range(200)]
+    >>> grid = fastlr.range_test_grid(model, opt, torch.nn.functional.cross_entropy, batches,
+    ...                               weight_decay=[0, 1e-3], momentum=[0.8, 0.9], progress=False)
+    >>> len(grid), grid.settings[0]
+    (4, {'weight_decay': 0.0, 'momentum': 0.8})
+
+    References:
+        Smith, A disciplined approach to neural network hyper-parameters: Part 1, arXiv 1803.09820.
+    """
+    axes: dict[str, list[float]] = {}
+    if weight_decay:
+        axes["weight_decay"] = [real("weight_decay", value) for value in weight_decay]
+    if momentum:
+        axes["momentum"] = [real("momentum", value) for value in momentum]
+        if max(axes["momentum"]) >= 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {max(axes['momentum'])!r}")
+    if batch_size:
+        axes["batch_size"] = [count("batch_size", value) for value in batch_size]
+    if not axes:
+        raise ValueError("nothing to try: give values for weight_decay, momentum or batch_size")
+    for group in optimizer.param_groups:
+        if weight_decay and "weight_decay" not in group:
+            raise ValueError(f"{type(optimizer).__name__} has no weight_decay to try values of")
+        if momentum and "momentum" not in group and "betas" not in group:
+            raise ValueError(f"{type(optimizer).__name__} has neither momentum nor betas to try values of")
+    loaders: dict[float | None, Any] = {None: train_loader}
+    for size in axes.get("batch_size", []):
+        loaders[size] = _with_batch_size(train_loader, int(size))
+    settings = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    results = []
+    for setting in settings:
+        with _set(optimizer, setting):
+            loader = loaders[setting.get("batch_size")]
+            results.append(range_test(model, optimizer, loss_fn, loader, val_loader, **options))
+    return RangeTestGrid(tuple(settings), tuple(results))
+
+
+def _with_batch_size(loader: Any, batch_size: int) -> Any:
+    if callable(loader) and not hasattr(loader, "__iter__"):
+        return loader(batch_size)
+    if (
+        type(loader) is not DataLoader
+        or loader.batch_size is None
+        or isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    ):
+        raise TypeError(
+            f"the batch size of this train_loader ({type(loader).__name__}) cannot be changed; pass a "
+            "DataLoader with a batch_size over a data set with a length, or a function (batch_size) -> loader"
+        )
+    kept = ["num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator"]
+    kept += ["multiprocessing_context", "prefetch_factor", "sampler"]
+    arguments: dict[str, Any] = {name: getattr(loader, name) for name in kept}
+    return DataLoader(loader.dataset, batch_size, **arguments)
+
+
+@contextmanager
+def _set(optimizer: torch.optim.Optimizer, setting: dict[str, float]) -> Iterator[None]:
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        for index, group in enumerate(optimizer.param_groups):
+            if "weight_decay" in setting:
+                group["weight_decay"] = setting["weight_decay"]
+            if "momentum" not in setting:
+                continue
+            if isinstance(optimizer, FusedOptimizer):
+                optimizer.set_schedule(momentum=setting["momentum"], group=index)
+            elif "momentum" in group:
+                group["momentum"] = setting["momentum"]
+            else:
+                group["betas"] = (setting["momentum"], *group["betas"][1:])
+        yield
+    finally:
+        for group, own in zip(optimizer.param_groups, before, strict=True):
+            group.clear()
+            group.update(own)

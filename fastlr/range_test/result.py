@@ -1,0 +1,540 @@
+"""What a range test recorded, and the rates that are read from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from fastlr.range_test.curve import Array, Best, best
+from fastlr.schedules import Triangular2
+from fastlr.schedules._base import choice
+from fastlr.schedules.cyclic import Interpolation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+Sweep = Literal["exponential", "linear"]
+Bounds = tuple[tuple[float, float], ...]
+
+# What is read from a curve, under the names by which it is asked for.
+_READINGS = ("base_lr", "max_lr", "onset", "steepest", "valley", "minimum")
+
+# Repeats that differ by more than this factor do not agree on a bound: the upper one of some would be below
+# the lower one of others.
+_AGREE = 10.0
+
+_FORMAT = "fastlr range test, version 1"
+
+
+class _Reading(NamedTuple):
+    rates: dict[str, float]
+    region: tuple[float, float] | None
+    reason: str | None
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class RangeTestResult:
+    """The curve of a range test and what it says, or why it says nothing.
+
+    The curve is smoothed without shifting it, on the axis of the sweep (log lr in an exponential one).
+    Rates are None where the curve supports no answer; ``reason`` then says why.
+
+    Args:
+        lrs: learning rates, ascending, shape (n,); with bounds for each group those of the first.
+        losses: the training loss at each, shape (n,). The curve ends before the first inf or NaN.
+        accuracies: validation accuracy (or any metric for which larger is better) after the update at
+            each rate, NaN or infinite where there is none, shape (n,); None: not measured.
+        sweep: ``"exponential"`` or ``"linear"``: how the rates were raised.
+        stopped: why the sweep ended before its last rate; None: it did not.
+        metric_name: what ``accuracies`` holds.
+        notes: what else is worth knowing about the sweep.
+        group_bounds: first and last rate of each parameter group, where they differ; else empty.
+        repeats: the results whose medians this one holds, see :meth:`from_repeats`.
+
+    Attributes:
+        max_lr: upper bound for a cyclic policy: where the accuracy (without accuracies, the loss) stops
+            improving. That is the rate at which the smooth curve is best; but where it is as good, within 2 %
+            of the improvement or its noise, over more than a factor of ten, it is the rate at which it comes
+            within 5 %, the beginning of that plateau.
+        base_lr: lower bound: a tenth of ``max_lr``, a rule of thumb and not a reading.
+        onset: where the same curve starts to improve: the rate at which a tenth of the improvement is done.
+        steepest: where it improves fastest, per log lr in an exponential sweep.
+        steepest_region: lowest and highest rate around it between which it improves at least half as fast.
+        valley: two thirds of the way from where the loss begins to fall to its minimum.
+        minimum: the rate at the lowest loss.
+        reason: why there are no bounds; None: there are.
+        intervals: with repeats, the lowest and the highest of each reading among them, by its name. The
+            median of many such tests lies in between with a probability of ``1 - 2**(1 - k)``: 75 % for
+            three repeats, 94 % for five.
+
+    Raises:
+        ValueError: the arrays differ in length, or the rates do not ascend.
+
+    >>> import numpy as np
+    >>> lrs = np.geomspace(1e-4, 10, 200)
+    >>> losses = 2 + np.log10(lrs / 0.1) ** 2 / 4  # lowest at 0.1
+    >>> found = RangeTestResult(lrs, losses)
+    >>> bool(found), round(found.max_lr, 2), round(found.base_lr, 3)
+    (True, 0.1, 0.01)
+    >>> print(RangeTestResult(lrs, np.ones(200)).max_lr)
+    None
+
+    References:
+        Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186.
+    """
+
+    lrs: Array
+    losses: Array
+    accuracies: Array | None = None
+    sweep: Sweep = field(default="exponential", kw_only=True)
+    stopped: str | None = field(default=None, kw_only=True)
+    metric_name: str = field(default="accuracy", kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    group_bounds: Bounds = field(default=(), kw_only=True)
+    repeats: tuple[RangeTestResult, ...] = field(default=(), kw_only=True)
+
+    def __init__(
+        self,
+        lrs: ArrayLike,
+        losses: ArrayLike,
+        accuracies: ArrayLike | None = None,
+        *,
+        sweep: Sweep = "exponential",
+        stopped: str | None = None,
+        metric_name: str = "accuracy",
+        notes: Sequence[str] = (),
+        group_bounds: Sequence[Sequence[float]] = (),
+        repeats: Sequence[RangeTestResult] = (),
+    ) -> None:
+        choice("sweep", sweep, ("exponential", "linear"))
+        arrays = {"lrs": _vector("lrs", lrs), "losses": _vector("losses", losses)}
+        if accuracies is not None:
+            arrays["accuracies"] = _vector("accuracies", accuracies)
+            arrays["accuracies"][np.isinf(arrays["accuracies"])] = np.nan
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"lrs, losses and accuracies must be of one length, got {lengths}")
+        rates = arrays["lrs"]
+        lowest_allowed = rates[:1] > 0.0 if sweep == "exponential" else rates[:1] >= 0.0
+        if not (np.isfinite(rates).all() and lowest_allowed.all() and (np.diff(rates) > 0.0).all()):
+            raise ValueError(
+                f"lrs must be finite, {'> 0' if sweep == 'exponential' else '>= 0'} and strictly ascending, "
+                f"got {rates}"
+            )
+        finite = np.isfinite(arrays["losses"])
+        if not finite.all():
+            end = int(finite.argmin())
+            stopped = f"the loss was {arrays['losses'][end]} at lr {rates[end]:.3g}"
+            arrays = {name: array[:end] for name, array in arrays.items()}
+        for array in arrays.values():
+            array.flags.writeable = False
+        values = {
+            **{"accuracies": None, **arrays},
+            "sweep": sweep,
+            "stopped": stopped,
+            "metric_name": metric_name,
+            "notes": tuple(notes),
+            "group_bounds": tuple((float(low), float(high)) for low, high in group_bounds),
+            "repeats": tuple(repeats),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_repeats(cls, results: Sequence[RangeTestResult]) -> RangeTestResult:
+        """One result from several tests of the same thing that differ by chance.
+
+        Its curve is the median of theirs, at the rates that at least half of them reached. Each of its rates
+        is the median of theirs, if more than half of them have an answer and their bounds lie within a factor
+        of ten.
+
+        Raises:
+            ValueError: there are none, or they differ in sweep or metric.
+        """
+        kinds = {(r.sweep, r.metric_name, r.accuracies is None, r.group_bounds) for r in results}
+        if len(kinds) != 1:
+            raise ValueError(f"results must be one or more of one sweep and metric, got {len(kinds)} kinds")
+        first = results[0]
+        if len(results) == 1:
+            return first
+        lrs = np.unique(np.concatenate([r.lrs for r in results]))
+        columns: dict[str, list[Array]] = {"losses": [], "accuracies": []}
+        for r in results:
+            where = np.searchsorted(lrs, r.lrs)
+            for name, column in columns.items():
+                values = getattr(r, name)
+                column.append(np.full(len(lrs), np.nan))
+                if values is not None:
+                    column[-1][where] = values
+        losses = np.array(columns["losses"])
+        reached = 2 * (~np.isnan(losses)).sum(0) >= len(results)
+        stops = [f"{r.stopped} (repeat {i})" for i, r in enumerate(results, 1) if r.stopped]
+        return cls(
+            lrs[reached],
+            _medians(losses[:, reached]),
+            None if first.accuracies is None else _medians(np.array(columns["accuracies"])[:, reached]),
+            sweep=first.sweep,
+            stopped="; ".join(stops) or None,
+            metric_name=first.metric_name,
+            notes=tuple(dict.fromkeys(note for r in results for note in r.notes)),
+            group_bounds=first.group_bounds,
+            repeats=results,
+        )
+
+    def __repr__(self) -> str:
+        answer = (
+            f"base_lr={self.base_lr:.3g}, max_lr={self.max_lr:.3g}" if self else f"reason={self.reason!r}"
+        )
+        return f"RangeTestResult({len(self.lrs)} updates, {answer})"
+
+    def __bool__(self) -> bool:
+        """Whether there are bounds."""
+        return self.reason is None
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def _x(self) -> Array:
+        return np.log(self.lrs) if self.sweep == "exponential" else self.lrs
+
+    @property
+    def measured(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Where ``accuracies`` holds a value, shape (n,)."""
+        return np.zeros(len(self.lrs), bool) if self.accuracies is None else ~np.isnan(self.accuracies)
+
+    @cached_property
+    def _best_loss(self) -> Best | None:
+        if len(self.lrs) < 3:
+            return None
+        early = self.stopped is not None
+        x = self._x
+        return best(x, self.losses, x, self.lrs, "the loss", spiky=True, ended_early=early)
+
+    @cached_property
+    def _best_accuracy(self) -> Best | None:
+        where = self.measured
+        if self.accuracies is None or where.sum() < 3:
+            return None
+        early, x = self.stopped is not None, self._x[where]
+        inside = (self._x >= x[0]) & (self._x <= x[-1])
+        name, y = f"the {self.metric_name}", -self.accuracies[where]
+        return best(x, y, self._x[inside], self.lrs[inside], name, spiky=False, ended_early=early)
+
+    @cached_property
+    def smoothed_losses(self) -> Array:
+        """The smooth curve that the rates are read from, shape (n,); NaN after training has broken down."""
+        return np.full(len(self.lrs), np.nan) if self._best_loss is None else self._best_loss.level
+
+    @cached_property
+    def smoothed_accuracies(self) -> Array | None:
+        """The same for the accuracies, at every rate between the first and the last measured one."""
+        if self.accuracies is None:
+            return None
+        smooth = np.full(len(self.lrs), np.nan)
+        if self._best_accuracy is not None:
+            first = int(self.measured.argmax())
+            smooth[first : first + len(self._best_accuracy.level)] = -self._best_accuracy.level
+        return smooth
+
+    @cached_property
+    def _reading(self) -> _Reading:
+        return self._of_repeats() if self.repeats else self._of_curve()
+
+    def _of_curve(self) -> _Reading:
+        rates: dict[str, float] = {}
+        if len(self.lrs) < 10 or self._best_loss is None:
+            if self.stopped is None:
+                remedy = "; raise num_steps"
+            elif len(self.lrs) == 0:
+                remedy = f": {self.stopped}, before any update; look at the model and the data"
+            else:
+                remedy = f": {self.stopped}; lower start_lr"
+            return _Reading(
+                rates, None, f"the curve has {len(self.lrs)} points, of 10 that are needed{remedy}"
+            )
+        loss, lrs = self._best_loss, self.lrs
+        if loss.reason is None:
+            onset, lowest = self._x[loss.onset], self._x[loss.lowest]
+            valley = onset + 2 / 3 * (lowest - onset)
+            rates["valley"] = float(np.exp(valley) if self.sweep == "exponential" else valley)
+            rates["minimum"] = float(lrs[loss.lowest])
+        top = loss
+        if self.accuracies is not None:
+            times = int(self.measured.sum())
+            if times < 6 or self._best_accuracy is None:
+                few = f"{self.metric_name} was measured {times} times, of 6 that are needed"
+                return _Reading(rates, None, f"{few}; lower val_every or raise num_steps")
+            top, lrs = self._best_accuracy, lrs[int(self.measured.argmax()) :]
+        if top.reason is not None:
+            return _Reading(rates, None, top.reason)
+        max_lr = float(lrs[top.settled])
+        rates |= {"onset": float(lrs[top.onset]), "steepest": float(lrs[top.steepest])}
+        rates |= {"base_lr": max_lr / 10, "max_lr": max_lr}
+        return _Reading(rates, (float(lrs[top.region[0]]), float(lrs[top.region[1]])), None)
+
+    def _of_repeats(self) -> _Reading:
+        readings = [r._reading for r in self.repeats]
+        answers = [r for r in readings if r.reason is None]
+        if 2 * len(answers) <= len(readings):
+            why = next(r.reason for r in readings if r.reason is not None)
+            return _Reading({}, None, f"{len(answers)} of {len(readings)} repeats give bounds: {why}")
+        rates = {
+            name: self._median([r.rates[name] for r in answers if name in r.rates])
+            for name in _READINGS
+            if any(name in r.rates for r in answers)
+        }
+        low, high = self.intervals["max_lr"]
+        if high > _AGREE * low:
+            disagree = f"the repeats disagree: max_lr between {low:.2g} and {high:.2g}"
+            return _Reading({}, None, f"{disagree}; raise num_steps, or use larger batches")
+        regions = [r.region for r in answers if r.region is not None]
+        return _Reading(
+            rates, (self._median([a for a, _ in regions]), self._median([b for _, b in regions])), None
+        )
+
+    def _median(self, rates: list[float]) -> float:
+        if self.sweep == "exponential":
+            return float(np.exp(np.median(np.log(rates))))
+        return float(np.median(rates))
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of each reading the lowest and the highest among the repeats; empty without repeats."""
+        found: dict[str, tuple[float, float]] = {}
+        for name in _READINGS:
+            rates = [r._reading.rates[name] for r in self.repeats if name in r._reading.rates]
+            if rates:
+                found[name] = (min(rates), max(rates))
+        return found
+
+    @property
+    def base_lr(self) -> float | None:
+        return self._reading.rates.get("base_lr")
+
+    @property
+    def max_lr(self) -> float | None:
+        return self._reading.rates.get("max_lr")
+
+    @property
+    def onset(self) -> float | None:
+        return self._reading.rates.get("onset")
+
+    @property
+    def steepest(self) -> float | None:
+        return self._reading.rates.get("steepest")
+
+    @property
+    def steepest_region(self) -> tuple[float, float] | None:
+        return self._reading.region
+
+    @property
+    def valley(self) -> float | None:
+        return self._reading.rates.get("valley")
+
+    @property
+    def minimum(self) -> float | None:
+        return self._reading.rates.get("minimum")
+
+    @property
+    def reason(self) -> str | None:
+        return self._reading.reason
+
+    # -- using -------------------------------------------------------------------------------------
+
+    def bounds(self) -> Bounds:
+        """``(base_lr, max_lr)`` of each parameter group; one pair where all swept the same rates.
+
+        Raises:
+            ValueError: there are none; the message says why.
+        """
+        if self.max_lr is None:
+            raise ValueError(f"the range test gives no bounds: {self.reason}")
+        tops = (
+            [self.max_lr] if not self.group_bounds else [self._in_group(i, self.max_lr) for i in self._groups]
+        )
+        return tuple((float(top) / 10, float(top)) for top in tops)
+
+    @property
+    def _groups(self) -> range:
+        return range(len(self.group_bounds))
+
+    def _in_group(self, index: int, lr: Any) -> Any:
+        """The rate (or array of rates) that a group had when the first group had ``lr``."""
+        (first, last), (low, high) = self.group_bounds[0], self.group_bounds[index]
+        if self.sweep == "linear":
+            return low + (high - low) * (lr - first) / (last - first)
+        return low * (high / low) ** (np.log(lr / first) / np.log(last / first))
+
+    def group(self, index: int) -> RangeTestResult:
+        """The same test over the rates of one parameter group.
+
+        Args:
+            index: of the group, in 0 .. groups - 1.
+
+        Raises:
+            ValueError: there is no such group, or all groups swept the same rates.
+        """
+        if not 0 <= index < len(self.group_bounds):
+            known = (
+                f"0 .. {len(self.group_bounds) - 1}" if self.group_bounds else "none: all share their rates"
+            )
+            raise ValueError(f"groups with rates of their own are {known}; got {index!r}")
+        repeats = [r.group(index) for r in self.repeats]
+        return self._replaced(lrs=self._in_group(index, self.lrs), group_bounds=(), repeats=repeats)
+
+    def _replaced(self, **changes: Any) -> RangeTestResult:
+        return RangeTestResult(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
+
+    def triangular2(
+        self,
+        step_size_up: float,
+        step_size_down: float | None = None,
+        interpolation: Interpolation = "linear",
+    ) -> Triangular2:
+        """The triangular2 policy between the bounds; arguments as :class:`fastlr.Triangular2`'s.
+
+        Raises:
+            ValueError: there are no bounds; the message says why. Or each group has its own: ask
+                ``group(i)`` then.
+        """
+        bounds = self.bounds()
+        if len(bounds) > 1:
+            raise ValueError(
+                f"each of {len(bounds)} groups has bounds of its own: use group(i).triangular2(...) and "
+                "set_schedule(..., group=i), or FusedCyclicSGD.from_range_test"
+            )
+        return Triangular2(*bounds[0], step_size_up, step_size_down, interpolation)
+
+    def summary(self) -> str:
+        """All of it in words, one fact to a line.
+
+        >>> lrs = np.geomspace(1e-4, 10, 200)
+        >>> print(RangeTestResult(lrs, 2 + np.log10(lrs / 0.1) ** 2 / 4).summary())
+        range test: 200 rates from 0.0001 to 10, exponential
+        base_lr   0.0098
+        max_lr    0.098
+        onset     0.00024
+        steepest  0.00024, region 0.0001 to 0.0051
+        valley    0.013
+        minimum   0.098
+        """
+        span = f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if len(self.lrs) else ""
+        repeats = f", {len(self.repeats)} repeats" if self.repeats else ""
+        lines = [f"range test: {len(self.lrs)} rates{span}, {self.sweep}{repeats}"]
+        if self.reason is not None:
+            lines.append(f"no bounds: {self.reason}")
+        for name in _READINGS:
+            if (rate := getattr(self, name)) is None:
+                continue
+            line = f"{name:8}  {rate:.2g}"
+            if name in self.intervals:
+                line += " [{:.2g}, {:.2g}]".format(*self.intervals[name])
+            if name == "steepest" and self.steepest_region is not None:
+                line += ", region {:.2g} to {:.2g}".format(*self.steepest_region)
+            lines.append(line)
+        if self.max_lr is not None and self.group_bounds:
+            pairs = "; ".join(f"{low:.2g} to {high:.2g}" for low, high in self.bounds())
+            lines.append(f"bounds of each group: {pairs}")
+        if self.stopped is not None:
+            lines.append(f"stopped early: {self.stopped}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Draws the curves and what was read from them. Needs matplotlib.
+
+        Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
+        """
+        from fastlr import plotting
+
+        return plotting.plot_range_test(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the columns lr, loss and, where measured, the metric; one row for each rate.
+
+        With repeats there is a first column repeat, counted from 1, and the rows are theirs.
+        """
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            metric = [] if self.accuracies is None else [self.metric_name]
+            writer.writerow([*(["repeat"] if self.repeats else []), "lr", "loss", *metric])
+            for number, result in enumerate(self.repeats or (self,), 1):
+                lead = [number] if self.repeats else []
+                for i, row in enumerate(zip(result.lrs.tolist(), result.losses.tolist(), strict=True)):
+                    value: list[Any] = []
+                    if result.accuracies is not None:
+                        value = [float(result.accuracies[i]) if result.measured[i] else ""]
+                    writer.writerow([*lead, *row, *value])
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything that :meth:`from_json` reads back, and the answers, for other readers."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"format": _FORMAT, **self._to_dict()}, file, allow_nan=False, indent=1)
+            file.write("\n")
+
+    def _to_dict(self) -> dict[str, Any]:
+        answers = {
+            name: getattr(self, name) for name in (*_READINGS, "steepest_region", "reason", "intervals")
+        }
+        arrays = {name: getattr(self, name) for name in ("lrs", "losses", "accuracies")}
+        return {
+            "answers": answers,
+            "sweep": self.sweep,
+            "stopped": self.stopped,
+            "metric_name": self.metric_name,
+            "notes": self.notes,
+            "group_bounds": self.group_bounds,
+            **{
+                name: None if array is None else [None if np.isnan(v) else v for v in array.tolist()]
+                for name, array in arrays.items()
+            },
+            "repeats": [r._to_dict() for r in self.repeats],
+        }
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> RangeTestResult:
+        """Reads what :meth:`to_json` wrote. The answers are read from the curve anew.
+
+        Raises:
+            ValueError: the file holds no range test.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                data = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{os.fspath(path)} is no JSON file: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError(f'{os.fspath(path)} holds no "{_FORMAT}"')
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)} is incomplete or damaged: {error!r}") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any]) -> RangeTestResult:
+        own = {f.name: data[f.name] for f in fields(cls)}
+        if own["accuracies"] is not None:
+            own["accuracies"] = [np.nan if v is None else v for v in own["accuracies"]]
+        own["repeats"] = [cls._from_dict(repeat) for repeat in own["repeats"]]
+        return cls(**own)
+
+
+def _vector(name: str, values: ArrayLike) -> Array:
+    array = np.array(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+    return array
+
+
+def _medians(rows: Array) -> Array:
+    """The median of each column without its NaNs; NaN where there is nothing else."""
+    return np.array(
+        [np.median(kept) if len(kept := column[~np.isnan(column)]) else np.nan for column in rows.T]
+    )

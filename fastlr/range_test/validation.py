@@ -1,0 +1,136 @@
+"""What is measured during the sweep besides the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from fastlr.range_test.update import Batches
+from fastlr.schedules._base import count
+
+Metric: TypeAlias = Callable[..., "torch.Tensor | float"]
+
+
+@dataclass
+class Validation:
+    """Measures a metric on the same batches each time.
+
+    Attributes:
+        wanted: whether there is a val_loader.
+        name: of the metric.
+    """
+
+    model: torch.nn.Module
+    loader: Iterable[Any] | None
+    every: int
+    most: int | None
+    value: Metric
+    weigh: bool
+    name: str
+    context: Callable[[], AbstractContextManager[object]]
+    device: torch.device | None
+
+    @classmethod
+    def checked(
+        cls,
+        model: torch.nn.Module,
+        metric: Metric | None,
+        loader: Iterable[Any] | None,
+        every: int,
+        most: int | None,
+        context: Callable[[], AbstractContextManager[object]],
+        device: torch.device | None,
+    ) -> Validation:
+        every = count("val_every", every)
+        if most is not None:
+            most = count("val_batches", most)
+        if metric is not None and loader is None:
+            raise ValueError("metric needs a val_loader to be measured on")
+        if device is None and loader is not None and metric is None:
+            raise ValueError("with step_fn a val_loader needs metric=(batch) -> number, larger is better")
+        name = "accuracy" if metric is None else getattr(metric, "__name__", "metric").strip("<>")
+        value: Metric = metric or _accuracy
+        if device is not None:
+            of_pair = value
+            value = lambda batch: of_pair(model(batch[0]), batch[1])  # noqa: E731
+        return cls(model, loader, every, most, value, device is not None, name, context, device)
+
+    @property
+    def wanted(self) -> bool:
+        return self.loader is not None
+
+    def load(self) -> None:
+        """Reads the batches."""
+        self._batches: list[Any] = []
+        if self.loader is not None:
+            batches = Batches("val_loader", self.loader, self.device)
+            self._batches = list(islice(batches.once(), self.most))
+
+    def due(self, step: int, num_steps: int) -> bool:
+        return self.wanted and (step % self.every == self.every - 1 or step == num_steps - 1)
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[torch.Tensor | float, float]:
+        """The metric times the samples, summed over the batches, and the number of samples."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        total: Any = 0.0
+        weights = 0.0
+        try:
+            with self.context():
+                for batch in self._batches:
+                    weight = _samples(batch[1]) if self.weigh else 1.0
+                    total = total + _number(self.value(batch), self.name) * weight
+                    weights += weight
+        finally:
+            for module, training in flags:
+                module.training = training
+        return total, weights
+
+
+def _samples(target: Any) -> float:
+    """How many samples a batch has, by the first tensor of its target; 1, where there is none."""
+    if isinstance(target, torch.Tensor):
+        return float(len(target)) if target.ndim else 1.0
+    if isinstance(target, Mapping):
+        target = list(target.values())
+    nested = (torch.Tensor, Mapping, tuple, list)
+    parts = target if isinstance(target, (tuple, list)) else ()
+    return next((_samples(part) for part in parts if isinstance(part, nested)), 1.0)
+
+
+def _number(value: object, name: str) -> torch.Tensor | float:
+    """What a metric returned, once it is sure to be one number."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    if isinstance(value, (int, float, np.number)):
+        return float(value)
+    got = (
+        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    )
+    raise ValueError(f"the metric {name} must return one number, got {got}; take its mean")
+
+
+def _accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if (
+        not isinstance(output, torch.Tensor)
+        or not isinstance(target, torch.Tensor)
+        or output.ndim != target.ndim + 1
+        or target.is_floating_point()
+        or output.shape[1] < 2
+    ):
+        got = [
+            f"shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, torch.Tensor) else type(v).__name__
+            for v in (output, target)
+        ]
+        raise ValueError(
+            f"no accuracy for an output of {got[0]} and targets of {got[1]}; pass metric=(output, target) -> "
+            "number, larger is better"
+        )
+    return (output.argmax(1) == target).double().mean()
