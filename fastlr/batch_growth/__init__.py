@@ -1,0 +1,11 @@
+"""Growing the batch in place of decaying the learning rate: plans, and loaders that follow them.
+
+Smith, Kindermans, Ying and Le, arXiv 1711.00489.
+"""
+
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.loader import Epoch, GrowingLoader
+from fastlr.batch_growth.plan import BatchPlan, Phase
+from fastlr.batch_growth.sampler import GrowingBatchSampler
+
+__all__ = ["Batch", "BatchPlan", "Epoch", "GrowingBatchSampler", "GrowingLoader", "Phase"]
