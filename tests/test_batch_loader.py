@@ -742,7 +742,7 @@ def test_bad_input_is_refused_before_training(make: Any, message: str) -> None:
 
 def test_a_process_of_torchrun_without_its_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2, but .* is not initialised"):
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2, but .* is not initialised"):
         GrowingLoader(Numbers(), make_plan())
     GrowingLoader(Numbers(), make_plan(), rank=0, world_size=1)
 

@@ -26,6 +26,8 @@ class Batch:
         epoch: in which it is yielded, from 0.
         starts_update: whether it is the update's first micro-batch.
         ends_update: whether it is the last: now ``opt.step()``.
+        full: whether the update has the batch size of its phase, and is no tail.
+        ranks: that share the update.
     """
 
     data: Any
@@ -36,6 +38,8 @@ class Batch:
     epoch: int
     starts_update: bool
     ends_update: bool
+    full: bool = True
+    ranks: int = 1
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
         """This batch with every tensor in its data moved or converted; arguments as ``Tensor.to``'s."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.batch_growth.ranks import sum_over_ranks
 from fastlr.batch_growth.sampler import GrowingBatchSampler, MicroBatch, mix
 from fastlr.batch_growth.samples import Reader, as_it_is
 from fastlr.optim import FusedOptimizer
@@ -61,7 +62,8 @@ class GrowingLoader:
     but not for free. ``get_worker_info()`` is None while they are read.
 
     **Next batch, next update.** An update counts as completed when a bound optimizer has stepped (a step
-    that GradScaler made it skip included) or the next batch is asked for. So nothing may fetch batches
+    that GradScaler made it skip included) or the next batch is asked for; without a bound optimizer, as
+    soon as its last micro-batch was yielded. So nothing may fetch batches
     ahead of the training loop; the loader does so itself, with ``num_workers`` and ``prefetch_factor``.
 
     Args:
@@ -353,6 +355,8 @@ class GrowingLoader:
                         epoch=epoch,
                         starts_update=micro.starts_update,
                         ends_update=micro.ends_update,
+                        full=update.size == update.batch_size,
+                        ranks=sampler.world_size or 1,
                     ),
                     update,
                 )
@@ -529,14 +533,3 @@ def _check_size(dataset: Any, plan: BatchPlan) -> None:
             f"the plan is for {plan.dataset_size:,} samples, but the data set has {size:,}; make the plan "
             f"with dataset_size={size}"
         )
-
-
-def sum_over_ranks(numbers: list[float]) -> list[float]:
-    """The sums over all ranks, on every rank."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return numbers
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    distributed.all_reduce(sums)
-    return sums.tolist()
