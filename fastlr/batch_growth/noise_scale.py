@@ -106,7 +106,8 @@ class GradientNoiseScale:
             raise TypeError(f"model must be a DistributedDataParallel, got {describe(type(model).__name__)}")
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        def measure(group: Any, bucket: Any) -> Any:
+        # Without annotations: DDP compares them with its own types, and here they are strings.
+        def measure(group, bucket):  # type: ignore[no-untyped-def]
             self._reduced = (self._reduced or 0.0) + squared_norm([bucket.buffer()])
             return default_hooks.allreduce_hook(group, bucket)
 
