@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,13 @@ def test_print_shows_phases_and_totals() -> None:
     assert lines[9].split() == ["total", "10,000,000", "29,142"]
     assert "78,125 updates, 2.7 times as many" in lines[10]
     assert max(map(len, lines)) <= 110
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"```\n{paper_plan(max_batch_size=5120, micro_batch_size=256)}\n```" in readme
+    for _, _, updates, _ in TABLE.values():
+        assert f"| {updates:,} |" in readme or updates == 28_876
 
 
 def test_a_long_plan_stays_readable() -> None:

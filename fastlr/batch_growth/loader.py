@@ -471,6 +471,7 @@ class Epoch:
 
     Attributes:
         index: counted over the run, from 0.
+        left: batches that are still to come; None before the first is asked for.
     """
 
     def __init__(self, loader: GrowingLoader, index: int) -> None:

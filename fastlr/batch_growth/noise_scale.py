@@ -44,8 +44,9 @@ class GradientNoiseScale:
 
     Each is averaged over updates, exponentially with the same weights, and then divided; averaging the
     quotients would be biased. The larger size is the update's. The smaller one is that of its first
-    micro-batch (over all ranks whose gradients are not reduced yet, see :meth:`Batch.sync`, one each); or,
-    after :meth:`attach`, of each rank before the all-reduce.
+    micro-batch, averaged over the ranks, whose gradients must not have been reduced yet: with several ranks
+    the loop has to use :meth:`Batch.sync`. After :meth:`attach` it is that of each rank before the
+    all-reduce.
 
     Updates with a single micro-batch on a single rank have one size only and tell nothing. Neither do the
     partial ones of a tail, nor those with inf or NaN.
@@ -126,10 +127,12 @@ class GradientNoiseScale:
         world = batch.ranks
         if batch.starts_update and not batch.ends_update and not self._attached:
             # p.grad is weight times the gradient of this rank's mean loss, since nothing was reduced yet.
-            squares, samples = sum_over_ranks(
-                [squared_norm(self._gradients()) / (scale * batch.weight) ** 2, float(batch.samples)]
-            )
-            self._small = samples / world, squares / world
+            mine = [0.0, 0.0, 0.0]  # nothing counts in this micro-batch
+            if batch.weight > 0.0:
+                mine = [squared_norm(self._gradients()) / (scale * batch.weight) ** 2, batch.samples, 1.0]
+            squares, samples, ranks = sum_over_ranks(mine)
+            if ranks > 0.0:
+                self._small = samples / ranks, squares / ranks
         if not batch.ends_update:
             return
         small, self._small = self._small, None
