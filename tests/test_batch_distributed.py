@@ -90,6 +90,14 @@ PROGRAM = """
         hook = "hook" if world > 1 else None
         record["counted"], noise = train(plan, record, count=lambda batch: batch[3].sum(), noise_by=hook)
         record["hooked"] = noise.state_dict()
+    if world > 1:
+        loader = fastlr.GrowingLoader(data, plan, 2, seed=rank)
+        try:
+            next(iter(loader))
+        except RuntimeError as error:
+            assert "the ranks' loaders differ in plan, micro_batch_size, seed" in str(error)
+        else:
+            raise AssertionError("ranks with seeds of their own would take samples twice")
     torch.save(records, f"{out}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.barrier()

@@ -729,6 +729,9 @@ BAD = {
     "micro-batches": (
         lambda: GrowingLoader(Numbers(), make_plan(phases=[(0, 19)]), 4),
         "a batch of 19 samples on 1 rank cannot be cut .*multiples of 4, such as 16 or 20"),
+    "count of other ranks": (
+        lambda: GrowingLoader(Numbers(24), make_plan(size=24), rank=0, world_size=2, count=len),
+        "count adds up over torch.distributed's 1 ranks, but world_size is 2"),
     "prefetch without workers": (
         lambda: GrowingLoader(Numbers(), make_plan(), prefetch_factor=2), "prefetch_factor"),
 }  # fmt: skip
@@ -738,6 +741,26 @@ BAD = {
 def test_bad_input_is_refused_before_training(make: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_leaving_in_mid_update_and_going_on_is_exact() -> None:
+    """After a break the update that was left comes again: with its gradients zeroed nothing has changed."""
+    weights = []
+    for stops in ([], [1, 7, 8, 20]):
+        model, opt, loader = bound(make_plan(phases=[(0, 6), (1, 12)]), num_workers=bool(stops))
+        for stop in [*stops, None]:
+            opt.zero_grad()
+            for k, batch in enumerate(loader):
+                if k == stop:
+                    break
+                x, y = batch.data
+                (torch.nn.functional.cross_entropy(model(x), y) * batch.weight).backward()
+                if batch.ends_update:
+                    opt.step()
+                    opt.zero_grad()
+        assert opt.clock().samples == 3 * N
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
 
 
 def test_a_process_of_torchrun_without_its_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

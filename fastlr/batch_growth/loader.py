@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
-from fastlr.batch_growth.ranks import sum_over_ranks
+from fastlr.batch_growth.ranks import group_size, ranks_agree, sum_over_ranks
 from fastlr.batch_growth.sampler import GrowingBatchSampler, MicroBatch, mix
 from fastlr.batch_growth.samples import Reader, as_it_is
 from fastlr.optim import FusedOptimizer
@@ -138,6 +138,13 @@ class GrowingLoader:
             rank,
             world_size,
         )
+        world = self._sampler.world_size or 1
+        if count is not None and world not in (1, group_size()):
+            raise ValueError(
+                f"count adds up over torch.distributed's {group_size()} ranks, but world_size is {world}; "
+                "leave rank and world_size to torch.distributed.init_process_group()"
+            )
+        self._one_run = world > 1 and rank is None  # the ranks of the process group share this run
         self._planned = plan
         self._growths: list[tuple[int, int]] = []
         self._set_plan(plan)
@@ -166,7 +173,7 @@ class GrowingLoader:
         """Stands at the beginning of an update, with nothing under way."""
         self._samples = samples  # before the first update that is not completed
         self._skip = 0  # its micro-batches that were yielded already
-        self._left = 0  # micro-batches until the end of the epoch that is under way
+        self._epoch: Epoch | None = None  # that is under way
         self._source: Iterator[tuple[Batch, Update]] | None = None  # where the next ones come from
         self._regrown = False  # whether it still has the plan before the last grow()
         self._given: tuple[Batch, Update] | None = None  # what the training loop has at present
@@ -250,6 +257,16 @@ class GrowingLoader:
                         'schedule in place in mid-run with set_schedule(..., start="zero")'
                     )
 
+    def _check_ranks(self) -> None:
+        """Raises RuntimeError where ranks would not take parts of the same batches."""
+        run = repr(dataclasses.replace(self._sampler, rank=0))  # plan, sizes, seed and shuffle
+        if self._one_run and not ranks_agree(mix(self._samples, run) >> 1):
+            raise RuntimeError(
+                "the ranks' loaders differ in plan, micro_batch_size, seed, shuffle or position (here seed "
+                f"{self._sampler.seed}, sample {self._samples:,}); make them alike on every rank, and load "
+                "the same checkpoint"
+            )
+
     # -- iteration -----------------------------------------------------------------------------------
 
     @property
@@ -283,6 +300,7 @@ class GrowingLoader:
         for index in range(first, self.plan.epochs):
             epoch = Epoch(self, index)
             yield epoch
+            self._settle()
             if not epoch.finished:
                 raise RuntimeError(
                     f"epoch {index} was left before its end, at sample {self._samples:,}, and the plan "
@@ -294,28 +312,35 @@ class GrowingLoader:
         return sum(1 for _ in self._sampler.schedule(self._samples, self._skip, epoch))
 
     def _settle(self) -> None:
-        """Ends an iteration that was left: goes back to the beginning of the update that it was in."""
+        """Ends an iteration that was left, at the beginning of the update that it was in.
+
+        An iterator of which all batches of the epoch were taken was not left, though it may be dropped
+        without being asked for one more: that is how frameworks use an epoch whose length they know.
+        """
         if self._optimizer is None:
             self._complete()  # left after an update's last micro-batch; only an optimizer knows better
-        if self._left:
-            self._left = self._skip = 0
-            self._source = None
-        self._given = None
+        not_applied = self._given is not None and self._given[0].ends_update
+        if self._epoch is not None and (self._epoch.left or not_applied):
+            self._skip, self._source = 0, None
+            self._epoch.left = self._count_left(self._epoch.index)
+        self._given = self._epoch = None
 
     def _iterate(self, epoch: Epoch) -> Iterator[Batch]:
         self._settle()
         if epoch.finished or epoch.index < self._samples // self.plan.dataset_size:
             raise RuntimeError(f"epoch {epoch.index} is over; take the next one from loader.epochs()")
         self._check_clock()
+        self._check_ranks()
         self._iteration += 1
         mine = self._iteration
+        self._epoch = epoch
         epoch.left = self._count_left(epoch.index)
         while epoch.left:
             if self._source is None or (self._regrown and not self._skip):
                 self._source, self._regrown = self._batches(self._samples), False
             self._given = batch, _ = next(self._source)
             self._skip = 1 if batch.starts_update else self._skip + 1
-            self._left = epoch.left = epoch.left - 1
+            epoch.left -= 1
             try:
                 yield batch
             except GeneratorExit:
@@ -329,7 +354,7 @@ class GrowingLoader:
             self._complete()
             if self._regrown and not self._skip:
                 epoch.left = self._count_left(epoch.index)
-        self._given = None
+        self._given = self._epoch = None
 
     def _batches(self, samples: int) -> Iterator[tuple[Batch, Update]]:
         """All batches from the beginning of an update on, through the epochs to come."""
@@ -371,13 +396,13 @@ class GrowingLoader:
             if not item[0].ends_update:
                 continue
             counts = [float(count(batch.data)) for batch, _ in window]
-            total = sum_over_ranks([sum(counts)])[0]
+            world = self._sampler.world_size or 1
+            total = sum_over_ranks([sum(counts)], world)[0]
             if not (min(counts) >= 0.0 and 0.0 < total < math.inf):
                 raise ValueError(
                     f"count(data) must be >= 0, and > 0 for one micro-batch of an update, got {counts} in "
                     f"the update at sample {item[1].start:,}"
                 )
-            world = self._sampler.world_size or 1
             for (batch, update), number in zip(window, counts, strict=True):
                 yield dataclasses.replace(batch, weight=world * number / total), update
             window = []

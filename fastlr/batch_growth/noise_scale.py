@@ -130,7 +130,7 @@ class GradientNoiseScale:
             mine = [0.0, 0.0, 0.0]  # nothing counts in this micro-batch
             if batch.weight > 0.0:
                 mine = [squared_norm(self._gradients()) / (scale * batch.weight) ** 2, batch.samples, 1.0]
-            squares, samples, ranks = sum_over_ranks(mine)
+            squares, samples, ranks = sum_over_ranks(mine, world)
             if ranks > 0.0:
                 self._small = samples / ranks, squares / ranks
         if not batch.ends_update:
@@ -139,7 +139,7 @@ class GradientNoiseScale:
         if self._attached:
             reduced, self._reduced = self._reduced, None
             if reduced is not None and world > 1:
-                small = batch.global_batch / world, sum_over_ranks([reduced / scale**2])[0] / world
+                small = batch.global_batch / world, sum_over_ranks([reduced / scale**2], world)[0] / world
         if not batch.full:
             return
         if small is None:

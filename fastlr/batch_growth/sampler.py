@@ -212,9 +212,9 @@ class _Order:
         return epochs, indices
 
 
-def mix(*numbers: int) -> int:
-    """A seed of 64 bits from several integers >= 0; others for any other integers."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+def mix(*parts: int | str) -> int:
+    """64 bits from several parts, to seed a generator or to compare; others for any other parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
