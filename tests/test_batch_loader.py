@@ -220,7 +220,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {"plan": plan, "world": world, "micro": micro, "seed": draw(st.integers(0, 3))}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(cases())
 def test_ranks_share_every_update(case: dict[str, Any]) -> None:
     plan, world, micro = case["plan"], case["world"], case["micro"]
@@ -258,7 +258,7 @@ def test_ranks_share_every_update(case: dict[str, Any]) -> None:
         assert len(taken) == plan.total_samples
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(cases(), st.data())
 def test_save_and_load_midway_changes_nothing(case: dict[str, Any], data: st.DataObject) -> None:
     plan, world = case["plan"], case["world"]
@@ -799,3 +799,21 @@ def test_the_sampler_works_in_any_data_loader() -> None:
     assert len(batches) == len(sampler) == len(expected)
     for _ in range(2):
         assert [tuple(data.tolist()) for data in batches] == [batch.data for batch in expected]
+
+
+# -- why not PyTorch's own -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "changed_at"),
+    [({"drop_last": True}, None), ({"num_workers": 1, "prefetch_factor": 3}, 6)],
+    ids=["drop_last", "prefetching"],
+)
+def test_pytorch_ignores_a_changed_batch_size_or_takes_it_late(options: Any, changed_at: int | None) -> None:
+    loader = DataLoader(Numbers(60), batch_size=4, **options)
+    sizes = []
+    for k, batch in enumerate(loader):
+        sizes.append(len(batch))
+        if k == 2:  # the fourth batch should be larger
+            loader.batch_sampler.batch_size = 8
+    assert sizes.index(8) == changed_at if changed_at else 8 not in sizes

@@ -208,6 +208,8 @@ BAD = {
     "max": (
         lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=2),
         "max_batch_size must be >= the present batch size, 4, got 2"),
+    "more than there is": (
+        lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=64), "must be <= the data set's 40 .* got 64"),
     "factor": (lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=8, factor=1), "factor must be .* >= 2"),
     "patience": (lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=8, patience=0), "patience must be"),
     "noise": (lambda: AdaptiveGrowth(3.0, LOADER, max_batch_size=8), "noise must be a GradientNoiseScale"),

@@ -321,7 +321,7 @@ BAD = {
         r"rises at sample 500,000 \(epoch 10\) after its peak.*only falls"),
     "falls to zero without a cap": (
         lambda: BatchPlan.from_schedule(fastlr.Cosine(0.1, 0.0, 199, unit="epoch"), **PAPER),
-        r"more than the data set's 50,000 samples; give a smaller max_batch_size"),
+        r"more than the data set's 50,000 samples; give a smaller batch_size or max_batch_size"),
     "zero throughout": (
         lambda: BatchPlan.from_schedule(fastlr.Constant(0.0), **PAPER), "the schedule is 0 throughout"),
     "no schedule": (lambda: BatchPlan.from_schedule(0.1, **PAPER), "schedule must be a schedule, got 0.1"),

@@ -6,6 +6,7 @@ import logging
 from typing import Any, NamedTuple
 
 from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.loader import GrowingLoader
 from fastlr.batch_growth.noise_scale import GradientNoiseScale
 from fastlr.schedules._base import count, describe, flag, real
@@ -43,14 +44,15 @@ class AdaptiveGrowth:
     Args:
         noise: what measures; :meth:`update` reads it after its ``observe``.
         loader: whose batches are watched.
-        max_batch_size: >= the loader's batch size at present.
+        max_batch_size: >= the loader's batch size at present, <= the data set's size.
         factor: integer >= 2.
         margin: > 0; 1.0 grows to where the noise scale is.
         patience: observations, >= 1.
         apply: let the loader's batches grow.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or one of the sizes cannot be shared between the ranks and
+            cut into equal micro-batches.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(3, 1)
@@ -92,7 +94,16 @@ class AdaptiveGrowth:
                 f"max_batch_size must be >= the present batch size, {self.batch_size:,}, "
                 f"got {max_batch_size:,}"
             )
+        if self.max_batch_size > loader.plan.dataset_size:
+            raise ValueError(
+                f"max_batch_size must be <= the data set's {loader.plan.dataset_size:,} samples, "
+                f"got {max_batch_size:,}"
+            )
         self.factor = count("factor", factor, 2)
+        size = self.batch_size
+        while size <= self.max_batch_size:
+            divide(size, loader.plan.micro_batch_size, loader.plan.ranks)
+            size *= self.factor
         self.margin = real("margin", margin, above=True)
         self.patience = count("patience", patience)
         self.apply = flag("apply", apply)

@@ -180,7 +180,7 @@ class BatchPlan:
             if size > self.dataset_size:
                 raise ValueError(
                     f"the batch size at sample {start:,} would be {size:,}, more than the data set's "
-                    f"{self.dataset_size:,} samples; give a smaller max_batch_size"
+                    f"{self.dataset_size:,} samples; give a smaller batch_size or max_batch_size"
                 )
         for k, updates in enumerate(self._updates_of_phases):
             if updates == 0:
