@@ -128,7 +128,7 @@ def test_workers_change_no_tail(tail: str) -> None:
 @each_kind
 def test_spawned_workers_can_be_sent_what_they_read(dataset: Any) -> None:
     loader = GrowingLoader(dataset, make_plan(), 3, seed=5)
-    reader = pickle.loads(pickle.dumps(loader._loader.dataset))
+    reader = pickle.loads(pickle.dumps(loader._reading.loader.dataset))
     micro_batches = pickle.loads(pickle.dumps(list(GrowingBatchSampler(
         make_plan(), 3, seed=5, shuffle=isinstance(dataset, Noisy))
     )))  # fmt: skip

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, SupportsFloat
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
-from fastlr.batch_growth.ranks import group_size, ranks_agree, sum_over_ranks
-from fastlr.batch_growth.sampler import GrowingBatchSampler, MicroBatch, mix
-from fastlr.batch_growth.samples import Reader, as_it_is
+from fastlr.batch_growth.ranks import group_size, ranks_agree
+from fastlr.batch_growth.reading import BatchSource
+from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
 from fastlr.optim import FusedOptimizer
 from fastlr.schedules._base import describe, flag
 
@@ -148,26 +145,18 @@ class GrowingLoader:
         self._planned = plan
         self._growths: list[tuple[int, int]] = []
         self._set_plan(plan)
-        self._count = count
-        self._dataset, self._collate = dataset, collate_fn or default_collate
-        self._seed_samples, self._options = flag("seed_samples", seed_samples), options
+        self._reading = BatchSource(
+            dataset,
+            plan.dataset_size,
+            collate_fn or default_collate,
+            count,
+            flag("seed_samples", seed_samples),
+            options,
+        )
         self._optimizer: FusedOptimizer | None = None
         self._hooks: list[Any] = []
         self._reset(0)
-        self._build()
-
-    def _build(self) -> None:
-        """The DataLoader; made here, so that what it refuses is refused before training starts."""
-        seed = self._sampler.seed if self._seed_samples else None
-        self._feed = _Feed()
-        self._loader: DataLoader[Any] = DataLoader(
-            Reader(self._dataset, self.plan.dataset_size, self._collate, seed),  # type: ignore[arg-type]
-            batch_sampler=self._feed,
-            collate_fn=as_it_is,
-            # Its own, because each iterator draws a number, which would be missing from the global one.
-            generator=torch.Generator().manual_seed(mix(self._sampler.seed)),
-            **self._options,
-        )
+        self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
 
     def _reset(self, samples: int) -> None:
         """Stands at the beginning of an update, with nothing under way."""
@@ -337,7 +326,8 @@ class GrowingLoader:
         epoch.left = self._count_left(epoch.index)
         while epoch.left:
             if self._source is None or (self._regrown and not self._skip):
-                self._source, self._regrown = self._batches(self._samples), False
+                self._source = self._reading.of(self._sampler, self._samples)
+                self._regrown = False
             self._given = batch, _ = next(self._source)
             self._skip = 1 if batch.starts_update else self._skip + 1
             epoch.left -= 1
@@ -355,57 +345,6 @@ class GrowingLoader:
             if self._regrown and not self._skip:
                 epoch.left = self._count_left(epoch.index)
         self._given = self._epoch = None
-
-    def _batches(self, samples: int) -> Iterator[tuple[Batch, Update]]:
-        """All batches from the beginning of an update on, through the epochs to come."""
-        batches = self._read(samples)
-        return batches if self._count is None else self._counted(batches, self._count)
-
-    def _read(self, samples: int) -> Iterator[tuple[Batch, Update]]:
-        sampler, skip = self._sampler, 0
-        for epoch in range(samples // self.plan.dataset_size, self.plan.epochs):
-            sent = self._feed.aim(sampler.micro_batches(samples, skip, epoch))
-            for data in self._loader:
-                micro = sent.popleft()
-                update = micro.update
-                skip = 0 if micro.ends_update else 1 if micro.starts_update else skip + 1
-                samples = update.next_start if micro.ends_update else update.start
-                yield (
-                    Batch(
-                        data=data,
-                        samples=len(micro),
-                        weight=micro.weight,
-                        position=update.start,
-                        global_batch=update.size,
-                        epoch=epoch,
-                        starts_update=micro.starts_update,
-                        ends_update=micro.ends_update,
-                        full=update.size == update.batch_size,
-                        ranks=sampler.world_size or 1,
-                    ),
-                    update,
-                )
-
-    def _counted(
-        self, batches: Iterator[tuple[Batch, Update]], count: Callable[[Any], SupportsFloat]
-    ) -> Iterator[tuple[Batch, Update]]:
-        """Batches weighted by what they count, once all of an update are there."""
-        window: list[tuple[Batch, Update]] = []
-        for item in batches:
-            window.append(item)
-            if not item[0].ends_update:
-                continue
-            counts = [float(count(batch.data)) for batch, _ in window]
-            world = self._sampler.world_size or 1
-            total = sum_over_ranks([sum(counts)], world)[0]
-            if not (min(counts) >= 0.0 and 0.0 < total < math.inf):
-                raise ValueError(
-                    f"count(data) must be >= 0, and > 0 for one micro-batch of an update, got {counts} in "
-                    f"the update at sample {item[1].start:,}"
-                )
-            for (batch, update), number in zip(window, counts, strict=True):
-                yield dataclasses.replace(batch, weight=world * number / total), update
-            window = []
 
     def grow(self, batch_size: int) -> None:
         """Batches of at least ``batch_size``, from the next update on. Rates stay as the plan has them.
@@ -488,7 +427,7 @@ class GrowingLoader:
         self._set_plan(plan)
         self._growths = growths
         self._reset(int(state["samples"]))
-        self._build()
+        self._reading.open(self._sampler.seed)
 
 
 class Epoch:
@@ -515,28 +454,6 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loader._iterate(self)
-
-
-class _Feed:
-    """The batch sampler of the ``DataLoader``: what was sent to be read is noted, in order."""
-
-    def __init__(self) -> None:
-        self._next: Iterator[MicroBatch] = iter(())
-        self._sent: deque[MicroBatch] = deque()
-
-    def aim(self, micro_batches: Iterator[MicroBatch]) -> deque[MicroBatch]:
-        """Sets what the next iterator yields; returns where that is noted."""
-        self._next, self._sent = micro_batches, deque()
-        return self._sent
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self._noted(self._next, self._sent)
-
-    @staticmethod
-    def _noted(micro_batches: Iterator[MicroBatch], sent: deque[MicroBatch]) -> Iterator[MicroBatch]:
-        for micro_batch in micro_batches:
-            sent.append(micro_batch)
-            yield micro_batch
 
 
 def _check_size(dataset: Any, plan: BatchPlan) -> None:

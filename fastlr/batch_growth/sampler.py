@@ -181,7 +181,7 @@ class GrowingBatchSampler:
             del cuts[-2]  # the last part is too small to give every rank a sample
         steps = []
         for start, stop in itertools.pairwise(cuts):
-            each, _ = divmod(stop - start, world)
+            each = (stop - start) // world
             number = min(-(-(stop - start) // (world * micro)), each)
             bounds = [start + world * -(-each * k // number) for k in range(number)] + [stop]
             where = (update.start + start) // size
