@@ -6,18 +6,21 @@ from importlib.metadata import version as _version
 
 import torch  # noqa: F401  # first: the native code runs on the OpenMP runtime that it loads
 
-from fastlr import integrations, optim, schedules
+from fastlr import batch_growth, integrations, optim, schedules
 from fastlr._build import build_info
+from fastlr.batch_growth import *  # noqa: F403
 from fastlr.optim import *  # noqa: F403
 from fastlr.range_test import RangeTestGrid, RangeTestResult, range_test, range_test_grid
 from fastlr.schedules import *  # noqa: F403
 
 __version__ = _version("fastlr")
 __all__ = [
+    *batch_growth.__all__,
     *optim.__all__,
     *schedules.__all__,
     "RangeTestGrid",
     "RangeTestResult",
+    "batch_growth",
     "build_info",
     "integrations",
     "optim",

@@ -14,11 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
+    from fastlr.batch_growth import BatchPlan
     from fastlr.range_test import RangeTestGrid, RangeTestResult
 
 Curve: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
-__all__ = ["plot_accuracy", "plot_range_test", "plot_range_test_grid", "plot_schedules"]
+__all__ = [
+    "plot_accuracy",
+    "plot_batch_plan",
+    "plot_range_test",
+    "plot_range_test_grid",
+    "plot_schedules",
+]
 
 # Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -234,6 +241,48 @@ def plot_accuracy(
     axes.set_ylabel("test accuracy (%)")
     axes.margins(x=0.01)
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    return _saved(figure, path)
+
+
+def plot_batch_plan(plan: BatchPlan, path: str | None = None) -> Figure:
+    """Draws a plan: batch size, learning rate and noise scale, one above the other, over the epochs.
+
+    Args:
+        plan: the plan.
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+    """
+    figure, batches, rates, scales = _figure(7.2, 5.4, rows=3)
+    total, size = plan.total_samples, plan.dataset_size
+    # Each phase is drawn from its first sample to its last, so that its ends are where the plan has them.
+    at = np.concatenate(
+        [
+            np.unique(
+                np.append(np.linspace(p.start_sample, p.stop_sample - 1, points).astype(int), p.start_sample)
+            )
+            for p in plan.phases
+            for points in [max(2, round(800 * (p.stop_sample - p.start_sample) / total))]
+        ]
+    )
+    samples, epochs = at.tolist(), at / size
+    batch = np.array([plan.phase_at(sample).batch_size for sample in samples])
+    lr = np.array([plan.lr(sample) for sample in samples])
+    batches.plot(epochs, batch, color=_COLORS[0], linewidth=1.8)
+    rates.plot(epochs, lr, color=_COLORS[1], linewidth=1.8)
+    noise = [plan.noise_scale(sample) for sample in samples]
+    scales.plot(epochs, noise, color=_COLORS[2], linewidth=1.8)
+    batches.set_title(f"Batch plan ({plan.mode}): {plan.total_updates:,} updates", loc="left")
+    batches.set_ylabel("batch size")
+    rates.set_ylabel("learning rate")
+    scales.set_ylabel("noise scale")
+    if batch.max() > 4 * batch.min():
+        batches.set_yscale("log", base=2)
+    if len(set(plan.batch_sizes)) <= 5:
+        batches.set_yticks(sorted(set(plan.batch_sizes)))
+    batches.yaxis.set_major_formatter("{x:,.0f}")
+    rates.set_ylim(bottom=0, top=1.08 * float(lr.max()) or 1.0)
+    scales.set_yscale("log", nonpositive="mask")
+    scales.set_xlabel("epochs")
+    scales.set_xlim(0, plan.epochs)
     return _saved(figure, path)
 
 

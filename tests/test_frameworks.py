@@ -296,3 +296,120 @@ def test_accelerate_prepares_saves_and_loads(tmp_path: Path):
     assert opt.optimizer.clock() == (4, 0)
     train(model, opt, 6, start=4, after_step=scheduler.step)
     assert_same_run(plain, (model, opt.optimizer))
+
+
+# -- growing batches -----------------------------------------------------------------------------
+
+
+def grown_plan() -> fastlr.BatchPlan:
+    return fastlr.BatchPlan.from_schedule(
+        fastlr.MultiStep(0.1, [1, 2], 0.5, unit="epoch"),
+        batch_size=4,
+        dataset_size=BATCHES * BATCH_SIZE,
+        epochs=3,
+        momentum=0.9,
+        max_batch_size=8,
+    )
+
+
+def growing(model: torch.nn.Module) -> tuple[fastlr.FusedSGD, fastlr.GrowingLoader]:
+    plan = grown_plan()
+    opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
+    return opt, fastlr.GrowingLoader(make_data(), plan, micro_batch_size=2)
+
+
+def trained_on_growing_batches() -> tuple[torch.nn.Module, fastlr.FusedSGD]:
+    model = make_model()
+    opt, loader = growing(model)
+    for batch in loader.bind(opt):
+        loss = torch.nn.functional.cross_entropy(model(batch.data["x"]), batch.data["labels"])
+        (loss * batch.weight).backward()
+        if batch.ends_update:
+            opt.step()
+            opt.zero_grad()
+    return model, opt
+
+
+def assert_same_weights_and_clock(
+    expected: tuple[torch.nn.Module, fastlr.FusedSGD], actual: tuple[torch.nn.Module, fastlr.FusedSGD]
+) -> None:
+    assert expected[1].clock() == actual[1].clock() == (grown_plan().total_updates, 3 * BATCHES * BATCH_SIZE)
+    assert_same(expected[0].parameters(), actual[0].parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning on new PyTorch
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_lightning_takes_growing_batches_and_resumes(tmp_path: Path):
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.automatic_optimization = False  # when to step is for the batch to say
+            self.model = make_model(seed)
+            self.optimizer, self.loader = growing(self.model)
+            self.loader.bind(self.optimizer)
+
+        def train_dataloader(self) -> fastlr.batch_growth.Epoch:
+            return next(self.loader.epochs())
+
+        def training_step(self, batch: fastlr.batch_growth.Batch, index: int) -> None:
+            opt = self.optimizers()
+            x, labels = batch.data["x"], batch.data["labels"]
+            loss = torch.nn.functional.cross_entropy(self.model(x), labels)
+            self.manual_backward(loss * batch.weight)
+            self.log("loss", loss, on_epoch=True, batch_size=batch.samples)
+            if batch.ends_update:
+                opt.step()
+                opt.zero_grad()
+
+        def configure_optimizers(self) -> fastlr.FusedSGD:
+            return self.optimizer
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["loader"] = self.loader.state_dict()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.loader.load_state_dict(checkpoint["loader"])
+
+    def run(seed: int, resume_from: Path | None = None) -> tuple[torch.nn.Module, fastlr.FusedSGD]:
+        module = Module(seed)
+        trainer = lightning.Trainer(
+            max_epochs=3,
+            reload_dataloaders_every_n_epochs=1,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            callbacks=[lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, ckpt_path=resume_from)
+        return module.model, module.optimizer
+
+    expected = trained_on_growing_batches()
+    assert_same_weights_and_clock(expected, run(seed=0))
+    assert_same_weights_and_clock(expected, run(seed=1, resume_from=tmp_path / "epoch=0.ckpt"))
+
+
+@pytest.mark.usefixtures("_accelerate_state")
+def test_accelerate_takes_growing_batches():
+    import accelerate
+    from accelerate.utils import send_to_device
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = make_model()
+    opt, loader = growing(model)
+    model, prepared_opt, prepared = accelerator.prepare(model, opt, loader)
+    assert prepared is loader
+    for epoch in loader.bind(prepared_opt).epochs():
+        for batch in epoch:
+            batch = send_to_device(batch, accelerator.device)
+            loss = torch.nn.functional.cross_entropy(model(batch.data["x"]), batch.data["labels"])
+            accelerator.backward(loss * batch.weight)
+            if batch.ends_update:
+                prepared_opt.step()
+                prepared_opt.zero_grad()
+    assert_same_weights_and_clock(trained_on_growing_batches(), (model, opt))

@@ -75,6 +75,11 @@ POLICIES: dict[type[Schedule], tuple[dict[str, Any], dict[str, str]]] = {
         {"schedule": fastlr.Constant(1.0, unit="epoch"), "updates_per_epoch": 20},
         {"updates_per_epoch": "count"},
     ),
+    fastlr.InSamples: (
+        {"schedule": fastlr.Constant(1.0, unit="epoch"), "samples": 20},
+        {"samples": "count"},
+    ),
+    fastlr.Shifted: ({"schedule": fastlr.Constant(1.0), "by": 20}, {"by": "real"}),
 }
 
 
@@ -186,6 +191,9 @@ DOES_NOT_FIT = {
     "scale by a schedule": (lambda: ONE * ONE, "factor must be a finite number >= 0, got Constant"),
     "scale beyond floats": (lambda: ONE * 1e200 * 1e200, "factor must be a finite number >= 0, got inf"),
     "updates in updates": (lambda: ONE.in_updates(5), "only a schedule in epochs .* got one in updates"),
+    "samples in samples": (
+        lambda: fastlr.Constant(1.0, unit="sample").in_samples(5), "the schedule counts samples already"),
+    "shift between clocks": (lambda: fastlr.Shifted(ONE, 0.5), "by must be an integer >= 0, got 0.5"),
     "epochs of a number": (lambda: fastlr.PerEpoch(3.0, 2), "schedule must be a schedule, got 3.0"),
     "clock < 0": (lambda: ONE(-1), "clock must be an integer >= 0, got -1"),
     "clock between": (lambda: ONE(0.5), "clock must be an integer >= 0, got 0.5"),

@@ -60,7 +60,9 @@ leaves = st.one_of(
 any_schedule = st.recursive(
     leaves,
     lambda inner: st.one_of(
-        st.builds(Schedule.then, inner, inner, lengths), st.builds(fastlr.Scaled, inner, st.floats(0.0, 4.0))
+        st.builds(Schedule.then, inner, inner, lengths),
+        st.builds(fastlr.Scaled, inner, st.floats(0.0, 4.0)),
+        st.builds(fastlr.Shifted, inner, st.integers(0, 99)),
     ),
     max_leaves=5,
 )
@@ -127,6 +129,24 @@ def test_in_updates_holds_each_epochs_value(schedule: Schedule, n: int) -> None:
     assert updates.values(0, SPAN).tolist() == [epochs(u // n) for u in range(SPAN)]
     if epochs.duration is not None:
         assert updates.duration == epochs.duration * n
+
+
+@no_deadline
+@given(leaves, st.integers(1, 9))
+def test_in_samples_holds_each_updates_value(schedule: Schedule, n: int) -> None:
+    samples = schedule.in_samples(n)
+    assert samples.unit == "sample"
+    assert samples.values(0, SPAN).tolist() == [schedule(t // n) for t in range(SPAN)]
+
+
+@no_deadline
+@given(any_schedule, st.integers(0, 99))
+def test_shifted_is_read_further_on(schedule: Schedule, by: int) -> None:
+    shifted = fastlr.Shifted(schedule, by)
+    assert shifted.values(0, SPAN).tobytes() == schedule.values(by, by + SPAN).tobytes()
+    assert fastlr.Shifted(shifted, 3) == fastlr.Shifted(schedule, by + 3)
+    samples = schedule.in_samples(4)
+    assert fastlr.Shifted(samples, by)(5) == samples(by + 5)
 
 
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU cannot flush denormals")

@@ -12,7 +12,7 @@ A schedule is a pure function of a clock, which counts applied updates, consumed
 """
 
 from fastlr.schedules._base import Schedule
-from fastlr.schedules.composed import Joined, PerEpoch, Scaled, Tabulated
+from fastlr.schedules.composed import InSamples, Joined, PerEpoch, Scaled, Shifted, Tabulated
 from fastlr.schedules.cyclic import (
     ExpRange,
     OneCycle,
@@ -39,6 +39,7 @@ __all__ = [
     "CosineWarmRestarts",
     "ExpRange",
     "Exponential",
+    "InSamples",
     "Joined",
     "LinearRamp",
     "MultiStep",
@@ -48,6 +49,7 @@ __all__ = [
     "Polynomial",
     "Scaled",
     "Schedule",
+    "Shifted",
     "StepDecay",
     "Tabulated",
     "TimeBased",

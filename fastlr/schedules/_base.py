@@ -232,6 +232,21 @@ class Schedule:
 
         return composed.PerEpoch(self, updates_per_epoch)
 
+    def in_samples(self, samples: int) -> Schedule:
+        """A schedule in epochs or updates as one in samples: each value is held for so many samples.
+
+        Args:
+            samples: of an epoch (the data set's size), or of an update (the batch size), >= 1.
+
+        >>> from fastlr import MultiStep
+        >>> schedule = MultiStep(0.1, [60], 0.5, unit="epoch").in_samples(50_000)
+        >>> schedule(2_999_999), schedule(3_000_000)
+        (0.1, 0.05)
+        """
+        from fastlr.schedules import composed
+
+        return composed.InSamples(self, samples)
+
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain numbers, strings, lists and dicts; :meth:`from_dict` reads it back."""
 

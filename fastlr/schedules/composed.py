@@ -9,6 +9,8 @@ from typing import ClassVar, SupportsFloat
 from fastlr import _core
 from fastlr.schedules._base import ENDLESS, Schedule, Segment, Unit, count, describe, items, real, schedule
 
+Native = tuple[list[Segment], list[float]]
+
 
 @dataclass(frozen=True, init=False)
 class Tabulated(Schedule):
@@ -62,7 +64,7 @@ class Tabulated(Schedule):
     def peak(self) -> float:
         return max(self.table)
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         size = len(self.table)
         return [Segment(_core.Curve.TABLE, count=size, limit=size - 1)], list(self.table)
 
@@ -115,7 +117,7 @@ class Joined(Schedule):
     def peak(self) -> float:
         return max(part.peak for part in self.parts)
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         segments: list[Segment] = []
         table: list[float] = []
         bounds = (0, *self.starts, ENDLESS)
@@ -166,16 +168,97 @@ class Scaled(Schedule):
     def peak(self) -> float:
         return self.schedule.peak * self.factor
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         segments, table = self.schedule._segments()
         return [s._replace(factor=s.factor * self.factor) for s in segments], table
 
 
 @dataclass(frozen=True)
-class PerEpoch(Schedule):
-    """A schedule in epochs, held during each epoch's updates; made by :meth:`Schedule.in_updates`."""
+class Shifted(Schedule):
+    """A schedule read ``by`` clock units further on: its value at clock t is the schedule's at t + by.
+
+    Args:
+        schedule: what is read.
+        by: clock units of the schedule, >= 0.
+
+    >>> from fastlr import LinearRamp
+    >>> Shifted(LinearRamp(0.0, 1.0, 4), by=2).values(0, 3).tolist()
+    [0.5, 0.75, 1.0]
+    """
 
     schedule: Schedule
+    by: int
+
+    def _validate(self) -> None:
+        inner = schedule("schedule", self.schedule)
+        by = count("by", self.by, 0)
+        if isinstance(inner, Shifted):
+            by = count("by", by + inner.by, 0)
+            inner = inner.schedule
+        self._set(schedule=inner, by=by, unit=inner.unit)
+
+    @property
+    def duration(self) -> int | None:
+        last = self.schedule.duration
+        return None if last is None else max(last - self.by, 0)
+
+    @property
+    def _last(self) -> int:
+        return (
+            self.schedule._last if self.schedule._last == ENDLESS else max(self.schedule._last - self.by, 0)
+        )
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak
+
+    def _segments(self) -> Native:
+        segments, table = self.schedule._segments()
+        # What begins at or before the shift is hidden by the last segment that does.
+        first = max(i for i, s in enumerate(segments) if s.begin <= self.by or i == 0)
+        return [
+            s._replace(begin=max(s.begin - self.by, 0), origin=s.origin - self.by) for s in segments[first:]
+        ], table
+
+
+@dataclass(frozen=True)
+class _Held(Schedule):
+    """A schedule in a coarser unit, each of its values held for several units of a finer clock."""
+
+    schedule: Schedule
+
+    @property
+    def _ticks(self) -> int:
+        """Units of this clock to one of the schedule's."""
+        raise NotImplementedError
+
+    @property
+    def duration(self) -> int | None:
+        last = self.schedule.duration
+        return None if last is None else last * self._ticks
+
+    @property
+    def _last(self) -> int:
+        return min((self.schedule._last + 1) * self._ticks - 1, ENDLESS)
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak
+
+    def _segments(self) -> Native:
+        segments, table = self.schedule._segments()
+        n = self._ticks
+        return [
+            s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n)
+            for s in segments
+            if s.begin * n < ENDLESS
+        ], table
+
+
+@dataclass(frozen=True)
+class PerEpoch(_Held):
+    """A schedule in epochs, held during each epoch's updates; made by :meth:`Schedule.in_updates`."""
+
     updates_per_epoch: int
 
     def _validate(self) -> None:
@@ -184,23 +267,21 @@ class PerEpoch(Schedule):
         self._set(updates_per_epoch=count("updates_per_epoch", self.updates_per_epoch), unit="update")
 
     @property
-    def duration(self) -> int | None:
-        last = self.schedule.duration
-        return None if last is None else last * self.updates_per_epoch
+    def _ticks(self) -> int:
+        return self.updates_per_epoch
+
+
+@dataclass(frozen=True)
+class InSamples(_Held):
+    """A schedule in epochs or updates, clocked in samples; made by :meth:`Schedule.in_samples`."""
+
+    samples: int
+
+    def _validate(self) -> None:
+        if schedule("schedule", self.schedule).unit == "sample":
+            raise ValueError("the schedule counts samples already; use it as it is")
+        self._set(samples=count("samples", self.samples), unit="sample")
 
     @property
-    def _last(self) -> int:
-        return min((self.schedule._last + 1) * self.updates_per_epoch - 1, ENDLESS)
-
-    @property
-    def peak(self) -> float:
-        return self.schedule.peak
-
-    def _segments(self) -> tuple[list[Segment], list[float]]:
-        segments, table = self.schedule._segments()
-        n = self.updates_per_epoch
-        return [
-            s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n)
-            for s in segments
-            if s.begin * n < ENDLESS
-        ], table
+    def _ticks(self) -> int:
+        return self.samples

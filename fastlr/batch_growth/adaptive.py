@@ -1,0 +1,157 @@
+"""AdaptiveGrowth: a batch that follows the measured noise scale upwards."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.division import divide
+from fastlr.batch_growth.loader import GrowingLoader
+from fastlr.batch_growth.noise_scale import GradientNoiseScale
+from fastlr.schedules._base import count, describe, flag, real
+
+_LOG = logging.getLogger("fastlr")
+
+
+class Growth(NamedTuple):
+    """One growth of an :class:`AdaptiveGrowth`.
+
+    Attributes:
+        sample: samples of the run consumed by then.
+        noise_scale: that was measured.
+        before: batch size.
+        after: batch size.
+    """
+
+    sample: int
+    noise_scale: float
+    before: int
+    after: int
+
+
+class AdaptiveGrowth:
+    """Says, or does, when the batch should grow: once the noise scale has clearly passed its next size.
+
+    The batch sizes are ``batch_size * factor ** k``. It grows by one of these steps when the noise scale
+    has been at least ``margin`` times the next size in ``patience`` observations one after another; what
+    falls short once begins the count anew. It never shrinks and never passes ``max_batch_size``. Each
+    growth is logged (``logging.getLogger("fastlr")``, level INFO) and kept in ``log``.
+
+    Advisory unless ``apply=True``: ``batch_size`` is what it would take. With ``apply=True`` it calls
+    :meth:`GrowingLoader.grow`, and the learning rate stays as it is.
+
+    Args:
+        noise: what measures; :meth:`update` reads it after its ``observe``.
+        loader: whose batches are watched.
+        max_batch_size: >= the loader's batch size at present, <= the data set's size.
+        factor: integer >= 2.
+        margin: > 0; 1.0 grows to where the noise scale is.
+        patience: observations, >= 1.
+        apply: let the loader's batches grow.
+
+    Raises:
+        ValueError: an argument is out of range, or one of the sizes cannot be shared between the ranks and
+            cut into equal micro-batches.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> data = torch.utils.data.TensorDataset(torch.randn(96, 3), torch.randn(96, 1))
+    >>> plan = fastlr.BatchPlan.from_phases([(0, 8)], dataset_size=96, epochs=2, lr=0.0)
+    >>> loader = fastlr.GrowingLoader(data, plan, micro_batch_size=4)
+    >>> noise = fastlr.GradientNoiseScale(model.parameters())
+    >>> growth = fastlr.AdaptiveGrowth(noise, loader, max_batch_size=32, patience=3)
+    >>> for batch in loader:
+    ...     ((model(batch.data[0]) - batch.data[1]).square().mean() * batch.weight).backward()
+    ...     noise.observe(batch)
+    ...     grew = growth.update(batch)
+    ...     if batch.ends_update:
+    ...         model.zero_grad()
+    >>> growth.batch_size in (8, 16, 32), loader.plan.batch_sizes
+    (True, (8,))
+    """
+
+    def __init__(
+        self,
+        noise: GradientNoiseScale,
+        loader: GrowingLoader,
+        *,
+        max_batch_size: int,
+        factor: int = 2,
+        margin: float = 1.0,
+        patience: int = 10,
+        apply: bool = False,
+    ) -> None:
+        if not isinstance(noise, GradientNoiseScale):
+            raise TypeError(f"noise must be a GradientNoiseScale, got {describe(noise)}")
+        if not isinstance(loader, GrowingLoader):
+            raise TypeError(f"loader must be a GrowingLoader, got {describe(loader)}")
+        self._noise, self._loader = noise, loader
+        self.batch_size = loader.plan.phase_at(loader.samples).batch_size
+        self.max_batch_size = count("max_batch_size", max_batch_size)
+        if self.max_batch_size < self.batch_size:
+            raise ValueError(
+                f"max_batch_size must be >= the present batch size, {self.batch_size:,}, "
+                f"got {max_batch_size:,}"
+            )
+        if self.max_batch_size > loader.plan.dataset_size:
+            raise ValueError(
+                f"max_batch_size must be <= the data set's {loader.plan.dataset_size:,} samples, "
+                f"got {max_batch_size:,}"
+            )
+        self.factor = count("factor", factor, 2)
+        size = self.batch_size
+        while size <= self.max_batch_size:
+            divide(size, loader.plan.micro_batch_size, loader.plan.ranks)
+            size *= self.factor
+        self.margin = real("margin", margin, above=True)
+        self.patience = count("patience", patience)
+        self.apply = flag("apply", apply)
+        self.log: list[Growth] = []
+        self._above = 0
+        self._observations = noise.observations
+
+    def update(self, batch: Batch) -> bool:
+        """Looks at the noise scale after an update; to be called after ``noise.observe(batch)``.
+
+        Args:
+            batch: the batch that was observed; only an update's last one counts. Every rank has to call it.
+
+        Returns:
+            Whether the batch grew, or, where advisory, should.
+        """
+        if not batch.ends_update or self._noise.observations == self._observations:
+            return False
+        self._observations = self._noise.observations
+        # The plan may have grown by itself.
+        self.batch_size = max(self.batch_size, self._loader.plan.phase_at(batch.position).batch_size)
+        after = self.batch_size * self.factor
+        scale = self._noise.scale
+        self._above = self._above + 1 if scale >= self.margin * after else 0
+        if self._above < self.patience or after > self.max_batch_size:
+            return False
+        self._above = 0
+        if self.apply:
+            self._loader.grow(after)
+        growth = Growth(batch.position, scale, self.batch_size, after)
+        self.log.append(growth)
+        _LOG.info(
+            "noise scale %.4g at sample %d: the batch %s from %d to %d",
+            growth.noise_scale, growth.sample, "grows" if self.apply else "should grow", growth.before, after,
+        )  # fmt: skip
+        self.batch_size = after
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size, the count and the log; plain numbers and lists."""
+        return {
+            "batch_size": self.batch_size,
+            "above": self._above,
+            "log": [list(growth) for growth in self.log],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned; load the noise scale's first."""
+        self.batch_size, self._above = int(state["batch_size"]), int(state["above"])
+        self.log = [Growth(int(s), float(n), int(b), int(a)) for s, n, b, a in state["log"]]
+        self._observations = self._noise.observations

@@ -1,0 +1,237 @@
+"""From a schedule that decays the learning rate to a plan that grows the batch (arXiv 1711.00489)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastlr.batch_growth.plan import BatchPlan, Mode, Scaling, Tail
+from fastlr.schedules import Constant, InSamples, Schedule, Shifted
+from fastlr.schedules._base import choice, count, describe, real
+from fastlr.schedules._base import schedule as as_schedule
+
+# Values of a schedule that are looked at together: 8 MB of them.
+_CHUNK = 1 << 20
+
+# Two values of a schedule this close are one: 0.1 * 0.2 * 5 is not 0.1.
+_ROUNDING = 1e-9
+
+
+class _Phase(NamedTuple):
+    start: int
+    size: int
+    steady_until: int  # the sample up to which the rate is the one at the start; start: not at all
+
+
+def grown_plan(
+    schedule: Schedule,
+    *,
+    batch_size: int,
+    dataset_size: int,
+    epochs: int,
+    momentum: float,
+    mode: Mode,
+    max_batch_size: int | None,
+    hybrid_drops: int,
+    lr_scale: float,
+    batch_scale: Scaling,
+    raised_momentum: float | None,
+    granularity: int | None,
+    tail: Tail,
+    micro_batch_size: int | None,
+    ranks: int,
+) -> BatchPlan:
+    """What :meth:`BatchPlan.from_schedule` returns."""
+    as_schedule("schedule", schedule)
+    batch_size = count("batch_size", batch_size)
+    dataset_size, epochs = count("dataset_size", dataset_size), count("epochs", epochs)
+    choice("mode", mode, ("increase", "hybrid", "decay"))
+    choice("batch_scale", batch_scale, ("linear", "sqrt", "none"))
+    momentum = _momentum("momentum", momentum)
+    raised = momentum if raised_momentum is None else _momentum("raised_momentum", raised_momentum, momentum)
+    lr_scale = real("lr_scale", lr_scale, 1.0)
+    hybrid_drops = count("hybrid_drops", hybrid_drops)
+    if mode != "hybrid" and hybrid_drops != 1:
+        raise ValueError(f'hybrid_drops needs mode="hybrid", got {hybrid_drops} with mode={mode!r}')
+    granularity = batch_size if granularity is None else count("granularity", granularity)
+
+    factor = {"linear": lr_scale, "sqrt": math.sqrt(lr_scale), "none": 1.0}[batch_scale]
+    exact_start = batch_size * factor * (1.0 - momentum) / (1.0 - raised)
+    start_size = round(exact_start)
+    if abs(start_size - exact_start) <= _ROUNDING * exact_start:
+        exact_start = float(start_size)
+    if max_batch_size is not None and count("max_batch_size", max_batch_size) < start_size:
+        raise ValueError(
+            f"max_batch_size must be >= the first batch size, {start_size:,}, got {max_batch_size:,}"
+        )
+
+    in_samples = schedule
+    if schedule.unit != "sample":
+        in_samples = schedule.in_samples(dataset_size if schedule.unit == "epoch" else batch_size)
+    run = _Run(in_samples, total=epochs * dataset_size)
+    peak, peak_at = run.peak()
+    if peak == 0.0:
+        raise ValueError(f"the schedule is 0 throughout the run, got {describe(schedule)}")
+    if mode != "decay":
+        run.check_fall(peak, peak_at, dataset_size)
+    sizes = _Sizes(
+        start=start_size,
+        exact_start=exact_start,
+        granularity=granularity,
+        cap=max_batch_size,
+        growths={"decay": 0, "hybrid": hybrid_drops, "increase": None}[mode],
+        peak=peak,
+        peak_at=peak_at,
+    )
+    phases = _phases(run, sizes)
+
+    # The rate that goes with a batch of B, so that lr * N / (B * (1 - m)) is the noise scale asked for.
+    lr: Schedule | None = None
+    rate = math.inf
+    stops = [*(phase.start for phase in phases[1:]), run.total]
+    for phase, stop in zip(phases, stops, strict=True):
+        scale = lr_scale * (phase.size / exact_start)
+        if phase.steady_until < stop:
+            part = Shifted(in_samples, phase.start) * scale
+        else:
+            exact = in_samples(phase.start) * scale
+            rate = rate if abs(rate - exact) <= _ROUNDING * exact else exact
+            part = Constant(rate, unit="sample")
+        lr = part if lr is None else lr.then(part, at=phase.start)
+    assert lr is not None
+    return BatchPlan(
+        starts=tuple(phase.start for phase in phases),
+        batch_sizes=tuple(phase.size for phase in phases),
+        lr=lr,
+        momentum=Constant(raised, unit="sample"),
+        dataset_size=dataset_size,
+        epochs=epochs,
+        tail=tail,
+        mode=mode,
+        micro_batch_size=micro_batch_size,
+        ranks=ranks,
+    )
+
+
+def _momentum(name: str, value: float, low: float = 0.0) -> float:
+    if isinstance(value, Schedule) or not low <= real(name, value) < 1.0:
+        raise ValueError(f"{name} must be a number in [{low:g}, 1), got {describe(value)}")
+    return float(value)
+
+
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class _Run:
+    """A schedule in samples over a run, looked at chunk by chunk."""
+
+    def __init__(self, schedule: Schedule, total: int) -> None:
+        self.schedule, self.total = schedule, total
+        # Between two multiples of this many samples the schedule keeps its value.
+        self.tick = schedule.samples if isinstance(schedule, InSamples) else 1
+        self.source = schedule.schedule if isinstance(schedule, InSamples) else schedule
+        self.ticks = -(-total // self.tick)
+
+    def chunks(self, first: int = 0) -> Iterator[tuple[int, Values]]:
+        """``(tick, values)`` of each chunk from tick ``first`` on."""
+        for start in range(first, self.ticks, _CHUNK):
+            yield start, self.source.values(start, min(start + _CHUNK, self.ticks))
+
+    def peak(self) -> tuple[float, int]:
+        """The largest value and the first tick that has it."""
+        value, at = -1.0, 0
+        for start, values in self.chunks():
+            index = int(values.argmax())
+            if values[index] > value:
+                value, at = float(values[index]), start + index
+        return value, at
+
+    def plateaus(self, shortest: int) -> dict[int, int]:
+        """Where a value begins that holds for at least so many samples, and where it ends."""
+        found: dict[int, int] = {}
+        begin, last = 0, self.schedule(0)
+        for start, values in self.chunks():
+            changes = np.flatnonzero(values != np.concatenate(([last], values[:-1])))
+            ends = (start + changes) * self.tick
+            begins = np.concatenate(([begin], ends))[:-1]
+            # Only the long ones are gone through in Python: of a smooth schedule every tick is a change.
+            long = ends - begins >= shortest
+            found.update(zip(begins[long].tolist(), ends[long].tolist(), strict=True))
+            begin, last = int(ends[-1]) if len(ends) else begin, float(values[-1])
+        if self.total - begin >= shortest:
+            found[begin] = self.total
+        return found
+
+    def check_fall(self, peak: float, peak_at: int, dataset_size: int) -> None:
+        """Raises ValueError where the schedule rises after its peak."""
+        before = peak
+        for start, values in self.chunks(peak_at):
+            previous = np.concatenate(([before], values[:-1]))
+            rises = np.flatnonzero(values > previous * (1.0 + _ROUNDING))
+            if len(rises):
+                sample = (start + int(rises[0])) * self.tick
+                raise ValueError(
+                    f"the schedule rises at sample {sample:,} (epoch {sample / dataset_size:.4g}) after its "
+                    f"peak, from {previous[rises[0]]:.6g} to {values[rises[0]]:.6g}; a batch that grew "
+                    'cannot shrink again. Use a schedule that only falls after its peak, or mode="decay"'
+                )
+            before = float(values[-1])
+
+
+class _Sizes(NamedTuple):
+    """Which batch size goes with which rate of the schedule."""
+
+    start: int
+    exact_start: float
+    granularity: int
+    cap: int | None
+    growths: int | None  # how often the batch may grow; None: as often as it can
+    peak: float
+    peak_at: int
+
+    def of(self, values: Values, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The batch sizes for the values at ticks ``first``, first + 1, ..., before ``growths`` is minded."""
+        with np.errstate(divide="ignore"):
+            exact = np.where(values > 0.0, self.exact_start * self.peak / values, np.inf)
+        exact[: max(self.peak_at - first, 0)] = self.exact_start  # the warm-up
+        exact *= 1.0 + _ROUNDING
+        largest = float(1 << 62) if self.cap is None else float(self.cap)
+        multiples = np.floor(np.minimum(exact, largest) / self.granularity) * self.granularity
+        sizes = np.where(exact >= largest, largest, np.maximum(multiples, self.start))
+        return sizes.astype(np.int64)
+
+
+def _phases(run: _Run, sizes: _Sizes) -> list[_Phase]:
+    plateaus = run.plateaus(2 * sizes.start)
+    starts = set(plateaus)
+    if sizes.growths != 0:
+        before = sizes.start
+        for first, values in run.chunks():
+            of_values = sizes.of(values, first)
+            grows = np.flatnonzero(of_values != np.concatenate(([before], of_values[:-1])))
+            starts.update(((first + grows) * run.tick).tolist())
+            before = int(of_values[-1])
+
+    def size_at(sample: int, before: list[_Phase]) -> int:
+        grown = len({phase.size for phase in before}) - 1
+        if sizes.growths is not None and grown >= sizes.growths:
+            return before[-1].size
+        tick = sample // run.tick
+        return int(sizes.of(run.source.values(tick, tick + 1), tick)[0])
+
+    phases = [_Phase(0, sizes.start, plateaus.get(0, 0))]
+    for start in sorted(starts - {0}):
+        earlier = [phase for phase in phases if phase.start < start]
+        size = size_at(start, earlier)
+        if plateaus.get(start, start) - start >= 2 * size:
+            phases = [*earlier, _Phase(start, size, plateaus[start])]
+        elif start > phases[-1].start:
+            # A smooth fall: the batch grows where the update that is under way ends.
+            last = phases[-1]
+            begin = last.start + -(-(start - last.start) // last.size) * last.size
+            if begin < run.total and (size := size_at(begin, phases)) > last.size:
+                phases.append(_Phase(begin, size, begin))
+    return phases

@@ -1,0 +1,478 @@
+"""GrowingLoader: the batches of a plan, exact to the sample, resumable and distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsFloat
+
+from torch.utils.data import IterableDataset, default_collate
+
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.batch_growth.ranks import group_size, ranks_agree
+from fastlr.batch_growth.reading import BatchSource
+from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
+from fastlr.optim import FusedOptimizer
+from fastlr.schedules._base import describe, flag
+
+# What the loader decides itself, and what says so instead.
+_REFUSED = {
+    "batch_size": "the plan says how large a batch is",
+    "sampler": "the order comes from seed and shuffle",
+    "batch_sampler": "GrowingBatchSampler works with a DataLoader of your own",
+    "generator": "the order comes from seed",
+    "in_order": "batches in another order would not be the plan's",
+}
+
+
+class GrowingLoader:
+    r"""The batches of a :class:`BatchPlan`, each of the very size that the plan has for its samples.
+
+    Where PyTorch prefetches, a changed ``batch_sampler.batch_size`` comes late by as many batches, and
+    with ``drop_last`` not at all. Here what is read is a function of the position, so that no setting of
+    the ``DataLoader`` changes it. A batch larger than ``micro_batch_size`` times the ranks is reached by
+    accumulating gradients:
+
+    .. code-block:: python
+
+        loader = fastlr.GrowingLoader(dataset, plan, micro_batch_size=256, num_workers=4).bind(opt)
+        for epoch in loader.epochs():
+            for batch in epoch:
+                x, y = batch.to(device).data
+                with batch.sync(model):
+                    (loss_fn(model(x), y) * batch.weight).backward()
+                if batch.ends_update:
+                    opt.step()
+                    opt.zero_grad()
+
+    Each sample comes once an epoch, except those that ``tail="drop"`` leaves out. With ``tail="carry"``
+    an update can begin in one epoch and end in the next; gradients have to stay where they are between.
+
+    **Randomness.** Before each sample is read, and before a batch is collated, torch's CPU generator,
+    ``numpy.random`` and ``random`` are seeded from the seed, the epoch and the sample's index, whatever
+    the worker, and put back afterwards; generators that a data set owns are its own affair.
+
+    **Iterable data sets** are streams of ``plan.dataset_size`` samples or more, begun anew in each epoch
+    (after ``set_epoch(epoch)``, where they have it); what is beyond is not read. Every worker and every
+    rank reads the whole stream and keeps its share, and resuming reads up to the position again: exact,
+    but not for free. ``get_worker_info()`` is None while they are read.
+
+    **Next batch, next update.** An update counts as completed when a bound optimizer has stepped (a step
+    that GradScaler made it skip included) or the next batch is asked for; without a bound optimizer, as
+    soon as its last micro-batch was yielded. So nothing may fetch batches
+    ahead of the training loop; the loader does so itself, with ``num_workers`` and ``prefetch_factor``.
+
+    Args:
+        dataset: map-style with ``plan.dataset_size`` samples, or iterable.
+        plan: which batch size holds where.
+        micro_batch_size: most samples that a rank takes at once; None: the plan's.
+        seed: of the order and of the samples' randomness, >= 0.
+        shuffle: None: True for map-style data sets. Iterable ones shuffle themselves.
+        count: ``count(data)``: how much of what the loss averages over there is in a micro-batch, such as
+            its tokens that are not padding. The weights are then by these counts, over all ranks; a whole
+            update is read before its first micro-batch is yielded. None: samples.
+        drop_last: True: the plan with ``tail="drop"``.
+        rank: of this process; None: from ``torch.distributed`` where it is initialised, or else 0.
+        world_size: number of ranks; None: the same, or else 1.
+        seed_samples: False: leave the generators alone, which saves some 30 microseconds a sample. A data
+            set's ``__getitems__`` is then used where there is one.
+        collate_fn: list of samples to data; None: PyTorch's.
+        **options: of ``torch.utils.data.DataLoader``: ``num_workers``, ``prefetch_factor``,
+            ``persistent_workers``, ``pin_memory``, ``worker_init_fn``, ``timeout`` and so on.
+
+    Raises:
+        ValueError: the data set has not as many samples as the plan, a batch cannot be met with these
+            ranks and micro-batches, or an argument is out of range.
+        RuntimeError: started by ``torchrun``, but ``torch.distributed`` is not initialised.
+
+    >>> import fastlr, torch
+    >>> plan = fastlr.BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=8, epochs=2, lr=0.1)
+    >>> loader = fastlr.GrowingLoader(torch.arange(8), plan, micro_batch_size=4, shuffle=False)
+    >>> for epoch in loader.epochs():
+    ...     for batch in epoch:
+    ...         print(epoch.index, batch.data.tolist(), batch.weight, batch.ends_update)
+    0 [0, 1, 2, 3] 1.0 True
+    0 [4, 5, 6, 7] 1.0 True
+    1 [0, 1, 2, 3] 0.5 False
+    1 [4, 5, 6, 7] 0.5 True
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        micro_batch_size: int | None = None,
+        *,
+        seed: int = 0,
+        shuffle: bool | None = None,
+        count: Callable[[Any], SupportsFloat] | None = None,
+        drop_last: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed_samples: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(plan, BatchPlan):
+            raise TypeError(f"plan must be a BatchPlan, got {describe(plan)}")
+        for name, why in _REFUSED.items():
+            if name in options:
+                raise TypeError(f"GrowingLoader takes no {name}: {why}")
+        if count is not None and not callable(count):
+            raise TypeError(f"count must be a function of a micro-batch's data, got {describe(count)}")
+        if flag("drop_last", drop_last):
+            plan = dataclasses.replace(plan, tail="drop")
+        _check_size(dataset, plan)
+        iterable = isinstance(dataset, IterableDataset)
+        if iterable and shuffle:
+            raise ValueError("shuffle=True needs a map-style data set; an iterable one shuffles itself")
+        self._sampler = GrowingBatchSampler(
+            plan,
+            micro_batch_size,
+            seed,
+            not iterable if shuffle is None else shuffle,
+            rank,
+            world_size,
+        )
+        world = self._sampler.world_size or 1
+        if count is not None and world not in (1, group_size()):
+            raise ValueError(
+                f"count adds up over torch.distributed's {group_size()} ranks, but world_size is {world}; "
+                "leave rank and world_size to torch.distributed.init_process_group()"
+            )
+        self._one_run = world > 1 and rank is None  # the ranks of the process group share this run
+        self._planned = plan
+        self._growths: list[tuple[int, int]] = []
+        self._set_plan(plan)
+        self._reading = BatchSource(
+            dataset,
+            plan.dataset_size,
+            collate_fn or default_collate,
+            count,
+            flag("seed_samples", seed_samples),
+            options,
+        )
+        self._optimizer: FusedOptimizer | None = None
+        self._hooks: list[Any] = []
+        self._reset(0)
+        self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
+
+    def _reset(self, samples: int) -> None:
+        """Stands at the beginning of an update, with nothing under way."""
+        self._samples = samples  # before the first update that is not completed
+        self._skip = 0  # its micro-batches that were yielded already
+        self._epoch: Epoch | None = None  # that is under way
+        self._source: Iterator[tuple[Batch, Update]] | None = None  # where the next ones come from
+        self._regrown = False  # whether it still has the plan before the last grow()
+        self._given: tuple[Batch, Update] | None = None  # what the training loop has at present
+        self._iteration = getattr(self, "_iteration", 0) + 1
+
+    def _set_plan(self, plan: BatchPlan) -> None:
+        self._sampler = dataclasses.replace(self._sampler, plan=plan)
+        self.plan = dataclasses.replace(
+            plan, micro_batch_size=self._sampler.micro_batch_size, ranks=self._sampler.world_size or 1
+        )
+
+    # -- with the optimizer ------------------------------------------------------------------------
+
+    def bind(self, optimizer: Any) -> GrowingLoader:
+        """Lets this loader move the optimizer's samples clock, by the samples of each update.
+
+        Skipped AMP updates count too: their samples are gone. So the schedules ``plan.lr`` and
+        ``plan.momentum`` stand where the batches do.
+
+        Args:
+            optimizer: a fused optimizer, or a framework's wrapper around one.
+
+        Returns:
+            The loader itself.
+
+        Raises:
+            TypeError: the optimizer has no samples clock.
+
+        >>> import fastlr, torch
+        >>> plan = fastlr.BatchPlan.from_phases([(0, 4)], dataset_size=8, epochs=1, lr=0.1)
+        >>> opt = fastlr.FusedSGD(torch.nn.Linear(2, 1).parameters(), lr=plan.lr)
+        >>> loader = fastlr.GrowingLoader(torch.ones(8, 2), plan).bind(opt)
+        >>> for batch in loader:
+        ...     opt.step()
+        ...     print(opt.clock())
+        Clock(updates=1, samples=4)
+        Clock(updates=2, samples=8)
+        """
+        while not isinstance(optimizer, FusedOptimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, FusedOptimizer):
+            raise TypeError(
+                f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "
+                "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(batch.position) yourself"
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._complete),
+        ]
+        return self
+
+    def _before_step(self, *_: Any) -> None:
+        if self._given is not None and not self._given[0].ends_update:
+            raise RuntimeError(
+                f"optimizer.step() in the middle of the update at sample {self._samples:,}: step only where "
+                "batch.ends_update is True"
+            )
+
+    def _complete(self, *_: Any) -> None:
+        """Counts the update whose last micro-batch the training loop has, if it has one."""
+        if self._given is None or not self._given[0].ends_update:
+            return
+        next_start = self._given[1].next_start
+        if self._optimizer is not None:
+            self._optimizer.advance_samples(next_start - self._samples)
+        self._samples, self._skip, self._given = next_start, 0, None
+
+    def _check_clock(self) -> None:
+        """Raises RuntimeError where the bound optimizer's schedules stand elsewhere than this loader."""
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            for name in ("lr", "momentum"):
+                schedule = group[f"{name}_schedule"]
+                clock = group["samples"] - group[f"{name}_start"]
+                if schedule is not None and schedule.unit == "sample" and clock != self._samples:
+                    raise RuntimeError(
+                        f"the optimizer's {name} schedule stands at sample {clock:,}, the loader at "
+                        f"{self._samples:,}; load the state of both from the same checkpoint, and put a "
+                        'schedule in place in mid-run with set_schedule(..., start="zero")'
+                    )
+
+    def _check_ranks(self) -> None:
+        """Raises RuntimeError where ranks would not take parts of the same batches."""
+        run = repr(dataclasses.replace(self._sampler, rank=0))  # plan, sizes, seed and shuffle
+        if self._one_run and not ranks_agree(mix(self._samples, run) >> 1):
+            raise RuntimeError(
+                "the ranks' loaders differ in plan, micro_batch_size, seed, shuffle or position (here seed "
+                f"{self._sampler.seed}, sample {self._samples:,}); make them alike on every rank, and load "
+                "the same checkpoint"
+            )
+
+    # -- iteration -----------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        """Samples of the run, over all ranks, that completed updates have consumed."""
+        return self._samples
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All batches that are left of the run, epoch after epoch."""
+        for epoch in self.epochs():
+            yield from epoch
+
+    def __len__(self) -> int:
+        """How many batches iterating now would yield."""
+        return sum(1 for _ in self._sampler.schedule(self._samples, self._skip))
+
+    def epochs(self) -> Iterator[Epoch]:
+        """The epochs that are left of the run; the first may be the rest of one.
+
+        Each has to be gone through to its end before the next is asked for. After breaking out of both
+        loops, a new call goes on from the beginning of the update that was left; its gradients so far
+        have to be zeroed.
+
+        Raises:
+            RuntimeError: an epoch was left before its end, or the bound optimizer stands elsewhere.
+        """
+        self._settle()
+        first = self._samples // self.plan.dataset_size
+        if self._skip and not self._count_left(first):
+            first += 1  # the update under way began in an epoch that is over
+        for index in range(first, self.plan.epochs):
+            epoch = Epoch(self, index)
+            yield epoch
+            self._settle()
+            if not epoch.finished:
+                raise RuntimeError(
+                    f"epoch {index} was left before its end, at sample {self._samples:,}, and the plan "
+                    "counts on all of its samples. Break out of the loop over loader.epochs() as well; a "
+                    "new one goes on from there"
+                )
+
+    def _count_left(self, epoch: int) -> int:
+        return sum(1 for _ in self._sampler.schedule(self._samples, self._skip, epoch))
+
+    def _settle(self) -> None:
+        """Ends an iteration that was left, at the beginning of the update that it was in.
+
+        An iterator of which all batches of the epoch were taken was not left, though it may be dropped
+        without being asked for one more: that is how frameworks use an epoch whose length they know.
+        """
+        if self._optimizer is None:
+            self._complete()  # left after an update's last micro-batch; only an optimizer knows better
+        not_applied = self._given is not None and self._given[0].ends_update
+        if self._epoch is not None and (self._epoch.left or not_applied):
+            self._skip, self._source = 0, None
+            self._epoch.left = self._count_left(self._epoch.index)
+        self._given = self._epoch = None
+
+    def _iterate(self, epoch: Epoch) -> Iterator[Batch]:
+        self._settle()
+        if epoch.finished or epoch.index < self._samples // self.plan.dataset_size:
+            raise RuntimeError(f"epoch {epoch.index} is over; take the next one from loader.epochs()")
+        self._check_clock()
+        self._check_ranks()
+        self._iteration += 1
+        mine = self._iteration
+        self._epoch = epoch
+        epoch.left = self._count_left(epoch.index)
+        while epoch.left:
+            if self._source is None or (self._regrown and not self._skip):
+                self._source = self._reading.of(self._sampler, self._samples)
+                self._regrown = False
+            self._given = batch, _ = next(self._source)
+            self._skip = 1 if batch.starts_update else self._skip + 1
+            epoch.left -= 1
+            try:
+                yield batch
+            except GeneratorExit:
+                if mine == self._iteration:
+                    self._settle()
+                raise
+            if mine != self._iteration:
+                raise RuntimeError(
+                    "the loader was iterated anew, or loaded, while this iteration was under way"
+                )
+            self._complete()
+            if self._regrown and not self._skip:
+                epoch.left = self._count_left(epoch.index)
+        self._given = self._epoch = None
+
+    def grow(self, batch_size: int) -> None:
+        """Batches of at least ``batch_size``, from the next update on. Rates stay as the plan has them.
+
+        The one thing that changes a plan on the way, for policies that measure, such as
+        :class:`fastlr.AdaptiveGrowth`. Every rank has to call it at the same update. What was fetched
+        ahead is fetched anew, and ``len()`` of an epoch under way no longer holds.
+
+        Args:
+            batch_size: over all ranks, up to ``dataset_size``.
+
+        Raises:
+            ValueError: it cannot be shared between the ranks or cut into equal micro-batches.
+        """
+        at = self._samples
+        if self._given is not None:
+            at = self._given[1].next_start
+        elif self._skip:
+            at = next(self.plan.updates_from(self._samples)).next_start
+        if at >= self.plan.total_samples:
+            return  # the last update is under way
+        self._set_plan(self.plan.grown(at, batch_size))
+        self._growths.append((at, int(batch_size)))
+        self._regrown = True
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, after the updates that are completed; plain numbers, lists and dicts.
+
+        In the middle of an update that is its beginning. Save it with the model's and the optimizer's.
+        """
+        samples = self._samples
+        if self._optimizer is None and self._given is not None and self._given[0].ends_update:
+            samples = self._given[1].next_start
+        return {
+            "epoch": samples // self.plan.dataset_size,
+            "samples": samples,
+            "seed": self._sampler.seed,
+            "shuffle": self._sampler.shuffle,
+            "plan": self._planned.to_dict(),
+            "growths": [list(growth) for growth in self._growths],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stands where the run stood, with its seed. Ranks and micro-batch size may have changed.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is of another plan or order, or its batches cannot be met with these ranks and
+                micro-batches.
+        """
+        missing = {"samples", "seed", "shuffle", "plan", "growths"} - set(state)
+        if missing:
+            raise ValueError(
+                f"the state of a GrowingLoader has {', '.join(sorted(missing))} too; got {list(state)}"
+            )
+        theirs = BatchPlan.from_dict(state["plan"])
+        if theirs != self._planned:
+            differing = [
+                f"{f.name} ({getattr(theirs, f.name)!r} in the file, {getattr(self._planned, f.name)!r} here)"
+                for f in dataclasses.fields(BatchPlan)
+                if f.compare and getattr(theirs, f.name) != getattr(self._planned, f.name)
+            ]
+            raise ValueError(
+                f"the file is of another plan: {'; '.join(differing)}. Make the loader with "
+                'fastlr.BatchPlan.from_dict(state["plan"])'
+            )
+        if state["shuffle"] != self._sampler.shuffle:
+            raise ValueError(
+                f"the file's run has shuffle={state['shuffle']}, this loader {self._sampler.shuffle}"
+            )
+        plan, growths = self._planned, [(int(at), int(size)) for at, size in state["growths"]]
+        for at, size in growths:
+            plan = plan.grown(at, size)
+        next(plan.updates_from(state["samples"]), None)  # raises where no update begins there
+        self._sampler = dataclasses.replace(self._sampler, seed=state["seed"])
+        self._set_plan(plan)
+        self._growths = growths
+        self._reset(int(state["samples"]))
+        self._reading.open(self._sampler.seed)
+
+
+class Epoch:
+    """One epoch of a :class:`GrowingLoader`, or the rest of one.
+
+    Attributes:
+        index: counted over the run, from 0.
+        left: batches that are still to come; None before the first is asked for.
+    """
+
+    def __init__(self, loader: GrowingLoader, index: int) -> None:
+        self._loader, self.index = loader, index
+        self._length = loader._count_left(index)
+        self.left: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its batches were yielded."""
+        return self.left == 0
+
+    def __len__(self) -> int:
+        """How many batches it has, on each rank."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._loader._iterate(self)
+
+
+def _check_size(dataset: Any, plan: BatchPlan) -> None:
+    if isinstance(dataset, IterableDataset):
+        try:
+            size = len(dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return
+        wrong = size < plan.dataset_size
+    else:
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                "dataset must have a length and items, or be an IterableDataset, got "
+                f"{type(dataset).__name__}"
+            )
+        size = len(dataset)
+        wrong = size != plan.dataset_size
+    if wrong:
+        raise ValueError(
+            f"the plan is for {plan.dataset_size:,} samples, but the data set has {size:,}; make the plan "
+            f"with dataset_size={size}"
+        )

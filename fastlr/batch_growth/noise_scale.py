@@ -1,0 +1,210 @@
+"""The gradient noise scale: how large a batch is worth its samples (arXiv 1812.06162)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fastlr import _core
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.ranks import sum_over_ranks
+from fastlr.schedules._base import describe, real
+
+
+def squared_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """The sum of the squares of all elements, each squared and added up in float64.
+
+    Dense tensors in host memory are read natively, in one pass and alike on any number of threads; others
+    by PyTorch, on their device.
+
+    Args:
+        tensors: of any shape, layout, device, and floating or complex type.
+
+    >>> squared_norm([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])])
+    169.0
+    """
+    total, others = _core.squared_norm(tensors, torch.get_num_threads())
+    sums: dict[torch.device, torch.Tensor] = {}
+    for tensor in others:
+        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        flat = values.detach().to(torch.float64).flatten()
+        sums[tensor.device] = sums.get(tensor.device, flat.new_zeros(())) + torch.dot(flat, flat)
+    return total + sum(float(value) for value in sums.values())
+
+
+class GradientNoiseScale:
+    r"""The simple noise scale :math:`B = \mathrm{tr}(\Sigma) / |G|^2`, measured while training.
+
+    G is the gradient of the whole loss and :math:`\Sigma` the covariance of a sample's. A batch much
+    smaller than B gains from being larger almost in proportion; one much larger wastes samples. The
+    squared norms of gradients over two batch sizes give unbiased estimates of both:
+
+    .. math::
+        |G|^2 = \frac{b_2 |g_2|^2 - b_1 |g_1|^2}{b_2 - b_1}, \qquad
+        S = \frac{|g_1|^2 - |g_2|^2}{1 / b_1 - 1 / b_2}
+
+    Each is averaged over updates, exponentially with the same weights, and then divided; averaging the
+    quotients would be biased. The larger size is the update's. The smaller one is that of its first
+    micro-batch, averaged over the ranks, whose gradients must not have been reduced yet: with several ranks
+    the loop has to use :meth:`Batch.sync`. After :meth:`attach` it is that of each rank before the
+    all-reduce.
+
+    Updates with a single micro-batch on a single rank have one size only and tell nothing. Neither do the
+    partial ones of a tail, nor those with inf or NaN.
+
+    Args:
+        parameters: whose gradients are measured.
+        decay: of the averages, in [0, 1): they span some 1 / (1 - decay) updates.
+
+    Raises:
+        ValueError: there are no parameters, or decay is out of range.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
+    >>> plan = fastlr.BatchPlan.from_phases([(0, 16)], dataset_size=64, epochs=2, lr=0.1)
+    >>> noise = fastlr.GradientNoiseScale(model.parameters())
+    >>> for batch in fastlr.GrowingLoader(data, plan, micro_batch_size=4):
+    ...     x, y = batch.data
+    ...     ((model(x) - y).square().mean() * batch.weight).backward()
+    ...     noise.observe(batch)
+    ...     if batch.ends_update:
+    ...         model.zero_grad()
+    >>> noise.observations
+    8
+
+    References:
+        McCandlish, Kaplan, Amodei et al., An Empirical Model of Large-Batch Training, arXiv 1812.06162,
+        appendix A.1.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], decay: float = 0.99) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("GradientNoiseScale needs at least one parameter, got none")
+        self.decay = real("decay", decay)
+        if self.decay >= 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+        self.observations = 0
+        self._gradient = self._noise = self._weight = 0.0
+        self._small: tuple[float, float] | None = None  # batch size and squared norm
+        self._reduced: float | None = None  # of this rank before the all-reduce
+        self._attached = False
+        self._warned = False
+
+    def attach(self, model: Any) -> GradientNoiseScale:
+        """Measures each rank's gradient right before ``DistributedDataParallel`` reduces it.
+
+        That works with a single micro-batch to an update too. It takes the place of DDP's communication
+        hook, of which there can be one.
+
+        Args:
+            model: a ``DistributedDataParallel``.
+
+        Returns:
+            This object.
+        """
+        if not hasattr(model, "register_comm_hook"):
+            raise TypeError(f"model must be a DistributedDataParallel, got {describe(type(model).__name__)}")
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+        # Without annotations: DDP compares them with its own types, and here they are strings.
+        def measure(group, bucket):  # type: ignore[no-untyped-def]
+            self._reduced = (self._reduced or 0.0) + squared_norm([bucket.buffer()])
+            return default_hooks.allreduce_hook(group, bucket)
+
+        model.register_comm_hook(None, measure)
+        self._attached = True
+        return self
+
+    def observe(self, batch: Batch, grad_scale: float = 1.0) -> None:
+        """Reads the gradients; to be called after each backward pass, before ``opt.step()``.
+
+        Args:
+            batch: whose weighted loss was differentiated. Every rank has to call it.
+            grad_scale: what the loss was multiplied with, such as ``scaler.get_scale()``, > 0.
+        """
+        scale = real("grad_scale", grad_scale, above=True)
+        world = batch.ranks
+        if batch.starts_update and not batch.ends_update and not self._attached:
+            # p.grad is weight times the gradient of this rank's mean loss, since nothing was reduced yet.
+            mine = [0.0, 0.0, 0.0]  # nothing counts in this micro-batch
+            if batch.weight > 0.0:
+                mine = [squared_norm(self._gradients()) / (scale * batch.weight) ** 2, batch.samples, 1.0]
+            squares, samples, ranks = sum_over_ranks(mine, world)
+            if ranks > 0.0:
+                self._small = samples / ranks, squares / ranks
+        if not batch.ends_update:
+            return
+        small, self._small = self._small, None
+        if self._attached:
+            reduced, self._reduced = self._reduced, None
+            if reduced is not None and world > 1:
+                small = batch.global_batch / world, sum_over_ranks([reduced / scale**2], world)[0] / world
+        if not batch.full:
+            return
+        if small is None:
+            self._warn()
+        else:
+            self._add(small, (float(batch.global_batch), squared_norm(self._gradients()) / scale**2))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _add(self, small: tuple[float, float], large: tuple[float, float]) -> None:
+        (b1, g1), (b2, g2) = small, large
+        if not (math.isfinite(g1) and math.isfinite(g2)):
+            return
+        self.observations += 1
+        keep = self.decay
+        self._gradient = keep * self._gradient + (1.0 - keep) * (b2 * g2 - b1 * g1) / (b2 - b1)
+        self._noise = keep * self._noise + (1.0 - keep) * (g1 - g2) / (1.0 / b1 - 1.0 / b2)
+        self._weight = keep * self._weight + (1.0 - keep)
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "an update of one micro-batch has one batch size only, so nothing is measured: give the "
+                "loader a micro_batch_size below the batch's share of a rank, or with several ranks "
+                "attach(model)",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def squared_gradient(self) -> float:
+        """The averaged estimate of :math:`|G|^2`; NaN before the first observation."""
+        return self._gradient / self._weight if self._weight else math.nan
+
+    @property
+    def noise(self) -> float:
+        r"""The averaged estimate of :math:`S = \mathrm{tr}(\Sigma)`; NaN before the first observation."""
+        return self._noise / self._weight if self._weight else math.nan
+
+    @property
+    def scale(self) -> float:
+        """The noise scale in samples: inf where noise hides the gradient, NaN where nothing is known."""
+        gradient, noise = self.squared_gradient, self.noise
+        if math.isnan(gradient) or noise <= 0.0:
+            return math.nan if math.isnan(gradient) or gradient <= 0.0 else 0.0
+        return noise / gradient if gradient > 0.0 else math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages so far."""
+        return {
+            "gradient": self._gradient,
+            "noise": self._noise,
+            "weight": self._weight,
+            "observations": self.observations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the averages that :meth:`state_dict` returned."""
+        self._gradient, self._noise = float(state["gradient"]), float(state["noise"])
+        self._weight, self.observations = float(state["weight"]), int(state["observations"])
+        self._small = self._reduced = None

@@ -1,0 +1,533 @@
+"""BatchPlan: which batch size, learning rate and momentum hold at every sample of a run.
+
+The noise scale ``g = lr * N / (B * (1 - momentum))`` and the trade of rate against batch are those of
+Smith, Kindermans, Ying and Le, arXiv 1711.00489.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fastlr.batch_growth.division import divide
+from fastlr.schedules import Constant, Schedule
+from fastlr.schedules._base import choice, count, describe, items, real
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Tail = Literal["carry", "keep", "drop"]
+Mode = Literal["increase", "hybrid", "decay", "phases"]
+Scaling = Literal["linear", "sqrt", "none"]
+
+TAILS = ("carry", "keep", "drop")
+
+
+class Phase(NamedTuple):
+    """A stretch of a run with one batch size.
+
+    Attributes:
+        start_sample: samples consumed before it begins.
+        stop_sample: samples consumed when it ends.
+        batch_size: samples of an update, over all ranks.
+        lr: learning rate at its first sample.
+        last_lr: at its last sample; the same unless the schedule is smooth.
+        momentum: at its first sample.
+        noise_scale: ``lr * N / (batch_size * (1 - momentum))`` at its first sample, in samples.
+        updates: how many it has, partial ones included.
+    """
+
+    start_sample: int
+    stop_sample: int
+    batch_size: int
+    lr: float
+    last_lr: float
+    momentum: float
+    noise_scale: float
+    updates: int
+
+
+class Update(NamedTuple):
+    """One update of a plan.
+
+    Attributes:
+        start: samples consumed before it.
+        size: its samples, over all ranks; fewer than the phase's batch where a tail is kept.
+        next_start: samples consumed when the next one begins, those that a tail rule drops included.
+        batch_size: the phase's.
+    """
+
+    start: int
+    size: int
+    next_start: int
+    batch_size: int
+
+
+class _Segment(NamedTuple):
+    """A stretch that updates do not cross."""
+
+    start: int
+    stop: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batch size, learning rate and momentum of a whole run, clocked in samples. Immutable.
+
+    Make one with :meth:`from_schedule` or :meth:`from_phases`.
+
+    **Tail rule.** A new phase begins at the very sample that the plan names, so an update that is under
+    way there ends there, smaller than the others. What an epoch's end does is for ``tail`` to say:
+
+    - ``"carry"``: nothing; the update goes on with the next epoch's samples. A phase of n samples and
+      batch size B has ceil(n / B) updates.
+    - ``"keep"``: the update ends there, smaller than the others.
+    - ``"drop"``: as ``"keep"``, but updates that are cut short, by an epoch's end or a phase's, are left
+      out; the clock passes over their samples.
+
+    Args:
+        starts: samples at which the phases begin, ascending; the first is 0.
+        batch_sizes: of each phase, over all ranks and accumulation steps, in 1 .. ``dataset_size``.
+        lr: learning rate, a schedule in samples.
+        momentum: a schedule in samples, in [0, 1).
+        dataset_size: samples of an epoch, >= 1.
+        epochs: >= 1.
+        tail: see above.
+        mode: where the plan is from; shown by ``print``.
+        micro_batch_size: the most samples that a rank takes at once; None: its share of any batch. Shown
+            by ``print``, and what a loader takes unless told otherwise; plans that differ in nothing
+            else are equal.
+        ranks: processes that share a batch; as ``micro_batch_size``.
+
+    Raises:
+        ValueError: an argument is out of range, a phase has no samples or no updates, or a batch cannot
+            be shared between the ranks.
+
+    >>> import fastlr
+    >>> plan = fastlr.BatchPlan.from_phases(
+    ...     [(0, 100), (2, 200)], dataset_size=1000, epochs=3, lr=0.1, momentum=0.9)
+    >>> plan.total_updates, plan.phase_at(1999).batch_size, plan.phase_at(2000).batch_size
+    (25, 100, 200)
+
+    References:
+        Smith, Kindermans, Ying and Le, Don't Decay the Learning Rate, Increase the Batch Size,
+        arXiv 1711.00489.
+    """
+
+    starts: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    lr: Schedule
+    momentum: Schedule
+    dataset_size: int
+    epochs: int
+    tail: Tail = "carry"
+    mode: Mode = "phases"
+    micro_batch_size: int | None = field(default=None, compare=False)
+    ranks: int = field(default=1, compare=False)
+
+    def __post_init__(self) -> None:
+        starts = tuple(count("starts", start, 0) for start in items("starts", self.starts))
+        sizes = tuple(count("batch_sizes", size) for size in items("batch_sizes", self.batch_sizes))
+        if len(starts) != len(sizes) or not starts:
+            raise ValueError(f"each phase needs a start and a batch size, got {len(starts)} and {len(sizes)}")
+        checked = {
+            "starts": starts,
+            "batch_sizes": sizes,
+            "dataset_size": count("dataset_size", self.dataset_size),
+            "epochs": count("epochs", self.epochs),
+            "ranks": count("ranks", self.ranks),
+        }
+        if self.micro_batch_size is not None:
+            checked["micro_batch_size"] = count("micro_batch_size", self.micro_batch_size)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        choice("tail", self.tail, TAILS)
+        choice("mode", self.mode, ("increase", "hybrid", "decay", "phases"))
+        self._check_phases()
+        for name in ("lr", "momentum"):
+            value = getattr(self, name)
+            if not isinstance(value, Schedule) or value.unit != "sample":
+                raise ValueError(f'{name} must be a schedule with unit="sample", got {describe(value)}')
+        if not self.momentum.peak < 1.0:
+            raise ValueError(
+                f"momentum must stay in [0, 1), got a schedule that peaks at {self.momentum.peak!r}"
+            )
+        for size in dict.fromkeys(sizes):
+            divide(size, self.micro_batch_size, self.ranks)
+
+    def _check_phases(self) -> None:
+        if self.starts[0] != 0:
+            raise ValueError(f"the first phase must start at sample 0, got {self.starts[0]}")
+        total = self.total_samples
+        if self.starts[-1] >= total:
+            raise ValueError(
+                f"the last phase starts at sample {self.starts[-1]:,}, but the run ends at "
+                f"{total:,} ({self.epochs} epochs of {self.dataset_size:,} samples); give it more epochs"
+            )
+        for k, (start, stop) in enumerate(itertools.pairwise(self.starts)):
+            if stop <= start:
+                raise ValueError(
+                    f"phase {k} has no samples: it starts at sample {start:,}, and the next one at {stop:,}; "
+                    "leave it out, or let the phases' starts ascend"
+                )
+        for start, size in zip(self.starts, self.batch_sizes, strict=True):
+            if size > self.dataset_size:
+                raise ValueError(
+                    f"the batch size at sample {start:,} would be {size:,}, more than the data set's "
+                    f"{self.dataset_size:,} samples; give a smaller batch_size or max_batch_size"
+                )
+        for k, updates in enumerate(self._updates_of_phases):
+            if updates == 0:
+                raise ValueError(
+                    f"phase {k}, from sample {self.starts[k]:,} with batch size {self.batch_sizes[k]:,}, "
+                    'has no update, because tail="drop" leaves out all of its samples; use "keep" or "carry"'
+                )
+
+    # -- making plans --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_schedule(
+        cls,
+        schedule: Schedule,
+        *,
+        batch_size: int,
+        dataset_size: int,
+        epochs: int,
+        momentum: float = 0.0,
+        mode: Literal["increase", "hybrid", "decay"] = "increase",
+        max_batch_size: int | None = None,
+        hybrid_drops: int = 1,
+        lr_scale: float = 1.0,
+        batch_scale: Scaling = "linear",
+        raised_momentum: float | None = None,
+        granularity: int | None = None,
+        tail: Tail = "carry",
+        micro_batch_size: int | None = None,
+        ranks: int = 1,
+    ) -> BatchPlan:
+        r"""A plan with the noise scale of a run that decays its learning rate at a fixed batch size.
+
+        With the schedule's rate s, its batch size :math:`B_0` and momentum :math:`m_0`, the noise scale is
+        :math:`g = s N / (B_0 (1 - m_0))` at every sample, and the plan has the same. ``mode`` says what
+        makes it fall:
+
+        - ``"decay"``: the rate; the batch stays as it is.
+        - ``"increase"``: the batch, until it is ``max_batch_size``. There the cap takes what it can, and
+          the rate takes the rest.
+        - ``"hybrid"``: the batch, the first ``hybrid_drops`` times that it grows; then the rate.
+
+        The start may be raised: the rate by ``lr_scale``, the batch with it as ``batch_scale`` says, and
+        the momentum to ``raised_momentum``, the batch with it by (1 - m_0) / (1 - m). Other scalings than
+        linear multiply the noise scale of the whole plan by lr_scale over the batch's factor.
+
+        Batch sizes are the start's, multiples of ``granularity`` and the cap; the largest that is not
+        above the exact value is taken, and the rate takes the rest, so that the noise scale is the given
+        one at every sample. For steps whose factors are whole numbers the rate stays exactly fixed.
+        Where the rate is then held for two updates or more, the phase begins at the very sample where the
+        schedule drops. Where the schedule falls smoothly, the batch grows between two updates, and each
+        update's rate is the one at its first sample.
+
+        Up to its peak a schedule may rise (a warm-up): the batch stays at its start's size, and the rate
+        follows the schedule. In mode ``"decay"`` it may rise anywhere.
+
+        Args:
+            schedule: the learning rate at ``batch_size``, in epochs (each value is held for an epoch), in
+                samples, or in updates of ``batch_size`` samples. Where it ends before the run does, it
+                holds its last value and warns.
+            batch_size: the schedule's, >= 1.
+            dataset_size: samples of an epoch, >= 1.
+            epochs: of the run, >= 1. What the schedule has beyond is not used.
+            momentum: the schedule's, in [0, 1).
+            mode: see above.
+            max_batch_size: the largest batch, >= the start's; None: no cap.
+            hybrid_drops: how often the batch grows, >= 1; only in mode ``"hybrid"``.
+            lr_scale: factor of the rate, >= 1.
+            batch_scale: the batch's factor for it: ``"linear"`` (lr_scale), ``"sqrt"`` or ``"none"`` (1).
+            raised_momentum: in [momentum, 1); None: as ``momentum``.
+            granularity: batch sizes grow in steps of so many samples, >= 1; None: of ``batch_size``.
+            tail: what an epoch's end does to an update; see :class:`BatchPlan`.
+            micro_batch_size: see :class:`BatchPlan`.
+            ranks: see :class:`BatchPlan`.
+
+        Raises:
+            ValueError: an argument is out of range, the schedule rises after its peak, or the batch would
+                outgrow the data set.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_schedule(
+        ...     fastlr.MultiStep(0.1, [60, 120, 160], 0.2, unit="epoch"), batch_size=128,
+        ...     dataset_size=50_000, epochs=200, momentum=0.9, max_batch_size=5120)
+        >>> [(phase.batch_size, round(phase.lr, 4)) for phase in plan.phases]
+        [(128, 0.1), (640, 0.1), (3200, 0.1), (5120, 0.032)]
+        >>> plan.total_updates
+        29142
+        """
+        from fastlr.batch_growth import growth
+
+        return growth.grown_plan(
+            schedule,
+            batch_size=batch_size,
+            dataset_size=dataset_size,
+            epochs=epochs,
+            momentum=momentum,
+            mode=mode,
+            max_batch_size=max_batch_size,
+            hybrid_drops=hybrid_drops,
+            lr_scale=lr_scale,
+            batch_scale=batch_scale,
+            raised_momentum=raised_momentum,
+            granularity=granularity,
+            tail=tail,
+            micro_batch_size=micro_batch_size,
+            ranks=ranks,
+        )
+
+    @classmethod
+    def from_phases(
+        cls,
+        phases: Iterable[tuple[float, int]],
+        *,
+        dataset_size: int,
+        epochs: int,
+        lr: float | Schedule,
+        momentum: float | Schedule = 0.0,
+        tail: Tail = "carry",
+        micro_batch_size: int | None = None,
+        ranks: int = 1,
+    ) -> BatchPlan:
+        """A plan written by hand.
+
+        Args:
+            phases: ``(epoch, batch_size)`` of each phase, epochs ascending from 0. A phase begins at the
+                sample nearest to ``epoch * dataset_size``. Batches may also shrink.
+            dataset_size: samples of an epoch, >= 1.
+            epochs: of the run, >= 1.
+            lr: a number, or a schedule in epochs or samples.
+            momentum: the same, in [0, 1).
+            tail: what an epoch's end does to an update; see :class:`BatchPlan`.
+            micro_batch_size: see :class:`BatchPlan`.
+            ranks: see :class:`BatchPlan`.
+
+        Raises:
+            ValueError: an argument is out of range, or a phase has no samples.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases(
+        ...     [(0, 64), (0.5, 128)], dataset_size=1000, epochs=2, lr=0.1, tail="keep")
+        >>> [(phase.start_sample, phase.updates) for phase in plan.phases]
+        [(0, 8), (500, 12)]
+        """
+        dataset_size = count("dataset_size", dataset_size)
+        pairs = []
+        for pair in items("phases", phases):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"phases must be pairs (epoch, batch_size), got {describe(pair)}")
+            epoch = real("the epoch of a phase", pair[0])
+            pairs.append((round(epoch * dataset_size), count("batch_size of a phase", pair[1])))
+        return cls(
+            starts=tuple(start for start, _ in pairs),
+            batch_sizes=tuple(size for _, size in pairs),
+            lr=_in_samples("lr", lr, dataset_size),
+            momentum=_in_samples("momentum", momentum, dataset_size),
+            dataset_size=dataset_size,
+            epochs=epochs,
+            tail=tail,
+            micro_batch_size=micro_batch_size,
+            ranks=ranks,
+        )
+
+    def grown(self, sample: int, batch_size: int) -> BatchPlan:
+        """This plan, with batches of at least ``batch_size`` from ``sample`` on. Rates stay as they are.
+
+        Args:
+            sample: at which an update begins.
+            batch_size: in 1 .. ``dataset_size``.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1)
+        >>> plan.grown(300, 200).starts, plan.grown(300, 200).batch_sizes
+        ((0, 300), (100, 200))
+        """
+        self._segment_of(sample)
+        size = count("batch_size", batch_size)
+        phases = dict(zip(self.starts, self.batch_sizes, strict=True))
+        phases[sample] = self.phase_at(sample).batch_size
+        merged: list[tuple[int, int]] = []
+        for start in sorted(phases):
+            grown = max(phases[start], size) if start >= sample else phases[start]
+            # A boundary that only this method made is dropped again where it separates nothing.
+            if start in self.starts or not merged or merged[-1][1] != grown:
+                merged.append((start, grown))
+        return dataclasses.replace(
+            self, starts=tuple(s for s, _ in merged), batch_sizes=tuple(b for _, b in merged)
+        )
+
+    # -- what a plan says ----------------------------------------------------------------------------
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the run, ``epochs * dataset_size``; those that a tail rule drops included."""
+        return self.epochs * self.dataset_size
+
+    @cached_property
+    def total_updates(self) -> int:
+        """Updates of the run, partial ones included."""
+        return sum(self._updates_of_phases)
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in order."""
+        return tuple(
+            self._phase(start, stop, size, updates)
+            for start, stop, size, updates in zip(
+                self.starts, self._stops, self.batch_sizes, self._updates_of_phases, strict=True
+            )
+        )
+
+    def phase_at(self, sample: int) -> Phase:
+        """The phase that a sample belongs to, counted over the whole run from 0."""
+        sample = count("sample", sample, 0)
+        if sample >= self.total_samples:
+            raise ValueError(f"the run ends at sample {self.total_samples:,}, got {sample:,}")
+        return self.phases[bisect.bisect_right(self.starts, sample) - 1]
+
+    def noise_scale(self, sample: int) -> float:
+        """``lr * N / (B * (1 - momentum))`` at a sample: the scale of SGD's fluctuations, for B well below N.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1, momentum=0.5)
+        >>> plan.noise_scale(0)
+        2.0
+        """
+        phase = self.phase_at(sample)
+        return self._phase(sample, phase.stop_sample, phase.batch_size, 0).noise_scale
+
+    def updates_from(self, sample: int = 0) -> Iterator[Update]:
+        """The updates in order, from the one that begins after ``sample`` samples.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=10, epochs=2, lr=0.1)
+        >>> [(update.start, update.size) for update in plan.updates_from(4)]
+        [(4, 4), (8, 2), (10, 8), (18, 2)]
+        """
+        waiting: tuple[int, int, int] | None = None
+        for start, size, batch_size in self._cut(sample):
+            if waiting is not None:
+                yield Update(waiting[0], waiting[1], start, waiting[2])
+            waiting = start, size, batch_size
+        if waiting is not None:
+            yield Update(waiting[0], waiting[1], self.total_samples, waiting[2])
+
+    def __str__(self) -> str:
+        """The phases as a table."""
+        from fastlr.batch_growth.table import table
+
+        return table(self)
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Draws batch size, rate and noise scale over the epochs. Needs matplotlib.
+
+        Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
+        """
+        from fastlr import plotting
+
+        return plotting.plot_batch_plan(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers, strings, lists and dicts; :meth:`from_dict` reads it back."""
+        return {
+            f.name: value.to_dict()
+            if isinstance(value := getattr(self, f.name), Schedule)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BatchPlan:
+        """The plan that :meth:`to_dict` described.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1)
+        >>> fastlr.BatchPlan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        if (
+            not isinstance(data, dict)
+            or not {"starts", "batch_sizes", "lr", "momentum"} <= set(data) <= names
+        ):
+            raise ValueError(f"a plan must be what BatchPlan.to_dict() returned, got {describe(data)}")
+        schedules = {name: Schedule.from_dict(data[name]) for name in ("lr", "momentum")}
+        return cls(**{**data, **schedules})
+
+    # -- where updates begin and end -----------------------------------------------------------------
+
+    @property
+    def _stops(self) -> tuple[int, ...]:
+        return (*self.starts[1:], self.total_samples)
+
+    @cached_property
+    def _segments(self) -> tuple[_Segment, ...]:
+        segments = []
+        for start, stop, size in zip(self.starts, self._stops, self.batch_sizes, strict=True):
+            cuts = [start, stop]
+            if self.tail != "carry":
+                first = start - start % self.dataset_size + self.dataset_size
+                cuts[1:1] = range(first, stop, self.dataset_size)
+            segments += [_Segment(a, b, size) for a, b in itertools.pairwise(cuts)]
+        return tuple(segments)
+
+    def _updates_in(self, segment: _Segment) -> int:
+        whole, rest = divmod(segment.stop - segment.start, segment.batch_size)
+        return whole + (rest > 0 and self.tail != "drop")
+
+    @cached_property
+    def _updates_of_phases(self) -> tuple[int, ...]:
+        updates = [0] * len(self.starts)
+        for segment in self._segments:
+            updates[bisect.bisect_right(self.starts, segment.start) - 1] += self._updates_in(segment)
+        return tuple(updates)
+
+    def _segment_of(self, sample: int) -> int:
+        """The index of the segment in which an update begins at ``sample``."""
+        sample = count("sample", sample, 0)
+        index = bisect.bisect_right(self._segments, sample, key=lambda segment: segment.start) - 1
+        segment = self._segments[index]
+        updates, rest = divmod(sample - segment.start, segment.batch_size)
+        if rest or updates >= self._updates_in(segment):
+            raise ValueError(f"no update of the plan begins at sample {sample:,}")
+        return index
+
+    def _cut(self, sample: int) -> Iterator[tuple[int, int, int]]:
+        if sample == self.total_samples:
+            return
+        first = self._segment_of(sample)
+        for segment in self._segments[first:]:
+            start = max(sample, segment.start)
+            stop = segment.start + self._updates_in(segment) * segment.batch_size
+            for begin in range(start, stop, segment.batch_size):
+                yield begin, min(segment.batch_size, segment.stop - begin), segment.batch_size
+
+    def _phase(self, start: int, stop: int, size: int, updates: int) -> Phase:
+        lr, momentum = self.lr(start), self.momentum(start)
+        scale = lr * self.dataset_size / (size * (1.0 - momentum))
+        return Phase(start, stop, size, lr, self.lr(stop - 1), momentum, scale, updates)
+
+
+def _in_samples(name: str, value: float | Schedule, dataset_size: int) -> Schedule:
+    if not isinstance(value, Schedule):
+        return Constant(real(name, value), unit="sample")
+    if value.unit == "update":
+        raise ValueError(
+            f"{name} of phases with batches of several sizes cannot count updates; give a schedule in "
+            "epochs or samples"
+        )
+    return value if value.unit == "sample" else value.in_samples(dataset_size)

@@ -1,0 +1,131 @@
+"""From micro-batches of indices to weighted batches of data, read ahead by PyTorch's DataLoader."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsFloat
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.plan import Update
+from fastlr.batch_growth.ranks import sum_over_ranks
+from fastlr.batch_growth.sampler import GrowingBatchSampler, MicroBatch, mix
+from fastlr.batch_growth.samples import Reader, as_it_is
+
+
+class BatchSource:
+    """Reads a data set through a ``DataLoader``, in the order of a sampler.
+
+    Args:
+        dataset: map-style or iterable.
+        size: samples of an epoch.
+        collate: list of samples to data.
+        count: what a micro-batch's data count for its weight; None: samples.
+        seed_samples: whether each sample is read under a seed of its own.
+        options: of the ``DataLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        size: int,
+        collate: Callable[[list[Any]], Any],
+        count: Callable[[Any], SupportsFloat] | None,
+        seed_samples: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self._dataset, self._size, self._collate, self._count = dataset, size, collate, count
+        self._seed_samples, self._options = seed_samples, options
+
+    def open(self, seed: int) -> None:
+        """Makes the ``DataLoader``, whose samples' randomness is from ``seed``."""
+        self._feed = _Feed()
+        self.loader: DataLoader[Any] = DataLoader(
+            Reader(self._dataset, self._size, self._collate, seed if self._seed_samples else None),  # type: ignore[arg-type]
+            batch_sampler=self._feed,
+            collate_fn=as_it_is,
+            # Its own, because each iterator draws a number, which would be missing from the global one.
+            generator=torch.Generator().manual_seed(mix(seed)),
+            **self._options,
+        )
+
+    def of(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
+        """All batches from the beginning of an update on, through the epochs to come.
+
+        The next epoch's are read only when they are asked for, or when their counts are needed.
+        """
+        batches = self._read(sampler, samples)
+        return batches if self._count is None else self._counted(batches, self._count)
+
+    def _read(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
+        skip = 0
+        for epoch in range(samples // sampler.plan.dataset_size, sampler.plan.epochs):
+            sent = self._feed.aim(sampler.micro_batches(samples, skip, epoch))
+            for data in self.loader:
+                micro = sent.popleft()
+                update = micro.update
+                skip = 0 if micro.ends_update else 1 if micro.starts_update else skip + 1
+                samples = update.next_start if micro.ends_update else update.start
+                yield (
+                    Batch(
+                        data=data,
+                        samples=len(micro),
+                        weight=micro.weight,
+                        position=update.start,
+                        global_batch=update.size,
+                        epoch=epoch,
+                        starts_update=micro.starts_update,
+                        ends_update=micro.ends_update,
+                        full=update.size == update.batch_size,
+                        ranks=sampler.world_size or 1,
+                    ),
+                    update,
+                )
+
+    def _counted(
+        self, batches: Iterator[tuple[Batch, Update]], count: Callable[[Any], SupportsFloat]
+    ) -> Iterator[tuple[Batch, Update]]:
+        """BatchSource weighted by what they count, once all of an update are there."""
+        window: list[tuple[Batch, Update]] = []
+        for item in batches:
+            window.append(item)
+            if not item[0].ends_update:
+                continue
+            counts = [float(count(batch.data)) for batch, _ in window]
+            world = item[0].ranks
+            total = sum_over_ranks([sum(counts)], world)[0]
+            if not (min(counts) >= 0.0 and 0.0 < total < math.inf):
+                raise ValueError(
+                    f"count(data) must be >= 0, and > 0 for one micro-batch of an update, got {counts} in "
+                    f"the update at sample {item[1].start:,}"
+                )
+            for (batch, update), number in zip(window, counts, strict=True):
+                yield dataclasses.replace(batch, weight=world * number / total), update
+            window = []
+
+
+class _Feed:
+    """The batch sampler of the ``DataLoader``: what was sent to be read is noted, in order."""
+
+    def __init__(self) -> None:
+        self._next: Iterator[MicroBatch] = iter(())
+        self._sent: deque[MicroBatch] = deque()
+
+    def aim(self, micro_batches: Iterator[MicroBatch]) -> deque[MicroBatch]:
+        """Sets what the next iterator yields; returns where that is noted."""
+        self._next, self._sent = micro_batches, deque()
+        return self._sent
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self._noted(self._next, self._sent)
+
+    @staticmethod
+    def _noted(micro_batches: Iterator[MicroBatch], sent: deque[MicroBatch]) -> Iterator[MicroBatch]:
+        for micro_batch in micro_batches:
+            sent.append(micro_batch)
+            yield micro_batch

@@ -1,0 +1,238 @@
+"""Which samples form which micro-batch on which rank: a pure function of plan, seed and position."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastlr.batch_growth.division import divide
+from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.schedules._base import count, describe, flag
+
+
+class MicroBatch(list[int]):
+    """Indices of the samples that a rank takes at once, and what becomes of them.
+
+    A plain list to a ``DataLoader``, so that any of its settings works with it.
+
+    Attributes:
+        epochs: the epoch in whose order each of them stands.
+        weight: what to multiply a mean loss over them with; see :class:`fastlr.batch_growth.Batch`.
+        update: the update of the plan that they belong to.
+        starts_update: whether they are its first micro-batch.
+        ends_update: whether they are its last.
+    """
+
+    def __init__(
+        self, indices: list[int], epochs: list[int], weight: float, update: Update, first: bool, last: bool
+    ) -> None:
+        super().__init__(indices)
+        self.epochs, self.weight, self.update = epochs, weight, update
+        self.starts_update, self.ends_update = first, last
+
+    def __reduce__(self) -> tuple[type[MicroBatch], tuple[object, ...]]:
+        return MicroBatch, (
+            list(self), self.epochs, self.weight, self.update, self.starts_update, self.ends_update,
+        )  # fmt: skip
+
+
+class Step(NamedTuple):
+    """Samples ``start`` to ``stop`` of an update, which all ranks take at once, in epoch ``epoch``."""
+
+    start: int
+    stop: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class GrowingBatchSampler:
+    """Micro-batches of a :class:`BatchPlan` for one rank: a batch sampler for any ``DataLoader``.
+
+    The order of epoch e is a random permutation from (seed, e). An update takes the next samples of it;
+    sample i of an update goes to rank ``i % ranks``. It is immutable, and what it yields depends on its
+    arguments and the position only, so neither prefetching nor persistent workers can make a batch late.
+
+    **Sizes.** An update of the plan's size is cut into the fewest equal micro-batches of at most
+    ``micro_batch_size`` samples per rank. The tail of a phase, or what an epoch's end cuts off, is cut
+    as evenly as can be into micro-batches that are no larger. Every rank has the same number of
+    micro-batches, and of samples, in every update; only in a tail that the ranks do not divide some
+    have one more, which the weights account for. With several ranks, up to ``ranks - 1`` samples of the
+    next epoch's order can come one micro-batch early, where the epoch ends within an update and the
+    ranks do not divide it.
+
+    Args:
+        plan: which batch size holds where.
+        micro_batch_size: most samples that a rank takes at once; None: the plan's.
+        seed: of the order, >= 0.
+        shuffle: False: each epoch in the data set's own order.
+        rank: of this process; None: from ``torch.distributed`` where it is initialised, or else 0.
+        world_size: number of ranks; None: the same, or else 1.
+
+    Raises:
+        ValueError: a batch of the plan cannot be shared between the ranks or cut into equal
+            micro-batches, or a tail has fewer samples than there are ranks.
+        RuntimeError: started by ``torchrun``, but ``torch.distributed`` is not initialised.
+
+    >>> import fastlr
+    >>> plan = fastlr.BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=10, epochs=2, lr=0.1)
+    >>> sampler = fastlr.GrowingBatchSampler(plan, micro_batch_size=4, shuffle=False)
+    >>> for micro_batch in sampler:
+    ...     print(micro_batch, micro_batch.ends_update)
+    [0, 1, 2, 3] True
+    [4, 5, 6, 7] True
+    [8, 9] True
+    [0, 1, 2, 3] False
+    [4, 5, 6, 7] True
+    [8, 9] True
+    """
+
+    plan: BatchPlan
+    micro_batch_size: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    rank: int | None = None
+    world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, BatchPlan):
+            raise TypeError(f"plan must be a BatchPlan, got {describe(self.plan)}")
+        rank, world_size = _place(self.rank, self.world_size)
+        micro = self.plan.micro_batch_size if self.micro_batch_size is None else self.micro_batch_size
+        checked = {
+            "micro_batch_size": None if micro is None else count("micro_batch_size", micro),
+            "seed": count("seed", self.seed, 0),
+            "shuffle": flag("shuffle", self.shuffle),
+            "rank": rank,
+            "world_size": world_size,
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        for size in dict.fromkeys(self.plan.batch_sizes):
+            divide(size, self.micro_batch_size, world_size)
+        for segment in self.plan._segments:
+            tail = (segment.stop - segment.start) % segment.batch_size
+            if 0 < tail < world_size and self.plan.tail != "drop":
+                raise ValueError(
+                    f"the update that ends at sample {segment.stop:,} has {tail} sample"
+                    f"{'s' if tail > 1 else ''}, fewer than the {world_size} ranks; use "
+                    f'tail="drop", which leaves such samples out'
+                    + (', or tail="carry"' if self.plan.tail == "keep" else "")
+                    + ", or another batch size"
+                )
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micro_batches()
+
+    def __len__(self) -> int:
+        return sum(len(self.steps(update)) for update in self.plan.updates_from())
+
+    def micro_batches(self, sample: int = 0, skip: int = 0, epoch: int | None = None) -> Iterator[MicroBatch]:
+        """This rank's micro-batches, from the update on that begins after ``sample`` samples.
+
+        Args:
+            sample: at which an update begins.
+            skip: micro-batches of that update to leave out.
+            epoch: stop at the end of this epoch; None: of the run.
+        """
+        order = _Order(self)
+        world, rank = self.world_size or 1, self.rank or 0
+        for update, step in self.schedule(sample, skip, epoch):
+            # Sample i of an update belongs to rank i % world.
+            mine = range(
+                update.start + step.start + (rank - step.start) % world, update.start + step.stop, world
+            )
+            epochs, indices = order.of(mine)
+            last = step.stop == update.size
+            yield MicroBatch(
+                indices, epochs, world * len(indices) / update.size, update, step.start == 0, last
+            )
+
+    def schedule(
+        self, sample: int = 0, skip: int = 0, epoch: int | None = None
+    ) -> Iterator[tuple[Update, Step]]:
+        """As :meth:`micro_batches`, the same on every rank: what is taken when, without the indices."""
+        for update in self.plan.updates_from(sample):
+            if epoch is not None and update.start >= (epoch + 1) * self.plan.dataset_size:
+                return
+            for step in self.steps(update)[skip:]:
+                if epoch is not None and step.epoch > epoch:
+                    return
+                yield update, step
+            skip = 0
+
+    def steps(self, update: Update) -> list[Step]:
+        """An update cut into what the ranks take at once: at epochs' ends, and into micro-batches."""
+        world = self.world_size or 1
+        size = self.plan.dataset_size
+        micro, _ = divide(update.batch_size, self.micro_batch_size, world)
+        # Cuts at multiples of the ranks keep their numbers of samples equal.
+        epoch = update.start // size
+        ends = range((epoch + 1) * size - update.start, update.size, size)
+        cuts = [0, *dict.fromkeys(min(-(-end // world) * world, update.size) for end in ends)]
+        if cuts[-1] != update.size:
+            cuts.append(update.size)
+        if 0 < cuts[-1] - cuts[-2] < world and len(cuts) > 2:
+            del cuts[-2]  # the last part is too small to give every rank a sample
+        steps = []
+        for start, stop in itertools.pairwise(cuts):
+            each = (stop - start) // world
+            number = min(-(-(stop - start) // (world * micro)), each)
+            bounds = [start + world * -(-each * k // number) for k in range(number)] + [stop]
+            where = (update.start + start) // size
+            steps += [Step(a, b, where) for a, b in itertools.pairwise(bounds)]
+        return steps
+
+
+class _Order:
+    """The data set's order in each epoch; the last one is kept, as it is asked for again and again."""
+
+    def __init__(self, sampler: GrowingBatchSampler) -> None:
+        self.sampler, self.size = sampler, sampler.plan.dataset_size
+        self.epoch = -1
+        self.permutation = torch.empty(0, dtype=torch.int64)
+
+    def of(self, samples: range) -> tuple[list[int], list[int]]:
+        """``(epochs, indices)`` of samples that are counted over the run."""
+        epochs = [sample // self.size for sample in samples]
+        if not self.sampler.shuffle:
+            return epochs, [sample % self.size for sample in samples]
+        indices: list[int] = []
+        for epoch in dict.fromkeys(epochs):
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(mix(self.sampler.seed, epoch))
+                self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
+            places = [sample % self.size for sample in samples if sample // self.size == epoch]
+            indices += self.permutation[places].tolist()
+        return epochs, indices
+
+
+def mix(*parts: int | str) -> int:
+    """64 bits from several parts, to seed a generator or to compare; others for any other parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"give both rank and world_size or neither, got {rank!r} and {world_size!r}")
+    if rank is None or world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        launched = os.environ.get("WORLD_SIZE", "1")
+        if launched != "1":
+            raise RuntimeError(
+                f"WORLD_SIZE is {launched}, but torch.distributed is not initialised, so that every process "
+                "would take all samples; call torch.distributed.init_process_group() first, or pass rank "
+                "and world_size"
+            )
+        return 0, 1
+    world_size = count("world_size", world_size)
+    if count("rank", rank, 0) >= world_size:
+        raise ValueError(f"rank must be in 0 .. {world_size - 1}, got {rank}")
+    return int(rank), world_size

@@ -1,0 +1,73 @@
+"""A plan as a table of its phases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from fastlr.batch_growth.division import divide
+from fastlr.batch_growth.plan import BatchPlan, Phase
+
+# More phases than this are shown in part: a smooth schedule can have hundreds.
+_ROWS = 32
+
+_HEADINGS = (
+    "epoch", "samples", "batch", "micro x steps x ranks", "lr", "momentum", "noise scale", "updates",
+)  # fmt: skip
+
+
+def table(plan: BatchPlan) -> str:
+    shown = _folded(plan.phases) if len(plan.phases) > _ROWS else plan.phases
+    rows = [_row(plan, phase) for phase in shown]
+    hidden = len(rows) - _ROWS
+    if hidden > 0:
+        rows[_ROWS // 2 : -_ROWS // 2] = [("...",) + ("",) * (len(_HEADINGS) - 1)]
+    totals = ("total", f"{plan.total_samples:,}", "", "", "", "", "", f"{plan.total_updates:,}")
+    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, totals, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    rule = "-" * len(line(_HEADINGS))
+    title = (
+        f"Batch plan ({plan.mode}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, "
+        f'tail="{plan.tail}"'
+    )
+    lines = [title, "", line(_HEADINGS), rule, *(line(row) for row in rows), rule, line(totals)]
+    if hidden > 0:
+        lines.append(f"{hidden:,} of {len(shown):,} batch sizes are not shown.")
+    first = plan.batch_sizes[0]
+    fixed = dataclasses.replace(plan, starts=(0,), batch_sizes=(first,)).total_updates
+    if fixed > 1.05 * plan.total_updates:
+        times = fixed / plan.total_updates
+        lines.append(f"With batches of {first:,} throughout: {fixed:,} updates, {times:.2g} times as many.")
+    return "\n".join(lines)
+
+
+def _folded(phases: Iterable[Phase]) -> list[Phase]:
+    """Neighbours with the same batch and momentum as one."""
+    folded: list[Phase] = []
+    for phase in phases:
+        last = folded[-1] if folded else None
+        if last and (last.batch_size, last.momentum) == (phase.batch_size, phase.momentum):
+            folded[-1] = last._replace(
+                stop_sample=phase.stop_sample, last_lr=phase.last_lr, updates=last.updates + phase.updates
+            )
+        else:
+            folded.append(phase)
+    return folded
+
+
+def _row(plan: BatchPlan, phase: Phase) -> tuple[str, ...]:
+    micro, steps = divide(phase.batch_size, plan.micro_batch_size, plan.ranks)
+    smooth = phase.last_lr != phase.lr
+    return (
+        f"{phase.start_sample / plan.dataset_size:.6g}",
+        f"{phase.stop_sample - phase.start_sample:,}",
+        f"{phase.batch_size:,}",
+        f"{micro:,} x {steps} x {plan.ranks}",
+        f"{phase.lr:.4g}" + (f" .. {phase.last_lr:.4g}" if smooth else ""),
+        f"{phase.momentum:.4g}",
+        f"{phase.noise_scale:,.4g}",
+        f"{phase.updates:,}",
+    )

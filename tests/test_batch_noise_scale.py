@@ -1,0 +1,264 @@
+"""The noise scale against a problem where it is known, and the growth that follows it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastlr
+from fastlr import AdaptiveGrowth, BatchPlan, GradientNoiseScale, GrowingLoader
+from fastlr import _core
+from fastlr.batch_growth.noise_scale import squared_norm
+
+D = 64
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# Linear regression, y = x . w* + e with x ~ N(0, H), e ~ N(0, s^2), loss (x . w - y)^2 / 2. At w = w* + d a
+# sample's gradient is x (x . d - e). Gaussian fourth moments give
+#   G = H d,   E |gradient|^2 = tr(H) (d.H.d) + 2 |H d|^2 + s^2 tr(H),   tr(Sigma) = E |gradient|^2 - |G|^2.
+# With many inputs the squared norms of gradients scatter little, so that a short run says enough.
+H = torch.logspace(2, -2, D, base=2.0, dtype=torch.float64)
+OFFSET = 0.2 * torch.randn(D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+SPREAD = 0.7
+SQUARED_GRADIENT = float((H * OFFSET).square().sum())
+TRACE = float(
+    H.sum() * (H * OFFSET.square()).sum() + 2 * (H * OFFSET).square().sum() + SPREAD**2 * H.sum()
+) - SQUARED_GRADIENT  # fmt: skip
+
+
+class Regression(torch.utils.data.Dataset[Any]):
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.x = torch.randn(size, D, generator=generator, dtype=torch.float64) * H.sqrt()
+        # The weights of the model are zero, so that w* is -OFFSET.
+        self.y = -self.x @ OFFSET + SPREAD * torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.x[indices], self.y[indices]
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def measured(
+    batch_size: int, micro: int, *, size: int = 60_000, grad_scale: float = 1.0, tail: str = "carry"
+) -> GradientNoiseScale:
+    """The noise scale along a run whose weights stay where they are."""
+    plan = BatchPlan.from_phases([(0, batch_size)], dataset_size=size, epochs=1, lr=0.0, tail=tail)
+    model = torch.nn.Linear(D, 1, bias=False, dtype=torch.float64)
+    torch.nn.init.zeros_(model.weight)
+    noise = GradientNoiseScale(model.parameters(), decay=0.9999)
+    for batch in GrowingLoader(Regression(size), plan, micro, seed_samples=False, collate_fn=as_it_is):
+        x, y = batch.data
+        loss = (model(x).squeeze(1) - y).square().mean() / 2
+        (loss * batch.weight * grad_scale).backward()
+        noise.observe(batch, grad_scale)
+        if batch.ends_update:
+            model.zero_grad()
+    return noise
+
+
+@pytest.mark.parametrize(("batch_size", "micro"), [(128, 16), (96, 16), (192, 32)])
+def test_a_known_noise_scale_is_found(batch_size: int, micro: int) -> None:
+    noise = measured(batch_size, micro)
+    assert noise.observations == 60_000 // batch_size
+    assert noise.squared_gradient == pytest.approx(SQUARED_GRADIENT, rel=0.1)
+    assert noise.noise == pytest.approx(TRACE, rel=0.1)
+    assert noise.scale == pytest.approx(TRACE / SQUARED_GRADIENT, rel=0.1)
+
+
+def test_a_scaled_loss_changes_nothing() -> None:
+    plain, scaled = (measured(32, 8, size=3200, grad_scale=scale) for scale in (1.0, 1024.0))
+    assert scaled.scale == pytest.approx(plain.scale, rel=1e-12)
+
+
+def test_partial_updates_are_left_out() -> None:
+    assert measured(32, 8, size=3210).observations == 100
+
+
+def test_one_size_tells_nothing_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="one batch size only.*micro_batch_size"):
+        noise = measured(32, 32, size=320)
+    assert noise.observations == 0
+    assert math.isnan(noise.scale)
+
+
+def test_the_two_sizes_are_combined_without_bias() -> None:
+    """By hand: |G|^2 = 3 and S = 80 make squared norms of 3 + 80 / b."""
+    noise = GradientNoiseScale([torch.zeros(1)], decay=0.5)
+    for _ in range(3):
+        noise._add((4.0, 3 + 80 / 4), (16.0, 3 + 80 / 16))
+    assert noise.squared_gradient == pytest.approx(3)
+    assert noise.noise == pytest.approx(80)
+    assert noise.scale == pytest.approx(80 / 3)
+    noise._add((4.0, math.inf), (16.0, 1.0))
+    assert noise.observations == 3
+
+
+def test_averages_are_saved() -> None:
+    noise = measured(32, 8, size=640)
+    other = GradientNoiseScale([torch.zeros(1)], decay=noise.decay)
+    other.load_state_dict(noise.state_dict())
+    assert (other.scale, other.observations) == (noise.scale, noise.observations)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
+)
+def test_squared_norms_are_exact(dtype: torch.dtype) -> None:
+    exact = torch.complex128 if dtype.is_complex else torch.float64
+    tensors = [torch.randn(shape, dtype=exact).to(dtype) for shape in ((), (7,), (5, 0), (33, 9))]
+    tensors.append(torch.randn(8, 6, dtype=exact).to(dtype).t()[::2])
+    expected = sum(float(abs(complex(v)) ** 2) for t in tensors for v in t.flatten().tolist())
+    assert squared_norm(tensors) == pytest.approx(expected, rel=1e-13)
+    assert squared_norm([]) == 0.0
+
+
+def test_squared_norms_depend_on_no_threads_and_no_simd_level() -> None:
+    sizes, types = (0, 1, 9, 4096, 4097, 100_003), (torch.float32, torch.bfloat16, torch.float16)
+    tensors = [torch.randn(n).to(dtype) for n in sizes for dtype in types]
+    tensors += [torch.randn(70, 50).t(), torch.randn(33, dtype=torch.complex64)]
+    found = set()
+    level = _core.build_info()["simd_level"]
+    try:
+        for name in _core.build_info()["simd_levels"]:
+            _core.set_simd_level(name)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.add(squared_norm(tensors))
+    finally:
+        _core.set_simd_level(level)
+    assert len(found) == 1
+    assert _core.squared_norm(tensors, 1)[1] == []  # all of them natively
+
+
+def test_squared_norms_of_what_is_not_dense() -> None:
+    tensor = torch.arange(12.0).reshape(3, 4)[:, ::2]
+    assert squared_norm([tensor, torch.ones(2)]) == float(tensor.square().sum()) + 2.0
+    assert len(_core.squared_norm([tensor, torch.ones(2)], 1)[1]) == 1
+
+
+def test_squared_norms_do_not_overflow_their_type() -> None:
+    assert squared_norm([torch.full((4,), 3e30)]) == pytest.approx(3.6e61, rel=1e-6)
+    assert squared_norm([torch.full((1 << 16,), 300.0, dtype=torch.float16)]) == 300.0**2 * (1 << 16)
+
+
+# -- growth --------------------------------------------------------------------------------------------
+
+
+class Told(GradientNoiseScale):
+    """A noise scale that is told what it is."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(1)])
+
+    def tell(self, scale: float) -> None:
+        self.observations += 1
+        self._gradient, self._noise, self._weight = 1.0, scale, 1.0
+
+
+def grow(scales: list[float], **options: Any) -> tuple[AdaptiveGrowth, GrowingLoader, list[int]]:
+    plan = BatchPlan.from_phases([(0, 4)], dataset_size=400, epochs=10, lr=0.1)
+    loader = GrowingLoader(torch.arange(400), plan, 4, seed_samples=False)
+    noise = Told()
+    growth = AdaptiveGrowth(noise, loader, **{"max_batch_size": 16, "patience": 3, **options})
+    sizes = []
+    told = iter(scales)
+    for batch in loader:
+        if batch.ends_update:
+            scale = next(told, None)
+            if scale is None:
+                break
+            sizes.append(batch.global_batch)
+            noise.tell(scale)
+            growth.update(batch)
+    return growth, loader, sizes
+
+
+def test_growth_needs_patience_and_margin() -> None:
+    growth, _, _ = grow([8.0, 8.0, 7.9, 8.0, 8.0, 8.0, 8.0])
+    assert [(entry.before, entry.after, entry.sample) for entry in growth.log] == [(4, 8, 20)]
+    growth, _, _ = grow([8.0] * 9, margin=1.5)
+    assert growth.log == []
+    growth, _, _ = grow([12.0] * 9, margin=1.5)
+    assert growth.batch_size == 8
+
+
+def test_growth_is_capped_and_never_shrinks() -> None:
+    growth, _, _ = grow([1e6] * 30 + [0.1] * 30)
+    assert [entry.after for entry in growth.log] == [8, 16]
+    assert growth.batch_size == 16
+
+
+def test_growth_is_advice_unless_applied(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastlr"):
+        growth, loader, sizes = grow([1e6] * 12)
+    assert sizes == [4] * 12
+    assert loader.plan.batch_sizes == (4,)
+    assert growth.batch_size == 16
+    assert caplog.messages[0].endswith("the batch should grow from 4 to 8")
+    growth, loader, sizes = grow([1e6] * 12, apply=True)
+    assert sizes == [4] * 3 + [8] * 3 + [16] * 6
+    assert loader.plan.batch_sizes == (4, 8, 16)
+
+
+def test_growth_is_saved() -> None:
+    growth, loader, _ = grow([1e6] * 5)
+    other = AdaptiveGrowth(Told(), loader, max_batch_size=16, patience=3)
+    other.load_state_dict(growth.state_dict())
+    assert (other.batch_size, other.log, other._above) == (growth.batch_size, growth.log, growth._above)
+
+
+LOADER = GrowingLoader(
+    torch.arange(40), BatchPlan.from_phases([(0, 4)], dataset_size=40, epochs=1, lr=0.1), 4
+)
+BAD = {
+    "no parameters": (lambda: GradientNoiseScale([]), "at least one parameter"),
+    "decay": (lambda: GradientNoiseScale([torch.zeros(1)], decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+    "attach": (
+        lambda: Told().attach(torch.nn.Linear(1, 1)), "must be a DistributedDataParallel, got 'Linear'"),
+    "max": (
+        lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=2),
+        "max_batch_size must be >= the present batch size, 4, got 2"),
+    "more than there is": (
+        lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=64), "must be <= the data set's 40 .* got 64"),
+    "factor": (lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=8, factor=1), "factor must be .* >= 2"),
+    "patience": (lambda: AdaptiveGrowth(Told(), LOADER, max_batch_size=8, patience=0), "patience must be"),
+    "noise": (lambda: AdaptiveGrowth(3.0, LOADER, max_batch_size=8), "noise must be a GradientNoiseScale"),
+    "loader": (lambda: AdaptiveGrowth(Told(), [], max_batch_size=8), "loader must be a GrowingLoader"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_it_measures_beside_a_fused_optimizer() -> None:
+    plan = BatchPlan.from_phases([(0, 16)], dataset_size=320, epochs=2, lr=0.01)
+    model = torch.nn.Linear(D, 1, dtype=torch.float64)
+    opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr)
+    noise = GradientNoiseScale(model.parameters())
+    loader = GrowingLoader(Regression(320), plan, 4, seed_samples=False, collate_fn=as_it_is).bind(opt)
+    for batch in loader:
+        ((model(batch.data[0]).squeeze(1) - batch.data[1]).square().mean() * batch.weight).backward()
+        noise.observe(batch)
+        if batch.ends_update:
+            opt.step()
+            opt.zero_grad()
+    assert noise.observations == 40
+    assert noise.scale > 0.0
