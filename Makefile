@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What `make test` installs besides fastlr; `TEST_EXTRAS=test,frameworks` adds Lightning and transformers.
-TEST_EXTRAS ?= test
+# What `make test` and `make lint` install besides fastlr; `EXTRAS=test,lint,frameworks` adds Lightning and
+# transformers.
+EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
@@ -21,10 +22,10 @@ $(VENV)/installed-%: $(BIN)/python $(SOURCES)
 demo: $(VENV)/installed-demo
 	$(BIN)/fastlr demo
 
-test: $(VENV)/installed-$(TEST_EXTRAS)
+test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest
 
-lint: $(VENV)/installed-test,lint
+lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
