@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import fastlr
-from fastlr import AdaptiveGrowth, BatchPlan, GradientNoiseScale, GrowingLoader
-from fastlr import _core
+from fastlr import AdaptiveGrowth, BatchPlan, GradientNoiseScale, GrowingLoader, _core
 from fastlr.batch_growth.noise_scale import squared_norm
 
 D = 64

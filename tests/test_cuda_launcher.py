@@ -589,6 +589,35 @@ def test_a_checkpoint_comes_back(cuda: ModuleType):
     assert first.sync() == second.sync() == (10, 0)
 
 
+@pytest.mark.parametrize("skipped", [1, 3], ids=["warm", "never-applied"])
+def test_a_range_test_leaves_the_devices_as_they_were(cuda: ModuleType, skipped: int):
+    def run(with_range_test: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = fastlr.FusedCyclicSGD(model.parameters(), **CYCLE, momentum=0.9, dampening=0.5)
+        batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(8)]
+
+        def fit(found: list[float]) -> None:
+            for (x, y), inf in zip(batches, found, strict=False):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.found_inf = torch.tensor(inf)
+                optimizer.step()
+
+        fit([1.0] * skipped + [0.0] * (3 - skipped))
+        del optimizer.found_inf
+        optimizer.zero_grad()
+        if with_range_test:
+            fastlr.range_test(
+                model, optimizer, torch.nn.functional.cross_entropy, batches, num_steps=20, progress=False
+            )
+        fit([0.0] * 6)
+        assert optimizer.sync().updates == 3 - skipped + 6
+        return [p.detach() for p in model.parameters()]
+
+    assert_same(run(False), run(True))
+
+
 def test_host_and_devices_in_one_optimizer(cuda: ModuleType):
     """The first parameters are updated by the CPU's kernels, the others by CUDA's."""
     ours, theirs = twins([(9,), (5,)])

@@ -177,6 +177,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._last_step_skipped = skipped
         return self.clock()
 
+    def keep_devices(self) -> Callable[[], None]:
+        """For code that puts ``param_groups`` and ``state`` back as they were: what to call afterwards.
+
+        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well.
+        """
+        self.sync()
+        empty = self._plan.uninitialized()
+
+        def put_back() -> None:
+            self._plan.loaded(empty)
+            self._plan.push(self.param_groups)
+
+        return put_back
+
     def advance_samples(self, samples: int) -> None:
         """Moves the samples clock, after a step, by the samples that the step consumed.
 

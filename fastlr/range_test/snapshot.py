@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastlr.optim import FusedOptimizer
+
 Undo: TypeAlias = Callable[[], object]
 Backup: TypeAlias = Literal["device", "host", "file"] | os.PathLike[str]
 
@@ -54,6 +56,9 @@ class Snapshot:
         self._values: list[torch.Tensor] | None = None
         self._backup = backup
         self._file: Path | None = None
+        if isinstance(optimizer, FusedOptimizer):
+            # First, and so put back last: what the optimizer has told its devices follows the rest.
+            self._undo.append(optimizer.keep_devices())
         for module in model.modules():
             self._keep_module(module)
         self._keep_object(optimizer)
