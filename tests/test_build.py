@@ -84,6 +84,18 @@ def test_finds_cuda_where_there_is_an_nvcc(tmp_path: Path):
     assert said.endswith("rc=0")
 
 
+@pytest.mark.parametrize(
+    ("options", "library"),
+    [((), "-lcudart_static"), (("-DCMAKE_CUDA_RUNTIME_LIBRARY=Shared",), "-lcudart")],
+    ids=["static", "shared"],
+)
+def test_cuda_runtime_is_linked_as_chosen(tmp_path: Path, options: tuple[str, ...], library: str):
+    toolchain.tool("nvcc")
+    done = toolchain.configure(tmp_path, "-G", "Ninja", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"-lcudart\w*", (tmp_path / "build.ninja").read_text()) == [library]
+
+
 def test_refuses_an_unknown_choice(tmp_path: Path):
     assert "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes" in configured(tmp_path, "sometimes")
 

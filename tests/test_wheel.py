@@ -72,6 +72,15 @@ def test_extension_links_to_no_torch_openmp_or_python(extension: Path):
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+def test_extension_shows_no_cuda_to_the_process(extension: Path):
+    """Its CUDA runtime is linked statically, beside PyTorch's own; neither may find the other's functions."""
+    listed = toolchain.run_or_fail(toolchain.tool("nm"), "-D", "--defined-only", extension)
+    names = [line.split()[-1] for line in listed.splitlines()]
+    assert "PyInit__core" in names
+    assert not [name for name in names if re.match("_*cu(da)?[A-Z_]|__cuda|__fatbin", name)]
+
+
 def test_source_distribution_can_build_the_extension(tmp_path: Path):
     if not has_build_backend():
         pytest.skip("needs scikit-build-core and pybind11")
