@@ -31,8 +31,11 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/installed-plot
+# The first two need no GPU; the last one reports nothing where there is none.
+bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
+	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
+	$(BIN)/python benchmarks/gpu_step.py --out benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist report

@@ -1,7 +1,6 @@
 """How long is a whole optimizer step, schedule included, beside torch.optim.SGD with CyclicLR?
 
-All contenders are stepped in turn, round after round in one run, so that a change of the machine's
-speed meets all of them alike. Reported are medians, and medians of the ratios within a round. "warm"
+All contenders are stepped in turn; reported are medians, and medians of the ratios within a round. "warm"
 keeps the gradients, and a turn of a small set is one step to warm the caches and three timed ones;
 "fresh" re-creates the gradients before each timed step, as a training loop does.
 
@@ -22,11 +21,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import PARAMETER_SETS
+from rounds import in_turn, summary
 
 import fastlr
 
@@ -41,15 +42,20 @@ def make_fastlr(parameters: list[torch.nn.Parameter]) -> Step:
     return fastlr.FusedCyclicSGD(parameters, **CYCLE, **SGD).step
 
 
-def make_torch(parameters: list[torch.nn.Parameter], options: dict[str, bool]) -> Step:
-    optimizer = torch.optim.SGD(parameters, lr=1e-4, **SGD, **options)
+def cycled(optimizer: torch.optim.Optimizer, capture: Callable[[Step], Step] | None = None) -> Step:
+    """A step and its schedule's. capture: makes the optimizer's step a replay of itself."""
     scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
+    update = optimizer.step if capture is None else capture(optimizer.step)
 
     def step() -> None:
-        optimizer.step()
+        update()
         scheduler.step()
 
     return step
+
+
+def make_torch(parameters: list[torch.nn.Parameter], options: dict[str, bool]) -> Step:
+    return cycled(torch.optim.SGD(parameters, lr=CYCLE["base_lr"], **SGD, **options))
 
 
 def make_traffic(elements: int, threads: int, folder: Path) -> Step:
@@ -98,32 +104,19 @@ def measure(
     if elements >= LARGE:
         steps["traffic"] = make_traffic(elements, threads, folder)
 
-    times: dict[str, list[float]] = {contender: [] for contender in steps}
-    order = list(steps)
     repeats = 4 if gradients == "warm" and elements < LARGE else 1
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 12 or time.perf_counter() < deadline:
-        order = order[1:] + order[:1]
-        for contender in order:
-            if gradients == "fresh":
-                renew_gradients(models.get(contender, []))
-            turn = []
-            for _ in range(repeats):
-                begin = time.perf_counter()
-                steps[contender]()
-                turn.append(time.perf_counter() - begin)
-            times[contender].append(statistics.median(turn[repeats > 1 :]))
-        rounds += 1
-    counted = {contender: values[2:] for contender, values in times.items()}  # two rounds allocate state
-    return {
-        contender: {
-            "us": statistics.median(values) * 1e6,
-            "ratio": statistics.median(v / f for v, f in zip(values, counted["fastlr"], strict=True)),
-            "rounds": len(values),
-        }
-        for contender, values in counted.items()
-    }
+
+    def turn(contender: str) -> float:
+        if gradients == "fresh":
+            renew_gradients(models.get(contender, []))
+        durations = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            steps[contender]()
+            durations.append(time.perf_counter() - begin)
+        return statistics.median(durations[repeats > 1 :])
+
+    return summary(in_turn({contender: partial(turn, contender) for contender in steps}, seconds))
 
 
 def processor() -> str:

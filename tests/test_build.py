@@ -84,6 +84,28 @@ def test_finds_cuda_where_there_is_an_nvcc(tmp_path: Path):
     assert said.endswith("rc=0")
 
 
+@pytest.mark.parametrize(
+    ("options", "library"),
+    [((), "-lcudart_static"), (("-DCMAKE_CUDA_RUNTIME_LIBRARY=Shared",), "-lcudart")],
+    ids=["static", "shared"],
+)
+def test_cuda_runtime_is_linked_as_chosen(tmp_path: Path, options: tuple[str, ...], library: str):
+    toolchain.tool("nvcc")
+    done = toolchain.configure(tmp_path, "-G", "Ninja", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"-lcudart\w*", (tmp_path / "build.ninja").read_text()) == [library]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
+@pytest.mark.skipif(not _core.build_info()["cuda"], reason="this build has no CUDA kernels")
+def test_the_extension_shows_no_cuda_to_the_process():
+    """Its CUDA runtime is linked statically, beside PyTorch's own; neither may find the other's functions."""
+    listed = toolchain.run_or_fail(toolchain.tool("nm"), "-D", "--defined-only", _core.__file__)
+    names = [line.split()[-1] for line in listed.splitlines()]
+    assert "PyInit__core" in names
+    assert not [name for name in names if re.match("_*cu(da)?[A-Z_]|__cuda|__fatbin", name)]
+
+
 def test_refuses_an_unknown_choice(tmp_path: Path):
     assert "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes" in configured(tmp_path, "sometimes")
 

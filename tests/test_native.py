@@ -1,4 +1,4 @@
-"""The native code without Python around it: under sanitizers, and its shared headers through nvcc."""
+"""The native code without Python around it, under sanitizers."""
 
 from __future__ import annotations
 
@@ -86,16 +86,3 @@ def test_address_and_undefined_behaviour_sanitizers(address_driver: Path, level:
 
 def test_thread_sanitizer(thread_driver: Path):
     check(thread_driver, "baseline", "std")
-
-
-def test_nvcc_accepts_what_both_backends_share(tmp_path: Path):
-    nvcc = toolchain.tool("nvcc")
-    version = toolchain.run_or_fail(nvcc, "--list-gpu-code").split()
-    wanted = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 90) if f"sm_{n}" in version]
-    assert wanted, f"nvcc knows neither sm_75 nor sm_90 but {version}"
-    toolchain.run_or_fail(
-        nvcc,
-        *("-std=c++17", "-Werror", "all-warnings", "-fmad=false", f"-I{toolchain.CSRC}"),
-        *wanted,
-        *("-c", toolchain.NATIVE / "headers.cu", "-o", tmp_path / "headers.o"),
-    )

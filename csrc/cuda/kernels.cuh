@@ -17,6 +17,11 @@ namespace fastlr {
 
 constexpr int kThreads = 256;
 
+// Blocks that must fit on a multiprocessor, which leaves 80 registers to a thread. Left to itself
+// the compiler stops at 64 and spills: evaluating a schedule, as the last block does, takes more.
+// 768 threads with three 16-byte loads each still have 36 KiB under way.
+constexpr int kResidentBlocks = 3;
+
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
 // graph keeps them. Arguments may take 4,096 bytes, from CUDA 12.1 on (toolkit and driver) 32,764.
@@ -59,12 +64,16 @@ __device__ inline Amp read_amp(const float* found_inf, const float* grad_scale) 
 template <typename P, typename M>
 constexpr int kVector = 16 / (sizeof(P) < sizeof(M) ? sizeof(P) : sizeof(M));
 
+// NOTE: [vector accesses]
+// The addresses of tensors are read from tables, where nothing says that they are global memory,
+// and the compiler may split a store of 16 bytes. Hence __ldca and __stwb: they are global, whole,
+// and cached as plain accesses are.
 template <typename T, int kCount>
 __device__ inline void load_vector(T (&to)[kCount], const T* from) {
   uint4 raw[sizeof to / sizeof(uint4)];
 #pragma unroll
   for (size_t i = 0; i < sizeof to / sizeof(uint4); ++i) {
-    raw[i] = reinterpret_cast<const uint4*>(from)[i];
+    raw[i] = __ldca(reinterpret_cast<const uint4*>(from) + i);
   }
   memcpy(to, raw, sizeof to);
 }
@@ -74,7 +83,9 @@ __device__ inline void store_vector(T* to, const T (&from)[kCount]) {
   uint4 raw[sizeof from / sizeof(uint4)];
   memcpy(raw, from, sizeof from);
 #pragma unroll
-  for (size_t i = 0; i < sizeof from / sizeof(uint4); ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+  for (size_t i = 0; i < sizeof from / sizeof(uint4); ++i) {
+    __stwb(reinterpret_cast<uint4*>(to) + i, raw[i]);
+  }
 }
 
 // Elements before the first 16-byte boundary.
@@ -206,7 +217,7 @@ __device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& a
 }
 
 template <typename P, typename M, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);

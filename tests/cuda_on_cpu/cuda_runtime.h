@@ -50,6 +50,8 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+inline uint4 __ldca(const uint4* from) { return *from; }
+inline void __stwb(uint4* to, uint4 value) { *to = value; }
 struct alignas(16) float4 {
   float x, y, z, w;
 };

@@ -1,0 +1,239 @@
+"""What did the compiler make of the CUDA kernels? Registers, memory traffic, launches a step; no GPU needed.
+
+    python benchmarks/cuda_static.py [--library PATH] [--out benchmarks/results]
+
+Reads the machine code of an installed fastlr, or of any other library or object, with cuobjdump and
+nvdisasm: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`, or a CUDA toolkit's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from models import gpt2_small, resnet50
+
+ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+REGISTERS = 65_536  # of a multiprocessor, in every architecture from 7.5 to 12.0
+THREADS = 256  # of a block
+
+
+class Kernel(NamedTuple):
+    """clock_kernel, or a step_kernel and what it is an instance for."""
+
+    name: str
+    param: str = ""
+    momentum: str = ""
+    strided: bool = False
+    capacity: int = 0  # tensors that a launch takes
+
+    def bytes_per_element(self, has_momentum: bool) -> int:
+        """Reads parameter, gradient and momentum, writes parameter and momentum."""
+        return 3 * ITEMSIZE[self.param] + (2 * ITEMSIZE[self.momentum] if has_momentum else 0)
+
+
+class Resources(NamedTuple):
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    local: int
+
+    def resident_blocks(self) -> int:
+        """Blocks for which a multiprocessor has registers, which it hands out by eights."""
+        return REGISTERS // (THREADS * -(-self.registers // 8) * 8)
+
+
+class Instruction(NamedTuple):
+    labels: tuple[str, ...]  # that stand before it
+    predicate: str  # "@P0", "@!UP1" or ""
+    opcode: str
+    operands: str
+
+
+# -- the tools -----------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    """A program of CUDA's: from the package of its name, on PATH, or None."""
+    try:
+        files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    packaged = (str(file.locate()) for file in files if file.stem == name)
+    return next(packaged, None) or shutil.which(name)
+
+
+def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> str:
+    tool = find_tool(name)
+    if tool is None:
+        raise FileNotFoundError(f"{name} is needed: pip install nvidia-cuda-{name}")
+    command = [tool, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+# -- what they say -------------------------------------------------------------------------------
+
+
+def kernel_of(symbol: str) -> Kernel:
+    """The kernel that a mangled name means.
+
+    >>> kernel_of("_ZN6fastlr11step_kernelINS_8BFloat16ES1_Lb0ELi480EEEvNS_13StepArgumentsIXT2_EEE")
+    Kernel(name='step_kernel', param='bfloat16', momentum='bfloat16', strided=False, capacity=480)
+    """
+    types = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+    one = "|".join(types)
+    if found := re.match(rf"_ZN6fastlr11step_kernelI({one})({one}|S1_)Lb([01])ELi(\d+)EEEv", symbol):
+        param, momentum, strided, capacity = found.groups()
+        types["S1_"] = types[param]  # "the same again"
+        return Kernel("step_kernel", types[param], types[momentum], strided == "1", int(capacity))
+    if re.match(r"_ZN6fastlr\S*12clock_kernelE", symbol):
+        return Kernel("clock_kernel")
+    raise ValueError(f"unknown kernel {symbol}")
+
+
+def read_resources(library: Path) -> dict[str, dict[Kernel, Resources]]:
+    """What each kernel takes, by architecture ("sm_90")."""
+    found: dict[str, dict[Kernel, Resources]] = {}
+    architecture = symbol = ""
+    for line in run_tool("cuobjdump", "-res-usage", library).splitlines():
+        if header := re.match(r"arch = (sm_\w+)", line):
+            architecture = header[1]
+        elif function := re.match(r"\s*Function (\S+):", line):
+            symbol = function[1]
+        elif usage := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            numbers = Resources(*map(int, usage.groups()))
+            found.setdefault(architecture, {})[kernel_of(symbol)] = numbers
+    return found
+
+
+def disassemble(library: Path) -> dict[str, dict[Kernel, list[Instruction]]]:
+    """Each kernel's instructions, by architecture; functions that it calls come at its end."""
+    found: dict[str, dict[Kernel, list[Instruction]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run_tool("cuobjdump", "-xelf", "all", library.resolve(), cwd=Path(folder))
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            architecture = re.search(r"\.(sm_\w+)\.cubin$", cubin.name)
+            assert architecture is not None, cubin
+            kernels = parse_disassembly(run_tool("nvdisasm", "-c", cubin))
+            found.setdefault(architecture[1], {}).update(kernels)
+    return found
+
+
+def parse_disassembly(text: str) -> dict[Kernel, list[Instruction]]:
+    kernels: dict[Kernel, list[Instruction]] = {}
+    code: list[Instruction] = []
+    labels: list[str] = []
+    for line in text.splitlines():
+        if section := re.match(r"//-+ \.text\.(\S+) -", line):
+            code = kernels[kernel_of(section[1])] = []
+        elif label := re.match(r"(\S+):$", line):
+            labels.append(label[1])
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;$", line):
+            code.append(Instruction(tuple(labels), found[1] or "", found[2], found[3]))
+            labels = []
+    return kernels
+
+
+def vector_accesses(code: list[Instruction]) -> tuple[int, int]:
+    """128-bit loads from and stores to global memory; not those of what never changes, the schedules."""
+    loads = sum(bool(re.match(r"LDG\.E\..*\b128\b(?!.*CONSTANT)", i.opcode)) for i in code)
+    stores = sum(bool(re.match(r"STG\.E\..*\b128\b", i.opcode)) for i in code)
+    return loads, stores
+
+
+# -- the tables ----------------------------------------------------------------------------------
+
+
+def launches(tensors: int, capacity: int) -> int:
+    """Of a step on tensors of one storage type."""
+    return -(-tensors // capacity)
+
+
+def markdown(heads: list[str], rows: list[list[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def report(
+    resources: dict[str, dict[Kernel, Resources]], disassembly: dict[str, dict[Kernel, list[Instruction]]]
+) -> str:
+    """What :func:`read_resources` and :func:`disassemble` found, as tables."""
+    architectures = sorted(resources, key=lambda name: int(name.removeprefix("sm_")))
+    kernels = sorted(resources[architectures[0]])
+    steps = [kernel for kernel in kernels if kernel.name == "step_kernel"]
+
+    rows: list[list[object]] = []
+    for kernel in kernels:
+        traffic: list[object] = ["", "", ""]
+        if kernel in steps:
+            vectors = {vector_accesses(disassembly[a][kernel]) for a in architectures}
+            texts = [f"{loads} + {stores}" for loads, stores in sorted(vectors)]
+            traffic = [kernel.bytes_per_element(True), kernel.bytes_per_element(False), ", ".join(texts)]
+        layout = "strided" if kernel.strided else "dense"
+        what: list[object] = [kernel.param, kernel.momentum, layout, f"{kernel.capacity:,}"]
+        if kernel not in steps:
+            what = ["clock", "", "", ""]
+        rows.append([*what, *traffic, *(resources[a][kernel].registers for a in architectures)])
+    heads = ["parameter", "momentum", "layout", "tensors a launch"]
+    heads += ["bytes an element", "without momentum", "128-bit loads + stores", *architectures]
+
+    capacities = sorted({kernel.capacity for kernel in steps})
+    counts = {
+        f"{n:,} ({name})": n
+        for name, n in (("GPT-2 small", len(gpt2_small())), ("ResNet-50", len(resnet50())))
+    }
+    counts |= {"1,000": 1000, "5,000": 5000}
+    of_counts: list[list[object]] = [
+        [name, *(launches(tensors, capacity) for capacity in capacities)] for name, tensors in counts.items()
+    ]
+    used = [resources[a][kernel] for a in architectures for kernel in steps]
+    return f"""# What the compiler made of the CUDA kernels
+
+From the machine code for {", ".join(architectures)}; no GPU was needed, and nothing here is a timing.
+
+## Registers of a thread, and bytes that an element moves
+
+{markdown(heads, rows)}
+
+An element's parameter, gradient and momentum are read, its parameter and momentum written.
+No step kernel takes more than {max(r.registers for r in used)} registers, so that at least \
+{min(r.resident_blocks() for r in used)} blocks of {THREADS} threads fit on a
+multiprocessor; stack and local memory of all of them together: {sum(r.stack + r.local for r in used)} bytes.
+
+## Launches of a step, all tensors of one storage type
+
+{markdown(["tensors", *(f"{c:,} a launch" for c in capacities)], of_counts)}
+
+More than {capacities[0]} tensors a launch need CUDA 12.1, toolkit and driver.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--library", type=Path, help="default: the installed fastlr's")
+    parser.add_argument("--out", type=Path, help="folder for cuda_static.md")
+    arguments = parser.parse_args()
+
+    library = arguments.library
+    if library is None:
+        import fastlr
+
+        info = fastlr.build_info()
+        if not info["cuda"]:
+            print(f"This fastlr has no CUDA kernels: {info['cuda_status']}")
+            return
+        library = Path(fastlr._core.__file__)
+    text = report(read_resources(library), disassemble(library))
+    print(text, end="")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "cuda_static.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

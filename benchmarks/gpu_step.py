@@ -1,0 +1,228 @@
+"""How long is a whole optimizer step on a GPU, schedule included, beside torch.optim.SGD and apex?
+
+Each turn is a number of steps between two CUDA events. Where a step's launches take longer than its
+kernels, that is the time of the host; both are reported, so that it shows. "graph": a step captured once
+and replayed; torch then needs its learning rate in a tensor, which CyclicLR fills between replays.
+
+For the large sets the same rounds time a copy from device to device that moves as many bytes as the step.
+
+    python benchmarks/gpu_step.py [--sets NAME ...] [--seconds 6] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from cuda_static import Kernel
+from models import PARAMETER_SETS, Shape
+from rounds import in_turn, summary
+from step import CYCLE, LARGE, SGD, TORCH, Step, cycled, make_fastlr, make_torch
+
+import fastlr
+
+BYTES = Kernel("step_kernel", "float32", "float32").bytes_per_element(has_momentum=True)
+COPY = "copy"
+
+
+class Turn(NamedTuple):
+    """Seconds a step."""
+
+    device: float  # between its beginning and its end on the device
+    host: float  # until it was launched
+
+
+class Device(Protocol):
+    """What a measurement asks of the device; tests have one without a GPU."""
+
+    device: torch.device
+
+    def time(self, step: Step, repeats: int) -> Turn: ...
+
+    def capture(self, step: Step) -> Step:
+        """Steps a few times, and returns what replays a step."""
+        ...
+
+
+class Gpu:
+    """PyTorch's current CUDA device."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._begin = torch.cuda.Event(enable_timing=True)
+        self._end = torch.cuda.Event(enable_timing=True)
+
+    def time(self, step: Step, repeats: int) -> Turn:
+        torch.cuda.synchronize()
+        self._begin.record()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        host = time.perf_counter() - begin
+        self._end.record()
+        self._end.synchronize()
+        milliseconds = self._begin.elapsed_time(self._end)
+        return Turn(milliseconds * 1e-3 / repeats, host / repeats)
+
+    def capture(self, step: Step) -> Step:
+        # As the documentation of PyTorch's CUDA graphs has it: first on a side stream, then captured.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+
+        def replay(keep: Step = step) -> None:  # the optimizer, whose memory the graph refers to
+            graph.replay()
+
+        return replay
+
+
+# -- contenders ----------------------------------------------------------------------------------
+
+
+def capture_torch(device: Device, parameters: list[torch.nn.Parameter]) -> Step:
+    rate = torch.tensor(CYCLE["base_lr"], dtype=torch.float32, device=device.device)
+    return cycled(torch.optim.SGD(parameters, lr=rate, fused=True, **SGD), device.capture)
+
+
+def find_apex() -> type[torch.optim.Optimizer] | None:
+    """None where apex or its CUDA extension is missing."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedSGD
+    except ImportError:
+        return None
+    return FusedSGD
+
+
+def make_copy(device: torch.device, elements: int) -> Step:
+    """Moves as many bytes as a step on so many float32: half of them read, half written."""
+    source = torch.zeros(elements * BYTES // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def step() -> None:
+        target.copy_(source)
+
+    return step
+
+
+def make_contenders(device: Device, shapes: list[Shape]) -> dict[str, Step]:
+    gradients = [torch.randn(shape, device=device.device) for shape in shapes]  # which nobody writes
+
+    def model() -> list[torch.nn.Parameter]:
+        parameters = [torch.nn.Parameter(torch.randn(shape, device=device.device)) for shape in shapes]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
+        return parameters
+
+    steps = {
+        "fastlr": make_fastlr(model()),
+        "fastlr, graph": device.capture(make_fastlr(model())),
+        "torch fused": make_torch(model(), TORCH["fused"]),
+        "torch foreach": make_torch(model(), TORCH["foreach"]),
+        "torch fused, graph": capture_torch(device, model()),
+    }
+    if (apex := find_apex()) is not None:
+        steps["apex"] = cycled(apex(model(), lr=CYCLE["base_lr"], **SGD))
+    elements = sum(math.prod(shape) for shape in shapes)
+    if elements >= LARGE:
+        steps[COPY] = make_copy(device.device, elements)
+    return steps
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def measure(
+    device: Device, shapes: list[Shape], seconds: float, fewest: int = 12
+) -> dict[str, dict[str, float]]:
+    """Of each contender: median microseconds, those of the host, the median ratio to fastlr within a round,
+    and gigabytes a second."""
+    steps = make_contenders(device, shapes)
+    elements = sum(math.prod(shape) for shape in shapes)
+    repeats = 5 if elements >= LARGE else 20
+    turns: dict[str, Callable[[], Turn]] = {
+        name: partial(device.time, step, repeats) for name, step in steps.items()
+    }
+    measured = in_turn(turns, seconds, fewest)
+    results = summary({name: [turn.device for turn in found] for name, found in measured.items()})
+    of_host = summary({name: [turn.host for turn in found] for name, found in measured.items()})
+    for name, result in results.items():
+        result["host_us"] = of_host[name]["us"]
+        result["gb_per_s"] = BYTES * elements / (result["us"] * 1e3)
+    return results
+
+
+def print_set(name: str, shapes: list[Shape], results: dict[str, dict[str, float]]) -> None:
+    elements = sum(math.prod(shape) for shape in shapes)
+    print(f"\n{name}: {len(shapes):,} tensors, {elements:,} elements")
+    print(f"  {'':20} {'us a step':>11} {'of the host':>11} {'fastlr x':>9} {'GB/s':>9}")
+    for contender, r in results.items():
+        row = f"{r['us']:11,.1f} {r['host_us']:11,.1f} {r['ratio']:8.2f}x {r['gb_per_s']:9,.1f}"
+        print(f"  {contender:20} {row}", flush=True)
+    if COPY in results:
+        print(f"  fastlr has {results[COPY]['ratio']:.0%} of the copy's bandwidth")
+
+
+def run(
+    device: Device, sets: dict[str, list[Shape]], seconds: float, fewest: int = 12
+) -> list[dict[str, Any]]:
+    """Measures and prints each set; one that does not fit into the device's memory is left out."""
+    found: list[dict[str, Any]] = []
+    for name, shapes in sets.items():
+        try:
+            results = measure(device, shapes, seconds, fewest)
+        except torch.OutOfMemoryError:
+            print(f"\n{name}: does not fit into the device's memory")
+            continue
+        finally:
+            gc.collect()  # optimizers and schedulers refer to each other
+        print_set(name, shapes, results)
+        found.append({"set": name, "times": results})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sets", nargs="+", default=list(PARAMETER_SETS), choices=list(PARAMETER_SETS))
+    parser.add_argument("--seconds", type=float, default=6.0, help="per set, at least 12 rounds")
+    parser.add_argument("--out", type=Path, help="folder for gpu_step.json")
+    arguments = parser.parse_args()
+
+    if not torch.cuda.is_available():
+        print("PyTorch finds no GPU here, so no GPU number is reported.")
+        return
+    info = fastlr.build_info()
+    if not info["cuda"]:
+        sys.exit(f"This fastlr has no CUDA kernels: {info['cuda_status']}")
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "fastlr": fastlr.__version__,
+        "fastlr_cuda": info["cuda_status"],
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    results = run(Gpu(), {name: PARAMETER_SETS[name] for name in arguments.sets}, arguments.seconds)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        report = {**machine, "results": results}
+        (arguments.out / "gpu_step.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

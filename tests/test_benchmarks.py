@@ -1,0 +1,178 @@
+"""The benchmarks' own logic, on tiny sets; that of the GPU with a stand-in for the device."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from native import toolchain
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script or module of benchmarks/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(toolchain.ROOT / "benchmarks")
+        yield importlib.import_module
+
+
+# -- rounds --------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns(load: Callable[[str], ModuleType]):
+    order: list[str] = []
+
+    def turn(name: str) -> Callable[[], int]:
+        def run() -> int:
+            order.append(name)
+            return len(order)
+
+        return run
+
+    measured = load("rounds").in_turn({name: turn(name) for name in "abc"}, seconds=0.0, fewest=4)
+    assert "".join(order) == "bcacababcbca"
+    assert measured == {"a": [7, 12], "b": [8, 10], "c": [9, 11]}
+
+
+def test_summary_compares_within_a_round(load: Callable[[str], ModuleType]):
+    found = load("rounds").summary({"fastlr": [1e-6, 2e-6, 4e-6], "other": [3e-6, 2e-6, 8e-6]})
+    assert found["fastlr"] == pytest.approx({"us": 2.0, "ratio": 1.0, "rounds": 3})
+    assert found["other"] == pytest.approx({"us": 3.0, "ratio": 2.0, "rounds": 3})
+
+
+# -- the step on the CPU -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", ["warm", "fresh"])
+def test_step_is_measured(load: Callable[[str], ModuleType], gradients: str, monkeypatch, tmp_path):
+    script = load("step")
+    monkeypatch.setitem(script.PARAMETER_SETS, "tiny", [(3, 2), (5,)])
+    times = script.measure("tiny", 1, gradients, 0.0, tmp_path)
+    assert set(times) == {"fastlr", "fused", "foreach", "for-loop"}
+    assert times["fastlr"]["ratio"] == 1.0
+    assert all(found["us"] > 0 and found["rounds"] == 10 for found in times.values())
+
+
+# -- the step on a GPU ---------------------------------------------------------------------------
+
+
+class Host:
+    """Stands in for a GPU: no events and no graphs, a captured step is run anew."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, turn: Callable[..., object]) -> None:
+        self._turn = turn
+        self.repeats: list[int] = []
+        self.captured = 0
+
+    def time(self, step: Callable[[], object], repeats: int) -> object:
+        self.repeats.append(repeats)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        seconds = (time.perf_counter() - begin) / repeats
+        return self._turn(device=seconds, host=seconds / 2)
+
+    def capture(self, step: Callable[[], object]) -> Callable[[], object]:
+        self.captured += 1
+        step()
+        return step
+
+
+@pytest.fixture
+def gpu_step(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("gpu_step")
+
+
+# apex runs on GPUs only; torch.optim.SGD has all that is asked of it.
+CONTENDERS = ("fastlr", "fastlr, graph", "torch fused", "torch foreach", "torch fused, graph", "apex")
+
+
+def test_gpu_benchmark_measures_every_contender(gpu_step: ModuleType, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_step, "LARGE", 1000)
+    monkeypatch.setattr(gpu_step, "find_apex", lambda: torch.optim.SGD)
+    host = Host(gpu_step.Turn)
+    sets = {"small": [(3, 2), (5,), ()], "large": [(40, 50)]}
+    small, large = gpu_step.run(host, sets, seconds=0.0, fewest=4)
+    assert (small["set"], large["set"]) == ("small", "large")
+    assert tuple(small["times"]) == CONTENDERS
+    assert tuple(large["times"]) == (*CONTENDERS, "copy")
+    assert set(host.repeats) == {5, 20}
+    assert host.captured == 4
+    for found, elements in ((small, 12), (large, 2000)):
+        for times in found["times"].values():
+            assert times["rounds"] == 2
+            assert times["host_us"] == pytest.approx(times["us"] / 2)
+            assert times["gb_per_s"] == pytest.approx(20 * elements / times["us"] / 1e3)
+    printed = capsys.readouterr().out
+    assert "small: 3 tensors, 12 elements" in printed
+    assert printed.count("bandwidth") == 1
+
+
+def test_every_contender_takes_the_same_steps(gpu_step: ModuleType, monkeypatch):
+    """With its schedule, captured or not."""
+    made: list[torch.nn.Parameter] = []
+    parameter = torch.nn.Parameter
+
+    class Deferred(Host):
+        def capture(self, step):  # its first step is the first replay
+            return step
+
+    def from_zero(data: torch.Tensor) -> torch.nn.Parameter:
+        made.append(parameter(torch.zeros_like(data)))
+        return made[-1]
+
+    monkeypatch.setattr(gpu_step, "find_apex", lambda: torch.optim.SGD)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn, "Parameter", from_zero)
+        steps = gpu_step.make_contenders(Deferred(gpu_step.Turn), [(7,)])
+    assert tuple(steps) == CONTENDERS
+    for _ in range(5):
+        for step in steps.values():
+            step()
+    assert len(made) == len(CONTENDERS)
+    assert all(p.abs().min() > 0 for p in made)
+    for p in made[1:]:
+        torch.testing.assert_close(p, made[0], rtol=1e-5, atol=0.0)
+
+
+def test_copy_moves_as_many_bytes_as_the_step(gpu_step: ModuleType, monkeypatch):
+    sizes = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, **options: sizes.append(size) or zeros(size, **options))
+    gpu_step.make_copy(torch.device("cpu"), 100)()
+    assert 2 * sizes[0] == 100 * (3 + 2) * 4  # p, g, m are read, p and m written
+
+
+def test_a_set_that_does_not_fit_is_left_out(gpu_step: ModuleType, monkeypatch, capsys):
+    measure = gpu_step.measure
+
+    def measure_small(device, shapes, *rest):
+        if math.prod(shapes[0]) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(device, shapes, *rest)
+
+    monkeypatch.setattr(gpu_step, "measure", measure_small)
+    found = gpu_step.run(Host(gpu_step.Turn), {"big": [(11,)], "small": [(2,)]}, 0.0, 3)
+    assert [result["set"] for result in found] == ["small"]
+    assert "big: does not fit" in capsys.readouterr().out
+
+
+def test_without_a_gpu_no_number_is_reported(gpu_step: ModuleType, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_step.py", "--out", str(tmp_path / "out")])
+    gpu_step.main()
+    assert capsys.readouterr().out == "PyTorch finds no GPU here, so no GPU number is reported.\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
+def test_gpu_benchmark_runs_on_a_gpu(gpu_step: ModuleType):
+    (found,) = gpu_step.run(gpu_step.Gpu(), {"small": [(64,)] * 10}, seconds=0.0, fewest=4)
+    assert set(found["times"]) >= set(CONTENDERS) - {"apex"}

@@ -1,0 +1,253 @@
+"""What nvcc makes of the CUDA kernels, for every architecture that is shipped: no warning, no spill, 128-bit
+accesses, and no double precision where a consumer card would pay for it in every block."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+from native import toolchain
+
+# Parameter and momentum, 16-byte loads (parameter, gradient, momentum) and stores (parameter, momentum) of
+# one round: the narrower type fills one of them, the wider then needs two.
+PAIRS = {
+    ("float32", "float32"): (3, 2),
+    ("float64", "float64"): (3, 2),
+    ("float64", "float32"): (2 + 2 + 1, 2 + 1),
+    ("bfloat16", "bfloat16"): (3, 2),
+    ("bfloat16", "float32"): (1 + 1 + 2, 1 + 2),
+    ("float16", "float16"): (3, 2),
+    ("float16", "float32"): (1 + 1 + 2, 1 + 2),
+}
+SMALL, LARGE = 480, 3900  # tensors a launch
+
+# DADD, DFMA, DMUL, DSETP, MUFU.RCP64H, and conversions such as F2F.F64.F32 and I2F.F64.S64.
+DOUBLE = re.compile(r"D(ADD|FMA|MUL|SETP|MNMX)\b|\w+\..*\b(F64|RCP64H|RSQ64H)\b")
+
+
+@pytest.fixture(scope="module")
+def cuda_static() -> Iterator[ModuleType]:
+    """benchmarks/cuda_static.py, which reads machine code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(toolchain.ROOT / "benchmarks")
+        yield importlib.import_module("cuda_static")
+
+
+class Build(NamedTuple):
+    library: Path
+    architectures: list[str]  # "sm_75"
+    messages: str
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The kernels and their launcher as CMake would compile them, with every warning an error."""
+    toolchain.tool("nvcc")
+    folder = tmp_path_factory.mktemp("cuda")
+    commands = toolchain.compile_commands(folder)
+    sources = [source for target, source in commands if target == "kernels_cuda"]
+    if not sources:
+        pytest.skip("CMake builds no CUDA kernels here")
+    strict = ("-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v")
+    messages = ""
+    for source in sources:
+        # What -v tells goes to one stream or the other, by the version of nvcc.
+        output = f"{Path(source).stem}.o"
+        done = toolchain.run(*commands["kernels_cuda", source], *strict, "-o", output, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        messages += done.stdout + done.stderr
+    toolchain.run_or_fail("g++", "-shared", *folder.glob("*.o"), "-o", folder / "kernels.so")
+    architectures = re.findall(r"\bsm_\d+\w*", " ".join(commands["kernels_cuda", sources[0]]))
+    return Build(folder / "kernels.so", architectures, messages)
+
+
+@pytest.fixture(scope="module")
+def resources(build: Build, cuda_static: ModuleType) -> dict:
+    if cuda_static.find_tool("cuobjdump") is None:
+        pytest.skip("needs cuobjdump, which the test extra brings on Linux")
+    return cuda_static.read_resources(build.library)
+
+
+@pytest.fixture(scope="module")
+def disassembly(build: Build, cuda_static: ModuleType) -> dict:
+    for name in ("cuobjdump", "nvdisasm"):
+        if cuda_static.find_tool(name) is None:
+            pytest.skip(f"needs {name}, which the test extra brings on Linux")
+    return cuda_static.disassemble(build.library)
+
+
+def expected_kernels(cuda_static: ModuleType) -> set:
+    layouts = ((False, SMALL), (False, LARGE), (True, SMALL))
+    steps = {
+        cuda_static.Kernel("step_kernel", param, momentum, strided, capacity)
+        for (param, momentum), (strided, capacity) in product(PAIRS, layouts)
+    }
+    return {cuda_static.Kernel("clock_kernel"), *steps}
+
+
+# -- registers and local memory ------------------------------------------------------------------
+
+
+def test_every_kernel_is_compiled_for_every_architecture(
+    build: Build, resources: dict, disassembly: dict, cuda_static: ModuleType
+):
+    assert len(build.architectures) >= 5
+    assert set(resources) == set(disassembly) == set(build.architectures)
+    for architecture in build.architectures:
+        assert set(resources[architecture]) == expected_kernels(cuda_static)
+        assert set(disassembly[architecture]) == expected_kernels(cuda_static)
+
+
+def test_step_kernels_spill_nothing_and_need_no_local_memory(build: Build, cuda_static: ModuleType):
+    expected = product(build.architectures, expected_kernels(cuda_static))
+    seen = set()
+    kernel, architecture = None, ""
+    for line in build.messages.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)' for '(sm_\w+)'", line):
+            kernel, architecture = cuda_static.kernel_of(entry[1]), entry[2]
+        elif "Function properties for" in line:
+            of_kernel = "_kernel" in line  # or of a function that it calls
+        elif stack := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
+        ):
+            # The clock's is not run in every block: it may use stack, though it needs none today.
+            if kernel.name == "step_kernel":
+                assert stack.groups() == ("0", "0", "0"), f"{kernel} for {architecture}: {line}"
+            if of_kernel:
+                seen.add((architecture, kernel))
+    assert seen == set(expected)
+
+
+def test_three_blocks_fit_on_a_multiprocessor(resources: dict):
+    """As kResidentBlocks in kernels.cuh asks for, which says why."""
+    for architecture, kernels in resources.items():
+        for kernel, used in kernels.items():
+            if kernel.name == "step_kernel":
+                assert used.registers <= 80, f"{kernel} for {architecture}"
+                assert used.resident_blocks() >= 3
+                assert used.stack == used.local == 0
+
+
+# -- instructions --------------------------------------------------------------------------------
+
+
+def targets(code: list) -> list[list[int]]:
+    """The places that each instruction names: of a jump, a call, or where threads join again."""
+    places = {label: k for k, instruction in enumerate(code) for label in instruction.labels}
+    return [
+        [places[label] for label in re.findall(r"\.L_x_\d+|(?<=`\()\$\S+(?=\))", i.operands)] for i in code
+    ]
+
+
+def loops_with_vector_stores(code: list) -> list[list]:
+    """The innermost stretches between a backward jump's target and the jump."""
+    spans = {
+        (to, k)
+        for k, places in enumerate(targets(code))
+        for to in places
+        if to <= k and code[k].opcode.startswith("BRA")
+    }
+    spans = {span for span in spans if any(is_vector_store(i) for i in code[span[0] : span[1] + 1])}
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [code[first : last + 1] for first, last in inner]
+
+
+def is_vector_store(instruction) -> bool:
+    return re.match(r"STG\.E\..*\b128\b", instruction.opcode) is not None
+
+
+def test_dense_kernels_move_16_bytes_at_a_time(disassembly: dict, cuda_static: ModuleType):
+    checked = 0
+    for architecture, kernels in disassembly.items():
+        for kernel, code in kernels.items():
+            if kernel.name != "step_kernel":
+                continue
+            loads, stores = cuda_static.vector_accesses(code)
+            if kernel.strided:
+                assert (loads, stores) == (0, 0)
+                continue
+            expected_loads, expected_stores = PAIRS[kernel.param, kernel.momentum]
+            where = f"{kernel} for {architecture}"
+            assert loads >= expected_loads, where
+            assert stores >= expected_stores, where
+            loops = loops_with_vector_stores(code)
+            assert loops, where
+            for loop in loops:
+                # Generic accesses (LD, ST) would look for the kind of memory first.
+                accesses = [i.opcode for i in loop if re.match(r"(LD|ST)[GL]?\.", i.opcode)]
+                narrow = [opcode for opcode in accesses if not re.match(r"(LDG|STG)\.E\..*\b128\b", opcode)]
+                assert not narrow, f"{narrow} in {where}"
+            checked += 1
+    assert checked == len(disassembly) * len(PAIRS) * 2
+
+
+def reached(starts: list[int], edges: list[list[int]]) -> set[int]:
+    found, open_ends = set(starts), list(starts)
+    while open_ends:
+        for k in edges[open_ends.pop()]:
+            if k not in found:
+                found.add(k)
+                open_ends.append(k)
+    return found
+
+
+def before_ticket(code: list) -> set[int]:
+    """The instructions that may run before a block draws its ticket, and so in every block; see NOTE: [the
+    last block] in kernels.cuh."""
+    edges = targets(code)
+    for k, instruction in enumerate(code):
+        if instruction.opcode.startswith("BRX"):
+            assert edges[k], f"nvdisasm does not tell the targets of {instruction}"
+        jumps = re.fullmatch(r"(EXIT|RET|BRX)\b.*", instruction.opcode) or (
+            instruction.opcode == "BRA" and re.fullmatch(r"`\(\S+\)", instruction.operands)
+        )
+        if (not jumps or instruction.predicate) and k + 1 < len(code):
+            edges[k].append(k + 1)
+    backward: list[list[int]] = [[] for _ in code]
+    for k, places in enumerate(edges):
+        for to in places:
+            backward[to].append(k)
+    (ticket,) = (k for k, i in enumerate(code) if i.opcode.startswith("ATOM"))
+    before = reached([ticket], backward)
+    # Functions have names of their own; a CALL to a label is but a jump.
+    calls = [k for k in before if code[k].opcode.startswith("CALL") and "`($" in code[k].operands]
+    return before | reached([edges[k][0] for k in calls], edges)
+
+
+def test_only_the_last_block_computes_in_double(disassembly: dict, cuda_static: ModuleType):
+    """Except where parameters are float64. Consumer cards compute 64 times as fast in float32."""
+    checked = 0
+    for architecture, kernels in disassembly.items():
+        for kernel, code in kernels.items():
+            if kernel.name != "step_kernel":
+                continue
+            where = f"{kernel} for {architecture}"
+            doubles = {k for k, i in enumerate(code) if DOUBLE.match(i.opcode)}
+            before = before_ticket(code)
+            assert len(doubles) > 100, where  # the schedules
+            assert cuda_static.vector_accesses([code[k] for k in sorted(before)]) == (
+                cuda_static.vector_accesses(code)
+            ), where
+            early = sorted(doubles & before)
+            if kernel.param == "float64":
+                assert early, where
+            else:
+                assert not early, f"{[code[k] for k in early[:5]]} in {where}"
+                checked += 1
+    assert checked == len(disassembly) * 5 * 3
+
+
+def test_the_table_holds_every_kernel(
+    build: Build, resources: dict, disassembly: dict, cuda_static: ModuleType
+):
+    text = cuda_static.report(resources, disassembly)
+    assert text.count("\n| float") + text.count("\n| bfloat") == len(PAIRS) * 3
+    assert re.search(r"\| float32 \| float32 \| dense \| 480 \| 20 \| 12 \|", text)
+    assert "| 5,000 | 11 | 2 |" in text
+    assert all(f" {architecture} " in text for architecture in build.architectures)
