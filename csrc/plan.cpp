@@ -184,11 +184,12 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
 }
 
 int SgdPlan::device_of(const TensorView& p, const Place& place) const {
-  if (p.device.type == dlpack::kCpu) return host_to_cuda_ ? kHostMemory : kNoDevice;
 #if defined(FASTLR_HAS_CUDA)
+  if (p.device.type == dlpack::kCpu) return host_to_cuda_ ? kHostMemory : kNoDevice;
   if (p.device.type == dlpack::kCuda) return p.device.id;
   const std::string reason = "fastlr updates tensors on the CPU and on CUDA devices";
 #else
+  if (p.device.type == dlpack::kCpu) return kNoDevice;
   const std::string reason =
       "this build of fastlr updates tensors on the CPU only: " + std::string(kCudaStatus);
 #endif
