@@ -12,8 +12,8 @@ from native import toolchain
 
 EMULATOR = Path(__file__).parent / "cuda_on_cpu"
 COMMON = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{EMULATOR}")
-ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-THREAD = ("-fsanitize=thread",)
+ADDRESS = toolchain.ADDRESS_SANITIZER
+THREAD = toolchain.THREAD_SANITIZER
 
 # Each object's source and flags. Under the address sanitizer -O0, which compiles twice as fast.
 OBJECTS = {
@@ -34,12 +34,7 @@ BUILDS = {
     "thread": (("emulator", "self_test_thread"), THREAD),
 }
 
-ENVIRONMENT = {
-    **os.environ,
-    # Looking for leaks needs ptrace, which containers often refuse.
-    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
-    "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
-}
+ENVIRONMENT = {**os.environ, **toolchain.SANITIZER_OPTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,6 @@ def folder(tmp_path_factory) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, OBJECTS))
-    (folder / "probe.cpp").write_text("int main() { return 0; }\n")
     return folder
 
 
@@ -66,11 +60,7 @@ def self_test(folder: Path, name: str) -> Path:
         return program
     compiler = toolchain.tool("c++")
     objects, sanitizer = BUILDS[name]
-    probe = folder / f"probe_{name}"
-    for command in ([compiler, *sanitizer, folder / "probe.cpp", "-o", probe], [probe]):
-        done = toolchain.run(*command)
-        if done.returncode != 0:
-            pytest.skip(f"this compiler or machine has no {sanitizer}: {done.stderr[-300:]}")
+    toolchain.need_sanitizer(compiler, sanitizer, folder)
     files = [folder / f"{part}.o" for part in objects]
     toolchain.run_or_fail(compiler, *sanitizer, *files, "-pthread", "-o", program)
     return program

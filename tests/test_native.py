@@ -10,8 +10,7 @@ import pytest
 from native import toolchain
 
 LEVELS = ("baseline", "x86-64-v2", "x86-64-v3", "x86-64-v4")
-ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
-THREAD = ("-fsanitize=thread",)
+ADDRESS = (*toolchain.ADDRESS_SANITIZER, "-fsanitize=float-cast-overflow")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,7 @@ def build_driver(
         whole: with every SIMD level, and the driver's own code under the sanitizer too.
     """
     compiler = commands["_core", "cpu/step_cpu.cpp"][0]
-    probe = build / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    usable = toolchain.run(compiler, *sanitizer, probe, "-o", build / "probe")
-    if usable.returncode != 0 or toolchain.run(build / "probe").returncode != 0:
-        pytest.skip(f"this compiler or machine has no {sanitizer[0]}")
+    toolchain.need_sanitizer(compiler, sanitizer, build)
 
     def compile_one(item: tuple[str, list[str], Path]) -> Path:
         name, command, source = item
@@ -67,14 +62,13 @@ def address_driver(commands, tmp_path_factory) -> Path:
 def thread_driver(commands, tmp_path_factory) -> Path:
     # What the threads share, and how their shares meet, does not depend on the level; the driver's own
     # loops run in one thread and would be slow.
-    return build_driver(tmp_path_factory.mktemp("thread"), commands, THREAD, whole=False)
+    return build_driver(tmp_path_factory.mktemp("thread"), commands, toolchain.THREAD_SANITIZER, whole=False)
 
 
 def check(driver: Path, level: str, threads: str) -> None:
     if level not in toolchain.run_or_fail(driver, "--levels").split():
         pytest.skip(f"this build or machine has no {level}")
-    # Looking for leaks needs ptrace, which containers often refuse; the native code owns no memory here.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
+    options = {**toolchain.SANITIZER_OPTIONS, "OMP_WAIT_POLICY": "passive"}
     output = toolchain.run_or_fail(driver, level, threads, env={**os.environ, **options}, timeout=300)
     assert output == "ok\n"
 

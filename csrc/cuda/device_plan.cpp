@@ -248,65 +248,11 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 
 void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
                          const std::vector<StridedLayout>& layouts, bool in_order) {
-  // Tensors of one kernel, in the order in which they came.
-  struct Batch {
-    StorageType type;
-    StorageType momentum_type;
-    bool strided;
-    std::vector<const DeviceWork*> work;
-  };
-  std::vector<Batch> batches;
-  for (const DeviceWork& item : work) {
-    const TensorRef& tensor = item.tensor;
-    const bool strided = tensor.layout >= 0;
-    const auto fits = [&](const Batch& batch) {
-      return batch.type == tensor.type && batch.momentum_type == tensor.momentum_type &&
-             batch.strided == strided;
-    };
-    auto batch = in_order ? batches.end() : std::find_if(batches.begin(), batches.end(), fits);
-    if (batch == batches.end()) {
-      batches.push_back({tensor.type, tensor.momentum_type, strided, {}});
-      batch = batches.end() - 1;
-    }
-    batch->work.push_back(&item);
-  }
-
-  launches_.clear();
-  std::vector<DeviceTensor> entries;
-  std::vector<StridedLayout> entry_layouts;
-  std::vector<size_t> firsts;  // of each launch
-  for (const Batch& batch : batches) {
-    const size_t capacity = static_cast<size_t>(cuda::launch_capacity(batch.strided));
-    for (size_t begin = 0; begin < batch.work.size(); begin += capacity) {
-      const size_t end = std::min(begin + capacity, batch.work.size());
-      cuda::Launch launch{};
-      launch.type = batch.type;
-      launch.momentum_type = batch.momentum_type;
-      launch.strided = batch.strided;
-      firsts.push_back(entries.size());
-      for (size_t i = begin; i < end; ++i) {
-        const TensorRef& tensor = batch.work[i]->tensor;
-        DeviceTensor entry{};
-        entry.param = tensor.param;
-        entry.momentum = tensor.momentum;
-        entry.initialized = batch.work[i]->initialized;
-        entry.numel = tensor.numel;
-        entry.first_chunk = launch.chunks;
-        entry.group = tensor.group;
-        entry.layout = -1;
-        if (batch.strided) {
-          entry.layout = static_cast<int32_t>(entry_layouts.size());
-          entry_layouts.push_back(layouts[tensor.layout]);
-        }
-        launch.chunks += (tensor.numel + kChunkElements - 1) / kChunkElements;
-        launch.grads.push_back(tensor.grad);
-        entries.push_back(entry);
-      }
-      launches_.push_back(std::move(launch));
-    }
-  }
+  Launches cut = cut_into_launches(work, layouts, in_order);
+  launches_ = std::move(cut.launches);
+  std::vector<DeviceTensor>& entries = cut.tensors;
+  std::vector<StridedLayout>& entry_layouts = cut.layouts;
   if (entries.empty()) return;
-  launches_.back().ends_step = true;
 
   const size_t entry_bytes = entries.size() * sizeof(DeviceTensor);
   const size_t layout_bytes = entry_layouts.size() * sizeof(StridedLayout);
@@ -337,7 +283,7 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>
   }
   const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
   for (size_t i = 0; i < launches_.size(); ++i) {
-    launches_[i].tensors = tensors + firsts[i];
+    launches_[i].tensors = tensors + cut.firsts[i];
     launches_[i].layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
   }
 }

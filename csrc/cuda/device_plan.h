@@ -10,7 +10,7 @@
 #include "../groups.h"
 #include "../layout.h"
 #include "../owned.h"
-#include "step_cuda.h"
+#include "launches.h"
 
 namespace fastlr {
 
@@ -71,12 +71,6 @@ class Table {
   char* data_ = nullptr;
   size_t size_ = 0;
   std::vector<cuda::Stream> streams_;
-};
-
-// A tensor to update on a device.
-struct DeviceWork {
-  TensorRef tensor;
-  int32_t* initialized;  // nullptr without momentum
 };
 
 class DevicePlan {

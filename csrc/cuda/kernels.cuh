@@ -70,7 +70,7 @@ constexpr int kVector = 16 / (sizeof(P) < sizeof(M) ? sizeof(P) : sizeof(M));
 // and cached as plain accesses are.
 template <typename T, int kCount>
 __device__ inline void load_vector(T (&to)[kCount], const T* from) {
-  uint4 raw[sizeof to / sizeof(uint4)];
+  uint4 raw[sizeof(to) / sizeof(uint4)];
 #pragma unroll
   for (size_t i = 0; i < sizeof to / sizeof(uint4); ++i) {
     raw[i] = __ldca(reinterpret_cast<const uint4*>(from) + i);

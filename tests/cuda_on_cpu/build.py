@@ -19,13 +19,17 @@ NAME = "_cuda_on_cpu"
 
 # -fno-strict-aliasing: the kernels read and write memory through vector types, as CUDA allows.
 # -ffp-contract=off: every fma is written out, on the host as with nvcc's -fmad=false.
+LANGUAGE_FLAGS = ("-std=c++17", "-g1", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ffp-contract=off")
 FLAGS = (
-    *("-std=c++17", "-g1", "-Wall", "-Wextra", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *LANGUAGE_FLAGS,
     *("-DFASTLR_HAS_CUDA", '-DFASTLR_CUDA_STATUS="CUDA emulated on the host"'),
     *(f"-I{HERE}", f"-I{toolchain.CSRC}"),
 )
 KERNELS = ("cuda/step_cuda.cu", "cuda/step_cuda_large.cu")
-PLAN = ("cuda/devices.cpp", "cuda/device_plan.cpp", "groups.cpp", "layout.cpp", "plan.cpp", "tensor_view.cpp")
+PLAN = (
+    *("cuda/devices.cpp", "cuda/device_plan.cpp", "cuda/launches.cpp"),
+    *("groups.cpp", "layout.cpp", "plan.cpp", "tensor_view.cpp"),
+)
 
 
 def compiler() -> str:

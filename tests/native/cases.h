@@ -24,17 +24,25 @@
     }                                                             \
   } while (false)
 
+// Null where the program is linked without AddressSanitizer.
+extern "C" [[gnu::weak]] void* __asan_region_is_poisoned(void* begin, size_t size);
+
 namespace fastlr {
 
-// Memory that ends exactly where the allocation ends, so that AddressSanitizer sees every access
-// behind it; in front lie `lead` elements that must not change.
+// Elements behind a Memory that must not change. AddressSanitizer sees every access there: with it
+// the memory ends exactly where the allocation ends.
+inline const int64_t kTrail = __asan_region_is_poisoned != nullptr ? 0 : 8;
+
+// `size` elements; in front of them lie `lead` that must not change. Without these it would begin
+// at a multiple of 16 bytes.
 template <typename T>
 class Memory {
  public:
   Memory(int64_t size, int64_t lead, std::mt19937& random)
-      : lead_(lead), size_(size), all_(new T[lead + size]), before_(new T[lead + size]) {
+      : lead_(lead), count_(lead + size + kTrail), all_(new T[count_]), before_(new T[count_]) {
+    CHECK(reinterpret_cast<uintptr_t>(all_.get()) % 16 == 0, "%p", static_cast<void*>(all_.get()));
     std::uniform_int_distribution<int> exponent(-24, 4), mantissa(512, 1023);
-    for (int64_t i = 0; i < lead + size; ++i) {
+    for (int64_t i = 0; i < count_; ++i) {
       const int value = random() % 2 ? mantissa(random) : -mantissa(random);
       encode(all_[i], std::ldexp(static_cast<float>(value), exponent(random) - 10));
       before_[i] = all_[i];
@@ -45,7 +53,7 @@ class Memory {
   // What the reference says that data()[i] is now.
   void expect(int64_t i, T value) { before_[lead_ + i] = value; }
   void check(const std::string& name) const {
-    for (int64_t i = 0; i < lead_ + size_; ++i) {
+    for (int64_t i = 0; i < count_; ++i) {
       CHECK(std::memcmp(&all_[i], &before_[i], sizeof(T)) == 0, "element %ld of %s: %a, not %a",
             static_cast<long>(i - lead_), name.c_str(), double(decode(all_[i])),
             double(decode(before_[i])));
@@ -53,8 +61,13 @@ class Memory {
   }
 
  private:
-  int64_t lead_, size_;
+  int64_t lead_, count_;
   std::unique_ptr<T[]> all_, before_;
+};
+
+// The leads of a tensor's three memories: where they start within a vector.
+struct Leads {
+  int64_t param, grad, momentum;
 };
 
 // A shape; strides of parameter, gradient and momentum (none: all dense in row-major order).
@@ -116,22 +129,22 @@ struct Case {
   virtual TensorRef ref(std::vector<StridedLayout>& layouts) = 0;
   virtual void expect_update(const SgdOptions& options, float inverse_scale) = 0;
   virtual void check() const = 0;
-  bool first = true;
+  bool first = true;  // momentum holds nothing yet
 };
 
 template <typename P, typename M>
 class TypedCase : public Case {
  public:
   TypedCase(const Geometry& geometry, StorageType type, StorageType momentum_type, int group,
-            bool in_place, int64_t lead, std::mt19937& random)
+            bool in_place, const Leads& leads, std::mt19937& random)
       : geometry_(geometry),
         type_(type),
         momentum_type_(momentum_type),
         group_(group),
         in_place_(in_place),
-        param_(extent(0), lead, random),
-        grad_(extent(1), lead, random),
-        momentum_(extent(2), lead, random) {}
+        param_(extent(0), leads.param, random),
+        grad_(extent(1), leads.grad, random),
+        momentum_(extent(2), leads.momentum, random) {}
 
   TensorRef ref(std::vector<StridedLayout>& layouts) override {
     TensorRef ref{};
@@ -170,7 +183,7 @@ class TypedCase : public Case {
       param_.expect(at(0, i), new_p);
       momentum_.expect(at(2, i), new_m);
     }
-    first = false;
+    if (options.momentum != 0) first = false;
   }
 
   void check() const override {
@@ -210,10 +223,10 @@ void add_cases(Cases& cases, StorageType type, StorageType momentum_type, int gr
   for (const Geometry& geometry : geometries()) {
     for (int group = 0; group < groups; ++group) {
       if (elements(geometry) > 5000 && group % 2 == 1) continue;  // to save time
-      const int64_t lead = static_cast<int64_t>(random() % 8);    // where it starts within a vector
+      const int64_t lead = static_cast<int64_t>(random() % 8);
       const bool in_place = geometry.strides.empty() && group == groups - 1;
       cases.push_back(std::make_unique<TypedCase<P, M>>(geometry, type, momentum_type, group,
-                                                        in_place, lead, random));
+                                                        in_place, Leads{lead, lead, lead}, random));
     }
   }
 }

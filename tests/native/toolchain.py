@@ -17,6 +17,14 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 NATIVE = Path(__file__).parent
 
+ADDRESS_SANITIZER = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREAD_SANITIZER = ("-fsanitize=thread",)
+SANITIZER_OPTIONS = {
+    # Looking for leaks needs ptrace, which containers often refuse.
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+    "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
+}
+
 
 def run(*command: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
@@ -34,6 +42,16 @@ def tool(name: str) -> str:
     """The path of a program, of this environment's or the machine's; skips where there is none."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return shutil.which(name, path=path) or pytest.skip(f"needs {name}")
+
+
+def need_sanitizer(compiler: str, flags: tuple[str, ...], build: Path) -> None:
+    """Skips where a program that is compiled with these flags cannot be built or run."""
+    probe = build / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    for command in ([compiler, *flags, probe, "-o", build / "probe"], [build / "probe"]):
+        done = run(*command)
+        if done.returncode != 0:
+            pytest.skip(f"this compiler or machine has no {flags[0]}: {done.stderr[-300:]}")
 
 
 def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,259 @@
+// An optimizer on one emulated device, with what it must have done.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cinttypes>
+#include <memory>
+
+#include "cuda/launches.h"
+#include "cuda/step_cuda.h"
+#include "driver_groups.h"
+#include "emulator.h"
+#include "native/cases.h"
+
+namespace fastlr {
+
+constexpr uintptr_t kStream = 0x1000;
+// The most that the emulation ever has: of a persistent grid no block waits for another's end.
+constexpr unsigned kMostResident = 6;
+
+// Makes another device the current one, as PyTorch may have left it.
+inline void leave_device(int device) {
+  CHECK(cudaSetDevice(device == 0 ? 1 : 0) == cudaSuccess, "device %d", device);
+}
+
+// Memory of exactly this many values, filled with ones, as the device's tables are.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t size) : bytes_(new char[size * sizeof(T)]), size_(size) {
+    std::memset(bytes_.get(), 0xff, size * sizeof(T));
+  }
+  T* data() { return reinterpret_cast<T*>(bytes_.get()); }
+  void upload(int device, const std::vector<T>& values) {
+    CHECK(values.size() == size_, "%zu values for %zu", values.size(), size_);
+    leave_device(device);
+    cuda::upload(device, kStream, bytes_.get(), values.data(), size_ * sizeof(T));
+    CHECK(emulator::statistics().last_copy_device == device, "not on device %d", device);
+  }
+  std::vector<T> download(int device) {
+    std::vector<T> values(size_);
+    leave_device(device);
+    cuda::download(device, kStream, values.data(), bytes_.get(), size_ * sizeof(T));
+    CHECK(emulator::statistics().last_copy_device == device, "not on device %d", device);
+    return values;
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  size_t size_;
+};
+
+// An optimizer on one device, and what it must have done.
+class Optimizer {
+ public:
+  Optimizer(int device, Cases cases, bool in_order = false)
+      : device_(device), cases_(std::move(cases)), groups_(make_groups()) {
+    cuda::preload(device_);
+    std::vector<DeviceWork> work;
+    std::vector<StridedLayout> layouts;
+    std::vector<int32_t> flags;
+    flags_ = std::make_unique<DeviceArray<int32_t>>(cases_.size());
+    for (const auto& c : cases_) {
+      TensorRef ref = c->ref(layouts);
+      int32_t* flag = flags_->data() + flags.size();
+      flags.push_back(c->first ? 0 : 1);
+      case_groups_.push_back(ref.group);
+      if (!groups_[ref.group].has_buffers()) {
+        ref.momentum = nullptr;
+        flag = nullptr;
+      }
+      work.push_back({ref, flag});
+    }
+    flags_->upload(device_, flags);
+
+    Launches cut = cut_into_launches(work, layouts, in_order);
+    int64_t chunks = 0;
+    for (const cuda::Launch& launch : cut.launches) chunks += launch.chunks;
+    for (const DeviceWork& item : work) {
+      if (item.tensor.numel != 0) chunks -= (item.tensor.numel - 1) / kChunkElements + 1;
+    }
+    CHECK(chunks == 0, "%" PRId64 " chunks too many", chunks);
+    tensors_ = std::make_unique<DeviceArray<DeviceTensor>>(cut.tensors.size());
+    tensors_->upload(device_, cut.tensors);
+    layouts_ = std::make_unique<DeviceArray<StridedLayout>>(cut.layouts.size());
+    layouts_->upload(device_, cut.layouts);
+    launches_ = std::move(cut.launches);
+    for (size_t i = 0; i < launches_.size(); ++i) {
+      launches_[i].tensors = tensors_->data() + cut.firsts[i];
+      launches_[i].layouts = layouts_->data();
+    }
+    upload_groups();
+  }
+
+  size_t launches() const { return launches_.size(); }
+
+  // Evaluates what the next update uses, as after a change of the clocks.
+  void evaluate() { launch_clock(0, 0); }
+  void launch_clock(int64_t updates, int64_t samples) {
+    leave_device(device_);
+    Clocks given = clocks();
+    if (updates == 0) given.found_inf = nullptr;  // samples are consumed all the same
+    cuda::launch_clock(device_, kStream, given, updates, samples);
+    CHECK(last_launch().grid[0] == 1, "clocks have one block");
+  }
+
+  void with_scaler(bool used) { scaler_used_ = used; }
+  void set_amp(float found_inf, float scale) {
+    found_inf_ = found_inf;
+    scale_ = scale;
+  }
+
+  // Launches a step, or captures it.
+  void launch() {
+    for (cuda::Launch& launch : launches_) {
+      launch.clocks = clocks();
+      launch.grad_scale = scaler_used_ ? &scale_ : nullptr;
+      leave_device(device_);
+      cuda::launch_step(device_, kStream, launch);
+      const unsigned blocks = last_launch().grid[0];
+      CHECK(blocks >= 1 && blocks <= std::max<int64_t>(launch.chunks, 1) && blocks <= kMostResident,
+            "%u blocks for %" PRId64 " chunks", blocks, launch.chunks);
+      most_blocks = std::max(most_blocks, blocks);
+    }
+  }
+
+  // What the step that was launched must have done.
+  void expect_step() {
+    const float inverse_scale = scaler_used_ ? static_cast<float>(1.0 / scale_) : 1.0f;
+    const bool usable = std::isnormal(inverse_scale) && inverse_scale > 0;
+    skipped_ = !usable || (scaler_used_ && found_inf_ != 0);
+    invalid_scale_ = invalid_scale_ || !usable;
+    if (skipped_) return;
+    for (size_t i = 0; i < cases_.size(); ++i)
+      cases_[i]->expect_update(groups_[case_groups_[i]].now(), inverse_scale);
+    for (Group& group : groups_) group.move(1, 0);
+  }
+
+  // What launch_clock() must have done.
+  void expect_clock(int64_t updates, int64_t samples) {
+    const bool skip = updates != 0 && scaler_used_ && found_inf_ != 0;
+    if (updates != 0) skipped_ = skip;
+    for (Group& group : groups_) group.move(skip ? 0 : updates, samples);
+  }
+
+  void check() {
+    for (const auto& c : cases_) c->check();
+    const std::vector<int32_t> flags = flags_->download(device_);
+    for (size_t i = 0; i < flags.size(); ++i)
+      CHECK(flags[i] == (cases_[i]->first ? 0 : 1), "flag %zu is %d", i, flags[i]);
+    const DeviceState state = state_.download(device_)[0];
+    CHECK(state.ticket == 0, "%u", state.ticket);
+    CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
+    CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
+    const std::vector<GroupClock> clocks = clocks_.download(device_);
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = groups_[i];
+      CHECK(clocks[i].updates == group.updates, "group %zu: %" PRId64 ", not %" PRId64, i,
+            clocks[i].updates, group.updates);
+      CHECK(clocks[i].samples == group.samples, "group %zu: %" PRId64 ", not %" PRId64, i,
+            clocks[i].samples, group.samples);
+      CHECK(clocks[i].past_end == group.past_end, "group %zu", i);
+      check_next(clocks[i].next.in_float, group.now(), i);
+      check_next(clocks[i].next.in_double, group.now(), i);
+    }
+  }
+
+  // One step from the host's side.
+  void step() {
+    launch();
+    expect_step();
+    check();
+  }
+
+  unsigned most_blocks = 0;  // of a launch
+
+ private:
+  template <typename T>
+  static void check_next(const SgdScalars<T>& next, const SgdOptions& options, size_t group) {
+    CHECK(next.neg_lr == static_cast<T>(-options.lr), "group %zu: lr %a, not %a", group,
+          double(-next.neg_lr), options.lr);
+    CHECK(next.momentum == static_cast<T>(options.momentum), "group %zu: momentum %a, not %a",
+          group, double(next.momentum), options.momentum);
+    CHECK(next.has_momentum == (options.momentum != 0), "group %zu", group);
+  }
+
+  // The last that the emulation was asked for, which must have been on this device and stream.
+  emulator::Launch last_launch() const {
+    const emulator::Launch last = emulator::statistics().recent_launches.back();
+    CHECK(last.device == device_ && last.stream == kStream, "device %d, stream %" PRIxPTR,
+          last.device, last.stream);
+    return last;
+  }
+
+  Clocks clocks() {
+    return {state_.data(), entries_.data(), clocks_.data(), scaler_used_ ? &found_inf_ : nullptr};
+  }
+
+  void upload_groups() {
+    std::vector<Segment> segments;
+    std::vector<double> table;
+    for (const Group& group : groups_) {
+      for (const Scheduled* s : {&group.lr, &group.momentum}) {
+        segments.insert(segments.end(), s->segments.begin(), s->segments.end());
+        table.insert(table.end(), s->table.begin(), s->table.end());
+      }
+    }
+    segments_ = std::make_unique<DeviceArray<Segment>>(segments.size());
+    segments_->upload(device_, segments);
+    table_ = std::make_unique<DeviceArray<double>>(table.size());
+    table_->upload(device_, table);
+
+    const Segment* segment = segments_->data();
+    const double* value = table_->data();
+    const auto place = [&](const Scheduled& s) {
+      const DeviceSchedule placed{segment, value, static_cast<int64_t>(s.segments.size()),
+                                  s.start, s.end, s.in_samples};
+      segment += s.segments.size();
+      value += s.table.size();
+      return placed;
+    };
+    std::vector<DeviceGroup> entries;
+    std::vector<GroupClock> clocks;
+    for (const Group& group : groups_) {
+      const DeviceSchedule lr = place(group.lr), momentum = place(group.momentum);
+      entries.push_back({group.options, lr, momentum});
+      GroupClock clock;
+      std::memset(&clock, 0xff, sizeof clock);  // `next` comes from evaluate()
+      clock.updates = group.updates;
+      clock.samples = group.samples;
+      clock.past_end = false;
+      clocks.push_back(clock);
+    }
+    entries_.upload(device_, entries);
+    clocks_.upload(device_, clocks);
+    DeviceState state{};
+    state.groups = static_cast<int32_t>(groups_.size());
+    state_.upload(device_, {state});
+  }
+
+  int device_;
+  Cases cases_;
+  std::vector<int> case_groups_;
+  std::vector<Group> groups_;
+  std::vector<cuda::Launch> launches_;
+  bool scaler_used_ = false;
+  float found_inf_ = 0.0f, scale_ = 1.0f;
+  bool skipped_ = false, invalid_scale_ = false;
+  DeviceArray<DeviceState> state_{1};
+  DeviceArray<DeviceGroup> entries_{make_groups().size()};
+  DeviceArray<GroupClock> clocks_{make_groups().size()};
+  std::unique_ptr<DeviceArray<int32_t>> flags_;
+  std::unique_ptr<DeviceArray<DeviceTensor>> tensors_;
+  std::unique_ptr<DeviceArray<StridedLayout>> layouts_;
+  std::unique_ptr<DeviceArray<Segment>> segments_;
+  std::unique_ptr<DeviceArray<double>> table_;
+};
+
+}  // namespace fastlr

@@ -1,0 +1,230 @@
+"""Plants faults into copies of the CUDA sources and shows what notices each.
+
+From the folder ``tests``: ``python -m cuda_on_cpu.faults [NAME ...]`` prints a table.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from native import toolchain
+
+from . import drivers
+
+# What can notice a fault, and the pattern of what it then says; the first that matches counts. State:
+# clocks, flags, launches.
+NOTICED = {
+    "race": "ThreadSanitizer: data race",
+    "address": "AddressSanitizer: ",
+    "undefined": ": runtime error: ",
+    "emulator": "emulated CUDA: ",
+    "launcher": " failed: cuda",
+    "comparison of state": r"(kernels_driver\.cpp|driver_optimizer\.h):\d+: ",
+    "comparison of tensors": r"cases\.h:\d+: ",
+}
+KERNELS = "cuda/kernels.cuh"
+LAUNCHER = "cuda/step_cuda.cu"
+LAUNCH = "cuda/launch.cuh"
+LAUNCHES = "cuda/launches.cpp"
+TABLES = "cuda/tables.h"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text that stands in a file of csrc once, what takes its place, the build in which the fault is
+    noticed, and by what."""
+
+    file: str
+    old: str
+    new: str
+    build: str
+    noticed: str
+
+
+TICKET = "is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;"
+ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);\n"
+ALIGNED = "aligned(g + head) && (!s.has_momentum || aligned(m + head)) && n > head"
+MOVE = "  clock.updates += updates;\n  clock.samples += samples;\n"
+EVALUATE = """  SgdOptions options = group.options;
+  options.lr = scheduled(group.lr, clock, options.lr);
+  options.momentum = scheduled(group.momentum, clock, options.momentum);
+"""
+RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
+STATE = ("plain", "comparison of state")
+TENSORS = ("plain", "comparison of tensors")
+RACE = ("thread", "race")
+
+FAULTS = {
+    # Threads of a block.
+    "no barrier before the shared value is used": Fault(
+        KERNELS, "  __syncthreads();\n  if (!is_last) return;", "  if (!is_last) return;", *RACE
+    ),
+    "no barrier before the ticket": Fault(
+        KERNELS, "*step.clocks.state;\n  __syncthreads();\n", "*step.clocks.state;\n", *RACE
+    ),
+    "no barrier before the clocks move": Fault(
+        KERNELS, RESET, RESET.replace("  __syncthreads();\n", ""), *RACE
+    ),
+    "divergent barrier": Fault(
+        KERNELS, RESET, RESET.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
+    ),
+    # The last block.
+    "ticket not atomic": Fault(
+        KERNELS, TICKET, TICKET.replace("atomicAdd(&state.ticket, 1u)", "state.ticket++"), *RACE
+    ),
+    "no fence before the ticket": Fault(
+        KERNELS, f"    __threadfence();\n    {TICKET}", f"    {TICKET}", *RACE
+    ),
+    "no fence after the ticket": Fault(KERNELS, f"{TICKET}\n    __threadfence();", TICKET, *RACE),
+    "last block by index": Fault(KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", *TENSORS),
+    "ticket not reset": Fault(KERNELS, "    state.ticket = 0;\n", "", *STATE),
+    # Elements.
+    "tail too short": Fault(
+        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth - 1;", *TENSORS
+    ),
+    "tail too long": Fault(
+        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth + 1;", "address", "address"
+    ),
+    "chunk too long": Fault(
+        KERNELS,
+        "begin + kChunkElements < tensor.numel ?",
+        "begin + kChunkElements <= tensor.numel + 7 ?",
+        *TENSORS,
+    ),
+    "head counted from the boundary before": Fault(
+        KERNELS,
+        "(0 - reinterpret_cast<uintptr_t>(p)) % 16",
+        "reinterpret_cast<uintptr_t>(p) % 16",
+        "address",
+        "undefined",
+    ),
+    "head one longer in the scalar loop": Fault(KERNELS, "k < head ? k", "k <= head ? k", *TENSORS),
+    "vectors whatever the gradient's alignment": Fault(
+        KERNELS, ALIGNED, ALIGNED.replace("aligned(g + head)", "true"), "address", "undefined"
+    ),
+    "vectors whatever the momentum's alignment": Fault(
+        KERNELS, ALIGNED, "aligned(g + head) && n > head", "address", "undefined"
+    ),
+    "strided momentum by the parameter's strides": Fault(
+        KERNELS, "index * layout.momentum[d]", "index * layout.param[d]", "address", "address"
+    ),
+    "32-bit chunks": Fault(
+        KERNELS,
+        "(chunk - tensor.first_chunk) * kChunkElements;",
+        "static_cast<int>(chunk - tensor.first_chunk) * static_cast<int>(kChunkElements);",
+        "address",
+        "undefined",
+    ),
+    "no grid stride": Fault(KERNELS, "chunk += gridDim.x", "++chunk", *TENSORS),
+    "search stops one tensor early": Fault(KERNELS, "high - low > 1", "high - low > 2", *TENSORS),
+    # Launches.
+    "tensor lost between launches": Fault(LAUNCHES, "begin += capacity)", "begin += capacity + 1)", *STATE),
+    "tensor lost at the end of a launch": Fault(
+        LAUNCHES, "std::min(begin + capacity, batch", "std::min(begin + capacity - 1, batch", *STATE
+    ),
+    "last tensor not counted": Fault(
+        LAUNCH, "<int32_t>(launch.grads.size());", "<int32_t>(launch.grads.size()) - 1;", *TENSORS
+    ),
+    "chunks counted on from the launch before": Fault(
+        LAUNCHES,
+        "entry.first_chunk = launch.chunks;",
+        "entry.first_chunk = launch.chunks + static_cast<int64_t>(cut.launches.size());",
+        "address",
+        "address",
+    ),
+    "empty chunk behind each tensor": Fault(
+        LAUNCHES,
+        "(tensor.numel + kChunkElements - 1) / kChunk",
+        "(tensor.numel + kChunkElements) / kChunk",
+        *STATE,
+    ),
+    "large arguments for an old driver": Fault(
+        LAUNCHER, "launch.grads.size() > static", "launch.grads.size() >= static", "plain", "launcher"
+    ),
+    "kernel first loaded in a capture": Fault(
+        LAUNCHER, "  load(residency, &clock_kernel, multiprocessors);\n", "", *STATE
+    ),
+    "launch on whatever device is current": Fault(
+        LAUNCHER, "const Launch& launch) {\n  use_device(device);\n", "const Launch& launch) {\n", *STATE
+    ),
+    "a block for each chunk": Fault(LAUNCH, "std::min(launch.chunks, resident)", "launch.chunks", *STATE),
+    # Clocks and flags.
+    "clock never moved": Fault(KERNELS, ADVANCE, "", *STATE),
+    "clock moved by every launch": Fault(
+        KERNELS, ADVANCE, ADVANCE.replace("step.ends_step && ", ""), *TENSORS
+    ),
+    "clocks of the first groups only": Fault(
+        KERNELS, "i < clocks.state->groups; i +=", "i < clocks.state->groups && i < kThreads; i +=", *STATE
+    ),
+    "schedule evaluated before the clock moves": Fault(TABLES, MOVE + EVALUATE, EVALUATE + MOVE, *STATE),
+    "skipped step forgotten when samples are consumed": Fault(
+        LAUNCHER, "if (updates != 0 && threadIdx.x == 0) clocks", "if (threadIdx.x == 0) clocks", *STATE
+    ),
+    "found_inf ignored": Fault(KERNELS, "*found_inf == 0.0f", "*found_inf < 2.0f", *TENSORS),
+    "unusable scale applied": Fault(
+        KERNELS, "amp.applied = !amp.invalid_scale && ", "amp.applied = ", *TENSORS
+    ),
+    "first update noted on a skipped step": Fault(KERNELS, "  if (amp.applied) {\n", "  {\n", *STATE),
+    "first update noted by the last launch only": Fault(
+        KERNELS, "  if (amp.applied) {\n", "  if (amp.applied && step.ends_step) {\n", *STATE
+    ),
+}
+
+
+def plant(fault: Fault, folder: Path) -> Path:
+    """A copy of csrc with the fault."""
+    csrc = folder / "csrc"
+    shutil.copytree(toolchain.CSRC, csrc)
+    path = csrc / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} has {text.count(fault.old)} times, not once:\n{fault.old}")
+    path.write_text(text.replace(fault.old, fault.new))
+    return csrc
+
+
+def noticed_by(done: subprocess.CompletedProcess[str]) -> str:
+    """What ended the driver, "nothing" where it passed."""
+    output = done.stdout + done.stderr
+    if done.returncode == 0:
+        return "nothing"
+    return next(
+        (name for name, pattern in NOTICED.items() if re.search(pattern, output)),
+        f"exit status {done.returncode}",
+    )
+
+
+def run_faulty(name: str, made: drivers.Drivers, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Builds the driver from a faulty copy, in a folder that does not exist yet, and runs it."""
+    fault = FAULTS[name]
+    part = "launches" if fault.file == LAUNCHES else "kernels"
+    replaced = next(n for n in drivers.PROGRAMS[fault.build] if n.split("-")[0] == part)
+    path = drivers.compile_object(replaced, plant(fault, folder), folder / "faulty.o")
+    return drivers.run(made.link(fault.build, folder / "driver", {replaced: path}))
+
+
+def main(names: list[str]) -> int:
+    chosen = names or list(FAULTS)
+    unexpected = 0
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        folder = Path(temporary)
+        made = drivers.Drivers(folder, pool)
+        running = [pool.submit(run_faulty, name, made, folder / str(i)) for i, name in enumerate(chosen)]
+        print(f"{'fault':48} {'build':9} noticed by")
+        for name, future in zip(chosen, running, strict=True):
+            fault, found = FAULTS[name], noticed_by(future.result())
+            unexpected += found != fault.noticed
+            note = "" if found == fault.noticed else f", not by {fault.noticed}"
+            print(f"{name:48} {fault.build:9} {found}{note}", flush=True)
+    return min(unexpected, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,377 @@
+// Drives the CUDA launcher and its kernels over host memory and compares every byte that they may
+// write with plain scalar references. Prints "ok", or the first difference.
+//   kernels_driver [SCENARIO ...]     all, where none is named
+// Built for ThreadSanitizer it runs fewer cases: what threads share does not depend on the values.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "driver_optimizer.h"
+
+using namespace fastlr;
+
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kFew = true;
+#else
+constexpr bool kFew = false;
+#endif
+
+// Tensors that one launch takes: with 4 KB of arguments, and with 32.
+constexpr int32_t kSmallLaunch = 480;
+constexpr int32_t kLargeLaunch = 3900;
+
+// Each device is one seed's: it keeps the number of blocks that was resident when it was preloaded.
+constexpr int kDevices = kFew ? 2 : 5;
+
+// Makes tensors of random groups.
+struct Maker {
+  Cases& cases;
+  std::mt19937& random;
+
+  template <typename P, typename M>
+  void add(const Geometry& geometry, StorageType type, StorageType momentum_type,
+           const Leads& leads) {
+    const int group = static_cast<int>(random() % kGroupsOfTensors);
+    const bool in_place = geometry.strides.empty() && random() % 8 == 0;
+    cases.push_back(std::make_unique<TypedCase<P, M>>(geometry, type, momentum_type, group,
+                                                      in_place, leads, random));
+    cases.back()->first = random() % 4 != 0;  // else its momentum was loaded
+  }
+};
+
+Geometry flat(int64_t n) { return {"flat " + std::to_string(n), {n}, {}}; }
+
+// Calls f(type, momentum type, P{}, M{}) for each pair of storage types that there is a kernel for.
+template <typename F>
+void for_each_pair(F f) {
+  using S = StorageType;
+  f(S::kFloat32, S::kFloat32, float{}, float{});
+  f(S::kFloat64, S::kFloat64, double{}, double{});
+  f(S::kFloat64, S::kFloat32, double{}, float{});
+  f(S::kBFloat16, S::kBFloat16, BFloat16{}, BFloat16{});
+  f(S::kBFloat16, S::kFloat32, BFloat16{}, float{});
+  f(S::kFloat16, S::kFloat16, Float16{}, Float16{});
+  f(S::kFloat16, S::kFloat32, Float16{}, float{});
+}
+
+// Where parameter, gradient and momentum start within 16 bytes. Of 8 x 8 x 8 combinations those in
+// which a gradient is aligned with its parameter, or would be were the head counted otherwise.
+template <typename P, typename M>
+std::vector<Leads> misalignments() {
+  constexpr int64_t kP = 16 / sizeof(P), kM = 16 / sizeof(M);
+  std::vector<Leads> all;
+  for (int64_t p = 0; p < kP; ++p) {
+    for (int64_t g = 0; g < kP; ++g) {
+      for (int64_t m = 0; m < kM; ++m) {
+        const bool telling = (g == p || g == (kP - p) % kP || g == p + 1) &&
+                             (m == p % kM || m == (p + 1) % kM || kM < kP);
+        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, m});
+      }
+    }
+  }
+  return all;
+}
+
+// Of each storage type all sizes, layouts and misalignments, or a few of them.
+Cases make_cases(bool few, std::mt19937& random) {
+  Cases cases;
+  Maker maker{cases, random};
+  const auto lead = [&] { return static_cast<int64_t>(random() % 8); };
+  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
+    using P = decltype(p);
+    using M = decltype(m);
+    const auto add = [&](const Geometry& geometry, const Leads& leads) {
+      maker.add<P, M>(geometry, type, momentum_type, leads);
+    };
+    for (const int64_t n : {0, 1, 7, 8, 9, 16, 17, 33}) {
+      const int64_t same = lead();
+      add(flat(n), {0, 0, 0});
+      add(flat(n), {same, same, same});
+    }
+    for (const int64_t near :
+         {kChunkElements - 1, kChunkElements, kChunkElements + 1, 2 * kChunkElements + 3}) {
+      if (few && (sizeof(P) == 2 || near == kChunkElements)) continue;
+      const int64_t same = lead();
+      add(flat(near), {same, same, same});
+      if (!few) add(flat(near), {lead(), lead(), lead()});
+    }
+    for (const Leads& leads : misalignments<P, M>())
+      if (!few || random() % 16 == 0) add(flat(1 + static_cast<int64_t>(random() % 70)), leads);
+    for (const Geometry& geometry : geometries()) {
+      if (geometry.strides.empty() ||
+          (elements(geometry) > 1000 && (few || type != StorageType::kFloat32)))
+        continue;
+      add(geometry, {lead(), lead(), lead()});
+    }
+  });
+  std::shuffle(cases.begin(), cases.end(), random);
+  return cases;
+}
+
+// A few tensors of each storage type, dense and strided.
+Cases some_cases(std::mt19937& random) {
+  Cases cases;
+  Maker maker{cases, random};
+  const Geometry strided{"gaps", {5, 7}, {{30, 3}, {1, 5}, {7, 1}}};
+  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
+    for (const Geometry& geometry : {flat(40), strided, flat(3)})
+      maker.add<decltype(p), decltype(m)>(geometry, type, momentum_type, {1, 1, 1});
+  });
+  maker.add<float, float>(flat(kChunkElements + 5), StorageType::kFloat32, StorageType::kFloat32,
+                          {0, 0, 0});
+  return cases;
+}
+
+// `count` tensors of one storage type. Most are empty, as these cost no time; those beside the
+// boundaries of launches are not.
+template <typename P, typename M>
+void add_many(Cases& cases, size_t count, StorageType type, StorageType momentum_type,
+              std::mt19937& random) {
+  Maker maker{cases, random};
+  const size_t capacity = static_cast<size_t>(cuda::launch_capacity(false));
+  for (size_t i = 0; i < count; ++i) {
+    const size_t at = i % capacity;
+    const bool beside = at <= 1 || at + 2 >= capacity || i + 2 >= count;
+    const int64_t n = beside ? 5 : random() % 50 == 0 ? 40 : 0;
+    maker.add<P, M>(flat(n), type, momentum_type, {0, 0, 0});
+  }
+}
+
+void preload_all() {
+  emulator::set_device_count(kDevices);
+  for (int device = 0; device < kDevices; ++device) {
+    emulator::set_seed(static_cast<uint64_t>(device));
+    cuda::preload(device);
+  }
+}
+
+// Everything is captured before any kernel has run: what is loaded then could not be captured.
+void check_capture() {
+  std::mt19937 random(1);
+  Cases cases = some_cases(random);
+  const auto captured = [](const std::function<void()>& function) {
+    emulator::begin_capture(kStream);
+    CHECK(cuda::is_capturing(0, kStream), "while it is");
+    function();
+    const int64_t graph = emulator::end_capture(kStream);
+    CHECK(!cuda::is_capturing(0, kStream), "after it was");
+    return graph;
+  };
+  // Of each storage type enough for a kernel with large arguments.
+  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
+    add_many<decltype(p), decltype(m)>(cases, kSmallLaunch + 10, type, momentum_type, random);
+  });
+  Optimizer large(0, std::move(cases)), small(0, some_cases(random));
+  for (Optimizer* optimizer : {&large, &small}) {
+    optimizer->with_scaler(true);
+    const int64_t clock = captured([&] { optimizer->evaluate(); });
+    const int64_t samples = captured([&] { optimizer->launch_clock(0, 64); });
+    const int64_t step = captured([&] { optimizer->launch(); });
+    CHECK(emulator::statistics().loads_in_capture == 0, "%" PRId64 " kernels",
+          emulator::statistics().loads_in_capture);
+    emulator::replay(clock);
+    for (int i = 0; i < (kFew ? 3 : 5); ++i) {
+      optimizer->set_amp(i == 1 ? 1.0f : 0.0f, i == 2 ? 4.0f : 1.0f);
+      emulator::replay(step);
+      optimizer->expect_step();
+      optimizer->check();
+      emulator::replay(samples);
+      optimizer->expect_clock(0, 64);
+    }
+    optimizer->step();  // from the host again
+    for (const int64_t graph : {clock, samples, step}) emulator::destroy(graph);
+  }
+}
+
+// All kinds of tensors and groups, through steps that are skipped and steps that are not.
+void check_steps() {
+  unsigned most_blocks = 0;
+  for (int device = 0; device < kDevices; ++device) {
+    std::mt19937 random(static_cast<unsigned>(device));
+    Optimizer optimizer(device, make_cases(kFew || device != 0, random));
+    // Of the devices some get blocks as many as are resident, and the others do not.
+    emulator::set_seed(static_cast<uint64_t>(device % 2 ? device : 100 + device));
+    optimizer.evaluate();
+    optimizer.with_scaler(true);
+    optimizer.set_amp(1.0f, 8.0f);  // the first step is skipped
+    optimizer.step();
+    optimizer.set_amp(0.0f, 8.0f);
+    optimizer.step();
+    optimizer.with_scaler(false);
+    optimizer.step();
+    optimizer.launch_clock(0, 128);
+    optimizer.expect_clock(0, 128);
+    optimizer.with_scaler(true);
+    optimizer.set_amp(0.0f, INFINITY);  // no usable inverse
+    optimizer.step();
+    optimizer.set_amp(NAN, 1.0f);
+    optimizer.step();
+    optimizer.launch_clock(0, 1);  // does not forget that the step was skipped
+    optimizer.expect_clock(0, 1);
+    optimizer.check();
+    optimizer.set_amp(0.0f, 1.0f);
+    if (!kFew) optimizer.step();
+    optimizer.launch_clock(1, 0);  // a step without tensors
+    optimizer.expect_clock(1, 0);
+    optimizer.check();
+    optimizer.set_amp(1.0f, 1.0f);
+    optimizer.launch_clock(1, 200);  // the same, skipped
+    optimizer.expect_clock(1, 200);
+    optimizer.check();
+    optimizer.set_amp(0.0f, 3.0f);
+    optimizer.step();
+    if (!kFew) optimizer.step();  // past the end of tables
+    most_blocks = std::max(most_blocks, optimizer.most_blocks);
+  }
+  CHECK(most_blocks > 1, "no grid had several blocks");
+}
+
+void check_launches_in_order() {
+  std::mt19937 random(3);
+  Optimizer optimizer(1, some_cases(random), true);
+  CHECK(optimizer.launches() == 22, "%zu", optimizer.launches());
+  optimizer.evaluate();
+  for (int i = 0; i < 3; ++i) optimizer.step();
+}
+
+// Where one launch does not take all tensors.
+void check_launch_boundaries() {
+  struct Boundary {
+    int driver, limit;
+    size_t tensors, launches;
+  };
+  const std::vector<Boundary> boundaries{
+      {12000, 0, 480, 1}, {12000, 0, 481, 2},  {12000, 0, 961, 3},  {12010, 0, 480, 1},
+      {12010, 0, 481, 1}, {12010, 0, 3900, 1}, {12010, 0, 3901, 2}, {12010, 5, 4, 1},
+      {12010, 5, 5, 1},   {12010, 5, 6, 2},    {12010, 5, 23, 5},
+  };
+  std::mt19937 random(4);
+  for (const Boundary& boundary : boundaries) {
+    if (kFew && boundary.tensors != 481 && boundary.limit != 5) continue;
+    emulator::set_driver_version(boundary.driver);
+    cuda::limit_launch_capacity(boundary.limit);
+    const bool large = boundary.driver >= 12010 && boundary.limit == 0;
+    const int32_t most = boundary.limit != 0 ? boundary.limit : large ? kLargeLaunch : kSmallLaunch;
+    CHECK(cuda::launch_capacity(false) == most, "%d", cuda::launch_capacity(false));
+    CHECK(cuda::launch_capacity(true) <= kSmallLaunch, "%d", cuda::launch_capacity(true));
+    Cases cases;
+    add_many<float, float>(cases, boundary.tensors, StorageType::kFloat32, StorageType::kFloat32,
+                           random);
+    Optimizer optimizer(static_cast<int>(boundary.tensors) % kDevices, std::move(cases));
+    CHECK(optimizer.launches() == boundary.launches, "%zu tensors take %zu launches",
+          boundary.tensors, optimizer.launches());
+    optimizer.evaluate();
+    optimizer.step();
+    optimizer.step();
+  }
+  emulator::set_driver_version(12010);
+  cuda::limit_launch_capacity(0);
+
+  // A device whose kernels were loaded under an old driver.
+  emulator::set_device_count(kDevices + 1);
+  emulator::set_driver_version(12000);
+  Optimizer optimizer(kDevices, some_cases(random));
+  optimizer.evaluate();
+  optimizer.step();
+  emulator::set_driver_version(12010);
+}
+
+// Address space of which only the last bytes are memory: the end of a tensor of 2**31 elements.
+class Sparse {
+ public:
+  Sparse(int64_t elements, int64_t used) : bytes_(static_cast<size_t>(elements) * sizeof(float)) {
+    memory_ = mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(memory_ != MAP_FAILED, "no address space for %zu bytes", bytes_);
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data() + elements - used) / 4096 * 4096;
+    const size_t size = reinterpret_cast<uintptr_t>(data()) + bytes_ - first;
+    CHECK(mprotect(reinterpret_cast<void*>(first), size, PROT_READ | PROT_WRITE) == 0, "mprotect");
+  }
+  ~Sparse() { munmap(memory_, bytes_); }
+  float* data() { return static_cast<float*>(memory_); }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
+// The last chunks of a tensor of more than 2**31 elements: a launch whose tensor began before it.
+void check_large_tensor() {
+  constexpr int64_t kBefore = int64_t{1} << 31, kRest = 2 * kChunkElements + 7;
+  Sparse p(kBefore + kRest, kRest), g(kBefore + kRest, kRest);
+  for (const bool strided : {false, true}) {
+    for (int64_t i = kBefore; i < kBefore + kRest; ++i) {
+      p.data()[i] = static_cast<float>(i - kBefore);
+      g.data()[i] = static_cast<float>(i % 5 + 1);
+    }
+    DeviceTensor tensor{};
+    tensor.param = p.data();
+    tensor.numel = kBefore + kRest;
+    tensor.first_chunk = -kBefore / kChunkElements;
+    tensor.layout = strided ? 0 : -1;
+    StridedLayout layout{};
+    layout.ndim = 2;
+    layout.shape[0] = 1;
+    layout.shape[1] = tensor.numel;
+    layout.param[1] = layout.grad[1] = 1;
+    DeviceGroup group{};
+    group.options.lr = 0.5;
+    GroupClock clock{};
+    DeviceState state{};
+    state.groups = 1;
+    cuda::Launch launch{};
+    launch.type = launch.momentum_type = StorageType::kFloat32;
+    launch.strided = strided;
+    launch.clocks = {&state, &group, &clock, nullptr};
+    launch.tensors = &tensor;
+    launch.layouts = &layout;
+    launch.chunks = 3;
+    launch.ends_step = true;
+    launch.grads = {g.data()};
+    cuda::launch_clock(0, kStream, launch.clocks, 0, 0);
+    cuda::launch_step(0, kStream, launch);
+    CHECK(clock.updates == 1, "%" PRId64, clock.updates);
+    for (int64_t i = kBefore; i < kBefore + kRest; ++i) {
+      const float expected = static_cast<float>(i - kBefore) - static_cast<float>(i % 5 + 1) / 2;
+      CHECK(p.data()[i] == expected, "element %" PRId64 ": %a, not %a", i, double(p.data()[i]),
+            double(expected));
+    }
+  }
+}
+
+struct Scenario {
+  const char* name;
+  void (*run)();
+};
+// Captures come first; what takes long comes last.
+const Scenario kScenarios[] = {{"capture", check_capture},
+                               {"in-order", check_launches_in_order},
+                               {"large", check_large_tensor},
+                               {"boundaries", check_launch_boundaries},
+                               {"steps", check_steps}};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    preload_all();
+    for (const Scenario& scenario : kScenarios) {
+      bool wanted = argc == 1;
+      for (int i = 1; i < argc; ++i) wanted = wanted || std::strcmp(argv[i], scenario.name) == 0;
+      if (wanted) scenario.run();
+    }
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::printf("ok\n");
+  return 0;
+}
