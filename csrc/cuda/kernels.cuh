@@ -72,18 +72,18 @@ template <typename T, int kCount>
 __device__ inline void load_vector(T (&to)[kCount], const T* from) {
   uint4 raw[sizeof(to) / sizeof(uint4)];
 #pragma unroll
-  for (size_t i = 0; i < sizeof to / sizeof(uint4); ++i) {
+  for (size_t i = 0; i < sizeof(to) / sizeof(uint4); ++i) {
     raw[i] = __ldca(reinterpret_cast<const uint4*>(from) + i);
   }
-  memcpy(to, raw, sizeof to);
+  memcpy(to, raw, sizeof(to));
 }
 
 template <typename T, int kCount>
 __device__ inline void store_vector(T* to, const T (&from)[kCount]) {
-  uint4 raw[sizeof from / sizeof(uint4)];
-  memcpy(raw, from, sizeof from);
+  uint4 raw[sizeof(from) / sizeof(uint4)];
+  memcpy(raw, from, sizeof(from));
 #pragma unroll
-  for (size_t i = 0; i < sizeof from / sizeof(uint4); ++i) {
+  for (size_t i = 0; i < sizeof(from) / sizeof(uint4); ++i) {
     __stwb(reinterpret_cast<uint4*>(to) + i, raw[i]);
   }
 }
