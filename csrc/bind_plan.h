@@ -74,7 +74,7 @@ inline void bind_plan(py::module_& m) {
                  [&] { return py::reinterpret_steal<py::object>(plan.uninitialized()); });
            })
       .def("captured", &SgdPlan::captured);
-  m.def("route_host_to_cuda", &SgdPlan::route_host_to_cuda, py::arg("enabled"));
+  m.def("route_host_to_cuda", &SgdPlan::route_host_to_cuda, py::arg("devices"));
 }
 
 }  // namespace fastlr

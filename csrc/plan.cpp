@@ -70,7 +70,7 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 
 }  // namespace
 
-bool SgdPlan::host_to_cuda_ = false;
+int SgdPlan::host_devices_ = 0;
 
 SgdPlan::SgdPlan(PyObject* runtime, NativeOf native_of)
     : runtime_(Owned::borrow(runtime)),
@@ -185,7 +185,10 @@ void SgdPlan::attach_momentum(const Place& place, const Parameter& parameter, Py
 
 int SgdPlan::device_of(const TensorView& p, const Place& place) const {
 #if defined(FASTLR_HAS_CUDA)
-  if (p.device.type == dlpack::kCpu) return host_to_cuda_ ? kHostMemory : kNoDevice;
+  if (p.device.type == dlpack::kCpu) {
+    return host_devices_ == 0 ? kNoDevice
+                              : -1 - static_cast<int>(place.group_index) % host_devices_;
+  }
   if (p.device.type == dlpack::kCuda) return p.device.id;
   const std::string reason = "fastlr updates tensors on the CPU and on CUDA devices";
 #else

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <climits>
 #include <map>
 #include <string>
 #include <utility>
@@ -27,9 +28,9 @@ namespace fastlr {
 // from them and is slow to find: whether a parameter is dense, the dict that holds its state,
 // whether tensors overlap. Each is compared with what it was derived from before it is used.
 class SgdPlan {
-  // Where a tensor is updated: kNoDevice by the CPU's kernels, kHostMemory or a device's index by
-  // CUDA's.
-  static constexpr int kNoDevice = -2;
+  // Where a tensor is updated: kNoDevice by the CPU's kernels, otherwise by CUDA's on the device of
+  // this number (see NOTE: [the runtime object]).
+  static constexpr int kNoDevice = INT_MIN;
 
  public:
   // runtime: see NOTE: [the runtime object]; besides, new_momentum(parameter, group) returns a new
@@ -65,9 +66,9 @@ class SgdPlan {
   // Whether a CUDA graph has captured a step.
   bool captured() const;
 
-  // Treats tensors in host memory as a device's, which the CUDA launcher updates. For tests, with a
-  // CUDA that is emulated.
-  static void route_host_to_cuda(bool enabled) { host_to_cuda_ = enabled; }
+  // Treats tensors in host memory as a device's, which the CUDA launcher updates; parameter groups
+  // are dealt out to so many devices. 0: not at all. For tests, with a CUDA that is emulated.
+  static void route_host_to_cuda(int devices) { host_devices_ = devices; }
 
  private:
   struct Parameter {
@@ -130,7 +131,7 @@ class SgdPlan {
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
 
   bool stepping_ = false;
-  static bool host_to_cuda_;
+  static int host_devices_;
 
 #if defined(FASTLR_HAS_CUDA)
   bool host_must_catch_up() const;

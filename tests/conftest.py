@@ -64,9 +64,10 @@ def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
     """Optimizers that are built now update tensors in host memory by the CUDA launcher and kernels."""
     monkeypatch.setattr(_core, "SgdPlan", emulated.SgdPlan)
     emulated.set_seed(0)
-    emulated.route_host_to_cuda(True)
+    emulated.route_host_to_cuda(1)
     yield emulated
-    emulated.route_host_to_cuda(False)
+    emulated.route_host_to_cuda(0)
+    emulated.set_device_count(1)
     emulated.limit_launch_capacity(0)
     failure = emulated.last_failure()
     emulated.reset_failure()

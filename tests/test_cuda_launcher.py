@@ -29,11 +29,12 @@ class Streams(Runtime):
 
     def __init__(self) -> None:
         self.current = STREAM
+        self.others: dict[int, int] = {}  # by device, where they differ
         self.allocated: list[tuple[int, int]] = []
         self.recorded: list[tuple[int, int]] = []
 
     def stream(self, device: int) -> int:  # type: ignore[override]
-        return self.current
+        return self.others.get(device, self.current)
 
     def new_bytes(self, device: int, size: int) -> torch.Tensor:  # type: ignore[override]
         tensor = super().new_bytes(device, size)
@@ -618,6 +619,59 @@ def test_a_range_test_leaves_the_devices_as_they_were(cuda: ModuleType, skipped:
     assert_same(run(False), run(True))
 
 
+def test_several_devices_in_one_optimizer(cuda: ModuleType):
+    """Each has a clock of its own; a group without gradients, or a skipped step, leaves none behind."""
+    cuda.set_device_count(2)
+    cuda.route_host_to_cuda(2)
+    ours, theirs = twins([(9,), (5,), (9000,)])
+    groups = [[{"params": [p]} for p in model] for model in (ours, theirs)]
+    optimizer = fastlr.FusedCyclicSGD(groups[0], **CYCLE, momentum=0.9)
+    sgd = reference(groups[1], lr=0.01, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CyclicLR(sgd, **CYCLE, cycle_momentum=False)
+    found = optimizer.found_inf = torch.zeros(())
+    for step in range(8):
+        set_gradients(step, ours, theirs)
+        if step in (2, 3):
+            ours[1].grad = theirs[1].grad = None  # all that the second device has
+        found.fill_(float(step == 5))
+        with counted(cuda) as counts:
+            optimizer.step()
+        launches = [launch["device"] for launch in counts["recent_launches"]]
+        assert sorted(launches) == ([0, 0, 1, 1] if step == 0 else [0, 1])
+        assert counts["stream_synchronizations"] == 0
+        optimizer.advance_samples(10)
+        if step != 5:
+            sgd.step()
+            scheduler.step()
+    assert_same(theirs, ours)
+    assert optimizer.sync() == (7, 80)
+    assert optimizer.param_groups[1]["lr"] == sgd.param_groups[1]["lr"]
+
+    graph = Graph(cuda, optimizer.step)
+    found.fill_(0.0)
+    for _ in range(3):
+        graph.replay()
+        sgd.step()
+        scheduler.step()
+    assert_same(theirs, ours)
+    assert optimizer.sync().updates == 10
+
+
+def test_capturing_only_some_of_the_devices_is_an_error(cuda: ModuleType, streams: Streams):
+    cuda.set_device_count(2)
+    cuda.route_host_to_cuda(2)
+    model = parameters([(9,), (5,)])
+    optimizer = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.1)
+    train(1, (model, optimizer.step))
+    streams.others[-2] = STREAM + 1
+    with pytest.raises(RuntimeError, match="of which only some are being captured"):
+        Graph(cuda, optimizer.step)
+    before = [p.detach().clone() for p in model]
+    train(1, (model, optimizer.step))  # outside of a capture both take part
+    assert not any(torch.equal(p, q) for p, q in zip(before, model, strict=True))
+    assert optimizer.sync().updates == 2
+
+
 def test_host_and_devices_in_one_optimizer(cuda: ModuleType):
     """The first parameters are updated by the CPU's kernels, the others by CUDA's."""
     ours, theirs = twins([(9,), (5,)])
@@ -625,7 +679,7 @@ def test_host_and_devices_in_one_optimizer(cuda: ModuleType):
     sgd = reference(theirs, lr=0.01, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CyclicLR(sgd, **CYCLE, cycle_momentum=False)
     for step in range(8):
-        cuda.route_host_to_cuda(step % 2 == 0)
+        cuda.route_host_to_cuda(1 - step % 2)
         train(1, (theirs, sgd.step), (ours, optimizer.step), start=step)
         scheduler.step()
     assert_same(theirs, ours)

@@ -16,14 +16,13 @@ namespace fastlr {
 
 // NOTE: [the runtime object]
 // PyTorch owns memory and streams, and is reached through a Python object with these methods
-// (fastlr/optim/_runtime.py). A device of -1 is host memory that is updated by the CUDA launcher,
-// as in tests where CUDA itself is emulated.
+// (fastlr/optim/_runtime.py). A device is its index, or a negative number: -1 is host memory that
+// the launcher updates as device 0, -2 as device 1, and so on, in tests where CUDA is emulated.
 //   new_bytes(device, size) -> tensor          uninitialized memory
 //   enter(device) -> guard; leave(guard)       makes it PyTorch's current device
 //   stream(device) -> int                      its current stream
 //   record_stream(tensor, device)              the current stream uses it too
 //   on_device(number, device) -> tensor        a float32 there
-constexpr int kHostMemory = -1;
 
 // Where a step's work on one device goes: entered on construction, left at the end of the scope.
 class DeviceScope {
@@ -33,7 +32,8 @@ class DeviceScope {
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
-  int device() const { return device_ == kHostMemory ? 0 : device_; }
+  // Its index, as the launcher knows it.
+  int device() const { return device_ < 0 ? -1 - device_ : device_; }
   cuda::Stream stream() const { return stream_; }
   bool capturing() const { return capturing_; }
 
@@ -75,7 +75,7 @@ class Table {
 
 class DevicePlan {
  public:
-  // runtime: borrowed; device: its index or kHostMemory.
+  // runtime: borrowed; device: see NOTE: [the runtime object].
   DevicePlan(PyObject* runtime, int device) : runtime_(runtime), device_(device) {}
 
   // Brings the tables of groups, clocks and schedules up to date with the host's.

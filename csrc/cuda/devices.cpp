@@ -221,7 +221,7 @@ bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
     if (scope.capturing()) {
       throw std::runtime_error(
           "reading the clock of " +
-          device_name({device == kHostMemory ? dlpack::kCpu : dlpack::kCuda, device}) +
+          device_name({device < 0 ? dlpack::kCpu : dlpack::kCuda, device}) +
           " waits for the device, which a CUDA graph cannot capture; do it outside the capture.");
     }
     readings.push_back(device_plan.read(scope, true));

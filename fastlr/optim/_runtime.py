@@ -12,8 +12,8 @@ import torch
 class Runtime:
     """What native code calls; it holds nothing.
 
-    A device is the index of a CUDA device, or -1: host memory that is updated as a device's, which only
-    tests do.
+    A device is the index of a CUDA device, or a negative number: host memory that is updated as a device's,
+    which only tests do.
     """
 
     @staticmethod
