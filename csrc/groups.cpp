@@ -136,6 +136,12 @@ void publish(PyObject* group, PyObject* key, PyObject* schedule_key, PyObject* s
   if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
 }
 
+void publish(PyObject* group, NativeOf native_of) {
+  const Keys& k = keys();
+  publish(group, k.lr, k.lr_schedule, k.lr_start, native_of);
+  publish(group, k.momentum, k.momentum_schedule, k.momentum_start, native_of);
+}
+
 void require(bool condition, const char* name, Py_ssize_t index, const char* range, double value) {
   if (condition) return;
   throw std::invalid_argument(std::string(name) + in_group(index) + " must be " + range + ", got " +
@@ -152,15 +158,6 @@ double schedule_value(const NativeSchedule& schedule, int64_t clock) {
 
 Clock read_clock(PyObject* group) {
   return {integer_item(group, keys().updates), integer_item(group, keys().samples)};
-}
-
-void set_clock(PyObject* group, const Clock& clock) {
-  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
-  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
-  if (PyDict_SetItem(group, keys().updates, updates.get()) != 0 ||
-      PyDict_SetItem(group, keys().samples, samples.get()) != 0) {
-    throw PythonError();
-  }
 }
 
 void warn_past_end(PyObject* group, NativeOf native_of, int frames) {
@@ -199,6 +196,19 @@ GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
   return reading;
 }
 
+void move_to(PyObject* group, const Clock& clock, NativeOf native_of) {
+  const Keys& k = keys();
+  const Clock now = read_clock(group);
+  if (now.updates == clock.updates && now.samples == clock.samples) return;
+  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
+  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
+  if (PyDict_SetItem(group, k.updates, updates.get()) != 0 ||
+      PyDict_SetItem(group, k.samples, samples.get()) != 0) {
+    throw PythonError();
+  }
+  publish(group, native_of);
+}
+
 void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {
   const Keys& k = keys();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
@@ -215,8 +225,7 @@ void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf
     };
     move(k.updates, updates);
     move(k.samples, samples);
-    publish(group, k.lr, k.lr_schedule, k.lr_start, native_of);
-    publish(group, k.momentum, k.momentum_schedule, k.momentum_start, native_of);
+    publish(group, native_of);
   }
 }
 

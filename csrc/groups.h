@@ -25,13 +25,12 @@ double schedule_value(const NativeSchedule& schedule, int64_t clock);
 // Finds the NativeSchedule behind the object that a Python schedule keeps as `_native`, or nullptr.
 using NativeOf = const NativeSchedule* (*)(PyObject * native);
 
-// A group's clock; setting it does not evaluate its schedules.
+// Where a group stands.
 struct Clock {
   int64_t updates;
   int64_t samples;
 };
 Clock read_clock(PyObject* group);
-void set_clock(PyObject* group, const Clock& clock);
 
 // The schedule that drives one hyperparameter of a group, and where on it the group stands. All
 // pointers are nullptr where the hyperparameter is a plain number, and borrowed from the group.
@@ -57,6 +56,10 @@ GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
 // Warns, once each, that schedules of a group have ended before its clock. frames: from the warning
 // up to the user's call.
 void warn_past_end(PyObject* group, NativeOf native_of, int frames);
+
+// Sets a group's clock and writes what its schedules say at it. A group that stands there already
+// is left as it is, with whatever else was written into it: the next step says so.
+void move_to(PyObject* group, const Clock& clock, NativeOf native_of);
 
 // Moves every group's clock and writes what its schedules say at the new one.
 void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);

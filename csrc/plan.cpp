@@ -432,7 +432,6 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, PyObject* found_
 #if defined(FASTLR_HAS_CUDA)
   if (host_must_catch_up()) {
     devices_.sync(param_groups, native_of_);
-    advance_groups(param_groups, 0, 0, native_of_);
     forget_step();
     read_groups(param_groups);
     gather_all(param_groups);
@@ -528,7 +527,6 @@ PyObject* SgdPlan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
   if (devices_.any()) {
     const bool skipped = devices_.sync(param_groups, native_of_);
-    advance_groups(param_groups, 0, 0, native_of_);
     return Py_NewRef(skipped ? Py_True : Py_False);
   }
 #endif

@@ -71,6 +71,13 @@ def test_says_why_there_is_no_cuda(tmp_path: Path, version: str, error: str, rea
     assert said.endswith("rc=1")
 
 
+def test_says_that_there_is_no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDACXX", raising=False)
+    done = toolchain.configure(tmp_path, "-DFASTLR_CUDA=AUTO", "-DFASTLR_NVCC=")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fastlr without CUDA: no nvcc was found when it was built" in " ".join(done.stdout.split())
+
+
 def test_cuda_can_be_switched_off(tmp_path: Path):
     said = configured(tmp_path, "OFF")
     assert "fastlr without CUDA: it was built with FASTLR_CUDA=OFF" in said

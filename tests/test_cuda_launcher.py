@@ -222,6 +222,16 @@ def test_skipped_updates_leave_the_host_ahead_until_sync(cuda: ModuleType):
     assert_same(theirs, ours)
 
 
+def test_sync_does_not_hide_what_else_was_written(cuda: ModuleType):
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedCyclicSGD(model, **CYCLE, momentum=0.9)
+    train(2, (model, optimizer.step))
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.state_dict()
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was set to 0\.5 by something else"):
+        optimizer.step()
+
+
 def test_a_first_update_that_was_skipped_is_still_to_come(cuda: ModuleType):
     ours, theirs = twins([(9,), (5,)])
     optimizer = fastlr.FusedSGD(ours, lr=0.1, momentum=0.9, dampening=0.5)

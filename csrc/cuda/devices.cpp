@@ -242,8 +242,8 @@ bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
     }
   }
   for (size_t i = 0; i < clocks.size(); ++i) {
-    set_clock(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
-              {clocks[i].updates, clocks[i].samples});
+    move_to(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
+            {clocks[i].updates, clocks[i].samples}, native_of);
   }
   agree(param_groups);
   host_is_exact_ = true;
