@@ -35,7 +35,7 @@ def gradients_for(step: int, on_cuda: list[torch.nn.Parameter], on_cpu: list[tor
     set_gradients(step, on_cpu)
     for p, q in zip(on_cuda, on_cpu, strict=True):
         if p.grad is None:
-            p.grad = q.grad.cuda()
+            p.grad = q.grad.to(p.device, copy=True)
         else:
             p.grad.copy_(q.grad)
 

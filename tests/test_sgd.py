@@ -207,7 +207,7 @@ def test_flush_denormal_setting_of_the_caller_survives_a_step() -> None:
     set_gradients(0, model)
     assert torch.set_flush_denormal(True)
     optimizer.step()
-    assert (torch.tensor([1e-40]) * 1.0).item() == 0.0
+    assert (torch.tensor([1e-40], device="cpu") * 1.0).item() == 0.0
 
 
 def test_float64_equals_exact_arithmetic_with_one_rounding_each() -> None:
