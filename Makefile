@@ -34,6 +34,7 @@ lint: $(VENV)/installed-$(EXTRAS)
 # The first two need no GPU; the last one reports nothing where there is none.
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
+	$(BIN)/python benchmarks/grad_norm.py
 	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
 	$(BIN)/python benchmarks/gpu_step.py --out benchmarks/results
 

@@ -1,12 +1,14 @@
-// Binds the native step. Apart from bindings.cpp because the tests load a second build of it, in
-// which CUDA is emulated, beside the module: hence module_local.
+// Binds the native step and the norm. Apart from bindings.cpp because the tests load a second build
+// of it, in which CUDA is emulated, beside the module: hence module_local.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include "groups.h"
 #include "owned.h"
+#include "placement.h"
 #include "plan.h"
+#include "squared_norm.h"
 
 namespace fastlr {
 
@@ -35,14 +37,20 @@ inline void bind_plan(py::module_& m) {
       .def(
           "step",
           [](SgdPlan& plan, py::object param_groups, py::object state, py::object found_inf,
-             py::object grad_scale, int threads) {
+             py::object grad_scale, int threads, bool measures_norm) {
             return with_python_errors([&] {
-              return py::reinterpret_steal<py::object>(plan.step(
-                  param_groups.ptr(), state.ptr(), found_inf.ptr(), grad_scale.ptr(), threads));
+              return py::reinterpret_steal<py::object>(
+                  plan.step(param_groups.ptr(), state.ptr(),
+                            {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm}));
             });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
-          py::arg("threads"))
+          py::arg("threads"), py::arg("measures_norm"))
+      .def("squared_norm",
+           [](SgdPlan& plan) {
+             return with_python_errors(
+                 [&] { return py::reinterpret_steal<py::object>(plan.squared_norm()); });
+           })
       .def(
           "advance_samples",
           [](SgdPlan& plan, py::list param_groups, int64_t samples) {
@@ -74,7 +82,19 @@ inline void bind_plan(py::module_& m) {
                  [&] { return py::reinterpret_steal<py::object>(plan.uninitialized()); });
            })
       .def("captured", &SgdPlan::captured);
-  m.def("route_host_to_cuda", &SgdPlan::route_host_to_cuda, py::arg("devices"));
+  py::class_<SquaredNorm>(m, "SquaredNorm", py::module_local())
+      .def(py::init([](const py::object& runtime) { return new SquaredNorm(runtime.ptr()); }),
+           py::arg("runtime"))
+      .def(
+          "measure",
+          [](SquaredNorm& norm, const py::list& tensors, int threads) {
+            py::list others;
+            const double sum = with_python_errors(
+                [&] { return norm.measure(tensors.ptr(), threads, others.ptr()); });
+            return py::make_tuple(sum, others);
+          },
+          py::arg("tensors"), py::arg("threads"));
+  m.def("route_host_to_cuda", &route_host_to_cuda, py::arg("devices"));
 }
 
 }  // namespace fastlr

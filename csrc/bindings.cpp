@@ -11,7 +11,6 @@
 #include "build_info.h"
 #include "cpu/step_cpu.h"
 #include "groups.h"
-#include "layout.h"
 #include "schedule.h"
 #include "tensor_view.h"
 
@@ -66,43 +65,6 @@ py::array_t<double> schedule_values(const NativeSchedule& schedule, int64_t star
 
 void advance(py::list param_groups, int64_t updates, int64_t samples) {
   with_python_errors([&] { advance_groups(param_groups.ptr(), updates, samples, native_of); });
-}
-
-// The squares of the tensors that lie densely in host memory; the others are returned.
-py::tuple squared_norm(const py::iterable& tensors, int threads) {
-  TensorReader reader;
-  std::vector<DenseValues> values;
-  py::list alive, others;
-  for (const py::handle tensor : tensors) {
-    TensorView view;
-    DenseValues dense{};
-    const bool readable = reader.read(tensor.ptr(), view);
-    PyErr_Clear();
-    if (!readable || view.device.type != dlpack::kCpu || !storage_type(view.dtype, dense.type)) {
-      others.append(tensor);
-      continue;
-    }
-    const MemoryOrder order = memory_order(view);
-    if (!order.dense || (view.data == nullptr && order.numel != 0)) {
-      others.append(tensor);
-      continue;
-    }
-    alive.append(tensor);
-    dense.item_size = view.dtype.bits / 8;
-    dense.data = view.data;
-    dense.numel = order.numel;
-    if (is_complex(view.dtype)) {
-      dense.item_size /= 2;
-      dense.numel *= 2;
-    }
-    values.push_back(dense);
-  }
-  double sum;
-  {
-    const py::gil_scoped_release other_threads_run;
-    sum = squared_norm_cpu(values, threads);
-  }
-  return py::make_tuple(sum, others);
 }
 
 py::dict build_info() {
@@ -164,7 +126,6 @@ PYBIND11_MODULE(_core, m) {
   bind_plan(m);
 
   m.def("advance", &advance, py::arg("param_groups"), py::arg("updates"), py::arg("samples"));
-  m.def("squared_norm", &squared_norm, py::arg("tensors"), py::arg("threads"));
   m.def("build_info", &build_info);
   m.def("set_simd_level", &set_simd_level, py::arg("name"));
   m.def(

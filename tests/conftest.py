@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from cuda_on_cpu import build as cuda_on_cpu
+from cuda_on_cpu.recording import Streams
 
 from fastlr import _core
 
@@ -63,6 +64,7 @@ def emulated(pytestconfig: pytest.Config) -> ModuleType:
 def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Optimizers that are built now update tensors in host memory by the CUDA launcher and kernels."""
     monkeypatch.setattr(_core, "SgdPlan", emulated.SgdPlan)
+    monkeypatch.setattr(_core, "SquaredNorm", emulated.SquaredNorm)
     emulated.set_seed(0)
     emulated.route_host_to_cuda(1)
     yield emulated
@@ -72,6 +74,14 @@ def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
     failure = emulated.last_failure()
     emulated.reset_failure()
     assert failure == ""
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    """The streams that optimizers built now run on."""
+    made = Streams()
+    monkeypatch.setattr("fastlr.optim.sgd.Runtime", lambda: made)
+    return made
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 from mpmath import MPContext
 
 # -- schedules: the exact value at clock t -------------------------------------------------------------
@@ -159,3 +160,25 @@ def sgd_nesterov(
     m = g if m is None else float(Fraction(g) + Fraction(m * momentum))
     u = float(Fraction(m) * Fraction(momentum) + Fraction(g))
     return float(Fraction(u) * Fraction(-lr) + Fraction(p)), m
+
+
+# -- the gradients' norm -------------------------------------------------------------------------------
+
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+
+
+def _sum_in_lanes(values: Floats) -> float:
+    """Value i to lane i % 256, each lane in order, then lanes 128 apart, 64 apart, ..., 1 apart."""
+    lanes = np.zeros(256)
+    for row in np.pad(values, (0, -len(values) % 256)).reshape(-1, 256):
+        lanes += row
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return float(lanes[0])
+
+
+def squared_norm(gradients: Sequence[Floats]) -> float:
+    """In chunks of 8,192, then over all chunks. Exact to the bit where squares are exact in float64."""
+    flat = [np.ascontiguousarray(g).reshape(-1) for g in gradients]
+    chunks = [g[i : i + 8192] for g in flat for i in range(0, len(g), 8192)]
+    return _sum_in_lanes(np.array([_sum_in_lanes(chunk**2) for chunk in chunks]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 import fastlr
 from fastlr import AdaptiveGrowth, BatchPlan, GradientNoiseScale, GrowingLoader, _core
-from fastlr.batch_growth.noise_scale import squared_norm
+from fastlr.batch_growth.noise_scale import _Small, squared_norm
+from fastlr.optim._runtime import Runtime
 
 D = 64
 
@@ -53,19 +55,28 @@ def as_it_is(batch: Any) -> Any:
 
 
 def measured(
-    batch_size: int, micro: int, *, size: int = 60_000, grad_scale: float = 1.0, tail: str = "carry"
+    batch_size: int,
+    micro: int,
+    *,
+    size: int = 60_000,
+    grad_scale: float = 1.0,
+    tail: str = "carry",
+    in_step: bool = False,
 ) -> GradientNoiseScale:
     """The noise scale along a run whose weights stay where they are."""
     plan = BatchPlan.from_phases([(0, batch_size)], dataset_size=size, epochs=1, lr=0.0, tail=tail)
     model = torch.nn.Linear(D, 1, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
-    noise = GradientNoiseScale(model.parameters(), decay=0.9999)
+    opt = fastlr.FusedSGD(model.parameters(), lr=0.0)
+    noise = GradientNoiseScale(opt if in_step else model.parameters(), decay=0.9999)
     for batch in GrowingLoader(Regression(size), plan, micro, seed_samples=False, collate_fn=as_it_is):
         x, y = batch.data
         loss = (model(x).squeeze(1) - y).square().mean() / 2
         (loss * batch.weight * grad_scale).backward()
         noise.observe(batch, grad_scale)
         if batch.ends_update:
+            opt.grad_scale = torch.tensor(grad_scale)
+            opt.step()
             model.zero_grad()
     return noise
 
@@ -99,11 +110,11 @@ def test_the_two_sizes_are_combined_without_bias() -> None:
     """By hand: |G|^2 = 3 and S = 80 make squared norms of 3 + 80 / b."""
     noise = GradientNoiseScale([torch.zeros(1)], decay=0.5)
     for _ in range(3):
-        noise._add((4.0, 3 + 80 / 4), (16.0, 3 + 80 / 16))
+        noise._add(_Small(4.0, 3 + 80 / 4), 16.0, 3 + 80 / 16)
     assert noise.squared_gradient == pytest.approx(3)
     assert noise.noise == pytest.approx(80)
     assert noise.scale == pytest.approx(80 / 3)
-    noise._add((4.0, math.inf), (16.0, 1.0))
+    noise._add(_Small(4.0, math.inf), 16.0, 1.0)
     assert noise.observations == 3
 
 
@@ -141,13 +152,16 @@ def test_squared_norms_depend_on_no_threads_and_no_simd_level() -> None:
     finally:
         _core.set_simd_level(level)
     assert len(found) == 1
-    assert _core.squared_norm(tensors, 1)[1] == []  # all of them natively
+    assert _core.SquaredNorm(Runtime).measure(tensors, 1)[1] == []  # all of them natively
 
 
 def test_squared_norms_of_what_is_not_dense() -> None:
     tensor = torch.arange(12.0).reshape(3, 4)[:, ::2]
     assert squared_norm([tensor, torch.ones(2)]) == float(tensor.square().sum()) + 2.0
-    assert len(_core.squared_norm([tensor, torch.ones(2)], 1)[1]) == 1
+    twice = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1]]), torch.tensor([3.0, 4.0]), (5,), check_invariants=True
+    )
+    assert squared_norm([twice, torch.ones(2)]) == 49.0 + 2.0
 
 
 def test_squared_norms_do_not_overflow_their_type() -> None:
@@ -165,7 +179,7 @@ class Told(GradientNoiseScale):
         super().__init__([torch.zeros(1)])
 
     def tell(self, scale: float) -> None:
-        self.observations += 1
+        self._observations += 1
         self._gradient, self._noise, self._weight = 1.0, scale, 1.0
 
 
@@ -227,6 +241,9 @@ LOADER = GrowingLoader(
 BAD = {
     "no parameters": (lambda: GradientNoiseScale([]), "at least one parameter"),
     "decay": (lambda: GradientNoiseScale([torch.zeros(1)], decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+    "another optimizer": (
+        lambda: GradientNoiseScale(torch.optim.SGD([torch.zeros(1)])),
+        "one of fastlr's optimizers, got SGD; pass the parameters"),
     "attach": (
         lambda: Told().attach(torch.nn.Linear(1, 1)), "must be a DistributedDataParallel, got 'Linear'"),
     "max": (
@@ -247,17 +264,112 @@ def test_bad_input_is_refused(make: Any, message: str) -> None:
         make()
 
 
-def test_it_measures_beside_a_fused_optimizer() -> None:
-    plan = BatchPlan.from_phases([(0, 16)], dataset_size=320, epochs=2, lr=0.01)
-    model = torch.nn.Linear(D, 1, dtype=torch.float64)
-    opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr)
-    noise = GradientNoiseScale(model.parameters())
-    loader = GrowingLoader(Regression(320), plan, 4, seed_samples=False, collate_fn=as_it_is).bind(opt)
+# -- in a fused optimizer's step -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad_scale", [1.0, 1024.0])
+def test_the_step_measures_what_a_pass_of_its_own_would(backend: str, grad_scale: float) -> None:
+    in_step = measured(32, 8, size=1280, grad_scale=grad_scale, in_step=True)
+    apart = measured(32, 8, size=1280, grad_scale=grad_scale)
+    assert in_step.observations == apart.observations == 40
+    assert in_step.squared_gradient == pytest.approx(apart.squared_gradient, rel=1e-10)
+    assert in_step.noise == pytest.approx(apart.noise, rel=1e-12)
+
+
+def test_a_known_noise_scale_is_found_in_the_step() -> None:
+    noise = measured(40, 8, in_step=True)
+    assert noise.observations == 1500
+    assert noise.scale == pytest.approx(TRACE / SQUARED_GRADIENT, rel=0.1)
+
+
+class Run:
+    """Updates of two micro-batches."""
+
+    def __init__(self) -> None:
+        plan = BatchPlan.from_phases([(0, 8)], dataset_size=80, epochs=1, lr=0.01)
+        self.model = torch.nn.Linear(D, 1, dtype=torch.float64)
+        self.opt = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr)
+        self.noise = GradientNoiseScale(self.opt)
+        loader = GrowingLoader(Regression(80), plan, 4, seed_samples=False, collate_fn=as_it_is)
+        self.batches = iter(loader.bind(self.opt))
+
+    def observe_update(self) -> None:
+        for batch in (next(self.batches), next(self.batches)):
+            loss = (self.model(batch.data[0]).squeeze(1) - batch.data[1]).square().mean()
+            (loss * batch.weight).backward()
+            self.noise.observe(batch)
+
+    def step(self) -> None:
+        self.opt.step()
+        self.opt.zero_grad()
+
+
+def test_an_observation_is_complete_after_the_step(backend: str) -> None:
+    run = Run()
+    assert run.noise.parameters == list(run.model.parameters())
+    run.observe_update()
+    assert run.noise.observations == 0
+    assert math.isnan(run.noise.squared_gradient)
+    run.step()
+    assert not math.isnan(run.noise.squared_gradient)
+    assert run.noise.observations == 1
+    assert run.noise.state_dict()["observations"] == 1
+    run.observe_update()
+    run.step()
+    run.observe_update()  # completes the one before
+    assert run.noise._observations == 2
+
+
+def test_updates_that_were_not_applied_do_not_count(backend: str) -> None:
+    run = Run()
+    run.observe_update()
+    run.opt.found_inf = torch.ones(())
+    run.step()
+    assert run.noise.observations == 0
+    del run.opt.found_inf
+    run.observe_update()
+    run.step()
+    assert run.noise.observations == 1
+    run.observe_update()
+    run.opt.zero_grad()  # no step at all
+    run.observe_update()
+    run.step()
+    assert run.noise.observations == 2
+    run.observe_update()
+    run.step()
+    run.step()  # the norm is this one's
+    assert run.noise.observations == 2
+
+
+def test_a_step_that_measured_nothing_is_told() -> None:
+    run = Run()
+    run.opt.measure_grad_norm = False
+    run.observe_update()
+    run.step()
+    with pytest.raises(RuntimeError, match=r"leave opt\.measure_grad_norm switched on"):
+        run.noise.observations  # noqa: B018
+
+
+def test_growth_follows_the_step(backend: str) -> None:
+    run = Run()
+    plan = BatchPlan.from_phases([(0, 8)], dataset_size=80, epochs=9, lr=0.0)
+    loader = GrowingLoader(Regression(80), plan, 4, seed_samples=False, collate_fn=as_it_is)
+    growth = AdaptiveGrowth(run.noise, loader, max_batch_size=16, margin=1e-9, patience=2)
+    grew = []
     for batch in loader:
-        ((model(batch.data[0]).squeeze(1) - batch.data[1]).square().mean() * batch.weight).backward()
-        noise.observe(batch)
-        if batch.ends_update:
-            opt.step()
-            opt.zero_grad()
-    assert noise.observations == 40
-    assert noise.scale > 0.0
+        if batch.ends_update and len(grew) < 3:
+            run.observe_update()
+            run.step()
+            grew.append(growth.update(batch))
+    assert grew == [False, True, False]
+
+
+def test_it_is_copied_with_its_optimizer() -> None:
+    run = Run()
+    run.observe_update()
+    run.step()
+    assert run.noise.observations == 1
+    noise, opt = copy.deepcopy((run.noise, run.opt))
+    assert noise._optimizer is opt
+    assert noise.observations == 1
+    assert squared_norm([torch.ones(3)], noise._native) == 3.0

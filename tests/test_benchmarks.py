@@ -58,6 +58,15 @@ def test_step_is_measured(load: Callable[[str], ModuleType], gradients: str, mon
     assert all(found["us"] > 0 and found["rounds"] == 10 for found in times.values())
 
 
+def test_norms_are_measured(load: Callable[[str], ModuleType]):
+    script = load("grad_norm")
+    steps = script.contenders([(3, 2), (5,)], torch.float32)
+    assert steps["step"]() is None
+    assert steps["measured"]() > 0.0
+    assert steps["torch"]() > 0.0
+    assert all(script.timed(step) > 0.0 for step in steps.values())
+
+
 # -- the step on a GPU ---------------------------------------------------------------------------
 
 

@@ -6,81 +6,23 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu.recording import STREAM, Graph, Streams, counted
 from helpers import assert_same, parameters, set_gradients, train, twins
 
 import fastlr
-from fastlr.optim._runtime import Runtime
 
 CYCLE = {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "mode": "triangular2"}
-
-
-STREAM = 7  # the default stream cannot capture
-
-
-class Streams(Runtime):
-    """A runtime whose current stream the test chooses, and that notes what is allocated and recorded."""
-
-    def __init__(self) -> None:
-        self.current = STREAM
-        self.others: dict[int, int] = {}  # by device, where they differ
-        self.allocated: list[tuple[int, int]] = []
-        self.recorded: list[tuple[int, int]] = []
-
-    def stream(self, device: int) -> int:  # type: ignore[override]
-        return self.others.get(device, self.current)
-
-    def new_bytes(self, device: int, size: int) -> torch.Tensor:  # type: ignore[override]
-        tensor = super().new_bytes(device, size)
-        self.allocated.append((tensor.data_ptr(), self.current))
-        return tensor
-
-    def record_stream(self, tensor: torch.Tensor, device: int) -> None:  # type: ignore[override]
-        self.recorded.append((tensor.data_ptr(), self.current))
-
-
-@pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
-    made = Streams()
-    monkeypatch.setattr("fastlr.optim.sgd.Runtime", lambda: made)
-    return made
 
 
 @pytest.fixture(autouse=True)
 def cuda(on_emulated_cuda: ModuleType, streams: Streams) -> ModuleType:
     return on_emulated_cuda
-
-
-@contextmanager
-def counted(cuda: ModuleType) -> Iterator[dict[str, Any]]:
-    """What CUDA was asked for in this block."""
-    cuda.reset_statistics()
-    counts: dict[str, Any] = {}
-    yield counts
-    counts.update(cuda.statistics())
-
-
-class Graph:
-    """A captured function, as torch.cuda.graph captures it: launches are recorded, not run."""
-
-    def __init__(self, cuda: ModuleType, function: Callable[[], object]) -> None:
-        self._cuda = cuda
-        cuda.begin_capture(STREAM)
-        try:
-            function()
-        except BaseException:
-            cuda.end_capture(STREAM)
-            raise
-        self._graph = cuda.end_capture(STREAM)
-
-    def replay(self) -> None:
-        self._cuda.replay(self._graph)
 
 
 def reference(model: list[torch.nn.Parameter], **options: Any) -> torch.optim.SGD:

@@ -101,6 +101,9 @@ def test_every_update_loop_is_packed(objects: dict[str, Path], level: str):
         if not any(FMA.match(i.mnemonic) for i in code):
             continue
         found = arithmetic_loops(code)
+        if "squares" in name:  # of less than 256 values at the end of a chunk, the last few one by one
+            assert found["packed"] >= 1, f"{found} in {name}"
+            continue
         # Besides the vector loops, what is left of a length runs once through straight-line code.
         assert found["scalar"] == 0, f"{found} in {name}"
         # One for each kind of step (first, later, without momentum) at the least.

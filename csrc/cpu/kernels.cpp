@@ -4,8 +4,10 @@
 #include <immintrin.h>
 #endif
 
+#include <optional>
 #include <type_traits>
 
+#include "../squares.h"
 #include "../step.h"
 
 namespace fastlr {
@@ -45,9 +47,39 @@ void store_dense(Float16* to, const float* from, int64_t n) {
 }
 #endif
 
+// Adds the squares of n values to the lanes, the first to the first.
+// Not inlined: steps that measure nothing shall not carry it.
+template <typename C>
+[[gnu::noinline]] void add_squares(double* lanes, const C* values, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] = add_square(lanes[k], values[i + k]);
+  }
+  for (int64_t k = 0; i + k < n; ++k) lanes[k] = add_square(lanes[k], values[i + k]);
+}
+
+// Blocks follow each other in the lanes, so each begins at the first.
+static_assert(kBlock % kLanes == 0, "a block ends with the last lane");
+
+template <typename C>
+[[gnu::noinline]] void update_in_place(const SgdScalars<C>& s, bool first, C* p, const C* g, C* m,
+                                       int64_t n) {
+  update_chunk(s, first, p, g, m, n);
+}
+
+template <typename C>
+void measured_update_in_place(const SgdScalars<C>& s, bool first, C* p, const C* g, C* m, int64_t n,
+                              double* lanes) {
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    add_squares(lanes, g + i, count);
+    update_in_place(s, first, p + i, g + i, m == nullptr ? m : m + i, count);
+  }
+}
+
 template <typename P, typename M>
-void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g, M* m,
-                  int64_t n) {
+void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g, M* m, int64_t n,
+                  double* lanes) {
   using C = compute_t<P>;
   C p_block[kBlock], g_block[kBlock], m_block[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -55,6 +87,7 @@ void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* 
     load_dense(p_block, p + i, count);
     load_dense(g_block, g + i, count);
     if (s.has_momentum && !first) load_dense(m_block, m + i, count);
+    if (lanes != nullptr) add_squares(lanes, g_block, count);
     update_chunk(s, first, p_block, g_block, m_block, count);
     store_dense(p + i, p_block, count);
     if (s.has_momentum) store_dense(m + i, m_block, count);
@@ -98,7 +131,7 @@ class Cursor {
 
 template <typename P, typename M>
 void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g, M* m,
-                    const StridedLayout& layout, int64_t begin, int64_t end) {
+                    const StridedLayout& layout, int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
   C p_block[kBlock], g_block[kBlock], m_block[kBlock];
   Cursor reader(layout, begin);
@@ -110,6 +143,7 @@ void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P
       g_block[k] = load(g[reader.grad]);
       if (s.has_momentum && !first) m_block[k] = load(m[reader.momentum]);
     }
+    if (lanes != nullptr) add_squares(lanes, g_block, count);
     update_chunk(s, first, p_block, g_block, m_block, count);
     for (int64_t k = 0; k < count; ++k, writer.advance()) {
       store(p[writer.param], p_block[k]);
@@ -120,57 +154,56 @@ void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P
 
 template <typename P, typename M>
 void update(const TensorRef& tensor, const StridedLayout* layout, const GroupScalars& scalars,
-            int64_t begin, int64_t end) {
+            int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
   const SgdScalars<C>& s = scalars_of(scalars, C{});
   P* p = static_cast<P*>(tensor.param);
   const P* g = static_cast<const P*>(tensor.grad);
   M* m = static_cast<M*>(tensor.momentum);
   if (layout != nullptr) {
-    update_strided(s, tensor.first, p, g, m, *layout, begin, end);
-  } else if constexpr (std::is_same<P, C>::value && std::is_same<M, C>::value) {
-    update_chunk(s, tensor.first, p + begin, g + begin, m == nullptr ? m : m + begin, end - begin);
+    return update_strided(s, tensor.first, p, g, m, *layout, begin, end, lanes);
+  }
+  p += begin;
+  g += begin;
+  if (m != nullptr) m += begin;
+  if constexpr (std::is_same<P, C>::value && std::is_same<M, C>::value) {
+    if (lanes == nullptr) return update_in_place(s, tensor.first, p, g, m, end - begin);
+    measured_update_in_place(s, tensor.first, p, g, m, end - begin, lanes);
   } else {
-    update_dense(s, tensor.first, p + begin, g + begin, m == nullptr ? m : m + begin, end - begin);
+    update_dense(s, tensor.first, p, g, m, end - begin, lanes);
   }
 }
 
 template <typename P>
 void update(const TensorRef& tensor, const StridedLayout* layout, const GroupScalars& scalars,
-            int64_t begin, int64_t end) {
+            int64_t begin, int64_t end, double* lanes) {
   if (tensor.momentum_type == tensor.type) {
-    update<P, P>(tensor, layout, scalars, begin, end);
+    update<P, P>(tensor, layout, scalars, begin, end, lanes);
   } else {
-    update<P, float>(tensor, layout, scalars, begin, end);
+    update<P, float>(tensor, layout, scalars, begin, end, lanes);
   }
 }
 
-// Eight sums, of every eighth element each, are one order of additions for every vector width.
-constexpr int kSums = 8;
-
 template <typename T>
-double sum_of_squares(const T* values, int64_t n) {
+void squares(const TensorRef& tensor, const StridedLayout* layout, int64_t begin, int64_t end,
+             double* lanes) {
   using C = compute_t<T>;
-  double sums[kSums] = {};
-  C block[kBlock];
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_dense(block, values + i, count);
-    int64_t j = 0;
-    for (; j + kSums <= count; j += kSums) {
-      for (int k = 0; k < kSums; ++k) {
-        const double x = block[j + k];
-        sums[k] += x * x;
-      }
-    }
-    for (int k = 0; j + k < count; ++k) {
-      const double x = block[j + k];
-      sums[k] += x * x;
-    }
+  const T* values = static_cast<const T*>(tensor.grad);
+  if constexpr (std::is_same<T, C>::value) {
+    if (layout == nullptr) return add_squares(lanes, values + begin, end - begin);
   }
-  double total = 0.0;
-  for (const double sum : sums) total += sum;
-  return total;
+  C block[kBlock];
+  std::optional<Cursor> reader;
+  if (layout != nullptr) reader.emplace(*layout, begin);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t count = end - i < kBlock ? end - i : kBlock;
+    if (reader) {
+      for (int64_t k = 0; k < count; ++k, reader->advance()) block[k] = load(values[reader->grad]);
+    } else {
+      load_dense(block, values + i, count);
+    }
+    add_squares(lanes, block, count);
+  }
 }
 
 }  // namespace
@@ -178,32 +211,34 @@ double sum_of_squares(const T* values, int64_t n) {
 #define FASTLR_JOIN(name, level) name##_##level
 #define FASTLR_AT_LEVEL(name, level) FASTLR_JOIN(name, level)
 
-double FASTLR_AT_LEVEL(squares, FASTLR_SIMD_LEVEL)(StorageType type, const void* data, int64_t n) {
-  switch (type) {
-    case StorageType::kFloat32:
-      return sum_of_squares(static_cast<const float*>(data), n);
-    case StorageType::kFloat64:
-      return sum_of_squares(static_cast<const double*>(data), n);
-    case StorageType::kBFloat16:
-      return sum_of_squares(static_cast<const BFloat16*>(data), n);
-    case StorageType::kFloat16:
-      return sum_of_squares(static_cast<const Float16*>(data), n);
-  }
-  return 0.0;
-}
-
-void FASTLR_AT_LEVEL(update,
-                     FASTLR_SIMD_LEVEL)(const TensorRef& tensor, const StridedLayout* layout,
-                                        const GroupScalars& scalars, int64_t begin, int64_t end) {
+void FASTLR_AT_LEVEL(squares, FASTLR_SIMD_LEVEL)(const TensorRef& tensor,
+                                                 const StridedLayout* layout, int64_t begin,
+                                                 int64_t end, double* lanes) {
   switch (tensor.type) {
     case StorageType::kFloat32:
-      return update<float, float>(tensor, layout, scalars, begin, end);
+      return squares<float>(tensor, layout, begin, end, lanes);
     case StorageType::kFloat64:
-      return update<double>(tensor, layout, scalars, begin, end);
+      return squares<double>(tensor, layout, begin, end, lanes);
     case StorageType::kBFloat16:
-      return update<BFloat16>(tensor, layout, scalars, begin, end);
+      return squares<BFloat16>(tensor, layout, begin, end, lanes);
     case StorageType::kFloat16:
-      return update<Float16>(tensor, layout, scalars, begin, end);
+      return squares<Float16>(tensor, layout, begin, end, lanes);
+  }
+}
+
+void FASTLR_AT_LEVEL(update, FASTLR_SIMD_LEVEL)(const TensorRef& tensor,
+                                                const StridedLayout* layout,
+                                                const GroupScalars& scalars, int64_t begin,
+                                                int64_t end, double* lanes) {
+  switch (tensor.type) {
+    case StorageType::kFloat32:
+      return update<float, float>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kFloat64:
+      return update<double>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kBFloat16:
+      return update<BFloat16>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kFloat16:
+      return update<Float16>(tensor, layout, scalars, begin, end, lanes);
   }
 }
 

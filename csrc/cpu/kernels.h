@@ -7,13 +7,16 @@
 
 namespace fastlr {
 
-// Updates the elements begin .. end of a tensor. layout: its StridedLayout, or nullptr.
+// Updates the elements begin .. end of a tensor. layout: its StridedLayout, or nullptr. lanes: what
+// the squares of the gradient's elements are added to, the first to the first of kLanes, or
+// nullptr; see NOTE: [sums in lanes].
 using ChunkKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout,
-                             const GroupScalars& scalars, int64_t begin, int64_t end);
+                             const GroupScalars& scalars, int64_t begin, int64_t end,
+                             double* lanes);
 
-// The sum of the squares of n <= kSquaresBlock elements, in double. The same at every level.
-constexpr int64_t kSquaresBlock = 4096;
-using SquaresKernel = double (*)(StorageType type, const void* data, int64_t n);
+// Adds the squares alone.
+using SquaresKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout, int64_t begin,
+                               int64_t end, double* lanes);
 
 struct SimdLevel {
   const char* name;

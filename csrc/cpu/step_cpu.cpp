@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../squares.h"
 #include "float_environment.h"
 
 // NOTE: [one OpenMP runtime]
@@ -24,10 +25,11 @@ extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
 namespace fastlr {
 
-#define FASTLR_DECLARE_KERNEL(level)                                            \
-  void update_##level(const TensorRef& tensor, const StridedLayout* layout,     \
-                      const GroupScalars& scalars, int64_t begin, int64_t end); \
-  double squares_##level(StorageType type, const void* data, int64_t n)
+#define FASTLR_DECLARE_KERNEL(level)                                                           \
+  void update_##level(const TensorRef& tensor, const StridedLayout* layout,                    \
+                      const GroupScalars& scalars, int64_t begin, int64_t end, double* lanes); \
+  void squares_##level(const TensorRef& tensor, const StridedLayout* layout, int64_t begin,    \
+                       int64_t end, double* lanes)
 #if defined(FASTLR_X86_LEVELS)
 FASTLR_DECLARE_KERNEL(x86_64_v2);
 FASTLR_DECLARE_KERNEL(x86_64_v3);
@@ -112,49 +114,82 @@ const char* openmp_runtime() {
   return nullptr;
 }
 
-void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
-              const std::vector<GroupScalars>& groups, int threads, bool in_order) {
+namespace {
+
+// Shares of a plain step meet at multiples of so many elements: threads then rarely write to one
+// cache line.
+constexpr int64_t kGrain = 64;
+
+int64_t elements_of(const std::vector<TensorRef>& tensors) {
   int64_t total = 0;
   for (const TensorRef& tensor : tensors) total += tensor.numel;
+  return total;
+}
+
+const StridedLayout* layout_of(const TensorRef& tensor, const std::vector<StridedLayout>& layouts) {
+  return tensor.layout < 0 ? nullptr : &layouts[tensor.layout];
+}
+
+// Calls visit(tensor, layout, begin, end, lanes) for each chunk of kChunkElements, and returns the
+// sum over all chunks of what it adds to the lanes.
+template <typename Visit>
+double sum_over_chunks(const std::vector<TensorRef>& tensors,
+                       const std::vector<StridedLayout>& layouts, int threads, Visit visit) {
+  std::vector<int64_t> first_chunks;
+  int64_t chunks = 0;
+  for (const TensorRef& tensor : tensors) {
+    first_chunks.push_back(chunks);
+    chunks += chunks_of(tensor.numel);
+  }
+  std::vector<double> sums(static_cast<size_t>(chunks));
+  const int64_t total = elements_of(tensors);
+  in_parallel(total, threads, [&](int part, int parts) {
+    for_each_chunk(tensors, total, part, parts, kChunkElements, [&](const Chunk& share) {
+      const TensorRef& tensor = tensors[share.tensor];
+      const StridedLayout* const layout = layout_of(tensor, layouts);
+      for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
+        const int64_t end = std::min(begin + kChunkElements, share.end);
+        double lanes[kLanes] = {};
+        visit(tensor, layout, begin, end, lanes);
+        sums[first_chunks[share.tensor] + begin / kChunkElements] =
+            sum_of_lanes(lanes, end - begin);
+      }
+    });
+  });
+  const DefaultFloatEnvironment environment;
+  double lanes[kLanes] = {};
+  for (size_t i = 0; i < sums.size(); ++i) lanes[i % kLanes] += sums[i];
+  return sum_of_lanes(lanes, chunks);
+}
+
+}  // namespace
+
+void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
+              const std::vector<GroupScalars>& groups, int threads, bool in_order) {
+  const int64_t total = elements_of(tensors);
   const ChunkKernel kernel = chosen_level().kernel;
   in_parallel(total, in_order ? 1 : threads, [&](int part, int parts) {
-    for_each_chunk(tensors, total, part, parts, [&](const Chunk& chunk) {
+    for_each_chunk(tensors, total, part, parts, kGrain, [&](const Chunk& chunk) {
       const TensorRef& tensor = tensors[chunk.tensor];
-      const StridedLayout* layout = tensor.layout < 0 ? nullptr : &layouts[tensor.layout];
-      kernel(tensor, layout, groups[tensor.group], chunk.begin, chunk.end);
+      kernel(tensor, layout_of(tensor, layouts), groups[tensor.group], chunk.begin, chunk.end,
+             nullptr);
     });
   });
 }
 
-double squared_norm_cpu(const std::vector<DenseValues>& tensors, int threads) {
-  struct Block {
-    StorageType type;
-    const char* data;
-    int64_t size;
-  };
-  std::vector<Block> blocks;
-  int64_t total = 0;
-  for (const DenseValues& tensor : tensors) {
-    const char* const data = static_cast<const char*>(tensor.data);
-    for (int64_t begin = 0; begin < tensor.numel; begin += kSquaresBlock) {
-      blocks.push_back({tensor.type, data + begin * tensor.item_size,
-                        std::min(kSquaresBlock, tensor.numel - begin)});
-    }
-    total += tensor.numel;
-  }
-  std::vector<double> sums(blocks.size());
-  const SquaresKernel squares = chosen_level().squares;
-  in_parallel(total, threads, [&](int part, int parts) {
-    const size_t begin = blocks.size() * static_cast<size_t>(part) / static_cast<size_t>(parts);
-    const size_t end = blocks.size() * static_cast<size_t>(part + 1) / static_cast<size_t>(parts);
-    for (size_t i = begin; i < end; ++i) {
-      sums[i] = squares(blocks[i].type, blocks[i].data, blocks[i].size);
-    }
-  });
-  const DefaultFloatEnvironment environment;
-  double result = 0.0;
-  for (const double sum : sums) result += sum;
-  return result;
+double measured_step_cpu(const std::vector<TensorRef>& tensors,
+                         const std::vector<StridedLayout>& layouts,
+                         const std::vector<GroupScalars>& groups, int threads, bool in_order) {
+  const ChunkKernel kernel = chosen_level().kernel;
+  return sum_over_chunks(
+      tensors, layouts, in_order ? 1 : threads,
+      [&](const TensorRef& tensor, const StridedLayout* layout, int64_t begin, int64_t end,
+          double* lanes) { kernel(tensor, layout, groups[tensor.group], begin, end, lanes); });
+}
+
+double squared_norm_cpu(const std::vector<TensorRef>& tensors,
+                        const std::vector<StridedLayout>& layouts, int threads) {
+  return sum_over_chunks(tensors, layouts, threads, chosen_level().squares);
 }
 
 }  // namespace fastlr

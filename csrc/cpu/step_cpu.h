@@ -13,17 +13,14 @@ namespace fastlr {
 void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
               const std::vector<GroupScalars>& groups, int threads, bool in_order);
 
-// Values that lie in memory one after another.
-struct DenseValues {
-  StorageType type;
-  int64_t item_size;  // bytes
-  const void* data;
-  int64_t numel;
-};
+// The same, and returns the sum of the squares of the gradients that it read.
+double measured_step_cpu(const std::vector<TensorRef>& tensors,
+                         const std::vector<StridedLayout>& layouts,
+                         const std::vector<GroupScalars>& groups, int threads, bool in_order);
 
-// The sum of the squares of all values, each squared and added in double; the same on any number of
-// threads and at any SIMD level.
-double squared_norm_cpu(const std::vector<DenseValues>& tensors, int threads);
+// The sum of the squares of all elements of the tensors' `grad`; nothing else of them is read.
+double squared_norm_cpu(const std::vector<TensorRef>& tensors,
+                        const std::vector<StridedLayout>& layouts, int threads);
 
 // The SIMD level in use, by name, and the choice of another (for tests): the name must be usable.
 const char* simd_level();

@@ -9,28 +9,9 @@
 namespace fastlr {
 namespace {
 
-template <typename... Arguments>
-Owned call(PyObject* object, const char* method, const char* format, Arguments... arguments) {
-  return checked(PyObject_CallMethod(object, method, format, arguments...));
-}
-
-[[noreturn]] void cannot_capture(const std::string& what) {
-  throw std::runtime_error(
-      what +
-      ", which a CUDA graph cannot capture. Run a step with the same parameters, gradients and "
-      "hyperparameters before the capture, on a side stream, as the documentation of "
-      "torch.cuda.graph shows.");
-}
-
 bool same(const SgdOptions& a, const SgdOptions& b) {
   return a.lr == b.lr && a.momentum == b.momentum && a.dampening == b.dampening &&
          a.weight_decay == b.weight_decay && a.nesterov == b.nesterov && a.maximize == b.maximize;
-}
-
-bool same(const StridedLayout& a, const StridedLayout& b) {
-  return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim) &&
-         same_numbers(a.param, b.param, a.ndim) && same_numbers(a.grad, b.grad, a.ndim) &&
-         same_numbers(a.momentum, b.momentum, a.ndim);
 }
 
 // What the device must be told: the numbers that no schedule owns.
@@ -46,46 +27,6 @@ bool may_have_momentum(const GroupReading& group) {
 }
 
 }  // namespace
-
-DeviceScope::DeviceScope(PyObject* runtime, int device) : runtime_(runtime), device_(device) {
-  guard_ = call(runtime, "enter", "i", device);
-  try {
-    const Owned stream = call(runtime, "stream", "i", device);
-    stream_ = static_cast<cuda::Stream>(PyLong_AsUnsignedLongLong(stream.get()));
-    if (PyErr_Occurred()) throw PythonError();
-    capturing_ = cuda::is_capturing(this->device(), stream_);
-  } catch (...) {
-    leave();
-    throw;
-  }
-}
-
-void DeviceScope::leave() {
-  if (!guard_) return;
-  PyObject *type, *value, *traceback;  // an error on its way out must survive the call
-  PyErr_Fetch(&type, &value, &traceback);
-  const Owned left(PyObject_CallMethod(runtime_, "leave", "O", guard_.get()));
-  if (!left) PyErr_WriteUnraisable(runtime_);
-  guard_ = Owned();
-  PyErr_Restore(type, value, traceback);
-}
-
-Table::Table(PyObject* runtime, int device, size_t size, const DeviceScope& scope)
-    : tensor_(call(runtime, "new_bytes", "in", device, static_cast<Py_ssize_t>(size))),
-      size_(size),
-      streams_{scope.stream()} {
-  TensorReader reader;
-  TensorView view;
-  if (!reader.read(tensor_.get(), view)) throw PythonError();
-  data_ = static_cast<char*>(view.data);
-}
-
-void Table::used_by(PyObject* runtime, int device, const DeviceScope& scope) {
-  if (scope.capturing()) return;  // a captured table is kept anyway
-  if (std::find(streams_.begin(), streams_.end(), scope.stream()) != streams_.end()) return;
-  call(runtime, "record_stream", "Oi", tensor_.get(), device);
-  streams_.push_back(scope.stream());
-}
 
 Clocks DevicePlan::clocks(const float* found_inf) const {
   char* const data = state_.data();
@@ -134,6 +75,7 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 
   const cuda::Stream stream = scope.stream();
   const bool grows = groups.size() > capacity_;
+  DeviceState state{};
   if (grows) {
     if (captured_) {
       throw std::runtime_error("a CUDA graph has captured this optimizer's step with room for " +
@@ -141,6 +83,7 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
                                " parameter groups; add parameter groups before the capture.");
     }
     cuda::preload(scope.device());
+    if (ready()) state = read(scope, false).state;
     // Room for many: what a graph has captured cannot move to a larger table.
     capacity_ = std::max<size_t>(64, 2 * groups.size());
     state_ =
@@ -218,15 +161,18 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
     cuda::upload(scope.device(), stream, const_cast<DeviceGroup*>(to.groups), entries.data(),
                  entries.size() * sizeof(DeviceGroup));
   }
+  state.groups = static_cast<int32_t>(groups.size());
+  if (grows || !ready()) {
+    cuda::upload(scope.device(), stream, to.state, &state, sizeof state);
+  } else if (groups.size() != seen_.size()) {
+    cuda::upload(scope.device(), stream, &to.state->groups, &state.groups, sizeof state.groups);
+  }
   if (clocks_changed || grows) {
-    DeviceState state{};
-    state.groups = static_cast<int32_t>(groups.size());
     std::vector<GroupClock> entries(groups.size());
     for (size_t i = 0; i < groups.size(); ++i) {
       entries[i].updates = groups[i].clock.updates;
       entries[i].samples = groups[i].clock.samples;
     }
-    cuda::upload(scope.device(), stream, to.state, &state, sizeof state);
     cuda::upload(scope.device(), stream, to.clocks, entries.data(),
                  entries.size() * sizeof(GroupClock));
   }
@@ -247,53 +193,18 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 }
 
 void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
-                         const std::vector<StridedLayout>& layouts, bool in_order) {
-  Launches cut = cut_into_launches(work, layouts, in_order);
-  launches_ = std::move(cut.launches);
-  std::vector<DeviceTensor>& entries = cut.tensors;
-  std::vector<StridedLayout>& entry_layouts = cut.layouts;
-  if (entries.empty()) return;
-
-  const size_t entry_bytes = entries.size() * sizeof(DeviceTensor);
-  const size_t layout_bytes = entry_layouts.size() * sizeof(StridedLayout);
-  const bool changed =
-      entries.size() != uploaded_.size() || entry_layouts.size() != uploaded_layouts_.size() ||
-      std::memcmp(entries.data(), uploaded_.data(), entry_bytes) != 0 ||
-      !std::equal(entry_layouts.begin(), entry_layouts.end(), uploaded_layouts_.begin(),
-                  [](const StridedLayout& a, const StridedLayout& b) { return same(a, b); });
-  if (changed) {
-    if (scope.capturing()) {
-      cannot_capture(uploaded_.empty() ? "this is the optimizer's first step"
-                                       : "parameters or their state have changed or moved");
-    }
-    if (tensors_captured_ || tensors_.size() < entry_bytes + layout_bytes) {
-      keep(std::move(tensors_));
-      tensors_ = Table(runtime_, device_, entry_bytes + layout_bytes, scope);
-      tensors_captured_ = false;
-    }
-    tensors_.used_by(runtime_, device_, scope);
-    uploaded_.clear();  // until the upload is under way
-    cuda::upload(scope.device(), scope.stream(), tensors_.data(), entries.data(), entry_bytes);
-    if (layout_bytes != 0) {
-      cuda::upload(scope.device(), scope.stream(), tensors_.data() + entry_bytes,
-                   entry_layouts.data(), layout_bytes);
-    }
-    uploaded_ = std::move(entries);
-    uploaded_layouts_ = std::move(entry_layouts);
-  }
-  const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
-  for (size_t i = 0; i < launches_.size(); ++i) {
-    launches_[i].tensors = tensors + cut.firsts[i];
-    launches_[i].layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
-  }
+                         const std::vector<StridedLayout>& layouts, bool in_order,
+                         bool measures_norm) {
+  launches_ = tensors_.update(scope, work, layouts, in_order, measures_norm);
 }
 
 void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale) {
-  for (Table* table : {&state_, &schedules_, &tensors_}) {
+  for (Table* table : {&state_, &schedules_}) {
     if (*table) table->used_by(runtime_, device_, scope);
   }
+  tensors_.used(scope);
   if (scope.capturing()) {
-    captured_ = tensors_captured_ = true;
+    captured_ = true;
     for (Seen& seen : seen_) {
       if (!seen.momentum && seen.options.momentum == 0.0) seen.lacks_momentum_in_graph = true;
     }

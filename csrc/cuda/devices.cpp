@@ -7,6 +7,7 @@
 #include <string>
 #include <unordered_set>
 
+#include "../layout.h"
 #include "../tensor_view.h"
 
 namespace fastlr {
@@ -131,7 +132,7 @@ void Devices::flag_momenta(const DeviceScope& scope, int device,
 
 bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
                    const std::vector<GroupReading>& groups, PyObject* found_inf,
-                   PyObject* grad_scale, bool with_host, bool in_order) {
+                   PyObject* grad_scale, bool with_host, bool in_order, bool measures_norm) {
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
   }
@@ -152,7 +153,7 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
       work.push_back(
           {item.tensor, item.momentum == nullptr ? nullptr : flag_of_.at(item.parameter).address});
     }
-    device_plan.prepare(*scope, work, layouts, in_order);
+    device_plan.prepare(*scope, work, layouts, in_order, measures_norm);
   }
   if (capturing != 0 && (with_host || capturing != plans_.size())) {
     throw std::runtime_error(
@@ -215,17 +216,31 @@ void Devices::set_initialized(PyObject* uninitialized) {
   });
 }
 
-bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
+// Waits for every device. what: is asked of them, for messages.
+std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_invalid_scale) {
   std::vector<DevicePlan::Reading> readings;
   on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
     if (scope.capturing()) {
       throw std::runtime_error(
-          "reading the clock of " +
+          std::string("reading ") + what + " of " +
           device_name({device < 0 ? dlpack::kCpu : dlpack::kCuda, device}) +
           " waits for the device, which a CUDA graph cannot capture; do it outside the capture.");
     }
-    readings.push_back(device_plan.read(scope, true));
+    readings.push_back(device_plan.read(scope, reset_invalid_scale));
   });
+  return readings;
+}
+
+double Devices::squared_norm() {
+  double sum = 0.0;
+  for (const DevicePlan::Reading& reading : read("the gradients' norm", false)) {
+    sum += reading.state.squared_norm;
+  }
+  return sum;
+}
+
+bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
+  const std::vector<DevicePlan::Reading> readings = read("the clock", true);
   const std::vector<GroupClock>& clocks = readings.front().clocks;
   bool invalid_scale = false;
   for (const DevicePlan::Reading& reading : readings) {

@@ -34,11 +34,11 @@ class Devices {
 
   // One step on every device that there is, or that an item names; prepared everywhere before it is
   // launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host takes part in
-  // the step and has read found_inf. in_order: tensors share memory. Returns whether the step was
-  // captured instead of run.
+  // the step and has read found_inf. in_order: tensors share memory. measures_norm: so that
+  // squared_norm() tells the gradients'. Returns whether the step was captured instead of run.
   bool step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
             const std::vector<GroupReading>& groups, PyObject* found_inf, PyObject* grad_scale,
-            bool with_host, bool in_order);
+            bool with_host, bool in_order, bool measures_norm);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);
@@ -53,6 +53,8 @@ class Devices {
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
   bool sync(PyObject* param_groups, NativeOf native_of);
+  // The sum of the squares of the last step's gradients, NaN where it was skipped.
+  double squared_norm();
   // A new list of the parameters whose buffers hold nothing yet.
   PyObject* uninitialized();
 
@@ -76,6 +78,7 @@ class Devices {
   void flag_momenta(const DeviceScope& scope, int device, const std::vector<DeviceItem>& items);
   template <typename Visit>
   void on_each_device(Visit visit);
+  std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale);
 
   PyObject* runtime_;
   std::map<int, DevicePlan> plans_;

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <float.h>
+#include <math.h>
 
+#include "../squares.h"
 #include "tables.h"
 
 // Storage that the threads of a block share. A build that runs these kernels on the host defines it
@@ -16,6 +18,7 @@
 namespace fastlr {
 
 constexpr int kThreads = 256;
+static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 
 // Blocks that must fit on a multiprocessor, which leaves 80 registers to a thread. Left to itself
 // the compiler stops at 64 and spills: evaluating a schedule, as the last block does, takes more.
@@ -34,6 +37,8 @@ struct StepArguments {
   const DeviceTensor* tensors;
   const StridedLayout* layouts;
   const float* grad_scale;  // GradScaler's scale, or nullptr
+  double* squares;          // sums over the chunks of all launches, or nullptr: not measured
+  int64_t step_chunks;      // how many these are
   int64_t chunks;
   int32_t count;   // tensors
   bool ends_step;  // the last launch of a step on this device moves its clocks
@@ -124,6 +129,8 @@ __device__ inline void update_dense(const SgdScalars<compute_t<P>>& s, bool firs
     vectors = (n - head) / kWidth;
   }
   if (vectors == 0) head = 0;
+  // Not unrolled, which the registers would not do for: other threads hide the latency.
+#pragma unroll 1
   for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
     const int64_t i = head + v * kWidth;
     P p_values[kWidth], g_values[kWidth];
@@ -145,22 +152,67 @@ __device__ inline void update_dense(const SgdScalars<compute_t<P>>& s, bool firs
   }
 }
 
+// Where an element lies, counted in the order of the layout's indices.
+struct Places {
+  int64_t param = 0;
+  int64_t grad = 0;
+  int64_t momentum = 0;
+};
+
+__device__ inline Places places_of(const StridedLayout& layout, int64_t element) {
+  Places at;
+  for (int d = layout.ndim - 1; d >= 0; --d) {
+    const int64_t index = element % layout.shape[d];
+    element /= layout.shape[d];
+    at.param += index * layout.param[d];
+    at.grad += index * layout.grad[d];
+    at.momentum += index * layout.momentum[d];
+  }
+  return at;
+}
+
 // The elements begin .. end, counted in the order of the layout's indices.
 template <typename P, typename M>
 __device__ inline void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p,
                                       const P* g, M* m, const StridedLayout& layout, int64_t begin,
                                       int64_t end) {
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    int64_t rest = i, p_at = 0, g_at = 0, m_at = 0;
-    for (int d = layout.ndim - 1; d >= 0; --d) {
-      const int64_t index = rest % layout.shape[d];
-      rest /= layout.shape[d];
-      p_at += index * layout.param[d];
-      g_at += index * layout.grad[d];
-      m_at += index * layout.momentum[d];
-    }
-    update_one(s, first, p[p_at], g[g_at], m, m_at);
+    const Places at = places_of(layout, i);
+    update_one(s, first, p[at.param], g[at.grad], m, at.momentum);
   }
+}
+
+// One element from global memory; see NOTE: [vector accesses].
+__device__ inline float load_global(const float* from) { return __ldca(from); }
+__device__ inline double load_global(const double* from) { return __ldca(from); }
+template <typename Half>
+__device__ inline float load_global(const Half* from) {
+  return load(Half{__ldca(&from->bits)});
+}
+
+// The sum of what the threads of a block bring, each for its lane; in the first thread.
+// See NOTE: [sums in lanes].
+__device__ inline double sum_over_block(double lane) {
+  FASTLR_SHARED(double[kLanes], lanes);
+  lanes[threadIdx.x] = lane;
+  __syncthreads();
+  for (unsigned apart = kLanes / 2; apart > 0; apart /= 2) {
+    if (threadIdx.x < apart) lanes[threadIdx.x] += lanes[threadIdx.x + apart];
+    __syncthreads();
+  }
+  return lanes[0];
+}
+
+// The sum of the squares of a chunk's gradients; in the first thread. All of them are read before
+// it returns in any. layout: nullptr, or they are counted in the order of its indices.
+template <typename P>
+__device__ inline double sum_of_squares(const P* g, const StridedLayout* layout, int64_t begin,
+                                        int64_t end) {
+  double lane = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    lane = add_square(lane, load_global(g + (layout == nullptr ? i : places_of(*layout, i).grad)));
+  }
+  return sum_over_block(lane);
 }
 
 // The last tensor of low .. count that begins at or before the chunk.
@@ -200,17 +252,29 @@ __device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& a
   }
   __syncthreads();
   if (!is_last) return;
+  double squared_norm = NAN;
+  if (step.ends_step && step.squares != nullptr && amp.applied) {
+    double lane = 0.0;
+    // Past the first-level cache, which does not see what other multiprocessors write.
+    for (int64_t i = threadIdx.x; i < step.step_chunks; i += kThreads) {
+      lane += __ldcg(step.squares + i);
+    }
+    squared_norm = unscaled_squares(sum_over_block(lane), amp.inverse_scale);
+  }
   if (amp.applied) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
       const DeviceTensor& tensor = step.tensors[i];
-      const GroupScalars& used = step.clocks.clocks[tensor.group].next;
-      if (tensor.initialized != nullptr && used.in_double.has_momentum) *tensor.initialized = 1;
+      if (tensor.initialized == nullptr) continue;
+      if (step.clocks.clocks[tensor.group].next.in_double.has_momentum) *tensor.initialized = 1;
     }
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     state.ticket = 0;
-    if (step.ends_step) state.last_skipped = !amp.applied;
+    if (step.ends_step) {
+      state.last_skipped = !amp.applied;
+      state.squared_norm = squared_norm;
+    }
     if (amp.invalid_scale) state.invalid_scale = 1;
   }
   if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);
@@ -225,15 +289,22 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
     index = find_tensor(step.tensors, index, step.count, chunk);
     const DeviceTensor& tensor = step.tensors[index];
-    SgdScalars<C> s = scalars_of(step.clocks.clocks[tensor.group].next, C{});
-    set_inverse_scale(s, amp.inverse_scale);
-    const bool first = tensor.initialized != nullptr && *tensor.initialized == 0;
     const int64_t begin = (chunk - tensor.first_chunk) * kChunkElements;
     const int64_t end =
         begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
-    P* p = static_cast<P*>(tensor.param);
     const P* g = static_cast<const P*>(step.grads[index]);
+    if (step.squares != nullptr) {
+      const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
+      const double squares = sum_of_squares(g, layout, begin, end);
+      const int64_t at = tensor.first_square + (chunk - tensor.first_chunk);
+      if (threadIdx.x == 0) step.squares[at] = squares;
+    }
+    P* p = static_cast<P*>(tensor.param);
+    if (p == nullptr) continue;
     M* m = static_cast<M*>(tensor.momentum);
+    SgdScalars<C> s = scalars_of(step.clocks.clocks[tensor.group].next, C{});
+    set_inverse_scale(s, amp.inverse_scale);
+    const bool first = tensor.initialized != nullptr && *tensor.initialized == 0;
     if constexpr (kStrided) {
       update_strided(s, first, p, g, m, step.layouts[tensor.layout], begin, end);
     } else {

@@ -100,6 +100,8 @@ void launch_step_of(const Residency& residency, Stream stream, const Launch& lau
   step.tensors = launch.tensors;
   step.layouts = launch.layouts;
   step.grad_scale = launch.grad_scale;
+  step.squares = launch.squares;
+  step.step_chunks = launch.step_chunks;
   step.chunks = launch.chunks;
   step.count = static_cast<int32_t>(launch.grads.size());
   step.ends_step = launch.ends_step;

@@ -21,6 +21,7 @@ struct Launches {
   // Their addresses are still to be set: `tensors` of each to its first one in device memory.
   std::vector<cuda::Launch> launches;
   std::vector<size_t> firsts;  // in `tensors`, one a launch
+  int64_t chunks;              // of all launches
 };
 
 // One launch for each kernel that is needed, or more where a launch cannot take all of its tensors;

@@ -30,7 +30,10 @@ namespace {
 __global__ void __launch_bounds__(kThreads)
     clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples) {
   const Amp amp = read_amp(clocks.found_inf, nullptr);
-  if (updates != 0 && threadIdx.x == 0) clocks.state->last_skipped = !amp.applied;
+  if (updates != 0 && threadIdx.x == 0) {
+    clocks.state->last_skipped = !amp.applied;
+    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;
+  }
   advance_clocks(clocks, amp.applied ? updates : 0, samples);
 }
 

@@ -24,6 +24,8 @@ struct Launch {
   const DeviceTensor* tensors;  // in device memory, as what follows
   const StridedLayout* layouts;
   const float* grad_scale;
+  double* squares;      // one for each chunk of the step, or nullptr: not measured
+  int64_t step_chunks;  // of all launches
   int64_t chunks;
   bool ends_step;
   std::vector<const void*> grads;  // one a tensor; at most launch_capacity()

@@ -10,20 +10,16 @@ namespace fastlr {
 
 // One parameter with its state. Gradients change most often and travel in the kernel's arguments.
 struct DeviceTensor {
-  void* param;
+  void* param;           // nullptr where only the gradient's norm is wanted
   void* momentum;        // nullptr without momentum
   int32_t* initialized;  // whether momentum holds something yet, 0 or 1; nullptr without momentum
   int64_t numel;
-  int64_t first_chunk;  // counted from the launch's first tensor
+  int64_t first_chunk;   // counted from the launch's first tensor
+  int64_t first_square;  // of its chunks' sums of squares, counted through the step's tensors
   int32_t group;
   int32_t layout;  // index of its StridedLayout, or -1
 };
 static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");
-
-// Elements that one block updates at a time: eight rounds of 256 threads with 16 bytes of float32.
-// Fewer would search for their tensor too often, more would leave multiprocessors idle in networks
-// of a million parameters.
-constexpr int64_t kChunkElements = 8192;
 
 // The schedule of one hyperparameter, or count == 0: it is the number in `options`.
 struct DeviceSchedule {
@@ -57,6 +53,7 @@ struct DeviceState {
   uint32_t ticket;        // blocks of the running launch that are done
   int32_t last_skipped;   // the last step changed nothing because of found_inf ...
   int32_t invalid_scale;  // ... or since the last reset, because grad_scale has no usable inverse
+  double squared_norm;    // of the last step's gradients, NaN where it was skipped or not measured
 };
 
 // What both kinds of launches need to find and move the clocks.

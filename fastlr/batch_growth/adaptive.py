@@ -112,7 +112,8 @@ class AdaptiveGrowth:
         self._observations = noise.observations
 
     def update(self, batch: Batch) -> bool:
-        """Looks at the noise scale after an update; to be called after ``noise.observe(batch)``.
+        """Looks at the noise scale after an update; to be called after ``noise.observe(batch)``, and after
+        ``opt.step()`` where ``noise`` reads an optimizer.
 
         Args:
             batch: the batch that was observed; only an update's last one counts. Every rank has to call it.

@@ -5,35 +5,54 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastlr import _core
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
+from fastlr.optim import FusedOptimizer
+from fastlr.optim._runtime import Runtime
 from fastlr.schedules._base import describe, real
 
 
-def squared_norm(tensors: Iterable[torch.Tensor]) -> float:
+def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | None = None) -> float:
     """The sum of the squares of all elements, each squared and added up in float64.
 
-    Dense tensors in host memory are read natively, in one pass and alike on any number of threads; others
-    by PyTorch, on their device.
+    Waits for CUDA devices. Where no kernel was built for a tensor's device, PyTorch adds them up.
 
     Args:
-        tensors: of any shape, layout, device, and floating or complex type.
+        tensors: of any shape, strides, device, and floating or complex type, or sparse COO.
+        native: what keeps tables on devices from one call to the next, where tensors stay the same.
 
     >>> squared_norm([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])])
     169.0
     """
-    total, others = _core.squared_norm(tensors, torch.get_num_threads())
+    native = native or _core.SquaredNorm(Runtime)
+    total, others = native.measure(list(tensors), torch.get_num_threads())
     sums: dict[torch.device, torch.Tensor] = {}
     for tensor in others:
-        values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        values = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+        values = torch.view_as_real(values) if values.is_complex() else values
         flat = values.detach().to(torch.float64).flatten()
         sums[tensor.device] = sums.get(tensor.device, flat.new_zeros(())) + torch.dot(flat, flat)
     return total + sum(float(value) for value in sums.values())
+
+
+class _Small(NamedTuple):
+    """What an update's smaller batch tells."""
+
+    batch_size: float
+    squared_norm: float
+
+
+class _Begun(NamedTuple):
+    """An observation that waits for the optimizer's step."""
+
+    small: _Small
+    batch_size: float
+    updates: int  # the optimizer's clock before the step
 
 
 class GradientNoiseScale:
@@ -56,24 +75,32 @@ class GradientNoiseScale:
     Updates with a single micro-batch on a single rank have one size only and tell nothing. Neither do the
     partial ones of a tail, nor those with inf or NaN.
 
+    With one of fastlr's optimizers in place of parameters, the larger batch's norm is what its step measures
+    in the pass that updates the parameters (``opt.measure_grad_norm``, which this switches on). An
+    observation is then complete after the step, and one whose step was skipped does not count. The step has
+    to see gradients as the loss gave them: where they are clipped before, pass the parameters.
+
     Args:
-        parameters: whose gradients are measured.
+        parameters: whose gradients are measured, or a fused optimizer that holds them.
         decay: of the averages, in [0, 1): they span some 1 / (1 - decay) updates.
 
     Raises:
         ValueError: there are no parameters, or decay is out of range.
+        TypeError: an optimizer of another kind.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(3, 1)
     >>> data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
     >>> plan = fastlr.BatchPlan.from_phases([(0, 16)], dataset_size=64, epochs=2, lr=0.1)
-    >>> noise = fastlr.GradientNoiseScale(model.parameters())
-    >>> for batch in fastlr.GrowingLoader(data, plan, micro_batch_size=4):
+    >>> opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr)
+    >>> noise = fastlr.GradientNoiseScale(opt)
+    >>> for batch in fastlr.GrowingLoader(data, plan, micro_batch_size=4).bind(opt):
     ...     x, y = batch.data
     ...     ((model(x) - y).square().mean() * batch.weight).backward()
     ...     noise.observe(batch)
     ...     if batch.ends_update:
-    ...         model.zero_grad()
+    ...         opt.step()
+    ...         opt.zero_grad()
     >>> noise.observations
     8
 
@@ -82,16 +109,29 @@ class GradientNoiseScale:
         appendix A.1.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], decay: float = 0.99) -> None:
-        self.parameters = list(parameters)
-        if not self.parameters:
-            raise ValueError("GradientNoiseScale needs at least one parameter, got none")
+    def __init__(self, parameters: Iterable[torch.Tensor] | FusedOptimizer, decay: float = 0.99) -> None:
         self.decay = real("decay", decay)
         if self.decay >= 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay!r}")
-        self.observations = 0
+        self._optimizer: FusedOptimizer | None = None
+        self._parameters: list[torch.Tensor] = []
+        if isinstance(parameters, FusedOptimizer):
+            self._optimizer = parameters
+            parameters.measure_grad_norm = True
+        elif isinstance(parameters, torch.optim.Optimizer):
+            raise TypeError(
+                f"parameters must be tensors or one of fastlr's optimizers, got {type(parameters).__name__}; "
+                "pass the parameters that it holds"
+            )
+        else:
+            self._parameters = list(parameters)
+            if not self._parameters:
+                raise ValueError("GradientNoiseScale needs at least one parameter, got none")
+        self._native = _core.SquaredNorm(Runtime)
+        self._observations = 0
         self._gradient = self._noise = self._weight = 0.0
-        self._small: tuple[float, float] | None = None  # batch size and squared norm
+        self._small: _Small | None = None
+        self._begun: _Begun | None = None
         self._reduced: float | None = None  # of this rank before the all-reduce
         self._attached = False
         self._warned = False
@@ -114,7 +154,7 @@ class GradientNoiseScale:
 
         # Without annotations: DDP compares them with its own types, and here they are strings.
         def measure(group, bucket):  # type: ignore[no-untyped-def]
-            self._reduced = (self._reduced or 0.0) + squared_norm([bucket.buffer()])
+            self._reduced = (self._reduced or 0.0) + self._squared_norm([bucket.buffer()])
             return default_hooks.allreduce_hook(group, bucket)
 
         model.register_comm_hook(None, measure)
@@ -126,7 +166,8 @@ class GradientNoiseScale:
 
         Args:
             batch: whose weighted loss was differentiated. Every rank has to call it.
-            grad_scale: what the loss was multiplied with, such as ``scaler.get_scale()``, > 0.
+            grad_scale: what the loss was multiplied with, such as ``scaler.get_scale()``, > 0. A fused
+                optimizer's step knows it from the scaler.
         """
         scale = real("grad_scale", grad_scale, above=True)
         world = batch.ranks
@@ -134,32 +175,65 @@ class GradientNoiseScale:
             # p.grad is weight times the gradient of this rank's mean loss, since nothing was reduced yet.
             mine = [0.0, 0.0, 0.0]  # nothing counts in this micro-batch
             if batch.weight > 0.0:
-                mine = [squared_norm(self._gradients()) / (scale * batch.weight) ** 2, batch.samples, 1.0]
+                squares = self._squared_norm(self._gradients()) / (scale * batch.weight) ** 2
+                mine = [squares, batch.samples, 1.0]
             squares, samples, ranks = sum_over_ranks(mine, world)
             if ranks > 0.0:
-                self._small = samples / ranks, squares / ranks
+                self._small = _Small(samples / ranks, squares / ranks)
         if not batch.ends_update:
             return
         small, self._small = self._small, None
         if self._attached:
             reduced, self._reduced = self._reduced, None
             if reduced is not None and world > 1:
-                small = batch.global_batch / world, sum_over_ranks([reduced / scale**2], world)[0] / world
+                squares = sum_over_ranks([reduced / scale**2], world)[0] / world
+                small = _Small(batch.global_batch / world, squares)
         if not batch.full:
             return
         if small is None:
             self._warn()
+        elif self._optimizer is not None:
+            self._complete()
+            self._begun = _Begun(small, float(batch.global_batch), self._optimizer.sync().updates)
         else:
-            self._add(small, (float(batch.global_batch), squared_norm(self._gradients()) / scale**2))
+            self._add(small, float(batch.global_batch), self._squared_norm(self._gradients()) / scale**2)
+
+    def _complete(self) -> None:
+        """Takes what the optimizer's step has measured, if it was applied since the observation began."""
+        if self._optimizer is None or self._begun is None:
+            return
+        small, batch_size, updates = self._begun
+        passed = self._optimizer.sync().updates - updates
+        if passed == 0:
+            return
+        self._begun = None
+        norm = self._optimizer.last_grad_norm
+        if norm is None:
+            raise RuntimeError(
+                "the optimizer's step did not measure the gradients' norm; leave opt.measure_grad_norm "
+                "switched on, or pass the parameters to GradientNoiseScale in place of the optimizer"
+            )
+        if passed == 1:  # else it is another update's
+            self._add(small, batch_size, norm**2)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Whose gradients are measured."""
+        if self._optimizer is None:
+            return self._parameters
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def _add(self, small: tuple[float, float], large: tuple[float, float]) -> None:
-        (b1, g1), (b2, g2) = small, large
+    def _squared_norm(self, tensors: list[torch.Tensor]) -> float:
+        return squared_norm(tensors, self._native)
+
+    def _add(self, small: _Small, b2: float, g2: float) -> None:
+        b1, g1 = small
         if not (math.isfinite(g1) and math.isfinite(g2)):
             return
-        self.observations += 1
+        self._observations += 1
         keep = self.decay
         self._gradient = keep * self._gradient + (1.0 - keep) * (b2 * g2 - b1 * g1) / (b2 - b1)
         self._noise = keep * self._noise + (1.0 - keep) * (g1 - g2) / (1.0 / b1 - 1.0 / b2)
@@ -177,13 +251,21 @@ class GradientNoiseScale:
             )
 
     @property
+    def observations(self) -> int:
+        """Updates that were measured so far."""
+        self._complete()
+        return self._observations
+
+    @property
     def squared_gradient(self) -> float:
         """The averaged estimate of :math:`|G|^2`; NaN before the first observation."""
+        self._complete()
         return self._gradient / self._weight if self._weight else math.nan
 
     @property
     def noise(self) -> float:
         r"""The averaged estimate of :math:`S = \mathrm{tr}(\Sigma)`; NaN before the first observation."""
+        self._complete()
         return self._noise / self._weight if self._weight else math.nan
 
     @property
@@ -197,14 +279,20 @@ class GradientNoiseScale:
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
         return {
+            "observations": self.observations,  # completes the last one
             "gradient": self._gradient,
             "noise": self._noise,
             "weight": self._weight,
-            "observations": self.observations,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the averages that :meth:`state_dict` returned."""
         self._gradient, self._noise = float(state["gradient"]), float(state["noise"])
-        self._weight, self.observations = float(state["weight"]), int(state["observations"])
-        self._small = self._reduced = None
+        self._weight, self._observations = float(state["weight"]), int(state["observations"])
+        self._small = self._reduced = self._begun = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_native"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _native=_core.SquaredNorm(Runtime))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
@@ -14,6 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from fastlr import _core
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
+from fastlr.schedules._base import flag
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
@@ -43,6 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     _last_step_skipped = False
+    _measures_grad_norm = False
     _loaded_momenta: dict[torch.Tensor, torch.Tensor]
 
     # NOTE: [what a checkpoint holds]
@@ -214,6 +217,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.sync()
         return self._last_step_skipped
 
+    # -- the gradients' norm ---------------------------------------------------------------------
+
+    @property
+    def measure_grad_norm(self) -> bool:
+        """Whether :meth:`step` measures the norm of the gradients that it reads, for ``last_grad_norm``.
+
+        False unless set.
+        """
+        return self._measures_grad_norm
+
+    @measure_grad_norm.setter
+    def measure_grad_norm(self, measure: bool) -> None:
+        self._measures_grad_norm = flag("measure_grad_norm", measure)
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """The 2-norm of all gradients of the last :meth:`step`, as one vector; None if not measured.
+
+        It is that of ``p.grad`` without GradScaler's scale, before weight decay; NaN where the update was
+        skipped. The squares are added up in float64 in the pass that reads the gradients for the update,
+        in one order whatever the device, threads and types. Waits for CUDA devices.
+
+        >>> import fastlr, torch
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> opt = fastlr.FusedSGD([p], lr=0.1)
+        >>> opt.measure_grad_norm = True
+        >>> p.grad = torch.tensor([3.0, 4.0])
+        >>> opt.step()
+        >>> opt.last_grad_norm
+        5.0
+        """
+        squares = self._plan.squared_norm()
+        return None if squares is None else math.sqrt(squares)
+
     # -- the step --------------------------------------------------------------------------------
 
     @overload
@@ -275,7 +312,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
         amp = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        updated = self._plan.step(self.param_groups, self.state, *amp, torch.get_num_threads())
+        settings = torch.get_num_threads(), self._measures_grad_norm
+        updated = self._plan.step(self.param_groups, self.state, *amp, *settings)
         self._last_step_skipped = updated is None
         if updated is not None:
             increment_version(updated)  # so that a backward through an overwritten parameter raises
@@ -350,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state.copy()
         for p in self._plan.uninitialized():
             _drop_momentum(state, p)
-        return {**super().__getstate__(), "state": state}
+        return {**super().__getstate__(), "state": state, "_measures_grad_norm": self._measures_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = self.__dict__.get("state", {})

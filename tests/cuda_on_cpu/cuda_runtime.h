@@ -50,7 +50,6 @@ struct alignas(16) int4 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline uint4 __ldca(const uint4* from) { return *from; }
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -205,6 +204,10 @@ T atomicCAS(T* address, typename emulator::Identity<T>::type compare,
 }
 
 // Loads and stores with a cache hint.
+template <typename T>
+T __ldca(const T* address) {
+  return *address;
+}
 template <typename T>
 T __ldg(const T* address) {
   return *address;

@@ -84,10 +84,12 @@ class Optimizer {
     tensors_->upload(device_, cut.tensors);
     layouts_ = std::make_unique<DeviceArray<StridedLayout>>(cut.layouts.size());
     layouts_->upload(device_, cut.layouts);
+    squares_ = std::make_unique<DeviceArray<double>>(static_cast<size_t>(cut.chunks));
     launches_ = std::move(cut.launches);
     for (size_t i = 0; i < launches_.size(); ++i) {
       launches_[i].tensors = tensors_->data() + cut.firsts[i];
       launches_[i].layouts = layouts_->data();
+      launches_[i].step_chunks = cut.chunks;
     }
     upload_groups();
   }
@@ -110,9 +112,12 @@ class Optimizer {
     scale_ = scale;
   }
 
+  void measure_norm(bool measured) { norm_measured_ = measured; }
+
   // Launches a step, or captures it.
   void launch() {
     for (cuda::Launch& launch : launches_) {
+      launch.squares = norm_measured_ ? squares_->data() : nullptr;
       launch.clocks = clocks();
       launch.grad_scale = scaler_used_ ? &scale_ : nullptr;
       leave_device(device_);
@@ -130,7 +135,13 @@ class Optimizer {
     const bool usable = std::isnormal(inverse_scale) && inverse_scale > 0;
     skipped_ = !usable || (scaler_used_ && found_inf_ != 0);
     invalid_scale_ = invalid_scale_ || !usable;
+    squared_norm_ = NAN;
     if (skipped_) return;
+    if (norm_measured_) {
+      std::vector<double> sums;
+      for (const auto& c : cases_) c->append_squares(sums);
+      squared_norm_ = sum_in_lanes(sums) * inverse_scale * inverse_scale;
+    }
     for (size_t i = 0; i < cases_.size(); ++i)
       cases_[i]->expect_update(groups_[case_groups_[i]].now(), inverse_scale);
     for (Group& group : groups_) group.move(1, 0);
@@ -139,7 +150,10 @@ class Optimizer {
   // What launch_clock() must have done.
   void expect_clock(int64_t updates, int64_t samples) {
     const bool skip = updates != 0 && scaler_used_ && found_inf_ != 0;
-    if (updates != 0) skipped_ = skip;
+    if (updates != 0) {
+      skipped_ = skip;
+      squared_norm_ = skip ? NAN : 0.0;
+    }
     for (Group& group : groups_) group.move(skip ? 0 : updates, samples);
   }
 
@@ -152,6 +166,9 @@ class Optimizer {
     CHECK(state.ticket == 0, "%u", state.ticket);
     CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
     CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
+    CHECK(std::isnan(squared_norm_) ? std::isnan(state.squared_norm)
+                                    : state.squared_norm == squared_norm_,
+          "norm %a, not %a", state.squared_norm, squared_norm_);
     const std::vector<GroupClock> clocks = clocks_.download(device_);
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group& group = groups_[i];
@@ -246,12 +263,15 @@ class Optimizer {
   bool scaler_used_ = false;
   float found_inf_ = 0.0f, scale_ = 1.0f;
   bool skipped_ = false, invalid_scale_ = false;
+  bool norm_measured_ = false;
+  double squared_norm_ = 0.0;
   DeviceArray<DeviceState> state_{1};
   DeviceArray<DeviceGroup> entries_{make_groups().size()};
   DeviceArray<GroupClock> clocks_{make_groups().size()};
   std::unique_ptr<DeviceArray<int32_t>> flags_;
   std::unique_ptr<DeviceArray<DeviceTensor>> tensors_;
   std::unique_ptr<DeviceArray<StridedLayout>> layouts_;
+  std::unique_ptr<DeviceArray<double>> squares_;
   std::unique_ptr<DeviceArray<Segment>> segments_;
   std::unique_ptr<DeviceArray<double>> table_;
 };

@@ -141,8 +141,8 @@ FAULTS = {
     ),
     "empty chunk behind each tensor": Fault(
         LAUNCHES,
-        "(tensor.numel + kChunkElements - 1) / kChunk",
-        "(tensor.numel + kChunkElements) / kChunk",
+        "launch.chunks += chunks_of(tensor.numel);",
+        "launch.chunks += chunks_of(tensor.numel + 1);",
         *STATE,
     ),
     "large arguments for an old driver": Fault(
@@ -165,7 +165,7 @@ FAULTS = {
     ),
     "schedule evaluated before the clock moves": Fault(TABLES, MOVE + EVALUATE, EVALUATE + MOVE, *STATE),
     "skipped step forgotten when samples are consumed": Fault(
-        LAUNCHER, "if (updates != 0 && threadIdx.x == 0) clocks", "if (threadIdx.x == 0) clocks", *STATE
+        LAUNCHER, "if (updates != 0 && threadIdx.x == 0) {", "if (threadIdx.x == 0) {", *STATE
     ),
     "found_inf ignored": Fault(KERNELS, "*found_inf == 0.0f", "*found_inf < 2.0f", *TENSORS),
     "unusable scale applied": Fault(
@@ -174,6 +174,42 @@ FAULTS = {
     "first update noted on a skipped step": Fault(KERNELS, "  if (amp.applied) {\n", "  {\n", *STATE),
     "first update noted by the last launch only": Fault(
         KERNELS, "  if (amp.applied) {\n", "  if (amp.applied && step.ends_step) {\n", *STATE
+    ),
+    # The gradients' norm.
+    "no barrier before lanes are added": Fault(
+        KERNELS, "lanes[threadIdx.x] = lane;\n  __syncthreads();\n", "lanes[threadIdx.x] = lane;\n", *RACE
+    ),
+    "no barrier between rounds of adding lanes": Fault(
+        KERNELS,
+        "lanes[threadIdx.x + apart];\n    __syncthreads();\n",
+        "lanes[threadIdx.x + apart];\n",
+        *RACE,
+    ),
+    "squares by the parameter's strides": Fault(
+        KERNELS, "places_of(*layout, i).grad", "places_of(*layout, i).param", *STATE
+    ),
+    "squares of a chunk's first elements only": Fault(
+        KERNELS,
+        "sum_of_squares(g, layout, begin, end)",
+        "sum_of_squares(g, layout, begin, begin + 8)",
+        *STATE,
+    ),
+    "squares numbered within the launch": Fault(
+        KERNELS, "tensor.first_square + (chunk - tensor.first_chunk)", "chunk", *STATE
+    ),
+    "squares of all tensors in one place": Fault(LAUNCHES, "{&item, cut.chunks}", "{&item, 0}", *STATE),
+    "norm of the last launch only": Fault(KERNELS, "i < step.step_chunks", "i < step.chunks", *STATE),
+    "norm of the scaled gradients": Fault(
+        KERNELS,
+        "unscaled_squares(sum_over_block(lane), amp.inverse_scale)",
+        "sum_over_block(lane)",
+        *STATE,
+    ),
+    "norm of a skipped step": Fault(
+        KERNELS, "step.squares != nullptr && amp.applied", "step.squares != nullptr", *STATE
+    ),
+    "norm of the step before where there are no tensors": Fault(
+        LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE
     ),
 }
 

@@ -173,6 +173,7 @@ void check_capture() {
   Optimizer large(0, std::move(cases)), small(0, some_cases(random));
   for (Optimizer* optimizer : {&large, &small}) {
     optimizer->with_scaler(true);
+    optimizer->measure_norm(true);
     const int64_t clock = captured([&] { optimizer->evaluate(); });
     const int64_t samples = captured([&] { optimizer->launch_clock(0, 64); });
     const int64_t step = captured([&] { optimizer->launch(); });
@@ -201,13 +202,16 @@ void check_steps() {
     // Of the devices some get blocks as many as are resident, and the others do not.
     emulator::set_seed(static_cast<uint64_t>(device % 2 ? device : 100 + device));
     optimizer.evaluate();
+    optimizer.measure_norm(true);
     optimizer.with_scaler(true);
     optimizer.set_amp(1.0f, 8.0f);  // the first step is skipped
     optimizer.step();
     optimizer.set_amp(0.0f, 8.0f);
     optimizer.step();
     optimizer.with_scaler(false);
+    optimizer.measure_norm(false);
     optimizer.step();
+    optimizer.measure_norm(true);
     optimizer.launch_clock(0, 128);
     optimizer.expect_clock(0, 128);
     optimizer.with_scaler(true);
@@ -240,6 +244,7 @@ void check_launches_in_order() {
   Optimizer optimizer(1, some_cases(random), true);
   CHECK(optimizer.launches() == 22, "%zu", optimizer.launches());
   optimizer.evaluate();
+  optimizer.measure_norm(true);
   for (int i = 0; i < 3; ++i) optimizer.step();
 }
 
@@ -270,6 +275,7 @@ void check_launch_boundaries() {
     CHECK(optimizer.launches() == boundary.launches, "%zu tensors take %zu launches",
           boundary.tensors, optimizer.launches());
     optimizer.evaluate();
+    optimizer.measure_norm(true);
     optimizer.step();
     optimizer.step();
   }
@@ -316,6 +322,7 @@ void check_large_tensor() {
     tensor.param = p.data();
     tensor.numel = kBefore + kRest;
     tensor.first_chunk = -kBefore / kChunkElements;
+    tensor.first_square = tensor.first_chunk;
     tensor.layout = strided ? 0 : -1;
     StridedLayout layout{};
     layout.ndim = 2;
@@ -333,12 +340,18 @@ void check_large_tensor() {
     launch.clocks = {&state, &group, &clock, nullptr};
     launch.tensors = &tensor;
     launch.layouts = &layout;
+    double squares[3];
+    launch.squares = squares;
+    launch.step_chunks = 3;
     launch.chunks = 3;
     launch.ends_step = true;
     launch.grads = {g.data()};
     cuda::launch_clock(0, kStream, launch.clocks, 0, 0);
     cuda::launch_step(0, kStream, launch);
     CHECK(clock.updates == 1, "%" PRId64, clock.updates);
+    double squared_norm = 0;  // of small integers, and so exact
+    for (int64_t i = kBefore; i < kBefore + kRest; ++i) squared_norm += g.data()[i] * g.data()[i];
+    CHECK(state.squared_norm == squared_norm, "%a, not %a", state.squared_norm, squared_norm);
     for (int64_t i = kBefore; i < kBefore + kRest; ++i) {
       const float expected = static_cast<float>(i - kBefore) - static_cast<float>(i % 5 + 1) / 2;
       CHECK(p.data()[i] == expected, "element %" PRId64 ": %a, not %a", i, double(p.data()[i]),

@@ -123,9 +123,29 @@ void reference(const SgdOptions& o, float inverse_scale, bool first, C& param, C
   param = std::fma(direction, static_cast<C>(-o.lr), param);
 }
 
+// Adds values times factors in the order that NOTE: [sums in lanes] gives.
+inline double sum_in_lanes(const std::vector<double>& values, const std::vector<double>& factors) {
+  std::vector<double> lanes(256, 0.0);
+  for (size_t i = 0; i < values.size(); ++i) {
+    lanes[i % 256] = std::fma(values[i], factors[i], lanes[i % 256]);
+  }
+  while (lanes.size() > 1) {
+    const size_t half = lanes.size() / 2;
+    for (size_t k = 0; k < half; ++k) lanes[k] = lanes[k] + lanes[half + k];
+    lanes.resize(half);
+  }
+  return lanes[0];
+}
+
+inline double sum_in_lanes(const std::vector<double>& values) {
+  return sum_in_lanes(values, std::vector<double>(values.size(), 1.0));
+}
+
 // One tensor in the step, and its reference.
 struct Case {
   virtual ~Case() = default;
+  // Appends the sums of the squares of the gradient's chunks.
+  virtual void append_squares(std::vector<double>& sums) const = 0;
   virtual TensorRef ref(std::vector<StridedLayout>& layouts) = 0;
   virtual void expect_update(const SgdOptions& options, float inverse_scale) = 0;
   virtual void check() const = 0;
@@ -184,6 +204,18 @@ class TypedCase : public Case {
       momentum_.expect(at(2, i), new_m);
     }
     if (options.momentum != 0) first = false;
+  }
+
+  void append_squares(std::vector<double>& sums) const override {
+    std::vector<double> chunk;
+    for (int64_t i = 0; i < numel(); ++i) {
+      chunk.push_back(in_place_ ? decode(param_.before()[at(0, i)])
+                                : decode(grad_.before()[at(1, i)]));
+      if (chunk.size() == 8192 || i + 1 == numel()) {
+        sums.push_back(sum_in_lanes(chunk, chunk));
+        chunk.clear();
+      }
+    }
   }
 
   void check() const override {

@@ -14,6 +14,7 @@
 #include "cases.h"
 #include "cpu/step_cpu.h"
 #include "half_formats.h"
+#include "squares.h"
 
 using namespace fastlr;
 
@@ -47,21 +48,34 @@ void check_conversion(const HalfFormat& format, Convert convert) {
   }
 }
 
-// As step_cpu, with each share in a thread of its own.
+// As step_cpu and measured_step_cpu, with each share in a thread of its own. sums: of each chunk's
+// squares, or empty.
 void step_std(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
-              const std::vector<GroupScalars>& groups, int threads) {
-  int64_t total = 0;
-  for (const TensorRef& tensor : tensors) total += tensor.numel;
+              const std::vector<GroupScalars>& groups, int threads, std::vector<double>& sums) {
+  int64_t total = 0, chunks = 0;
+  std::vector<int64_t> first_chunks;
+  for (const TensorRef& tensor : tensors) {
+    total += tensor.numel;
+    first_chunks.push_back(chunks);
+    chunks += chunks_of(tensor.numel);
+  }
   ChunkKernel kernel = nullptr;
   for (const SimdLevel& level : usable_simd_levels())
     if (std::strcmp(level.name, simd_level()) == 0) kernel = level.kernel;
   std::vector<std::thread> running;
   for (int part = 0; part < threads; ++part) {
     running.emplace_back([&, part] {
-      for_each_chunk(tensors, total, part, threads, [&](const Chunk& chunk) {
-        const TensorRef& tensor = tensors[chunk.tensor];
-        kernel(tensor, tensor.layout < 0 ? nullptr : &layouts[tensor.layout], groups[tensor.group],
-               chunk.begin, chunk.end);
+      for_each_chunk(tensors, total, part, threads, kChunkElements, [&](const Chunk& share) {
+        const TensorRef& tensor = tensors[share.tensor];
+        const StridedLayout* layout = tensor.layout < 0 ? nullptr : &layouts[tensor.layout];
+        for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
+          const int64_t end = std::min(begin + kChunkElements, share.end);
+          double lanes[kLanes] = {};
+          kernel(tensor, layout, groups[tensor.group], begin, end, sums.empty() ? nullptr : lanes);
+          if (sums.empty()) continue;
+          sums[first_chunks[share.tensor] + begin / kChunkElements] =
+              sum_of_lanes(lanes, end - begin);
+        }
       });
     });
   }
@@ -86,7 +100,9 @@ void check_steps(bool openmp) {
   add_cases<BFloat16, float>(cases, S::kBFloat16, S::kFloat32, groups, random);
   add_cases<Float16, Float16>(cases, S::kFloat16, S::kFloat16, groups, random);
   add_cases<Float16, float>(cases, S::kFloat16, S::kFloat32, groups, random);
-  for (const int threads : {2, 1, 7}) {
+  bool measures = false;
+  for (const int threads : {2, 1, 7, 2, 1, 7}) {
+    measures = !measures;  // for each number of threads once
     const float inverse_scale = threads == 1 ? 0.125f : 1.0f;
     std::vector<GroupScalars> scalars;
     for (const SgdOptions& o : options)
@@ -98,11 +114,21 @@ void check_steps(bool openmp) {
       tensors.push_back(c->ref(layouts));
       if (options[tensors.back().group].momentum == 0) tensors.back().momentum = nullptr;
     }
-    if (openmp) {
-      step_cpu(tensors, layouts, scalars, threads, false);
+    std::vector<double> sums;
+    for (const auto& c : cases) c->append_squares(sums);
+    const double expected = sum_in_lanes(sums);
+    double found = expected;
+    if (!openmp) {
+      std::vector<double> sums_found(measures ? sums.size() : 0);
+      step_std(tensors, layouts, scalars, threads, sums_found);
+      if (measures) found = sum_in_lanes(sums_found);
+    } else if (measures) {
+      CHECK(squared_norm_cpu(tensors, layouts, threads) == expected, "%d threads", threads);
+      found = measured_step_cpu(tensors, layouts, scalars, threads, false);
     } else {
-      step_std(tensors, layouts, scalars, threads);
+      step_cpu(tensors, layouts, scalars, threads, false);
     }
+    CHECK(found == expected, "%d threads: %a, not %a", threads, found, expected);
     for (size_t i = 0; i < cases.size(); ++i) {
       cases[i]->expect_update(options[tensors[i].group], inverse_scale);
       cases[i]->check();
@@ -117,10 +143,11 @@ void check_chunks() {
     std::vector<TensorRef> tensors(random() % 20);
     int64_t total = 0;
     for (TensorRef& tensor : tensors) total += tensor.numel = sizes[random() % sizes.size()];
+    const int64_t grain = round % 2 == 0 ? 64 : 500;
     for (const int parts : {1, 2, 3, 7, 64, 1000}) {
       int64_t tensor = 0, element = 0;  // where the next chunk must begin: shares come in order
       for (int part = 0; part < parts; ++part) {
-        for_each_chunk(tensors, total, part, parts, [&](const Chunk& chunk) {
+        for_each_chunk(tensors, total, part, parts, grain, [&](const Chunk& chunk) {
           while (tensor < chunk.tensor) {
             CHECK(element == tensors[tensor].numel, "tensor %ld left at %ld", long(tensor),
                   long(element));
@@ -130,6 +157,7 @@ void check_chunks() {
                     chunk.end <= tensors[tensor].numel,
                 "%d parts, part %d: chunk %ld..%ld", parts, part, long(chunk.begin),
                 long(chunk.end));
+          CHECK(chunk.begin % grain == 0, "%ld", long(chunk.begin));
           element = chunk.end;
         });
       }

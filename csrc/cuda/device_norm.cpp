@@ -1,0 +1,42 @@
+#include "device_norm.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "../owned.h"
+
+namespace fastlr {
+
+double DeviceNorm::measure(const std::vector<TensorRef>& tensors,
+                           const std::vector<StridedLayout>& layouts) {
+  const DeviceScope scope(runtime_, device_);
+  if (scope.capturing()) {
+    throw std::runtime_error(
+        "measuring a norm waits for the device, which a CUDA graph cannot capture; do it outside "
+        "the capture.");
+  }
+  if (!state_) {
+    cuda::preload(scope.device());
+    Table memory(runtime_, device_, sizeof(DeviceState), scope);
+    const DeviceState state{};  // of no groups: there is no clock to move
+    cuda::upload(scope.device(), scope.stream(), memory.data(), &state, sizeof state);
+    state_ = std::move(memory);
+  }
+  state_.used_by(runtime_, device_, scope);
+  std::vector<DeviceWork> work;
+  for (const TensorRef& tensor : tensors) work.push_back({tensor, nullptr});
+  std::vector<cuda::Launch> launches = tensors_.update(scope, work, layouts, false, true);
+  if (launches.empty()) return 0.0;
+  tensors_.used(scope);
+  DeviceState state;
+  const WithoutGil waiting_for_the_device;
+  for (cuda::Launch& launch : launches) {
+    launch.clocks = {reinterpret_cast<DeviceState*>(state_.data()), nullptr, nullptr, nullptr};
+    launch.grad_scale = nullptr;
+    cuda::launch_step(scope.device(), scope.stream(), launch);
+  }
+  cuda::download(scope.device(), scope.stream(), &state, state_.data(), sizeof state);
+  return state.squared_norm;
+}
+
+}  // namespace fastlr

@@ -1,0 +1,85 @@
+#include "tensor_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "../layout.h"
+
+namespace fastlr {
+namespace {
+
+bool same(const StridedLayout& a, const StridedLayout& b) {
+  return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim) &&
+         same_numbers(a.param, b.param, a.ndim) && same_numbers(a.grad, b.grad, a.ndim) &&
+         same_numbers(a.momentum, b.momentum, a.ndim);
+}
+
+}  // namespace
+
+// The memory that there was must outlive the graphs that have seen it.
+void TensorTable::replace(Table& table, size_t size, const DeviceScope& scope) {
+  if (captured_ && table) kept_.push_back(std::move(table));
+  table = Table(runtime_, device_, size, scope);
+}
+
+void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
+  const size_t entry_bytes = cut.tensors.size() * sizeof(DeviceTensor);
+  const size_t layout_bytes = cut.layouts.size() * sizeof(StridedLayout);
+  const bool changed =
+      cut.tensors.size() != uploaded_.size() || cut.layouts.size() != uploaded_layouts_.size() ||
+      std::memcmp(cut.tensors.data(), uploaded_.data(), entry_bytes) != 0 ||
+      !std::equal(cut.layouts.begin(), cut.layouts.end(), uploaded_layouts_.begin(),
+                  [](const StridedLayout& a, const StridedLayout& b) { return same(a, b); });
+  if (!changed) return;
+  if (scope.capturing()) {
+    cannot_capture(uploaded_.empty() ? "this is the optimizer's first step"
+                                     : "parameters or their state have changed or moved");
+  }
+  if (tensors_captured_ || tensors_.size() < entry_bytes + layout_bytes) {
+    replace(tensors_, entry_bytes + layout_bytes, scope);
+    tensors_captured_ = false;
+  }
+  tensors_.used_by(runtime_, device_, scope);
+  uploaded_.clear();  // until the upload is under way
+  cuda::upload(scope.device(), scope.stream(), tensors_.data(), cut.tensors.data(), entry_bytes);
+  if (layout_bytes != 0) {
+    cuda::upload(scope.device(), scope.stream(), tensors_.data() + entry_bytes, cut.layouts.data(),
+                 layout_bytes);
+  }
+  uploaded_ = std::move(cut.tensors);
+  uploaded_layouts_ = std::move(cut.layouts);
+}
+
+const std::vector<cuda::Launch>& TensorTable::update(const DeviceScope& scope,
+                                                     const std::vector<DeviceWork>& work,
+                                                     const std::vector<StridedLayout>& layouts,
+                                                     bool in_order, bool measures_norm) {
+  Launches cut = cut_into_launches(work, layouts, in_order);
+  launches_ = std::move(cut.launches);
+  if (launches_.empty()) return launches_;
+  upload(scope, cut);
+  // At least one, as a null pointer says that nothing is measured.
+  const size_t squares_bytes = std::max<size_t>(cut.chunks, 1) * sizeof(double);
+  if (measures_norm && squares_.size() < squares_bytes) {
+    if (scope.capturing()) cannot_capture("the gradients' norm was not measured before");
+    replace(squares_, squares_bytes, scope);
+  }
+  const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
+  for (size_t i = 0; i < launches_.size(); ++i) {
+    launches_[i].tensors = tensors + cut.firsts[i];
+    launches_[i].layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
+    launches_[i].squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
+    launches_[i].step_chunks = cut.chunks;
+  }
+  return launches_;
+}
+
+void TensorTable::used(const DeviceScope& scope) {
+  for (Table* table : {&tensors_, &squares_}) {
+    if (*table) table->used_by(runtime_, device_, scope);
+  }
+  if (scope.capturing()) captured_ = tensors_captured_ = true;
+}
+
+}  // namespace fastlr

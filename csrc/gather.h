@@ -1,0 +1,118 @@
+// What a step works on: which tensors an optimizer holds, and where they lie now.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "groups.h"
+#include "layout.h"
+#include "owned.h"
+#include "placement.h"
+#include "tensor_view.h"
+#include "tensors.h"
+
+namespace fastlr {
+
+// NOTE: [what is cached]
+// Parameters, gradients and state may move, change their type or be replaced between any two steps,
+// so each step reads every pointer, type, shape and stride again. What is kept is only what follows
+// from them and is slow to find: whether a parameter is dense, the dict that holds its state,
+// whether tensors overlap. Each is compared with what it was derived from before it is used.
+class Gathering {
+ public:
+  // What a tensor of this step comes from.
+  struct Source {
+    PyObject* parameter;
+    int place;           // where it is updated
+    PyObject* momentum;  // its buffer, or nullptr
+  };
+
+  // runtime: an object with the methods new_momentum(parameter, group), which returns a new tensor
+  // for the parameter's momentum, and gradient_like(parameter, gradient), a copy of the gradient
+  // that lies in memory as the parameter does; borrowed.
+  Gathering(PyObject* runtime, NativeOf native_of) : runtime_(runtime), native_of_(native_of) {}
+
+  // Reads and checks groups, and every tensor of a parameter that has a gradient.
+  void read(PyObject* param_groups, PyObject* state);
+  // The groups alone.
+  void read_groups(PyObject* param_groups);
+  // Allocates the momentum buffers that are missing.
+  void add_momenta();
+  // Puts them into the optimizer's state.
+  void store_momenta(PyObject* state);
+  // Forgets everything but what is cached.
+  void clear();
+
+  const std::vector<GroupReading>& groups() const { return groups_; }
+  const std::vector<TensorRef>& tensors() const { return tensors_; }
+  const std::vector<Source>& sources() const { return sources_; }  // of tensors(), one each
+  const std::vector<StridedLayout>& layouts() const { return layouts_; }
+  // The parameters, a new list; to be called once a step.
+  Owned take_parameters();
+  // Whether two of the step's writes touch the same memory.
+  bool writes_overlap();
+
+ private:
+  struct Parameter {
+    PyObject* tensor = nullptr;
+    PyObject* state = nullptr;  // its inner dict, or nullptr
+    // What `order` follows from.
+    dlpack::DataType dtype{0, 0, 0};
+    std::vector<int64_t> shape;
+    std::vector<int64_t> strides;
+    MemoryOrder order{};
+  };
+  // Where a parameter stands, for messages.
+  struct Place {
+    PyObject* group;
+    Py_ssize_t group_index;
+    Py_ssize_t index;
+  };
+  // A parameter that is about to get its first momentum buffer.
+  struct NewMomentum {
+    size_t parameter;
+    size_t tensor;
+    Place place;
+    TensorView param_view;
+    TensorView grad_view;
+    Owned buffer;
+    Owned state;  // the dict that it goes to
+  };
+
+  void synchronize(PyObject* param_groups, PyObject* state);
+  bool states_unchanged(PyObject* state) const;
+  void gather(const Place& place, size_t position);
+  TensorView read_tensor(PyObject* tensor, const char* what, const Place& place);
+  void classify(Parameter& parameter, const TensorView& view, const Place& place) const;
+  int updated_on(const TensorView& p, const Place& place) const;
+  void attach_momentum(const Place& place, const Parameter& parameter, PyObject* buffer,
+                       const TensorView& p, const TensorView& g, TensorRef& ref);
+  void set_layout(const Place& place, const Parameter& parameter, const TensorView& p,
+                  const TensorView& g, const TensorView* m, TensorRef& ref);
+  void will_write(const void* data, int64_t extent, dlpack::DataType type);
+
+  PyObject* runtime_;
+  NativeOf native_of_;
+  TensorReader reader_;
+
+  // Cached.
+  std::vector<Parameter> parameters_;
+  std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
+  std::vector<std::pair<const char*, const char*>> written_seen_;
+  bool overlap_seen_ = false;
+
+  // Filled by each step, empty between steps.
+  std::vector<GroupReading> groups_;
+  std::vector<TensorRef> tensors_;
+  std::vector<Source> sources_;
+  std::vector<StridedLayout> layouts_;
+  std::vector<NewMomentum> new_momenta_;
+  std::vector<Owned> parameters_read_;
+  std::vector<Owned> kept_alive_;  // gradients and buffers, until the step is done
+  std::vector<std::pair<const char*, const char*>> written_;  // memory that the step writes
+};
+
+}  // namespace fastlr
