@@ -31,7 +31,7 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# The first two need no GPU; the last one reports nothing where there is none.
+# Only the last one needs a GPU; it reports nothing where there is none.
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/grad_norm.py

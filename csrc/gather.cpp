@@ -334,17 +334,10 @@ bool Gathering::writes_overlap() {
   return overlap_seen_;
 }
 
-void Gathering::read_groups(PyObject* param_groups) {
-  groups_.clear();
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
-    groups_.push_back(read_group(PyList_GET_ITEM(param_groups, i), i, native_of_));
-  }
-}
-
 void Gathering::read(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
-  read_groups(param_groups);
+  groups_ = read_groups(param_groups, native_of_);
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);

@@ -37,8 +37,6 @@ class Gathering {
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
   void read(PyObject* param_groups, PyObject* state);
-  // The groups alone.
-  void read_groups(PyObject* param_groups);
   // Allocates the momentum buffers that are missing.
   void add_momenta();
   // Puts them into the optimizer's state.

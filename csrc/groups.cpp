@@ -196,6 +196,14 @@ GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
   return reading;
 }
 
+std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of) {
+  std::vector<GroupReading> readings;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    readings.push_back(read_group(PyList_GET_ITEM(groups, i), i, native_of));
+  }
+  return readings;
+}
+
 void move_to(PyObject* group, const Clock& clock, NativeOf native_of) {
   const Keys& k = keys();
   const Clock now = read_clock(group);

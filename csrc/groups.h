@@ -53,6 +53,9 @@ struct GroupReading {
 // else wrote a value that a schedule owns.
 GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
 
+// All of them, which must be dicts in a list.
+std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of);
+
 // Warns, once each, that schedules of a group have ended before its clock. frames: from the warning
 // up to the user's call.
 void warn_past_end(PyObject* group, NativeOf native_of, int frames);

@@ -53,7 +53,8 @@ bool SgdPlan::uses_host() const {
   return alone || std::any_of(sources.begin(), sources.end(), is_on_host);
 }
 
-void SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool in_order) {
+// Returns the squared norm of the gradients, or 0.
+double SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool in_order) {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   std::vector<TensorRef> among_others;
   const std::vector<TensorRef>* tensors = &gathering_.tensors();
@@ -73,13 +74,12 @@ void SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool i
   }
   const std::vector<StridedLayout>& layouts = gathering_.layouts();
   const WithoutGil other_threads_run;
-  if (settings.measures_norm) {
-    const double squares =
-        measured_step_cpu(*tensors, layouts, scalars, settings.threads, in_order);
-    squared_norm_ = unscaled_squares(squares, inverse_scale);
-  } else {
+  if (!settings.measures_norm) {
     step_cpu(*tensors, layouts, scalars, settings.threads, in_order);
+    return 0.0;
   }
+  const double squares = measured_step_cpu(*tensors, layouts, scalars, settings.threads, in_order);
+  return unscaled_squares(squares, inverse_scale);
 }
 
 PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
@@ -111,8 +111,6 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   Owned updated = gathering_.take_parameters();
 
   bool captured = false;
-  squared_norm_.reset();
-  if (settings.measures_norm) squared_norm_ = 0.0;
 #if defined(FASTLR_HAS_CUDA)
   std::vector<DeviceItem> items;
   for (size_t i = 0; i < gathering_.sources().size(); ++i) {
@@ -125,7 +123,9 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
                              settings.grad_scale, with_host, in_order, settings.measures_norm);
   }
 #endif
-  if (with_host) step_on_host(inverse_scale, settings, in_order);
+  const double squares = with_host ? step_on_host(inverse_scale, settings, in_order) : 0.0;
+  squared_norm_.reset();
+  if (settings.measures_norm) squared_norm_ = squares;
 
   gathering_.store_momenta(state);
   if (!captured) advance(param_groups, 1, 0);
@@ -133,12 +133,14 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
 }
 
 PyObject* SgdPlan::squared_norm() {
-  if (!squared_norm_) return Py_NewRef(Py_None);
-  double sum = *squared_norm_;
+  std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
-  sum += devices_.squared_norm();
+  if (devices_.any()) {
+    sum = devices_.squared_norm();
+    if (sum) *sum += squared_norm_.value_or(0.0);
+  }
 #endif
-  return checked(PyFloat_FromDouble(sum)).release();
+  return sum ? checked(PyFloat_FromDouble(*sum)).release() : Py_NewRef(Py_None);
 }
 
 // Moves the host's clocks along with what the devices were told.
@@ -157,11 +159,10 @@ void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
 }
 
 void SgdPlan::push(PyObject* param_groups) {
-  gathering_.read_groups(param_groups);
+  const std::vector<GroupReading> groups = read_groups(param_groups, native_of_);
 #if defined(FASTLR_HAS_CUDA)
-  devices_.push(gathering_.groups());
+  devices_.push(groups);
 #endif
-  gathering_.clear();
 }
 
 void SgdPlan::loaded([[maybe_unused]] PyObject* uninitialized) {

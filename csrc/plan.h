@@ -38,7 +38,7 @@ class SgdPlan {
 
   // The sum of the squares of all elements of the last step's gradients, without GradScaler's
   // scale; NaN where the update was skipped. Waits for the devices. A float, or None where the last
-  // step did not measure it.
+  // step, or the graph that was replayed last, did not measure it.
   PyObject* squared_norm();
 
   // Moves the samples clock of host and devices.
@@ -64,13 +64,13 @@ class SgdPlan {
   PyObject* run(PyObject* param_groups, PyObject* state, const Settings& settings);
   void advance(PyObject* param_groups, int64_t updates, int64_t samples);
   bool uses_host() const;
-  void step_on_host(float inverse_scale, const Settings& settings, bool in_order);
+  double step_on_host(float inverse_scale, const Settings& settings, bool in_order);
 
   Owned runtime_;
   NativeOf native_of_;
   Gathering gathering_;
   bool stepping_ = false;
-  std::optional<double> squared_norm_;  // the host's share
+  std::optional<double> squared_norm_;  // the host's share, of the last step that Python made
 
 #if defined(FASTLR_HAS_CUDA)
   bool host_must_catch_up() const;

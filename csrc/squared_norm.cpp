@@ -1,6 +1,7 @@
 #include "squared_norm.h"
 
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/step_cpu.h"
@@ -40,6 +41,12 @@ struct Gradients {
 }  // namespace
 
 double SquaredNorm::measure(PyObject* tensors, int threads, PyObject* others) {
+  if (measuring_) throw std::runtime_error("a norm is being measured already, in another thread");
+  struct Measuring {
+    explicit Measuring(bool& flag) : flag(flag) { flag = true; }
+    ~Measuring() { flag = false; }
+    bool& flag;
+  } const measuring(measuring_);
   TensorReader reader;
   std::map<int, Gradients> places;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {

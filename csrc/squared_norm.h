@@ -20,11 +20,12 @@ class SquaredNorm {
 
   // The sum of the squares of all elements of the tensors, a list. threads: of the host, the most
   // to use. Waits for the devices. Appends to `others`, a list, the tensors that no kernel here
-  // reads.
+  // reads. By one thread at a time.
   double measure(PyObject* tensors, int threads, PyObject* others);
 
  private:
   Owned runtime_;
+  bool measuring_ = false;
 #if defined(FASTLR_HAS_CUDA)
   std::map<int, DeviceNorm> devices_;
 #endif

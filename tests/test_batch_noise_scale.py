@@ -95,8 +95,10 @@ def test_a_scaled_loss_changes_nothing() -> None:
     assert scaled.scale == pytest.approx(plain.scale, rel=1e-12)
 
 
-def test_partial_updates_are_left_out() -> None:
-    assert measured(32, 8, size=3210).observations == 100
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("tail", ["carry", "keep"])
+def test_partial_updates_are_left_out(tail: str, in_step: bool) -> None:
+    assert measured(32, 8, size=3210, tail=tail, in_step=in_step).observations == 100
 
 
 def test_one_size_tells_nothing_and_says_so() -> None:
@@ -341,6 +343,27 @@ def test_updates_that_were_not_applied_do_not_count(backend: str) -> None:
     assert run.noise.observations == 2
 
 
+@pytest.mark.parametrize("skipped", [0, 1], ids=lambda update: f"update-{update}-skipped")
+def test_an_update_that_tells_nothing_takes_none_away(skipped: int) -> None:
+    """Full updates, and at the end of each epoch a partial one."""
+    plan = BatchPlan.from_phases([(0, 16)], dataset_size=40, epochs=2, lr=0.01, tail="keep")
+    model = torch.nn.Linear(D, 1, dtype=torch.float64)
+    opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr)
+    noise = GradientNoiseScale(opt)
+    updates = 0
+    for batch in GrowingLoader(Regression(40), plan, 8, seed_samples=False, collate_fn=as_it_is).bind(opt):
+        loss = (model(batch.data[0]).squeeze(1) - batch.data[1]).square().mean()
+        (loss * batch.weight).backward()
+        noise.observe(batch)
+        if batch.ends_update:
+            opt.found_inf = torch.tensor(float(updates == skipped))
+            opt.step()
+            opt.zero_grad()
+            updates += 1
+    assert updates == 6
+    assert noise.observations == 3
+
+
 def test_a_step_that_measured_nothing_is_told() -> None:
     run = Run()
     run.opt.measure_grad_norm = False
@@ -368,7 +391,6 @@ def test_it_is_copied_with_its_optimizer() -> None:
     run = Run()
     run.observe_update()
     run.step()
-    assert run.noise.observations == 1
     noise, opt = copy.deepcopy((run.noise, run.opt))
     assert noise._optimizer is opt
     assert noise.observations == 1

@@ -71,12 +71,12 @@ def test_a_graph_measures_on_each_replay(cuda: ModuleType):
     opt = measuring(model)
     train(1, (model, opt.step))
     found = opt.found_inf = torch.zeros(())
-    graph = Graph(cuda, opt.step)
+    graph, captured = Graph(cuda, opt.step), gradients(model)
     for factor in (1.0, 2.0, 4.0):
-        for p in model:
-            p.grad.mul_(factor)
+        for gradient in captured:
+            gradient.mul_(factor)
         graph.replay()
-        assert opt.last_grad_norm == math.sqrt(on_the_host(cuda, gradients(model)))
+        assert opt.last_grad_norm == math.sqrt(on_the_host(cuda, captured))
     found.fill_(1.0)
     graph.replay()
     assert math.isnan(opt.last_grad_norm)
@@ -85,9 +85,47 @@ def test_a_graph_measures_on_each_replay(cuda: ModuleType):
     opt.add_param_group({"params": more})
     train(1, (model + more, opt.step))
     assert opt.last_grad_norm == math.sqrt(on_the_host(cuda, gradients(model + more)))
-    for p in model:
-        p.grad.mul_(2.0)
+    for gradient in captured:
+        gradient.mul_(2.0)
     graph.replay()
+    assert opt.last_grad_norm == math.sqrt(on_the_host(cuda, captured))
+
+
+def test_a_graph_measures_if_it_was_captured_so(cuda: ModuleType):
+    model = parameters([(300,)])
+    opt = measuring(model)
+    train(1, (model, opt.step))
+    measured = Graph(cuda, opt.step)
+    opt.measure_grad_norm = False
+    unmeasured = Graph(cuda, opt.step)
+    opt.measure_grad_norm = True
+    opt.step()
+    unmeasured.replay()
+    assert opt.last_grad_norm is None
+    opt.measure_grad_norm = False
+    opt.step()
+    assert opt.last_grad_norm is None
+    measured.replay()
+    assert opt.last_grad_norm == math.sqrt(on_the_host(cuda, gradients(model)))
+    model[0].grad = None
+    opt.step()
+    assert opt.last_grad_norm is None
+
+
+def test_a_step_that_failed_leaves_the_norm(cuda: ModuleType):
+    model = parameters([(300,)])
+    opt = measuring(model)
+    set_gradients(0, model)
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
+        Graph(cuda, opt.step)
+    assert opt.last_grad_norm is None
+    opt.step()
+    norm = opt.last_grad_norm
+    model[0].grad.mul_(2)
+    opt.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()
+    assert opt.last_grad_norm == norm
 
 
 def test_what_a_capture_cannot_do_about_a_norm(cuda: ModuleType):
@@ -97,6 +135,7 @@ def test_what_a_capture_cannot_do_about_a_norm(cuda: ModuleType):
     opt.measure_grad_norm = True
     with pytest.raises(RuntimeError, match="norm was not measured before, which a CUDA graph cannot capture"):
         Graph(cuda, opt.step)
+    assert opt.last_grad_norm is None
     train(1, (model, opt.step))
     with pytest.raises(RuntimeError, match=r"reading the gradients' norm .* waits for the device"):
         Graph(cuda, lambda: opt.last_grad_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -412,6 +413,21 @@ def test_a_step_inside_a_step_is_an_error() -> None:
     assert_same([before], [model[0].detach()])
     optimizer.step()
     assert optimizer.clock().updates == 1
+
+
+def test_a_schedule_set_during_a_step_loses_no_update(backend: str) -> None:
+    """The step lets other threads run while it updates tensors."""
+    if backend != "cpu":
+        pytest.skip("launches do not wait for each other")
+    model = [torch.nn.Parameter(torch.zeros(4_000_000)) for _ in range(4)]
+    for p in model:
+        p.grad = torch.ones_like(p)
+    optimizer = fastlr.FusedSGD(model, lr=1.0)
+    step = threading.Thread(target=optimizer.step)
+    step.start()
+    while step.is_alive():
+        optimizer.set_schedule(lr=1.0)
+    assert all(bool((p == -1.0).all()) for p in model)
 
 
 def test_a_plain_dict_as_state_works() -> None:

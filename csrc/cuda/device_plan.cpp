@@ -4,8 +4,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "../tensor_view.h"
-
 namespace fastlr {
 namespace {
 
@@ -176,7 +174,7 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
     cuda::upload(scope.device(), stream, to.clocks, entries.data(),
                  entries.size() * sizeof(GroupClock));
   }
-  cuda::launch_clock(scope.device(), stream, to, 0, 0);
+  cuda::launch_clock(scope.device(), stream, to, 0, 0, false);
 
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -195,21 +193,19 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
                          const std::vector<StridedLayout>& layouts, bool in_order,
                          bool measures_norm) {
+  measures_norm_ = measures_norm;
   launches_ = tensors_.update(scope, work, layouts, in_order, measures_norm);
 }
 
 void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale) {
-  for (Table* table : {&state_, &schedules_}) {
-    if (*table) table->used_by(runtime_, device_, scope);
-  }
   tensors_.used(scope);
   if (scope.capturing()) {
-    captured_ = true;
     for (Seen& seen : seen_) {
       if (!seen.momentum && seen.options.momentum == 0.0) seen.lacks_momentum_in_graph = true;
     }
   }
-  if (launches_.empty()) return advance(scope, 1, 0, found_inf);
+  if (launches_.empty()) return launch_clock(scope, 1, 0, found_inf);
+  use_clocks(scope);
   const WithoutGil waiting_for_room_in_the_stream;
   for (cuda::Launch& launch : launches_) {
     launch.clocks = clocks(found_inf);
@@ -218,12 +214,22 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
   }
 }
 
-void DevicePlan::advance(const DeviceScope& scope, int64_t updates, int64_t samples,
-                         const float* found_inf) {
+// To be called before each launch.
+void DevicePlan::use_clocks(const DeviceScope& scope) {
   state_.used_by(runtime_, device_, scope);
   if (schedules_) schedules_.used_by(runtime_, device_, scope);
   captured_ = captured_ || scope.capturing();
-  cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples);
+}
+
+void DevicePlan::launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
+                              const float* found_inf) {
+  use_clocks(scope);
+  cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples,
+                     measures_norm_);
+}
+
+void DevicePlan::advance_samples(const DeviceScope& scope, int64_t samples) {
+  launch_clock(scope, 0, samples, nullptr);
 }
 
 void DevicePlan::agree(size_t group, const Clock& clock) {

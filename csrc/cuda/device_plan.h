@@ -35,8 +35,8 @@ class DevicePlan {
   // A tensor that a graph refers to stays alive as long as the plan.
   void keep(PyObject* tensor) { kept_tensors_.push_back(Owned::borrow(tensor)); }
 
-  // Moves the clocks without an update of tensors; updates: 0, or 1 where found_inf allows.
-  void advance(const DeviceScope& scope, int64_t updates, int64_t samples, const float* found_inf);
+  // Moves the clock of samples.
+  void advance_samples(const DeviceScope& scope, int64_t samples);
 
   // The host's clocks have moved along with the device's.
   void agree(size_t group, const Clock& clock);
@@ -65,6 +65,9 @@ class DevicePlan {
   };
 
   Clocks clocks(const float* found_inf) const;
+  void use_clocks(const DeviceScope& scope);
+  void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
+                    const float* found_inf);
   void keep(Table&& table);
 
   PyObject* runtime_;
@@ -78,6 +81,7 @@ class DevicePlan {
 
   TensorTable tensors_;
   std::vector<cuda::Launch> launches_;
+  bool measures_norm_ = false;
 
   std::vector<Table> kept_tables_;
   std::vector<Owned> kept_tensors_;

@@ -179,7 +179,7 @@ bool Devices::advance_samples(int64_t samples) {
   size_t capturing = 0;
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     capturing += scope.capturing();
-    device_plan.advance(scope, 0, samples, nullptr);
+    device_plan.advance_samples(scope, samples);
   });
   return capturing == 0;
 }
@@ -231,9 +231,10 @@ std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_inva
   return readings;
 }
 
-double Devices::squared_norm() {
+std::optional<double> Devices::squared_norm() {
   double sum = 0.0;
   for (const DevicePlan::Reading& reading : read("the gradients' norm", false)) {
+    if (reading.state.norm_measured == 0) return std::nullopt;
     sum += reading.state.squared_norm;
   }
   return sum;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -53,8 +54,9 @@ class Devices {
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
   bool sync(PyObject* param_groups, NativeOf native_of);
-  // The sum of the squares of the last step's gradients, NaN where it was skipped.
-  double squared_norm();
+  // The sum of the squares of the last step's gradients, NaN where it was skipped; nothing where it
+  // did not measure them.
+  std::optional<double> squared_norm();
   // A new list of the parameters whose buffers hold nothing yet.
   PyObject* uninitialized();
 

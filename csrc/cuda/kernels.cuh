@@ -273,6 +273,7 @@ __device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& a
     state.ticket = 0;
     if (step.ends_step) {
       state.last_skipped = !amp.applied;
+      state.norm_measured = step.squares != nullptr;
       state.squared_norm = squared_norm;
     }
     if (amp.invalid_scale) state.invalid_scale = 1;

@@ -28,10 +28,12 @@ namespace {
 // Moves the clocks without an update of tensors: after a change of them, of schedules or of
 // hyperparameters, for samples consumed, and for a step that has no tensor on this device.
 __global__ void __launch_bounds__(kThreads)
-    clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples) {
+    clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples,
+                 bool measures_norm) {
   const Amp amp = read_amp(clocks.found_inf, nullptr);
   if (updates != 0 && threadIdx.x == 0) {
     clocks.state->last_skipped = !amp.applied;
+    clocks.state->norm_measured = measures_norm;
     clocks.state->squared_norm = amp.applied ? 0.0 : NAN;
   }
   advance_clocks(clocks, amp.applied ? updates : 0, samples);
@@ -117,10 +119,10 @@ void launch_step(int device, Stream stream, const Launch& launch) {
   launch_step_of<kSmallLaunch>(*find_residency(device), stream, launch);
 }
 
-void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates,
-                  int64_t samples) {
+void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates, int64_t samples,
+                  bool measures_norm) {
   use_device(device);
-  launch_kernel(&clock_kernel, 1, stream, clocks, updates, samples);
+  launch_kernel(&clock_kernel, 1, stream, clocks, updates, samples, measures_norm);
 }
 
 int runtime_version() {

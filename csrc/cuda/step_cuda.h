@@ -49,9 +49,10 @@ void download(int device, Stream stream, void* to, const void* from, size_t byte
 
 // preload() comes first.
 void launch_step(int device, Stream stream, const Launch& launch);
-// Moves a device's clocks; updates: 0, or 1 where found_inf allows.
-void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates,
-                  int64_t samples);
+// Moves a device's clocks; updates: 0, or 1 where found_inf allows. measures_norm: of an update's
+// gradients, which are none.
+void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates, int64_t samples,
+                  bool measures_norm);
 
 // As CUDA counts versions, 12010 for 12.1; the driver's is 0 where there is none.
 int runtime_version();

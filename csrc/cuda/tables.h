@@ -53,7 +53,8 @@ struct DeviceState {
   uint32_t ticket;        // blocks of the running launch that are done
   int32_t last_skipped;   // the last step changed nothing because of found_inf ...
   int32_t invalid_scale;  // ... or since the last reset, because grad_scale has no usable inverse
-  double squared_norm;    // of the last step's gradients, NaN where it was skipped or not measured
+  int32_t norm_measured;  // whether the last step measured its gradients ...
+  double squared_norm;    // ... and then what, NaN where it was skipped
 };
 
 // What both kinds of launches need to find and move the clocks.

@@ -19,8 +19,9 @@ bool same(const StridedLayout& a, const StridedLayout& b) {
 
 // The memory that there was must outlive the graphs that have seen it.
 void TensorTable::replace(Table& table, size_t size, const DeviceScope& scope) {
+  Table larger(runtime_, device_, size, scope);
   if (captured_ && table) kept_.push_back(std::move(table));
-  table = Table(runtime_, device_, size, scope);
+  table = std::move(larger);
 }
 
 void TensorTable::upload(const DeviceScope& scope, Launches& cut) {

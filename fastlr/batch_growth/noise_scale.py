@@ -78,7 +78,8 @@ class GradientNoiseScale:
     With one of fastlr's optimizers in place of parameters, the larger batch's norm is what its step measures
     in the pass that updates the parameters (``opt.measure_grad_norm``, which this switches on). An
     observation is then complete after the step, and one whose step was skipped does not count. The step has
-    to see gradients as the loss gave them: where they are clipped before, pass the parameters.
+    to see gradients as the loss gave them: where they are clipped before, pass the parameters. After
+    :meth:`attach` the optimizer has to hold all of the model's.
 
     Args:
         parameters: whose gradients are measured, or a fused optimizer that holds them.
@@ -182,6 +183,8 @@ class GradientNoiseScale:
                 self._small = _Small(samples / ranks, squares / ranks)
         if not batch.ends_update:
             return
+        self._complete()
+        self._begun = None
         small, self._small = self._small, None
         if self._attached:
             reduced, self._reduced = self._reduced, None
@@ -193,7 +196,6 @@ class GradientNoiseScale:
         if small is None:
             self._warn()
         elif self._optimizer is not None:
-            self._complete()
             self._begun = _Begun(small, float(batch.global_batch), self._optimizer.sync().updates)
         else:
             self._add(small, float(batch.global_batch), self._squared_norm(self._gradients()) / scale**2)
@@ -211,7 +213,8 @@ class GradientNoiseScale:
         if norm is None:
             raise RuntimeError(
                 "the optimizer's step did not measure the gradients' norm; leave opt.measure_grad_norm "
-                "switched on, or pass the parameters to GradientNoiseScale in place of the optimizer"
+                "switched on, also while a CUDA graph is captured, or pass the parameters to "
+                "GradientNoiseScale in place of the optimizer"
             )
         if passed == 1:  # else it is another update's
             self._add(small, batch_size, norm**2)
@@ -292,6 +295,7 @@ class GradientNoiseScale:
         self._small = self._reduced = self._begun = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._complete()  # a copied optimizer has made no step
         return {name: value for name, value in self.__dict__.items() if name != "_native"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

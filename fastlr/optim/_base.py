@@ -223,7 +223,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def measure_grad_norm(self) -> bool:
         """Whether :meth:`step` measures the norm of the gradients that it reads, for ``last_grad_norm``.
 
-        False unless set.
+        False unless set. A CUDA graph measures on each replay if it was captured with it.
         """
         return self._measures_grad_norm
 
@@ -237,7 +237,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         It is that of ``p.grad`` without GradScaler's scale, before weight decay; NaN where the update was
         skipped. The squares are added up in float64 in the pass that reads the gradients for the update,
-        in one order whatever the device, threads and types. Waits for CUDA devices.
+        in one order whatever the device, threads and types; of parameters on several devices, each device
+        adds up its own. Waits for CUDA devices.
 
         >>> import fastlr, torch
         >>> p = torch.zeros(2, requires_grad=True)

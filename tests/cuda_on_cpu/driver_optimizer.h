@@ -102,7 +102,7 @@ class Optimizer {
     leave_device(device_);
     Clocks given = clocks();
     if (updates == 0) given.found_inf = nullptr;  // samples are consumed all the same
-    cuda::launch_clock(device_, kStream, given, updates, samples);
+    cuda::launch_clock(device_, kStream, given, updates, samples, norm_measured_);
     CHECK(last_launch().grid[0] == 1, "clocks have one block");
   }
 
@@ -136,6 +136,7 @@ class Optimizer {
     skipped_ = !usable || (scaler_used_ && found_inf_ != 0);
     invalid_scale_ = invalid_scale_ || !usable;
     squared_norm_ = NAN;
+    norm_kept_ = norm_measured_;
     if (skipped_) return;
     if (norm_measured_) {
       std::vector<double> sums;
@@ -153,6 +154,7 @@ class Optimizer {
     if (updates != 0) {
       skipped_ = skip;
       squared_norm_ = skip ? NAN : 0.0;
+      norm_kept_ = norm_measured_;
     }
     for (Group& group : groups_) group.move(skip ? 0 : updates, samples);
   }
@@ -166,6 +168,7 @@ class Optimizer {
     CHECK(state.ticket == 0, "%u", state.ticket);
     CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
     CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
+    CHECK(state.norm_measured == norm_kept_, "%d", state.norm_measured);
     CHECK(std::isnan(squared_norm_) ? std::isnan(state.squared_norm)
                                     : state.squared_norm == squared_norm_,
           "norm %a, not %a", state.squared_norm, squared_norm_);
@@ -263,7 +266,8 @@ class Optimizer {
   bool scaler_used_ = false;
   float found_inf_ = 0.0f, scale_ = 1.0f;
   bool skipped_ = false, invalid_scale_ = false;
-  bool norm_measured_ = false;
+  bool norm_measured_ = false;  // of the steps to come ...
+  bool norm_kept_ = false;      // ... and of the last one
   double squared_norm_ = 0.0;
   DeviceArray<DeviceState> state_{1};
   DeviceArray<DeviceGroup> entries_{make_groups().size()};

@@ -208,6 +208,9 @@ FAULTS = {
     "norm of a skipped step": Fault(
         KERNELS, "step.squares != nullptr && amp.applied", "step.squares != nullptr", *STATE
     ),
+    "norm said to be measured where it was not": Fault(
+        KERNELS, "state.norm_measured = step.squares != nullptr;", "state.norm_measured = 1;", *STATE
+    ),
     "norm of the step before where there are no tensors": Fault(
         LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE
     ),

@@ -346,7 +346,7 @@ void check_large_tensor() {
     launch.chunks = 3;
     launch.ends_step = true;
     launch.grads = {g.data()};
-    cuda::launch_clock(0, kStream, launch.clocks, 0, 0);
+    cuda::launch_clock(0, kStream, launch.clocks, 0, 0, false);
     cuda::launch_step(0, kStream, launch);
     CHECK(clock.updates == 1, "%" PRId64, clock.updates);
     double squared_norm = 0;  // of small integers, and so exact
