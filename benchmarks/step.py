@@ -4,7 +4,8 @@ All contenders are stepped in turn; reported are medians, and medians of the rat
 keeps the gradients, and a turn of a small set is one step to warm the caches and three timed ones;
 "fresh" re-creates the gradients before each timed step, as a training loop does.
 
-For the large sets the same rounds time a loop with the step's memory traffic and no arithmetic.
+Where the elements decide and not the tensors, the same rounds time a loop with the step's memory traffic and
+no arithmetic: what no step can be faster than.
 
     python benchmarks/step.py [--threads 1 2] [--seconds 6] [--out benchmarks/results]
 """
@@ -35,7 +36,8 @@ Step = Callable[[], object]
 CYCLE = {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
 SGD = {"momentum": 0.9, "weight_decay": 5e-4}
 TORCH = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
-LARGE = 5_000_000  # elements; from here on memory bandwidth decides
+LARGE = 5_000_000  # elements; from here on they lie in main memory
+BOUND = 100_000  # elements; from here on memory bandwidth decides
 
 
 def make_fastlr(parameters: list[torch.nn.Parameter]) -> Step:
@@ -101,7 +103,7 @@ def measure(
             if contender == "fastlr"
             else make_torch(models[contender], TORCH[contender])
         )
-    if elements >= LARGE:
+    if elements >= BOUND:
         steps["traffic"] = make_traffic(elements, threads, folder)
 
     repeats = 4 if gradients == "warm" and elements < LARGE else 1

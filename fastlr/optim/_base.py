@@ -312,9 +312,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
-        amp = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        settings = torch.get_num_threads(), self._measures_grad_norm
-        updated = self._plan.step(self.param_groups, self.state, *amp, *settings)
+        updated = self._plan.step(
+            self.param_groups,
+            self.state,
+            getattr(self, "found_inf", None),
+            getattr(self, "grad_scale", None),
+            torch.get_num_threads(),
+            self._measures_grad_norm,
+        )
         self._last_step_skipped = updated is None
         if updated is not None:
             increment_version(updated)  # so that a backward through an overwritten parameter raises
