@@ -194,6 +194,12 @@ def test_each_sample_once_an_epoch(tail: str, shuffle: bool) -> None:
     assert (orders[0] == list(range(N))) is not shuffle
 
 
+def test_the_order_is_the_same_under_any_default_device() -> None:
+    expected = list(GrowingBatchSampler(make_plan(), 4, seed=1))
+    with torch.device("meta"):
+        assert list(GrowingBatchSampler(make_plan(), 4, seed=1)) == expected
+
+
 def test_seeds_make_orders() -> None:
     first, same, other = (run(GrowingLoader(Numbers(), make_plan(), seed=s)) for s in (0, 0, 1))
     assert first == same != other

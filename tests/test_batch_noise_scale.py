@@ -38,10 +38,11 @@ TRACE = float(
 
 class Regression(torch.utils.data.Dataset[Any]):
     def __init__(self, size: int) -> None:
-        generator = torch.Generator().manual_seed(11)
-        self.x = torch.randn(size, D, generator=generator, dtype=torch.float64) * H.sqrt()
+        generator = torch.Generator("cpu").manual_seed(11)
+        options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        self.x = torch.randn(size, D, **options) * H.sqrt()
         # The weights of the model are zero, so that w* is -OFFSET.
-        self.y = -self.x @ OFFSET + SPREAD * torch.randn(size, generator=generator, dtype=torch.float64)
+        self.y = -self.x @ OFFSET + SPREAD * torch.randn(size, **options)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -70,7 +71,7 @@ def measured(
     opt = fastlr.FusedSGD(model.parameters(), lr=0.0)
     noise = GradientNoiseScale(opt if in_step else model.parameters(), decay=0.9999)
     for batch in GrowingLoader(Regression(size), plan, micro, seed_samples=False, collate_fn=as_it_is):
-        x, y = batch.data
+        x, y = batch.to(torch.get_default_device()).data
         loss = (model(x).squeeze(1) - y).square().mean() / 2
         (loss * batch.weight * grad_scale).backward()
         noise.observe(batch, grad_scale)
@@ -297,7 +298,8 @@ class Run:
 
     def observe_update(self) -> None:
         for batch in (next(self.batches), next(self.batches)):
-            loss = (self.model(batch.data[0]).squeeze(1) - batch.data[1]).square().mean()
+            x, y = batch.to(torch.get_default_device()).data
+            loss = (self.model(x).squeeze(1) - y).square().mean()
             (loss * batch.weight).backward()
             self.noise.observe(batch)
 

@@ -164,6 +164,21 @@ def test_steps_on_several_streams():
     assert_same([p.detach() for p in twin], on_cpu(model))
 
 
+def test_a_loader_works_where_the_gpu_is_the_default_device():
+    plan = fastlr.BatchPlan.from_phases([(0, 4)], dataset_size=20, epochs=2, lr=0.1)
+    data = torch.arange(20, device="cpu")
+
+    def samples() -> list[list[int]]:
+        return [batch.data.tolist() for batch in fastlr.GrowingLoader(data, plan, 4, seed=1)]
+
+    expected = samples()
+    torch.set_default_device("cuda")
+    try:
+        assert samples() == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_a_checkpoint_goes_to_the_cpu_and_back():
     model, optimizer, twin, reference = pair(cyclic)
     for step in range(4):

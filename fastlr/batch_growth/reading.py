@@ -49,8 +49,9 @@ class BatchSource:
             Reader(self._dataset, self._size, self._collate, seed if self._seed_samples else None),  # type: ignore[arg-type]
             batch_sampler=self._feed,
             collate_fn=as_it_is,
-            # Its own, because each iterator draws a number, which would be missing from the global one.
-            generator=torch.Generator().manual_seed(mix(seed)),
+            # Its own, because each iterator draws a number, which would be missing from the global one;
+            # on the default device, where the iterator puts the number.
+            generator=torch.Generator(torch.get_default_device()).manual_seed(mix(seed)),
             **self._options,
         )
 

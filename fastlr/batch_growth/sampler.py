@@ -195,7 +195,7 @@ class _Order:
     def __init__(self, sampler: GrowingBatchSampler) -> None:
         self.sampler, self.size = sampler, sampler.plan.dataset_size
         self.epoch = -1
-        self.permutation = torch.empty(0, dtype=torch.int64)
+        self.permutation = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def of(self, samples: range) -> tuple[list[int], list[int]]:
         """``(epochs, indices)`` of samples that are counted over the run."""
@@ -205,8 +205,10 @@ class _Order:
         indices: list[int] = []
         for epoch in dict.fromkeys(epochs):
             if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(mix(self.sampler.seed, epoch))
-                self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
+                # On the host, whatever torch.set_default_device() says: the same order everywhere.
+                generator = torch.Generator("cpu").manual_seed(mix(self.sampler.seed, epoch))
+                self.permutation = torch.randperm(self.size, generator=generator, device="cpu")
+                self.epoch = epoch
             places = [sample % self.size for sample in samples if sample // self.size == epoch]
             indices += self.permutation[places].tolist()
         return epochs, indices
