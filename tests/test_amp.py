@@ -57,6 +57,20 @@ def test_trajectory_equals_unscale_then_sgd(dtype: torch.dtype, explicit_unscale
     assert not hasattr(fused, "found_inf")
 
 
+def test_a_skipped_step_stays_skipped_until_the_next() -> None:
+    model = parameters([(5,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1)
+    set_gradients(0, model)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    optimizer.set_schedule(lr=fastlr.Cosine(0.1, 0.0, 10))
+    optimizer.advance_samples(3)
+    assert optimizer.last_step_skipped
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+
+
 def test_a_skipped_step_moves_nothing(backend: str) -> None:
     model = parameters([(9,)])
     optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5), momentum=0.9)
