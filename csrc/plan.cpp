@@ -98,6 +98,9 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
     const Owned answer = checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO",
                                                      settings.found_inf, settings.grad_scale));
     if (answer.get() == Py_None) {
+#if defined(FASTLR_HAS_CUDA)
+      devices_stepped_ = false;
+#endif
       squared_norm_.reset();
       if (settings.measures_norm) squared_norm_ = std::numeric_limits<double>::quiet_NaN();
       return Py_NewRef(Py_None);
@@ -121,6 +124,7 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   if (!items.empty() || devices_.any()) {
     captured = devices_.step(items, gathering_.layouts(), gathering_.groups(), settings.found_inf,
                              settings.grad_scale, with_host, in_order, settings.measures_norm);
+    devices_stepped_ = true;
   }
 #endif
   const double squares = with_host ? step_on_host(inverse_scale, settings, in_order) : 0.0;
@@ -135,7 +139,7 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
 PyObject* SgdPlan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_.any()) {
+  if (devices_stepped_ && devices_.any()) {
     sum = devices_.squared_norm();
     if (sum) *sum += squared_norm_.value_or(0.0);
   }

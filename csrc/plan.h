@@ -76,6 +76,7 @@ class SgdPlan {
   bool host_must_catch_up() const;
 
   Devices devices_;
+  bool devices_stepped_ = false;  // not where the host alone knew that a step was to be skipped
 #endif
 };
 

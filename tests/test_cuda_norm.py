@@ -163,6 +163,24 @@ def test_several_devices_and_the_host(cuda: ModuleType):
     assert math.isnan(opt.last_grad_norm)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_the_host_skips_does_not_tell_the_devices_last_norm(
+    cuda: ModuleType, before: bool, skipped: bool
+):
+    """The first step is a device's, the second, measured or not, the host's too, which skips it."""
+    model = parameters([(9,)])
+    opt = fastlr.FusedSGD(model, lr=0.1)
+    opt.measure_grad_norm = before
+    train(1, (model, opt.step))
+    cuda.route_host_to_cuda(0)
+    opt.measure_grad_norm = skipped
+    opt.found_inf = torch.ones(())
+    opt.step()
+    assert (opt.last_grad_norm is None) is not skipped
+    assert not skipped or math.isnan(opt.last_grad_norm)
+
+
 def test_more_groups_than_there_was_room_for_leave_the_norm(cuda: ModuleType):
     model = parameters([(300,)])
     opt = measuring(model)

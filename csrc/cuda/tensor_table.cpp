@@ -52,13 +52,12 @@ void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
   uploaded_layouts_ = std::move(cut.layouts);
 }
 
-const std::vector<cuda::Launch>& TensorTable::update(const DeviceScope& scope,
-                                                     const std::vector<DeviceWork>& work,
-                                                     const std::vector<StridedLayout>& layouts,
-                                                     bool in_order, bool measures_norm) {
+std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
+                                              const std::vector<DeviceWork>& work,
+                                              const std::vector<StridedLayout>& layouts,
+                                              bool in_order, bool measures_norm) {
   Launches cut = cut_into_launches(work, layouts, in_order);
-  launches_ = std::move(cut.launches);
-  if (launches_.empty()) return launches_;
+  if (cut.launches.empty()) return {};
   upload(scope, cut);
   // At least one, as a null pointer says that nothing is measured.
   const size_t squares_bytes = std::max<size_t>(cut.chunks, 1) * sizeof(double);
@@ -67,13 +66,14 @@ const std::vector<cuda::Launch>& TensorTable::update(const DeviceScope& scope,
     replace(squares_, squares_bytes, scope);
   }
   const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
-  for (size_t i = 0; i < launches_.size(); ++i) {
-    launches_[i].tensors = tensors + cut.firsts[i];
-    launches_[i].layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
-    launches_[i].squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
-    launches_[i].step_chunks = cut.chunks;
+  for (size_t i = 0; i < cut.launches.size(); ++i) {
+    cuda::Launch& launch = cut.launches[i];
+    launch.tensors = tensors + cut.firsts[i];
+    launch.layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
+    launch.squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
+    launch.step_chunks = cut.chunks;
   }
-  return launches_;
+  return std::move(cut.launches);
 }
 
 void TensorTable::used(const DeviceScope& scope) {

@@ -17,10 +17,9 @@ class TensorTable {
 
   // Plans the launches over these tensors and brings the table up to date with them. in_order:
   // tensors share memory, so each has a launch of its own. measures_norm: of the gradients.
-  const std::vector<cuda::Launch>& update(const DeviceScope& scope,
-                                          const std::vector<DeviceWork>& work,
-                                          const std::vector<StridedLayout>& layouts, bool in_order,
-                                          bool measures_norm);
+  std::vector<cuda::Launch> update(const DeviceScope& scope, const std::vector<DeviceWork>& work,
+                                   const std::vector<StridedLayout>& layouts, bool in_order,
+                                   bool measures_norm);
 
   // To be called before the launches.
   void used(const DeviceScope& scope);
@@ -36,7 +35,6 @@ class TensorTable {
   Table squares_;  // double[]
   std::vector<DeviceTensor> uploaded_;
   std::vector<StridedLayout> uploaded_layouts_;
-  std::vector<cuda::Launch> launches_;
 
   bool captured_ = false;          // any table, by a graph ...
   bool tensors_captured_ = false;  // ... and the present one of tensors
