@@ -607,7 +607,7 @@ def test_a_compiled_model_can_be_tested():
     assert_same(fit(True), fit(False))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_a_scripted_model_can_be_tested():
     model = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(FEATURES, 8), torch.nn.BatchNorm1d(8)))
     before = copy.deepcopy(dict(model.state_dict()))
