@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+from fastlr._checks import count, describe, flag, real
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.loader import GrowingLoader
 from fastlr.batch_growth.noise_scale import GradientNoiseScale
-from fastlr.schedules._base import count, describe, flag, real
 
 _LOG = logging.getLogger("fastlr")
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastlr._checks import choice, count, describe, real
 from fastlr.batch_growth.plan import BatchPlan, Mode, Scaling, Tail
 from fastlr.schedules import Constant, InSamples, Schedule, Shifted
-from fastlr.schedules._base import choice, count, describe, real
 from fastlr.schedules._base import schedule as as_schedule
 
 # Values of a schedule that are looked at together: 8 MB of them.

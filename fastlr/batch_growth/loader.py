@@ -8,13 +8,13 @@ from typing import Any, SupportsFloat
 
 from torch.utils.data import IterableDataset, default_collate
 
+from fastlr._checks import describe, flag
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
 from fastlr.batch_growth.ranks import group_size, ranks_agree
 from fastlr.batch_growth.reading import BatchSource
 from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
 from fastlr.optim import FusedOptimizer
-from fastlr.schedules._base import describe, flag
 
 # What the loader decides itself, and what says so instead.
 _REFUSED = {

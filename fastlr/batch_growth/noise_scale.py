@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
+from fastlr._checks import describe, real
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
 from fastlr.optim import FusedOptimizer
 from fastlr.optim._runtime import Runtime
-from fastlr.schedules._base import describe, real
 
 
 def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | None = None) -> float:

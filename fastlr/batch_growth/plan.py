@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fastlr._checks import choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
 from fastlr.schedules import Constant, Schedule
-from fastlr.schedules._base import choice, count, describe, items, real
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

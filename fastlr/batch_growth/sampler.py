@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastlr._checks import count, describe, flag
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.plan import BatchPlan, Update
-from fastlr.schedules._base import count, describe, flag
 
 
 class MicroBatch(list[int]):

@@ -13,9 +13,9 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
+from fastlr._checks import flag
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
-from fastlr.schedules._base import flag
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 

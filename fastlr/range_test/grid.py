@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from fastlr._checks import count, real
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
 from fastlr.range_test.sweep import range_test
-from fastlr.schedules._base import count, real
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastlr._checks import choice, count, real
 from fastlr.range_test.record import Record
 from fastlr.range_test.result import Bounds, RangeTestResult, Sweep
 from fastlr.schedules import Exponential, LinearRamp, Schedule, StepDecay, Tabulated
-from fastlr.schedules._base import choice, count, real
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastlr._checks import choice
 from fastlr.range_test.curve import Array, Best, best
 from fastlr.schedules import Triangular2
-from fastlr.schedules._base import choice
 from fastlr.schedules.cyclic import Interpolation
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlr._checks import choice
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
@@ -25,7 +26,6 @@ from fastlr.range_test.snapshot import (
 )
 from fastlr.range_test.update import Batches, Update, trained
 from fastlr.range_test.validation import Metric, Validation
-from fastlr.schedules._base import choice
 
 
 def range_test(

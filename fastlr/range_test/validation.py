@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from fastlr._checks import count
 from fastlr.range_test.update import Batches
-from fastlr.schedules._base import count
 
 Metric: TypeAlias = Callable[..., "torch.Tensor | float"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, SupportsFloat
 
 from fastlr import _core
-from fastlr.schedules._base import ENDLESS, Schedule, Segment, Unit, count, describe, items, real, schedule
+from fastlr._checks import ENDLESS, count, describe, items, real
+from fastlr.schedules._base import Schedule, Segment, Unit, schedule
 
 Native = tuple[list[Segment], list[float]]
 

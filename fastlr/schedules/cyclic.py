@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, SupportsFloat
 
 from fastlr import _core
-from fastlr.schedules._base import Schedule, Segment, choice, count, flag, real
+from fastlr._checks import choice, count, flag, real
+from fastlr.schedules._base import Schedule, Segment
 
 Interpolation = Literal["linear", "geometric", "parabolic", "sinusoidal"]
 AnnealStrategy = Literal["cos", "linear"]

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from fastlr import _core
-from fastlr.schedules._base import ENDLESS, Schedule, Segment, count, items, real
+from fastlr._checks import ENDLESS, count, items, real
+from fastlr.schedules._base import Schedule, Segment
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Checks of arguments, which every part of the package shares."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from fastlr import _core
+
+ENDLESS: int = _core.ENDLESS
+
+
+def describe(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})" if not isinstance(value, (int, float)) else repr(value)
+
+
+def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = False) -> float:
+    """A finite number >= low (or > low), as a float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of many elements
+        number = math.nan
+    if (
+        isinstance(value, (str, bytes, bool))
+        or not math.isfinite(number)
+        or number < low
+        or (above and number == low)
+    ):
+        raise ValueError(
+            f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {describe(value)}"
+        )
+    return number
+
+
+def count(name: str, value: object, low: int = 1) -> int:
+    """An integer >= low that a 64-bit clock can hold."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}") from None
+    if isinstance(value, bool) or not low <= number < ENDLESS:
+        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, also NumPy's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)
+
+
+def items(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
+    """The items of a list, tuple or array."""
+    try:
+        return tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence, got {describe(value)}") from None
+
+
+def choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    names = tuple(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {describe(value)}")
