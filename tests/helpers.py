@@ -14,23 +14,30 @@ Shape = tuple[int, ...]
 
 
 def parameters(
-    shapes: Iterable[Shape], dtype: torch.dtype = torch.float32, seed: int = 0
+    shapes: Iterable[Shape],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> list[torch.nn.Parameter]:
+    """On the test's default device unless another is named; with the same values on all."""
+    device = device or torch.get_default_device()
     generator = torch.Generator("cpu").manual_seed(seed)
-    return [torch.nn.Parameter(_normal(shape, generator, torch.float64).to(dtype)) for shape in shapes]
+    return [
+        torch.nn.Parameter(_normal(shape, generator, torch.float64).to(device, dtype)) for shape in shapes
+    ]
 
 
 def _normal(shape: Shape, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """The same values on every device; on the one that is the default in this test."""
-    values = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
-    return values.to(torch.get_default_device())
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def twins(
     shapes: Iterable[Shape], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The same parameters on the test's default device and, for what is compared with, on the CPU: on CUDA
+    the bits of PyTorch's own optimizers depend on what the compiler contracts."""
     shapes = list(shapes)
-    return parameters(shapes, dtype, seed), parameters(shapes, dtype, seed)
+    return parameters(shapes, dtype, seed), parameters(shapes, dtype, seed, "cpu")
 
 
 def set_gradients(step: int, *models: Sequence[torch.Tensor], scale: float = 1.0) -> None:
@@ -41,7 +48,7 @@ def set_gradients(step: int, *models: Sequence[torch.Tensor], scale: float = 1.0
         real_dtype = torch.float64 if not p.is_complex() else torch.complex128
         gradient = _normal(p.shape, generator, real_dtype) * scale
         for twin in parameters:
-            twin.grad = gradient.to(twin.dtype, copy=True)
+            twin.grad = gradient.to(twin.device, twin.dtype, copy=True)
 
 
 def train(steps: int, *pairs: tuple[Sequence[torch.Tensor], Callable[[], object]], start: int = 0) -> None:
@@ -60,8 +67,9 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 def assert_same(
     expected: Iterable[torch.Tensor], actual: Iterable[torch.Tensor], close: bool = False
 ) -> None:
-    """Equal to the bit, NaN included; or close, see CLOSE."""
+    """Equal to the bit, NaN included; or close, see CLOSE. On whatever device."""
     for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
+        e, a = e.detach().cpu(), a.detach().cpu()
         assert e.dtype == a.dtype, f"tensor {index}"
         assert e.shape == a.shape, f"tensor {index}"
         same = (e == a) | (e.isnan() & a.isnan())

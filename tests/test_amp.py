@@ -15,9 +15,10 @@ pytestmark = pytest.mark.usefixtures("backend")
 OPTIONS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-2}
 
 
-def scaler(scale: float = 1024.0) -> torch.amp.GradScaler:
-    made = torch.amp.GradScaler(torch.get_default_device().type, init_scale=scale, growth_interval=3)
-    made.scale(torch.zeros(()))  # sets it up; the tests scale gradients, not a loss
+def scaler(scale: float = 1024.0, device: str | None = None) -> torch.amp.GradScaler:
+    device = device or torch.get_default_device().type
+    made = torch.amp.GradScaler(device, init_scale=scale, growth_interval=3)
+    made.scale(torch.zeros((), device=device))  # sets it up; the tests scale gradients, not a loss
     return made
 
 
@@ -35,7 +36,7 @@ def test_trajectory_equals_unscale_then_sgd(dtype: torch.dtype, explicit_unscale
     ours, theirs = twins([(9,), (513,)], dtype)
     fused = fastlr.FusedSGD(ours, lr=0.1, **OPTIONS)
     reference = torch.optim.SGD(theirs, lr=0.1, foreach=False, **OPTIONS)
-    scalers = scaler(scale), scaler(scale)
+    scalers = scaler(scale), scaler(scale, "cpu")
     for step in range(8):
         set_scaled_gradients(step, scalers[0].get_scale(), ours, theirs)
         if step in (2, 5):
@@ -129,7 +130,7 @@ def test_an_impossible_scale_is_an_error(scale: float) -> None:
     assert_same([before], [model[0].detach()])
 
 
-def test_clipping_after_unscale() -> None:
+def test_clipping_after_unscale(backend: str) -> None:
     ours, theirs = twins([(9,), (5,)])
     fused = fastlr.FusedSGD(ours, lr=0.1, **OPTIONS)
     reference = torch.optim.SGD(theirs, lr=0.1, foreach=False, **OPTIONS)
@@ -144,7 +145,7 @@ def test_clipping_after_unscale() -> None:
         ours_scaler.step(fused)
         ours_scaler.update()
         reference.step()
-    assert_same(theirs, ours)
+    assert_same(theirs, ours, close=backend == "cuda")  # whose norm has other last bits
 
 
 def test_a_step_that_raises_leaves_nothing_behind_for_the_next() -> None:

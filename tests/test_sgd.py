@@ -99,14 +99,14 @@ def test_special_values_equal_torch(options: dict[str, Any], dtype: torch.dtype)
     special = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-310, -1e-40, 3e38, 1.0]
     values = torch.tensor(special, dtype=torch.float64).to(dtype)
     grid = torch.cartesian_prod(values, values)
-    ours, theirs = (torch.nn.Parameter(grid[:, 0].clone()) for _ in range(2))
+    ours, theirs = torch.nn.Parameter(grid[:, 0].clone()), torch.nn.Parameter(grid[:, 0].cpu().clone())
     fused, reference = fastlr.FusedSGD([ours], lr=0.1, **options), torch_sgd([theirs], 0.1, options)
     for _ in range(3):
-        ours.grad, theirs.grad = grid[:, 1].clone(), grid[:, 1].clone()
+        ours.grad, theirs.grad = grid[:, 1].clone(), grid[:, 1].cpu().clone()
         fused.step()
         reference.step()
     assert_same([theirs], [ours])
-    assert torch.equal(theirs.signbit() | theirs.isnan(), ours.signbit() | ours.isnan())
+    assert torch.equal(theirs.signbit() | theirs.isnan(), (ours.signbit() | ours.isnan()).cpu())
 
 
 @with_options
@@ -119,12 +119,12 @@ def test_halves_equal_float32_rounded_once(
     ours = parameters(shapes, dtype)
     fused = fastlr.FusedSGD(ours, lr=0.1, momentum_dtype=momentum_dtype, **options)
     # The oracle: each step in float32 by torch, then one rounding of parameter and momentum.
-    theirs = [torch.nn.Parameter(p.detach().float()) for p in ours]
+    theirs = [torch.nn.Parameter(p.detach().cpu().float()) for p in ours]
     reference = torch_sgd(theirs, 0.1, options)
     for step in range(5):
         set_gradients(step, ours)
         for p, q in zip(ours, theirs, strict=True):
-            q.grad = p.grad.float()
+            q.grad = p.grad.cpu().float()
         fused.step()
         reference.step()
         for q in theirs:
@@ -152,12 +152,12 @@ def test_half_conversions_are_exact_for_every_bit_pattern(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_is_pairs_of_reals(options: dict[str, Any], dtype: torch.dtype) -> None:
     ours = parameters([(5,), (3, 4), (16385,), (), (0,)], dtype)
-    pairs = [torch.nn.Parameter(torch.view_as_real(p.detach().clone())) for p in ours]
+    pairs = [torch.nn.Parameter(torch.view_as_real(p.detach().cpu().clone())) for p in ours]
     fused, reference = fastlr.FusedSGD(ours, lr=0.1, **options), torch_sgd(pairs, 0.1, options)
     for step in range(5):
         set_gradients(step, ours)
         for p, q in zip(ours, pairs, strict=True):
-            q.grad = torch.view_as_real(p.grad).clone()
+            q.grad = torch.view_as_real(p.grad.cpu().clone())
         fused.step()
         reference.step()
     assert_same(pairs, [torch.view_as_real(p.detach()) for p in ours])
@@ -166,10 +166,10 @@ def test_complex_is_pairs_of_reals(options: dict[str, Any], dtype: torch.dtype) 
 def test_float64_parameters_may_keep_momentum_in_float32() -> None:
     ours = parameters([(100,)], torch.float64)
     fused = fastlr.FusedSGD(ours, lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
-    p, m = ours[0].detach().clone(), None
+    p, m = ours[0].detach().cpu().clone(), None
     for step in range(5):
         set_gradients(step, ours)
-        g = ours[0].grad
+        g = ours[0].grad.cpu()
         fused.step()
         computed = g if m is None else torch.add(m.double() * 0.9, g)
         p.add_(computed, alpha=-0.1)

@@ -93,9 +93,9 @@ def test_misaligned_views_leave_their_neighbours_alone(dtype: torch.dtype, offse
 
 def test_dimensions_up_to_pytorchs_limit() -> None:
     base = torch.randn(2, 3).reshape([2] + [1] * 60 + [3])
-    p, q = torch.nn.Parameter(base.clone()), torch.nn.Parameter(base.clone())
+    p, q = torch.nn.Parameter(base.clone()), torch.nn.Parameter(base.cpu().clone())
     p.grad = torch.randn(base.shape)
-    q.grad = p.grad.clone()
+    q.grad = p.grad.cpu().clone()
     p.data = p.data.transpose(0, -1).contiguous().transpose(0, -1)
     fastlr.FusedSGD([p], lr=0.1).step()
     torch.optim.SGD([q], lr=0.1, foreach=False).step()
@@ -279,20 +279,22 @@ def test_lazily_conjugated_and_negated_gradients() -> None:
 # -- memory that several parameters share ---------------------------------------------------------
 
 
-def shared_storage() -> list[torch.nn.Parameter]:
-    base = torch.linspace(0, 1, 40000)
+def shared_storage(device: torch.device) -> list[torch.nn.Parameter]:
+    base = torch.linspace(0, 1, 40000, device="cpu").to(device)
     return [torch.nn.Parameter(base[:30000]), torch.nn.Parameter(base[10000:])]
 
 
-def interleaved_views() -> list[torch.nn.Parameter]:
-    base = torch.linspace(0, 1, 80000).view(40000, 2)
+def interleaved_views(device: torch.device) -> list[torch.nn.Parameter]:
+    base = torch.linspace(0, 1, 80000, device="cpu").to(device).view(40000, 2)
     return [torch.nn.Parameter(base[:, 0]), torch.nn.Parameter(base[:, 1])]
 
 
 @pytest.mark.parametrize("make", [shared_storage, interleaved_views], ids=lambda f: f.__name__)
-def test_parameters_that_share_memory_are_updated_one_after_another(make: Callable[[], list]) -> None:
+def test_parameters_that_share_memory_are_updated_one_after_another(
+    make: Callable[[torch.device], list[torch.nn.Parameter]],
+) -> None:
     torch.set_num_threads(2)
-    ours, theirs = make(), make()
+    ours, theirs = make(torch.get_default_device()), make(torch.device("cpu"))
     fused = fastlr.FusedSGD(ours, **MOMENTUM)
     reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
     train(5, (theirs, reference.step), (ours, fused.step))
