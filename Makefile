@@ -1,4 +1,5 @@
-# Each target sets up what it needs in .venv: `make demo`, `make test`, `make lint`, `make bench`.
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make lint`, `make bench`; `make gpu` takes
+# what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -37,6 +38,14 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/grad_norm.py
 	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
 	$(BIN)/python benchmarks/gpu_step.py --out benchmarks/results
+
+# Everything that a GPU can show, with the Python, PyTorch and nvcc that are there: nothing is fetched, nothing
+# but OUT and build/ is written. STAGES=c,d picks; BACKEND=cuda-on-cpu does what goes without a GPU.
+OUT ?= report/gpu
+BACKEND ?= cuda
+gpu:
+	cd tests && $(PYTHON) -m on_gpu --out $(abspath $(OUT)) --backend $(BACKEND) $(if $(STAGES),--stages $(STAGES)) \
+	  $(if $(SMALL),--small)
 
 clean:
 	rm -rf $(VENV) build dist report

@@ -16,14 +16,14 @@ import gc
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from cuda_static import Kernel
+from gpu import Gpu, Turn
 from models import PARAMETER_SETS, Shape
 from rounds import in_turn, summary
 from step import CYCLE, LARGE, SGD, TORCH, Step, cycled, make_fastlr, make_torch
@@ -32,13 +32,6 @@ import fastlr
 
 BYTES = Kernel("step_kernel", "float32", "float32").bytes_per_element(has_momentum=True)
 COPY = "copy"
-
-
-class Turn(NamedTuple):
-    """Seconds a step."""
-
-    device: float  # between its beginning and its end on the device
-    host: float  # until it was launched
 
 
 class Device(Protocol):
@@ -51,44 +44,6 @@ class Device(Protocol):
     def capture(self, step: Step) -> Step:
         """Steps a few times, and returns what replays a step."""
         ...
-
-
-class Gpu:
-    """PyTorch's current CUDA device."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._begin = torch.cuda.Event(enable_timing=True)
-        self._end = torch.cuda.Event(enable_timing=True)
-
-    def time(self, step: Step, repeats: int) -> Turn:
-        torch.cuda.synchronize()
-        self._begin.record()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        host = time.perf_counter() - begin
-        self._end.record()
-        self._end.synchronize()
-        milliseconds = self._begin.elapsed_time(self._end)
-        return Turn(milliseconds * 1e-3 / repeats, host / repeats)
-
-    def capture(self, step: Step) -> Step:
-        # As the documentation of PyTorch's CUDA graphs has it: first on a side stream, then captured.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-
-        def replay(keep: Step = step) -> None:  # the optimizer, whose memory the graph refers to
-            graph.replay()
-
-        return replay
 
 
 # -- contenders ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from native import toolchain
 
 HERE = Path(__file__).parent
 NAME = "_cuda_on_cpu"
+CACHE = toolchain.ROOT / ".pytest_cache" / "d" / "cuda_on_cpu"  # where pytest's `cache` has it too
 
 # -fno-strict-aliasing: the kernels read and write memory through vector types, as CUDA allows.
 # -ffp-contract=off: every fma is written out, on the host as with nvcc's -fmad=false.
