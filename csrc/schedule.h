@@ -3,7 +3,9 @@
 // contraction.
 //
 // The cyclic policies follow torch.optim.lr_scheduler.CyclicLR bit for bit (Smith, arXiv
-// 1506.01186), one-cycle follows OneCycleLR, restarts follow CosineAnnealingWarmRestarts.
+// 1506.01186), one-cycle follows OneCycleLR, restarts follow CosineAnnealingWarmRestarts; half a
+// cosine is evaluated more precisely than PyTorch does it. A device's values are the host's to the
+// bit but for those that take pow(): exp_range, polynomials and geometric windows.
 #pragma once
 
 #include <math.h>
@@ -67,16 +69,59 @@ struct Segment {
 static_assert(std::is_trivially_copyable<Segment>::value,
               "segments are copied to devices as bytes");
 
-constexpr double kPi = 3.14159265358979323846;
+// (1 - cos(pi * part)) / 2, the rise of half a cosine, to about half a unit in the last place also
+// where it is close to zero: no cosine is subtracted from 1, nor the library's used, so that host
+// and devices agree to the bit. The series of the cosine, in part ** 2, up to part = 1/2, and from
+// there on mirrored.
+FASTLR_HD double cosine_rise(double part) {
+  double x = fabs(part);
+  x -= 2.0 * floor(0.5 * x);
+  if (x > 1.0) x = 2.0 - x;
+  const bool mirrored = x > 0.5;
+  if (mirrored) x = 1.0 - x;
+  const double square = x * x;
+  const double square_rest = fma(x, x, -square);
+  // (-1) ** (k + 1) * pi ** (2 * k) / (2 * (2 * k)!) for k = 12 .. 2
+  double sum = -0x1.838d8f4321800p-41;
+  sum = fma(sum, square, 0x1.52ae4120fde27p-35);
+  sum = fma(sum, square, -0x1.ef6e308d6d1c4p-30);
+  sum = fma(sum, square, 0x1.2a0c591af8314p-24);
+  sum = fma(sum, square, -0x1.20c62c2f2d7f5p-19);
+  sum = fma(sum, square, 0x1.b6e24f44b128fp-15);
+  sum = fma(sum, square, -0x1.f9d38a3763cc3p-11);
+  sum = fma(sum, square, 0x1.a6d1f2a204a8cp-7);
+  sum = fma(sum, square, -0x1.e1f506891babbp-4);
+  sum = fma(sum, square, 0x1.55d3c7e3cbffap-1);
+  sum = fma(sum, square, -0x1.03c1f081b5ac4p+1);
+  // k = 1, whose coefficient is pi ** 2 / 4 in two parts.
+  constexpr double kFirst = 0x1.3bd3cc9be45dep+1, kFirstRest = 0x1.692b71366cc04p-53;
+  const double small = fma(square_rest, kFirst, square * fma(sum, square, kFirstRest));
+  const double rise = fma(square, kFirst, small);
+  return mirrored ? 1.0 - rise : rise;
+}
 
-// cos(pi * t / length). On the host as PyTorch's schedulers write it; a GPU's cos(), unlike its
-// cospi(), needs stack for arguments of any size. The two differ in the last bits.
-FASTLR_HD double half_turn_cosine(double t, double length) {
-#if defined(__CUDA_ARCH__)
-  return cospi(t / length);
-#else
-  return cos(kPi * t / length);
-#endif
+// base ** exponent for base > 0 and exponent >= 0, by squaring. Numbers are kept as the sum of two,
+// 106 bits, so that the result is base ** exponent rounded once, or nearly: pow() of a device and
+// of the host differ in the last bits.
+FASTLR_HD double integer_power(double base, int64_t exponent) {
+  struct Sum {
+    double high, low;
+  };
+  const auto product = [](Sum a, Sum b) {
+    const double high = a.high * b.high;
+    // Infinite, or so small that the rest is none that a double can hold.
+    if (!(high <= 1.7976931348623157e308) || high < 1e-290) return Sum{high, 0.0};
+    const double low = fma(a.high, b.low, fma(a.low, b.high, fma(a.high, b.high, -high)));
+    const double sum = high + low;
+    return Sum{sum, low - (sum - high)};
+  };
+  Sum result{1.0, 0.0}, power{base, 0.0};
+  for (;;) {
+    if (exponent % 2 != 0) result = product(result, power);
+    exponent /= 2;
+    if (exponent == 0) return result.high;
+    power = product(power, power);
+  }
 }
 
 FASTLR_HD double cycle_value(const Segment& s, double t) {
@@ -95,7 +140,7 @@ FASTLR_HD double cycle_value(const Segment& s, double t) {
       height = (s.end - s.start) * (w * (2.0 - w));
       break;
     case Window::kSinusoidal:
-      height = (s.end - s.start) * ((1.0 - half_turn_cosine(w, 1.0)) / 2.0);
+      height = (s.end - s.start) * cosine_rise(w);
       break;
     default:
       height = (s.end - s.start) * w;
@@ -132,8 +177,7 @@ FASTLR_HD double restarts_value(const Segment& s, int64_t t) {
       length = static_cast<double>(period);
     }
   }
-  const double cosine = half_turn_cosine(static_cast<double>(t), length);
-  return s.end + (s.start - s.end) * (1.0 + cosine) / 2.0;
+  return s.end + (s.start - s.end) * cosine_rise((length - static_cast<double>(t)) / length);
 }
 
 FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t clock) {
@@ -150,8 +194,8 @@ FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t cl
       break;
     }
     case Curve::kCosine: {
-      const double part = s.span > 0.0 ? (t - s.offset) / s.span : 1.0;
-      value = s.end + (s.start - s.end) / 2.0 * (half_turn_cosine(part, 1.0) + 1.0);
+      const double rest = s.span > 0.0 ? (s.span - (t - s.offset)) / s.span : 0.0;
+      value = s.end + (s.start - s.end) * cosine_rise(rest);
       break;
     }
     case Curve::kRestarts:
@@ -167,7 +211,7 @@ FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t cl
     case Curve::kExponential:
       // Zero stays zero, also where gamma > 1 has grown to infinity.
       if (s.start > 0.0) {
-        value = s.start * pow(s.gamma, static_cast<double>(s.count + local / s.period));
+        value = s.start * integer_power(s.gamma, s.count + local / s.period);
       }
       break;
     case Curve::kCycle:

@@ -59,7 +59,7 @@ def train(steps: int, *pairs: tuple[Sequence[torch.Tensor], Callable[[], object]
             update()
 
 
-# How far results may be apart, relatively, where a GPU evaluates a schedule through pow() or cos():
+# How far results may be apart, relatively, where a GPU evaluates a schedule through pow():
 # its library's last bits are not the host's. Everything else agrees to the bit.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
 

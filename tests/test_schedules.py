@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import pickle
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +15,9 @@ import numpy as np
 import pytest
 import reference
 import torch
+from mpmath import cos as mpcos
+from mpmath import mpf, workprec
+from mpmath import pi as mppi
 
 import fastlr
 from fastlr import Schedule
@@ -103,6 +108,39 @@ def test_closed_form_is_exact_to_1e_15_of_the_peak(
     values = schedule.values(0, 10_001).tolist()
     error = max(abs(value - exactly(t, **arguments)) for t, value in enumerate(values))
     assert error <= 1e-15 * schedule.peak
+
+
+def ulps(value: float, exact: Any) -> float:
+    """How far apart they are, in units of the last place; the oracle has 200 bits."""
+    return float(abs(mpf(value) - exact)) / math.ulp(float(exact))
+
+
+@workprec(200)
+def test_half_a_cosine_keeps_its_precision_close_to_its_end() -> None:
+    total = 9000
+    for t in (1, 2, 4500, 4501, 8000, 8990, 8998, 8999):
+        exact = (1 + mpcos(mppi * t / total)) / 2
+        assert ulps(fastlr.Cosine(1.0, 0.0, total)(t), exact) <= 2.0
+        assert ulps(fastlr.CosineWarmRestarts(1.0, 0.0, total)(t), exact) <= 2.0
+    # Where PyTorch's own is 176 units off.
+    schedule = fastlr.OneCycle(1.0, total, pct_start=0.5, final_div_factor=1e30)
+    for t in (8900, 8990, 8997):
+        exact = (1 - mpcos(mppi * (total - 1 - t) / (total - 1 - (0.5 * total - 1)))) / 2
+        assert ulps(schedule(t), exact) <= 2.0, t
+
+
+@workprec(200)
+def test_integer_powers_are_rounded_once() -> None:
+    draws = random.Random(0)
+    for _ in range(300):
+        gamma = draws.choice([draws.uniform(0.3, 1.2), 1.0 - 10 ** draws.uniform(-12, -2)])
+        schedule = fastlr.Exponential(1.0, gamma)
+        for t in (1, 2, 3, draws.randrange(1000), draws.randrange(10**6), draws.randrange(10**12)):
+            exact = mpf(gamma) ** t
+            if 1e-280 < exact < 1e300:
+                assert ulps(schedule(t), exact) <= 0.5000001, (gamma, t)
+    assert fastlr.Exponential(1.0, 0.5)(1074) == 5e-324
+    assert fastlr.Exponential(1.0, 0.5)(1075) == 0.0
 
 
 WINDOWS = ["linear", "geometric", "parabolic", "sinusoidal"]

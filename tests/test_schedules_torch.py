@@ -42,6 +42,13 @@ def assert_same(schedule: fastlr.Schedule, expected: np.ndarray) -> None:
     )
 
 
+def assert_rounds_the_same(schedule: fastlr.Schedule, expected: np.ndarray) -> None:
+    """The same float32 for the update; in float64 as near as PyTorch's own cosines are to exact ones."""
+    values = schedule.values(0, len(expected))
+    assert np.abs(values - expected).max() <= 4 * np.finfo(float).eps * expected.max()
+    assert np.array_equal(values.astype(np.float32), expected.astype(np.float32))
+
+
 # -- CyclicLR: the same bits ------------------------------------------------------------------------------
 
 SIZES = {
@@ -97,7 +104,7 @@ def test_cyclic_of_a_few_updates(mode: str, sizes: tuple[float, float]) -> None:
     assert_same(policy(0.01, 0.07, *sizes, **options), lrs)
 
 
-# -- OneCycleLR and CosineAnnealingWarmRestarts: the same bits ----------------------------------------------
+# -- OneCycleLR and CosineAnnealingWarmRestarts: the same updates -------------------------------------------
 
 PHASES = {
     "default": (10_001, 0.3),
@@ -137,8 +144,9 @@ def check_one_cycle(anneal: str, three_phase: bool, total_steps: int, pct_start:
         lambda optimizer: lr_scheduler.OneCycleLR(optimizer, cycle_momentum=True, **shared), total_steps
     )
     lr, momentum = fastlr.one_cycle(**shared)
-    assert_same(lr, lrs)
-    assert_same(momentum, momenta)
+    same = assert_rounds_the_same if anneal == "cos" else assert_same
+    same(lr, lrs)
+    same(momentum, momenta)
 
 
 @pytest.mark.parametrize("mult", [1, 2, 3])
@@ -150,7 +158,7 @@ def test_cosine_warm_restarts(first_period: int, mult: int) -> None:
         ),
         STEPS + 1,
     )
-    assert_same(fastlr.CosineWarmRestarts(0.1, 0.0003, first_period, mult), lrs)
+    assert_rounds_the_same(fastlr.CosineWarmRestarts(0.1, 0.0003, first_period, mult), lrs)
 
 
 # -- schedulers that multiply their last value --------------------------------------------------------------

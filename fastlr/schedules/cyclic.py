@@ -206,7 +206,8 @@ def _one_cycle_segments(
 @dataclass(frozen=True)
 class OneCycle(_OneCycleBase):
     r"""The learning rate of the one-cycle policy: up from ``max_lr / div_factor`` to ``max_lr``, then down
-    to ``max_lr / div_factor / final_div_factor`` at the last update. ``OneCycleLR`` bit for bit.
+    to ``max_lr / div_factor / final_div_factor`` at the last update. ``OneCycleLR``: bit for bit
+    with linear annealing; half a cosine is evaluated without its cancellation near the end.
 
     Where a phase would be shorter than one update it has no length here, and the peak is reached at once;
     PyTorch lets it end before update 0, so that the peak is never reached, or divides by zero.

@@ -138,7 +138,8 @@ class Polynomial(_Ramp):
 @dataclass(frozen=True)
 class CosineWarmRestarts(Schedule):
     """Half cosines from ``start`` to ``end``, restarted after ``first_period``, then after periods that
-    grow by ``mult``. ``CosineAnnealingWarmRestarts`` bit for bit.
+    grow by ``mult``. ``CosineAnnealingWarmRestarts``, without its cancellation
+    near a period's end.
 
     Args:
         start: value after each restart, >= 0.
