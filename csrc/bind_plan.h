@@ -58,6 +58,12 @@ inline void bind_plan(py::module_& m) {
           },
           py::arg("param_groups"), py::arg("samples"))
       .def(
+          "refuse_capture",
+          [](SgdPlan& plan, const char* what) {
+            with_python_errors([&] { plan.refuse_capture(what); });
+          },
+          py::arg("what"))
+      .def(
           "push",
           [](SgdPlan& plan, py::list param_groups) {
             with_python_errors([&] { plan.push(param_groups.ptr()); });

@@ -162,6 +162,12 @@ void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
   advance(param_groups, 0, samples);
 }
 
+void SgdPlan::refuse_capture([[maybe_unused]] const char* what) {
+#if defined(FASTLR_HAS_CUDA)
+  devices_.refuse_capture(what);
+#endif
+}
+
 void SgdPlan::push(PyObject* param_groups) {
   const std::vector<GroupReading> groups = read_groups(param_groups, native_of_);
 #if defined(FASTLR_HAS_CUDA)

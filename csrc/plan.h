@@ -44,6 +44,9 @@ class SgdPlan {
   // Moves the samples clock of host and devices.
   void advance_samples(PyObject* param_groups, int64_t samples);
 
+  // Throws while a CUDA graph is being captured: `what` would change what it refers to.
+  void refuse_capture(const char* what);
+
   // Hands schedules, hyperparameters and clocks to the devices at once, so that captured graphs
   // follow them.
   void push(PyObject* param_groups);

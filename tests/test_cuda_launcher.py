@@ -4,8 +4,13 @@ CUDA, which also tells what was called."""
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import io
 import pickle
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -442,6 +447,133 @@ def test_a_captured_graph_starts_anew_from_a_state_without_momenta(cuda: ModuleT
         sgd.step()
     assert_same(theirs, ours)
     assert optimizer.sync().updates == 3
+
+
+def test_a_graph_keeps_alive_what_it_refers_to(cuda: ModuleType, streams: Streams):
+    ours, theirs = twins([(9,), (5,)])
+    optimizer = fastlr.FusedCyclicSGD(ours, **CYCLE, momentum=0.9)
+    sgd = reference(theirs, lr=0.0, momentum=0.9)
+    optimizer.measure_grad_norm = True
+    schedule = fastlr.Tabulated([0.01 * (i + 1) for i in range(30)])
+    set_gradients(0, ours, theirs)
+    optimizer.step()
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.ones(())
+    graph = Graph(cuda, optimizer.step)
+    optimizer.set_schedule(lr=schedule)  # which the graph reads, but has not captured
+    weights = [p.detach() for p in ours]
+    gradients = [p.grad for p in ours]
+    captured = [weakref.ref(optimizer.found_inf), weakref.ref(optimizer.grad_scale)]
+    captured += [weakref.ref(entry["momentum_buffer"]) for entry in optimizer.state.values()]
+    tables = [memory for memory in streams.memory if memory() is not None]
+    assert len(tables) == 5  # clocks and groups, schedules, tensors, squares, flags
+    gone = weakref.ref(ours[0])
+    del optimizer, ours
+    gc.collect()
+    assert gone() is None  # its memory is kept, not the parameter with its hooks
+    assert all(kept() is not None for kept in (*captured, *tables))
+    for _ in range(5):
+        graph.replay()
+    for lr in (CYCLE["base_lr"], *schedule.values(0, 5)):
+        sgd.param_groups[0]["lr"] = float(lr)
+        sgd.step()
+    assert_same(theirs, weights)
+    del graph, gradients
+    gc.collect()
+    assert all(kept() is None for kept in (*captured, *tables))
+
+
+def test_samples_in_a_graph_move_the_clock_without_the_optimizer(cuda: ModuleType, streams: Streams):
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5, unit="sample"))
+    train(1, (model, optimizer.step))
+    graph = Graph(cuda, functools.partial(optimizer.advance_samples, 2))
+    graph.replay()
+    assert optimizer.sync() == (1, 2)
+    tables = [memory for memory in streams.memory if memory() is not None]
+    del optimizer
+    gc.collect()
+    assert sum(memory() is not None for memory in tables) == 2  # clocks and groups, schedules
+    graph.replay()
+
+
+def test_what_writes_to_a_device_raises_in_a_capture(cuda: ModuleType):
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedCyclicSGD(model, **CYCLE, momentum=0.9)
+    train(2, (model, optimizer.step))
+    saved, before = copy.deepcopy(optimizer.state_dict()), model[0].detach().clone()
+    saved["state"][0]["momentum_buffer"] = torch.full((3,), 7.0)
+    for refused in (lambda: optimizer.load_state_dict(saved), lambda: optimizer.set_schedule(lr=0.5)):
+        with pytest.raises(RuntimeError, match="cannot capture"):
+            Graph(cuda, refused)
+    assert_same([before], model)
+    assert optimizer.clock() == (2, 0)
+    assert optimizer.param_groups[0]["lr_schedule"] is not None
+    assert not torch.equal(optimizer.state[model[0]]["momentum_buffer"], torch.full((3,), 7.0))
+    train(1, (model, optimizer.step), start=2)
+
+
+def test_large_tables_go_through_pinned_memory(cuda: ModuleType, streams: Streams):
+    """From other memory CUDA takes so much only when the stream has made room."""
+    sizes: list[int] = []
+    upload = streams.upload
+    streams.upload = lambda memory, offset, data: sizes.append(len(data)) or upload(memory, offset, data)
+    rates = fastlr.Tabulated(lambda t: 0.1 / (t + 1), 20_000)
+    ours, theirs = twins([(3,)] * 2000)
+    optimizer = fastlr.FusedSGD(ours, lr=rates, momentum=0.9)
+    sgd = reference(theirs, lr=0.1, momentum=0.9)
+    for step in range(3):
+        sgd.param_groups[0]["lr"] = rates(step)
+        train(1, (theirs, sgd.step), (ours, optimizer.step), start=step)
+    assert_same(theirs, ours)
+    assert len(sizes) == 2  # the schedule's values, and the tensors
+    assert min(sizes) > 64 << 10
+    with counted(cuda) as counts:
+        optimizer.set_schedule(lr=rates)
+    assert len(sizes) == 2  # the same schedule, from another clock on
+    assert counts["uploaded_bytes"] < 64 << 10
+
+
+def test_other_threads_run_while_one_waits_for_the_device(cuda: ModuleType):
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=0.1, momentum=0.9)
+    optimizer.measure_grad_norm = True
+    train(1, (model, optimizer.step))
+
+    def asks() -> list[Callable[[], object]]:
+        return [
+            optimizer.sync,
+            optimizer.state_dict,
+            lambda: optimizer.last_step_skipped,
+            lambda: optimizer.last_grad_norm,
+        ]
+
+    for ask in asks():
+        answers: list[object] = []
+        cuda.reset_statistics()
+        cuda.hold_streams()
+        waiting = threading.Thread(target=lambda ask=ask, answers=answers: answers.append(ask()))
+        waiting.start()
+        while waiting.is_alive() and cuda.statistics()["stream_synchronizations"] == 0:
+            time.sleep(0.001)
+        assert not answers
+        cuda.let_streams_go()
+        waiting.join()
+        assert len(answers) == 1
+
+
+@pytest.mark.parametrize("driven", ["lr", "momentum"])
+def test_the_same_schedule_from_a_later_clock_on(cuda: ModuleType, driven: str):
+    schedule = fastlr.Triangular(0.1, 0.9, 3)
+    ours, theirs = twins([(9,)])
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.5}
+    optimizer = fastlr.FusedSGD(ours, **{**options, driven: schedule})
+    sgd = reference(theirs, **options)
+    for step in range(8):
+        if step == 4:
+            optimizer.set_schedule(**{driven: schedule})
+        sgd.param_groups[0][driven] = schedule(step % 4)
+        train(1, (theirs, sgd.step), (ours, optimizer.step), start=step)
+    assert_same(theirs, ours)
 
 
 def test_a_captured_table_is_never_rewritten(cuda: ModuleType):

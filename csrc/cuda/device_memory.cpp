@@ -1,6 +1,7 @@
 #include "device_memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "../tensor_view.h"
@@ -13,9 +14,38 @@ Owned call(PyObject* object, const char* method, const char* format, Arguments..
   return checked(PyObject_CallMethod(object, method, format, arguments...));
 }
 
+struct Kept {
+  std::vector<Owned> objects;
+  Kept* next;
+};
+
+// Of graphs that have gone; waiting for a thread that holds the GIL and may call CUDA.
+std::atomic<Kept*> released{nullptr};
+
+int drop_released(void*) {
+  for (Kept* kept = released.exchange(nullptr); kept != nullptr;) {
+    Kept* const next = kept->next;
+    delete kept;
+    kept = next;
+  }
+  return 0;
+}
+
+// Called by CUDA, in any thread, where no function of CUDA may be called: freeing a tensor may do
+// so.
+void on_graph_gone(void* object) {
+  Kept* const kept = static_cast<Kept*>(object);
+  kept->next = released.load();
+  while (!released.compare_exchange_weak(kept->next, kept)) {
+  }
+  // Where the queue is full, the next scope drops them.
+  if (Py_IsInitialized()) Py_AddPendingCall(&drop_released, nullptr);
+}
+
 }  // namespace
 
-[[noreturn]] void cannot_capture(const std::string& what) {
+void DeviceScope::refuse_capture(const std::string& what) const {
+  if (!capturing_) return;
   throw std::runtime_error(
       what +
       ", which a CUDA graph cannot capture. Run a step with the same parameters, gradients and "
@@ -24,6 +54,7 @@ Owned call(PyObject* object, const char* method, const char* format, Arguments..
 }
 
 DeviceScope::DeviceScope(PyObject* runtime, int device) : runtime_(runtime), device_(device) {
+  drop_released(nullptr);
   guard_ = call(runtime, "enter", "i", device);
   try {
     const Owned stream = call(runtime, "stream", "i", device);
@@ -46,8 +77,9 @@ void DeviceScope::leave() {
   PyErr_Restore(type, value, traceback);
 }
 
-Table::Table(PyObject* runtime, int device, size_t size, const DeviceScope& scope)
-    : tensor_(call(runtime, "new_bytes", "in", device, static_cast<Py_ssize_t>(size))),
+Table::Table(const DeviceScope& scope, size_t size)
+    : tensor_(
+          call(scope.runtime(), "new_bytes", "in", scope.number(), static_cast<Py_ssize_t>(size))),
       size_(size),
       streams_{scope.stream()} {
   TensorReader reader;
@@ -56,11 +88,41 @@ Table::Table(PyObject* runtime, int device, size_t size, const DeviceScope& scop
   data_ = static_cast<char*>(view.data);
 }
 
-void Table::used_by(PyObject* runtime, int device, const DeviceScope& scope) {
-  if (scope.capturing()) return;  // a captured table is kept anyway
+void Table::used_by(const DeviceScope& scope) {
+  if (scope.capturing()) return;  // the graph keeps what it refers to
   if (std::find(streams_.begin(), streams_.end(), scope.stream()) != streams_.end()) return;
-  call(runtime, "record_stream", "Oi", tensor_.get(), device);
+  call(scope.runtime(), "record_stream", "Oi", tensor_.get(), scope.number());
   streams_.push_back(scope.stream());
+}
+
+void Table::write(const DeviceScope& scope, size_t offset, const void* from, size_t bytes) const {
+  scope.refuse_capture("memory of the device would be written");
+  // CUDA takes its own copy of so much and returns at once. Of more it may copy what fits into its
+  // buffers and wait for the stream to make room.
+  constexpr size_t kAtOnce = 64 << 10;
+  if (bytes <= kAtOnce) {
+    return cuda::upload(scope.device(), scope.stream(), data_ + offset, from, bytes);
+  }
+  char* const readable = static_cast<char*>(const_cast<void*>(from));
+  const Owned view =
+      checked(PyMemoryView_FromMemory(readable, static_cast<Py_ssize_t>(bytes), PyBUF_READ));
+  call(scope.runtime(), "upload", "OnO", tensor_.get(), static_cast<Py_ssize_t>(offset),
+       view.get());
+}
+
+void Table::hold(const char* name, const Table& other) const {
+  PyObject* const held = other ? other.tensor() : Py_None;
+  if (PyObject_SetAttrString(tensor_.get(), name, held) != 0) throw PythonError();
+}
+
+void download(const DeviceScope& scope, void* to, const void* from, size_t bytes) {
+  const WithoutGil other_threads_run;
+  cuda::download(scope.device(), scope.stream(), to, from, bytes);
+}
+
+void GraphObjects::keep(const DeviceScope& scope) {
+  const cuda::Graph graph = cuda::captured_graph(scope.device(), scope.stream());
+  cuda::keep_with_graph(graph, new Kept{std::move(objects_), nullptr}, &on_graph_gone);
 }
 
 }  // namespace fastlr

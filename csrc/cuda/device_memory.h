@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../owned.h"
@@ -21,6 +22,8 @@ namespace fastlr {
 //   stream(device) -> int                      its current stream
 //   record_stream(tensor, device)              the current stream uses it too
 //   on_device(number, device) -> tensor        a float32 there
+//   upload(tensor, offset, bytes)              in the current stream's order, without waiting for
+//   it
 
 // Where a step's work on one device goes: entered on construction, left at the end of the scope.
 class DeviceScope {
@@ -30,10 +33,15 @@ class DeviceScope {
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
+  PyObject* runtime() const { return runtime_; }
+  int number() const { return device_; }  // as the runtime object knows it
   // Its index, as the launcher knows it.
   int device() const { return device_ < 0 ? -1 - device_ : device_; }
   cuda::Stream stream() const { return stream_; }
   bool capturing() const { return capturing_; }
+
+  // Throws while a graph is being captured: `what` is nothing that one can capture.
+  void refuse_capture(const std::string& what) const;
 
  private:
   void leave();
@@ -50,16 +58,23 @@ class DeviceScope {
 // NOTE: [memory of a device]
 // PyTorch's caching allocator hands freed memory out again in the order of the stream that it was
 // allocated on. A table used on another stream is therefore recorded there, once, and stays
-// reserved until that stream has passed its release. What a captured graph refers to is kept for as
-// long as the plan lives, as replays do not tell us of themselves.
+// reserved until that stream has passed its release. What a captured graph refers to belongs to
+// that graph as well, see GraphObjects, as replays do not tell us of themselves.
 class Table {
  public:
   Table() = default;
-  Table(PyObject* runtime, int device, size_t size, const DeviceScope& scope);
+  Table(const DeviceScope& scope, size_t size);
 
   // To be called before each use.
-  void used_by(PyObject* runtime, int device, const DeviceScope& scope);
+  void used_by(const DeviceScope& scope);
 
+  // Copies to the bytes from `offset` on; `from` may be reused on return. Waits for nothing.
+  void write(const DeviceScope& scope, size_t offset, const void* from, size_t bytes) const;
+
+  // Keeps another one, or none, for as long as its own memory, which points there.
+  void hold(const char* name, const Table& other) const;
+
+  PyObject* tensor() const { return tensor_.get(); }
   char* data() const { return data_; }
   size_t size() const { return size_; }
   explicit operator bool() const { return data_ != nullptr; }
@@ -71,7 +86,21 @@ class Table {
   std::vector<cuda::Stream> streams_;
 };
 
-// Throws, as `what` is nothing that a CUDA graph can capture.
-[[noreturn]] void cannot_capture(const std::string& what);
+// Copies from the device and waits for it, while other threads run.
+void download(const DeviceScope& scope, void* to, const void* from, size_t bytes);
+
+// Python objects that a graph being captured refers to. It keeps them alive: after keep() they go
+// when the graph and its last replay have gone, whatever became of the optimizer.
+class GraphObjects {
+ public:
+  void add(Owned object) { objects_.push_back(std::move(object)); }
+  void add(const Table& table) {
+    if (table) add(Owned::borrow(table.tensor()));
+  }
+  void keep(const DeviceScope& scope);
+
+ private:
+  std::vector<Owned> objects_;
+};
 
 }  // namespace fastlr

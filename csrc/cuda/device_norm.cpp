@@ -17,12 +17,12 @@ double DeviceNorm::measure(const std::vector<TensorRef>& tensors,
   }
   if (!state_) {
     cuda::preload(scope.device());
-    Table memory(runtime_, device_, sizeof(DeviceState), scope);
+    Table memory(scope, sizeof(DeviceState));
     const DeviceState state{};  // of no groups: there is no clock to move
-    cuda::upload(scope.device(), scope.stream(), memory.data(), &state, sizeof state);
+    memory.write(scope, 0, &state, sizeof state);
     state_ = std::move(memory);
   }
-  state_.used_by(runtime_, device_, scope);
+  state_.used_by(scope);
   std::vector<DeviceWork> work;
   for (const TensorRef& tensor : tensors) work.push_back({tensor, nullptr});
   std::vector<cuda::Launch> launches = tensors_.update(scope, work, layouts, false, true);

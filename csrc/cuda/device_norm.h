@@ -13,8 +13,7 @@ namespace fastlr {
 class DeviceNorm {
  public:
   // runtime: see NOTE: [the runtime object]; borrowed.
-  DeviceNorm(PyObject* runtime, int device)
-      : runtime_(runtime), device_(device), tensors_(runtime, device) {}
+  DeviceNorm(PyObject* runtime, int device) : runtime_(runtime), device_(device) {}
 
   // The sum of the squares of all elements of the tensors' `grad`. Waits for the device.
   double measure(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts);

@@ -1,8 +1,10 @@
 #include "device_plan.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace fastlr {
 namespace {
@@ -34,11 +36,6 @@ Clocks DevicePlan::clocks(const float* found_inf) const {
           reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
 }
 
-// A table that is replaced: its memory must outlive the graphs that have seen it.
-void DevicePlan::keep(Table&& table) {
-  if (captured_ && table) kept_tables_.push_back(std::move(table));
-}
-
 void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
                             bool force) {
   const bool clocks_changed = force || seen_.size() != groups.size() ||
@@ -61,7 +58,7 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
                                                 group.momentum.start == seen.momentum_start;
                                        });
   if (!clocks_changed && !numbers_changed) return;
-  if (scope.capturing()) cannot_capture("a schedule, hyperparameter or clock has changed");
+  scope.refuse_capture("a schedule, hyperparameter or clock has changed");
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
     if (may_have_momentum(groups[i]) && seen_[i].lacks_momentum_in_graph) {
       throw std::runtime_error("parameter group " + std::to_string(i) +
@@ -71,7 +68,6 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
     }
   }
 
-  const cuda::Stream stream = scope.stream();
   const bool grows = groups.size() > capacity_;
   DeviceState state{};
   if (grows) {
@@ -85,11 +81,13 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
     // Room for many: what a graph has captured cannot move to a larger table.
     capacity_ = std::max<size_t>(64, 2 * groups.size());
     state_ =
-        Table(runtime_, device_,
-              sizeof(DeviceState) + capacity_ * (sizeof(GroupClock) + sizeof(DeviceGroup)), scope);
+        Table(scope, sizeof(DeviceState) + capacity_ * (sizeof(GroupClock) + sizeof(DeviceGroup)));
   }
-  state_.used_by(runtime_, device_, scope);
+  state_.used_by(scope);
   const Clocks to = clocks(nullptr);
+  const auto write = [&](const void* at, const void* from, size_t bytes) {
+    state_.write(scope, static_cast<const char*>(at) - state_.data(), from, bytes);
+  };
 
   if (schedules_changed) {
     size_t segments = 0, values = 0;
@@ -100,11 +98,10 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
         values += driven->schedule->table.size();
       }
     }
-    keep(std::move(schedules_));
     schedules_ = Table();
     const size_t bytes = segments * sizeof(Segment) + values * sizeof(double);
     if (bytes != 0) {
-      schedules_ = Table(runtime_, device_, bytes, scope);
+      schedules_ = Table(scope, bytes);
       std::vector<char> image(bytes);
       size_t segments_at = 0, values_at = segments * sizeof(Segment);
       for (const GroupReading& group : groups) {
@@ -121,10 +118,11 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
           values_at += value_bytes;
         }
       }
-      cuda::upload(scope.device(), stream, schedules_.data(), image.data(), bytes);
+      schedules_.write(scope, 0, image.data(), bytes);
     }
   }
-  if (schedules_) schedules_.used_by(runtime_, device_, scope);
+  if (schedules_) schedules_.used_by(scope);
+  if (schedules_changed || grows) state_.hold("schedules", schedules_);
 
   if (numbers_changed || grows) {
     size_t segments = 0;
@@ -156,14 +154,13 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
       entry.momentum = place(group.momentum);
       entries.push_back(entry);
     }
-    cuda::upload(scope.device(), stream, const_cast<DeviceGroup*>(to.groups), entries.data(),
-                 entries.size() * sizeof(DeviceGroup));
+    write(to.groups, entries.data(), entries.size() * sizeof(DeviceGroup));
   }
   state.groups = static_cast<int32_t>(groups.size());
   if (grows || !ready()) {
-    cuda::upload(scope.device(), stream, to.state, &state, sizeof state);
+    write(to.state, &state, sizeof state);
   } else if (groups.size() != seen_.size()) {
-    cuda::upload(scope.device(), stream, &to.state->groups, &state.groups, sizeof state.groups);
+    write(&to.state->groups, &state.groups, sizeof state.groups);
   }
   if (clocks_changed || grows) {
     std::vector<GroupClock> entries(groups.size());
@@ -171,10 +168,9 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
       entries[i].updates = groups[i].clock.updates;
       entries[i].samples = groups[i].clock.samples;
     }
-    cuda::upload(scope.device(), stream, to.clocks, entries.data(),
-                 entries.size() * sizeof(GroupClock));
+    write(to.clocks, entries.data(), entries.size() * sizeof(GroupClock));
   }
-  cuda::launch_clock(scope.device(), stream, to, 0, 0, false);
+  cuda::launch_clock(scope.device(), scope.stream(), to, 0, 0, false);
 
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -197,15 +193,17 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>
   launches_ = tensors_.update(scope, work, layouts, in_order, measures_norm);
 }
 
-void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale) {
+void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
+                        GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
     for (Seen& seen : seen_) {
       if (!seen.momentum && seen.options.momentum == 0.0) seen.lacks_momentum_in_graph = true;
     }
+    tensors_.captured_in(graph);
   }
-  if (launches_.empty()) return launch_clock(scope, 1, 0, found_inf);
-  use_clocks(scope);
+  if (launches_.empty()) return launch_clock(scope, 1, 0, found_inf, std::move(graph));
+  use_clocks(scope, std::move(graph));
   const WithoutGil waiting_for_room_in_the_stream;
   for (cuda::Launch& launch : launches_) {
     launch.clocks = clocks(found_inf);
@@ -215,21 +213,24 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
 }
 
 // To be called before each launch.
-void DevicePlan::use_clocks(const DeviceScope& scope) {
-  state_.used_by(runtime_, device_, scope);
-  if (schedules_) schedules_.used_by(runtime_, device_, scope);
-  captured_ = captured_ || scope.capturing();
+void DevicePlan::use_clocks(const DeviceScope& scope, GraphObjects graph) {
+  state_.used_by(scope);
+  if (schedules_) schedules_.used_by(scope);
+  if (!scope.capturing()) return;
+  captured_ = true;
+  graph.add(state_);
+  graph.keep(scope);
 }
 
 void DevicePlan::launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                              const float* found_inf) {
-  use_clocks(scope);
+                              const float* found_inf, GraphObjects graph) {
+  use_clocks(scope, std::move(graph));
   cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples,
                      measures_norm_);
 }
 
 void DevicePlan::advance_samples(const DeviceScope& scope, int64_t samples) {
-  launch_clock(scope, 0, samples, nullptr);
+  launch_clock(scope, 0, samples, nullptr, {});
 }
 
 void DevicePlan::agree(size_t group, const Clock& clock) {
@@ -237,17 +238,16 @@ void DevicePlan::agree(size_t group, const Clock& clock) {
 }
 
 DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invalid_scale) {
-  std::vector<char> image(sizeof(DeviceState) + seen_.size() * sizeof(GroupClock));
-  cuda::download(scope.device(), scope.stream(), image.data(), state_.data(), image.size());
   Reading reading;
-  std::memcpy(&reading.state, image.data(), sizeof(DeviceState));
   reading.clocks.resize(seen_.size());
-  std::memcpy(reading.clocks.data(), image.data() + sizeof(DeviceState),
-              seen_.size() * sizeof(GroupClock));
+  const size_t clock_bytes = reading.clocks.size() * sizeof(GroupClock);
+  std::vector<char> image(sizeof(DeviceState) + clock_bytes);
+  download(scope, image.data(), state_.data(), image.size());
+  std::memcpy(&reading.state, image.data(), sizeof(DeviceState));
+  std::memcpy(reading.clocks.data(), image.data() + sizeof(DeviceState), clock_bytes);
   if (reset_invalid_scale && reading.state.invalid_scale != 0) {
     const int32_t none = 0;
-    cuda::upload(scope.device(), scope.stream(), &clocks(nullptr).state->invalid_scale, &none,
-                 sizeof none);
+    state_.write(scope, offsetof(DeviceState, invalid_scale), &none, sizeof none);
   }
   return reading;
 }

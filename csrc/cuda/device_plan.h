@@ -15,10 +15,6 @@ namespace fastlr {
 
 class DevicePlan {
  public:
-  // runtime: borrowed; device: see NOTE: [the runtime object].
-  DevicePlan(PyObject* runtime, int device)
-      : runtime_(runtime), device_(device), tensors_(runtime, device) {}
-
   // Brings the tables of groups, clocks and schedules up to date with the host's.
   // force: the host's clocks count, even where they have not changed since they last agreed.
   void set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
@@ -29,11 +25,10 @@ class DevicePlan {
   void prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
                const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm);
 
-  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr.
-  void launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale);
-
-  // A tensor that a graph refers to stays alive as long as the plan.
-  void keep(PyObject* tensor) { kept_tensors_.push_back(Owned::borrow(tensor)); }
+  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. graph: what
+  // else these launches refer to, for the graph that captures them.
+  void launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
+              GraphObjects graph);
 
   // Moves the clock of samples.
   void advance_samples(const DeviceScope& scope, int64_t samples);
@@ -65,13 +60,10 @@ class DevicePlan {
   };
 
   Clocks clocks(const float* found_inf) const;
-  void use_clocks(const DeviceScope& scope);
+  void use_clocks(const DeviceScope& scope, GraphObjects graph);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                    const float* found_inf);
-  void keep(Table&& table);
+                    const float* found_inf, GraphObjects graph);
 
-  PyObject* runtime_;
-  int device_;
   bool captured_ = false;
 
   size_t capacity_ = 0;  // groups that the table of groups has room for
@@ -82,9 +74,6 @@ class DevicePlan {
   TensorTable tensors_;
   std::vector<cuda::Launch> launches_;
   bool measures_norm_ = false;
-
-  std::vector<Table> kept_tables_;
-  std::vector<Owned> kept_tensors_;
 };
 
 }  // namespace fastlr

@@ -31,6 +31,7 @@ class Scalar {
   }
 
   const float* data() const { return data_; }
+  Owned tensor() const { return Owned::borrow(tensor_.get()); }
 
  private:
   Owned tensor_;
@@ -66,9 +67,7 @@ bool Devices::captured() const {
                      [](const auto& entry) { return entry.second.captured(); });
 }
 
-DevicePlan& Devices::plan(int device) {
-  return plans_.try_emplace(device, runtime_, device).first->second;
-}
+DevicePlan& Devices::plan(int device) { return plans_.try_emplace(device).first->second; }
 
 // Calls visit(scope, device, plan) for each device. Only one scope is open at a time, as it makes
 // its device the current one of two CUDA runtimes, PyTorch's and this extension's.
@@ -93,6 +92,13 @@ void Devices::for_each_flag(const Flags& flags, Visit visit) {
   }
 }
 
+const Devices::Flags& Devices::flags_of(const Flag& flag) const {
+  return *std::find_if(flags_.begin(), flags_.end(), [&](const Flags& flags) {
+    const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
+    return flag.address >= first && flag.address < first + flags.count;
+  });
+}
+
 // Gives each item with momentum a flag that says whether its buffer holds anything yet.
 void Devices::flag_momenta(const DeviceScope& scope, int device,
                            const std::vector<DeviceItem>& items) {
@@ -102,26 +108,22 @@ void Devices::flag_momenta(const DeviceScope& scope, int device,
     const auto found = flag_of_.find(item.parameter);
     const bool known = found != flag_of_.end() && found->second.device == device;
     if (known && referent(found->second.buffer) == item.momentum) continue;
-    if (scope.capturing()) {
-      throw std::runtime_error(
-          "a parameter's momentum buffer is new, which a CUDA graph cannot capture: the first step "
-          "allocates it. Run a step before the capture, on a side stream, as the documentation of "
-          "torch.cuda.graph shows.");
-    }
+    scope.refuse_capture("a parameter's momentum buffer is new: the first step allocates it");
     if (!known) {
       without.push_back(&item);
       continue;
     }
     const int32_t value = item.tensor.first ? 0 : 1;
-    cuda::upload(scope.device(), scope.stream(), found->second.address, &value, sizeof value);
+    const Flags& flags = flags_of(found->second);
+    const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
+    flags.memory.write(scope, (found->second.address - first) * sizeof value, &value, sizeof value);
     found->second.buffer = checked(PyWeakref_NewRef(item.momentum, nullptr));
   }
   if (without.empty()) return;
   std::vector<int32_t> values;
   for (const DeviceItem* item : without) values.push_back(item->tensor.first ? 0 : 1);
-  Table memory(runtime_, device, values.size() * sizeof(int32_t), scope);
-  cuda::upload(scope.device(), scope.stream(), memory.data(), values.data(),
-               values.size() * sizeof(int32_t));
+  Table memory(scope, values.size() * sizeof(int32_t));
+  memory.write(scope, 0, values.data(), values.size() * sizeof(int32_t));
   int32_t* address = reinterpret_cast<int32_t*>(memory.data());
   for (const DeviceItem* item : without) {
     flag_of_[item->parameter] = {device, address++,
@@ -145,7 +147,7 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
     device_plan.set_groups(*scope, groups);
     flag_momenta(*scope, device, items);
     for (Flags& flags : flags_) {
-      if (flags.device == device) flags.memory.used_by(runtime_, device, *scope);
+      if (flags.device == device) flags.memory.used_by(*scope);
     }
     std::vector<DeviceWork> work;
     for (const DeviceItem& item : items) {
@@ -164,12 +166,19 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
     if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
     const Scalar inf(runtime_, found_inf, "found_inf", device);
     const Scalar scale(runtime_, grad_scale, "grad_scale", device);
+    GraphObjects graph;
     if (scope->capturing()) {
+      graph.add(inf.tensor());
+      graph.add(scale.tensor());
+      for (const Flags& flags : flags_) graph.add(flags.memory);
       for (const DeviceItem& item : items) {
-        if (item.device == device && item.momentum != nullptr) device_plan.keep(item.momentum);
+        if (item.device != device) continue;
+        // Its memory alone: what hooks of the parameter refer to may refer to the graph.
+        graph.add(checked(PyObject_CallMethod(item.parameter, "detach", nullptr)));
+        if (item.momentum != nullptr) graph.add(Owned::borrow(item.momentum));
       }
     }
-    device_plan.launch(*scope, inf.data(), scale.data());
+    device_plan.launch(*scope, inf.data(), scale.data(), std::move(graph));
   }
   if ((found_inf != Py_None || grad_scale != Py_None) && !with_host) host_is_exact_ = false;
   return capturing != 0;
@@ -191,6 +200,15 @@ void Devices::agree(PyObject* param_groups) {
   }
 }
 
+void Devices::refuse_capture(const char* what) {
+  on_each_device([&](const DeviceScope& scope, int, DevicePlan&) {
+    if (!scope.capturing()) return;
+    throw std::runtime_error(std::string(what) +
+                             " writes to the device, which a CUDA graph cannot capture; do it "
+                             "outside the capture.");
+  });
+}
+
 void Devices::push(const std::vector<GroupReading>& groups) {
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     device_plan.set_groups(scope, groups, true);
@@ -210,8 +228,7 @@ void Devices::set_initialized(PyObject* uninitialized) {
       for_each_flag(flags, [&](PyObject* parameter, const Flag&, size_t i) {
         values[i] = empty.count(parameter) == 0;
       });
-      cuda::upload(scope.device(), scope.stream(), flags.memory.data(), values.data(),
-                   flags.count * sizeof(int32_t));
+      flags.memory.write(scope, 0, values.data(), flags.count * sizeof(int32_t));
     }
   });
 }
@@ -280,12 +297,12 @@ bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
 PyObject* Devices::uninitialized() {
   Owned list = checked(PyList_New(0));
   on_each_device([&](const DeviceScope& scope, int device, DevicePlan&) {
-    for (const Flags& flags : flags_) {
-      if (flags.device != device) continue;
-      std::vector<int32_t> values(flags.count);
-      cuda::download(scope.device(), scope.stream(), values.data(), flags.memory.data(),
-                     flags.count * sizeof(int32_t));
-      for_each_flag(flags, [&](PyObject* parameter, const Flag& flag, size_t i) {
+    // By index: another thread may step meanwhile, and add flags.
+    for (size_t at = 0; at < flags_.size(); ++at) {
+      if (flags_[at].device != device) continue;
+      std::vector<int32_t> values(flags_[at].count);
+      download(scope, values.data(), flags_[at].memory.data(), values.size() * sizeof(int32_t));
+      for_each_flag(flags_[at], [&](PyObject* parameter, const Flag& flag, size_t i) {
         if (values[i] != 0 || referent(flag.buffer) == nullptr) return;
         if (PyList_Append(list.get(), parameter) != 0) throw PythonError();
       });

@@ -47,6 +47,9 @@ class Devices {
   // The host's clocks after a step that ran.
   void agree(PyObject* param_groups);
 
+  // Throws while a CUDA graph is being captured: `what` would change what it refers to.
+  void refuse_capture(const char* what);
+
   // Hands schedules, hyperparameters and clocks to every device.
   void push(const std::vector<GroupReading>& groups);
   // After state was loaded: whether each parameter's buffer holds anything.
@@ -75,6 +78,7 @@ class Devices {
   };
 
   DevicePlan& plan(int device);
+  const Flags& flags_of(const Flag& flag) const;
   template <typename Visit>
   void for_each_flag(const Flags& flags, Visit visit);
   void flag_momenta(const DeviceScope& scope, int device, const std::vector<DeviceItem>& items);

@@ -95,6 +95,35 @@ bool is_capturing(int device, Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+Graph captured_graph(int device, Stream stream) {
+  use_device(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  check(cudaStreamGetCaptureInfo(native(stream), &status, nullptr, &graph),
+        "cudaStreamGetCaptureInfo");
+#else
+  check(cudaStreamGetCaptureInfo_v2(native(stream), &status, nullptr, &graph),
+        "cudaStreamGetCaptureInfo_v2");
+#endif
+  if (status != cudaStreamCaptureStatusActive) {
+    throw std::runtime_error("the stream is not, or no longer, being captured in a CUDA graph");
+  }
+  return reinterpret_cast<Graph>(graph);
+}
+
+void keep_with_graph(Graph graph, void* object, void (*destroy)(void*)) {
+  cudaUserObject_t kept;
+  cudaError_t error =
+      cudaUserObjectCreate(&kept, object, destroy, 1, cudaUserObjectNoDestructorSync);
+  if (error != cudaSuccess) destroy(object);
+  check(error, "cudaUserObjectCreate");
+  error = cudaGraphRetainUserObject(reinterpret_cast<cudaGraph_t>(graph), kept, 1,
+                                    cudaGraphUserObjectMove);
+  if (error != cudaSuccess) cudaUserObjectRelease(kept, 1);
+  check(error, "cudaGraphRetainUserObject");
+}
+
 void upload(int device, Stream stream, void* to, const void* from, size_t bytes) {
   use_device(device);
   // From pageable memory: the call returns when CUDA has taken its own copy of it.

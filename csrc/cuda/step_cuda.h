@@ -14,6 +14,8 @@ namespace fastlr::cuda {
 
 // A cudaStream_t, as PyTorch's Stream.cuda_stream gives it.
 using Stream = uintptr_t;
+// A cudaGraph_t.
+using Graph = uintptr_t;
 
 // One launch: tensors of one storage type.
 struct Launch {
@@ -41,8 +43,13 @@ void limit_launch_capacity(int32_t limit);
 void preload(int device);
 
 bool is_capturing(int device, Stream stream);
+// The graph that the stream is capturing.
+Graph captured_graph(int device, Stream stream);
+// Calls destroy(object) when the graph has gone, and its last replay with it; or, where this
+// throws, now. In any thread: no function of CUDA may be called from there.
+void keep_with_graph(Graph graph, void* object, void (*destroy)(void*));
 
-// Copies to the device in the stream's order; `from` may be reused on return.
+// Copies to the device in the stream's order; `from`, of at most 64 KiB, may be reused on return.
 void upload(int device, Stream stream, void* to, const void* from, size_t bytes);
 // Copies from the device and waits for it.
 void download(int device, Stream stream, void* to, const void* from, size_t bytes);

@@ -17,13 +17,6 @@ bool same(const StridedLayout& a, const StridedLayout& b) {
 
 }  // namespace
 
-// The memory that there was must outlive the graphs that have seen it.
-void TensorTable::replace(Table& table, size_t size, const DeviceScope& scope) {
-  Table larger(runtime_, device_, size, scope);
-  if (captured_ && table) kept_.push_back(std::move(table));
-  table = std::move(larger);
-}
-
 void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
   const size_t entry_bytes = cut.tensors.size() * sizeof(DeviceTensor);
   const size_t layout_bytes = cut.layouts.size() * sizeof(StridedLayout);
@@ -33,21 +26,16 @@ void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
       !std::equal(cut.layouts.begin(), cut.layouts.end(), uploaded_layouts_.begin(),
                   [](const StridedLayout& a, const StridedLayout& b) { return same(a, b); });
   if (!changed) return;
-  if (scope.capturing()) {
-    cannot_capture(uploaded_.empty() ? "this is the optimizer's first step"
-                                     : "parameters or their state have changed or moved");
-  }
+  scope.refuse_capture(uploaded_.empty() ? "this is the optimizer's first step"
+                                         : "parameters or their state have changed or moved");
   if (tensors_captured_ || tensors_.size() < entry_bytes + layout_bytes) {
-    replace(tensors_, entry_bytes + layout_bytes, scope);
+    tensors_ = Table(scope, entry_bytes + layout_bytes);
     tensors_captured_ = false;
   }
-  tensors_.used_by(runtime_, device_, scope);
+  tensors_.used_by(scope);
   uploaded_.clear();  // until the upload is under way
-  cuda::upload(scope.device(), scope.stream(), tensors_.data(), cut.tensors.data(), entry_bytes);
-  if (layout_bytes != 0) {
-    cuda::upload(scope.device(), scope.stream(), tensors_.data() + entry_bytes, cut.layouts.data(),
-                 layout_bytes);
-  }
+  tensors_.write(scope, 0, cut.tensors.data(), entry_bytes);
+  if (layout_bytes != 0) tensors_.write(scope, entry_bytes, cut.layouts.data(), layout_bytes);
   uploaded_ = std::move(cut.tensors);
   uploaded_layouts_ = std::move(cut.layouts);
 }
@@ -62,8 +50,8 @@ std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
   // At least one, as a null pointer says that nothing is measured.
   const size_t squares_bytes = std::max<size_t>(cut.chunks, 1) * sizeof(double);
   if (measures_norm && squares_.size() < squares_bytes) {
-    if (scope.capturing()) cannot_capture("the gradients' norm was not measured before");
-    replace(squares_, squares_bytes, scope);
+    scope.refuse_capture("the gradients' norm was not measured before");
+    squares_ = Table(scope, squares_bytes);
   }
   const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
   for (size_t i = 0; i < cut.launches.size(); ++i) {
@@ -78,9 +66,14 @@ std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
 
 void TensorTable::used(const DeviceScope& scope) {
   for (Table* table : {&tensors_, &squares_}) {
-    if (*table) table->used_by(runtime_, device_, scope);
+    if (*table) table->used_by(scope);
   }
-  if (scope.capturing()) captured_ = tensors_captured_ = true;
+}
+
+void TensorTable::captured_in(GraphObjects& graph) {
+  graph.add(tensors_);
+  graph.add(squares_);
+  tensors_captured_ = true;
 }
 
 }  // namespace fastlr

@@ -1,8 +1,6 @@
 // What the launches of one device read of a step's tensors, in the device's memory.
 #pragma once
 
-#include <Python.h>
-
 #include <vector>
 
 #include "device_memory.h"
@@ -12,9 +10,6 @@ namespace fastlr {
 
 class TensorTable {
  public:
-  // runtime: see NOTE: [the runtime object]; borrowed.
-  TensorTable(PyObject* runtime, int device) : runtime_(runtime), device_(device) {}
-
   // Plans the launches over these tensors and brings the table up to date with them. in_order:
   // tensors share memory, so each has a launch of its own. measures_norm: of the gradients.
   std::vector<cuda::Launch> update(const DeviceScope& scope, const std::vector<DeviceWork>& work,
@@ -23,22 +18,17 @@ class TensorTable {
 
   // To be called before the launches.
   void used(const DeviceScope& scope);
+  // To be called where the launches are captured.
+  void captured_in(GraphObjects& graph);
 
  private:
   void upload(const DeviceScope& scope, Launches& cut);
-  void replace(Table& table, size_t size, const DeviceScope& scope);
-
-  PyObject* runtime_;
-  int device_;
 
   Table tensors_;  // DeviceTensor[], StridedLayout[]
   Table squares_;  // double[]
   std::vector<DeviceTensor> uploaded_;
   std::vector<StridedLayout> uploaded_layouts_;
-
-  bool captured_ = false;          // any table, by a graph ...
-  bool tensors_captured_ = false;  // ... and the present one of tensors
-  std::vector<Table> kept_;
+  bool tensors_captured_ = false;  // a graph reads the present table: it must not change
 };
 
 }  // namespace fastlr

@@ -382,6 +382,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups differ in number or size, or a buffer in shape.
         """
+        self._plan.refuse_capture("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(_unpack)  # type: ignore[arg-type]
         try:
             super().load_state_dict(state_dict)

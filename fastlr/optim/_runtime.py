@@ -77,6 +77,16 @@ class Runtime:
             tensor.record_stream(torch.cuda.current_stream(device))
 
     @staticmethod
+    def upload(memory: torch.Tensor, offset: int, data: memoryview) -> None:
+        """Copies bytes to :meth:`new_bytes`' memory from ``offset`` on, without waiting for the device.
+
+        Through memory of PyTorch's that is pinned, and that it keeps until the copy is done.
+        """
+        staged = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=memory.is_cuda)
+        staged.numpy()[:] = np.frombuffer(data, np.uint8)
+        memory[offset : offset + len(data)].copy_(staged, non_blocking=True)
+
+    @staticmethod
     def on_device(value: torch.Tensor | float, device: int) -> torch.Tensor:
         """A number as a float32 tensor on the device: itself where it is one already."""
         if isinstance(value, torch.Tensor):

@@ -86,6 +86,7 @@ int barrier(BarrierOp op, bool predicate, Site site);
 uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
 int lane();
 void fence();
+void pause();
 void before_atomic(const volatile void* address, size_t size, Site site);
 void after_atomic(const volatile void* address);
 
@@ -178,7 +179,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize, EMULA
 }
 
 inline void __threadfence() { emulator::fence(); }
-inline void __threadfence_block() { emulator::fence(); }
+// Orders nothing that another block sees; nor here, more strictly than CUDA, what another thread of
+// the same block sees by an atomic operation.
+inline void __threadfence_block() { emulator::pause(); }
 
 template <typename T>
 T atomicAdd(T* address, typename emulator::Identity<T>::type value, EMULATOR_SITE) {
@@ -290,6 +293,13 @@ enum cudaStreamCaptureStatus {
 };
 
 typedef struct CUstream_st* cudaStream_t;
+typedef struct CUgraph_st* cudaGraph_t;
+typedef struct CUgraphNode_st* cudaGraphNode_t;
+typedef struct CUuserObject_st* cudaUserObject_t;
+typedef void (*cudaHostFn_t)(void* object);
+
+constexpr unsigned cudaUserObjectNoDestructorSync = 1;
+constexpr unsigned cudaGraphUserObjectMove = 1;
 typedef struct cudaLaunchAttribute_st cudaLaunchAttribute;  // none is emulated
 
 struct cudaFuncAttributes {
@@ -327,6 +337,16 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t size, cudaM
 cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t stream = nullptr);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                        unsigned long long* id = nullptr,
+                                        cudaGraph_t* graph = nullptr,
+                                        const cudaGraphNode_t** dependencies = nullptr,
+                                        size_t* number_of_dependencies = nullptr);
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* made, void* object, cudaHostFn_t destroy,
+                                 unsigned references, unsigned flags);
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count = 1);
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object,
+                                      unsigned count = 1, unsigned flags = 0);
 
 namespace emulator {
 

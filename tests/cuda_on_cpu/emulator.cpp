@@ -2,6 +2,8 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -18,11 +20,18 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+struct CUuserObject_st {
+  void* object;
+  cudaHostFn_t destroy;
+  unsigned references;
+};
+
 namespace emulator {
 namespace {
 
 struct Graph {
   std::vector<std::function<cudaError_t()>> nodes;
+  std::vector<cudaUserObject_t> objects;  // a reference to each
   bool valid = true;
 };
 
@@ -38,6 +47,8 @@ struct Runtime {
   std::string failure;
   Statistics statistics;
   std::set<const void*> loaded_kernels;
+  bool held = false;
+  std::condition_variable_any let_go;
   std::map<cudaStream_t, Graph> captures;
   std::map<int64_t, Graph> graphs;
   int64_t next_graph = 1;
@@ -99,6 +110,19 @@ cudaError_t refuse_in_capture(Graph& graph) {
 
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+// A function of the runtime's may be called when the last reference goes only as CUDA allows it:
+// not at all. With the runtime locked, a call would never return, which shows it.
+void drop(cudaUserObject_t object, unsigned count) {
+  object->references -= count;
+  if (object->references != 0) return;
+  object->destroy(object->object);
+  delete object;
+}
+
+void release(const Graph& graph) {
+  for (const cudaUserObject_t object : graph.objects) drop(object, 1);
+}
+
 bool fits_a_device(dim3 grid, dim3 block) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   return grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
@@ -118,6 +142,7 @@ uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site) {
 }
 int lane() { return running_grid().lane(); }
 void fence() { running_grid().fence(); }
+void pause() { running_grid().pause(); }
 void before_atomic(const volatile void* address, size_t size, Site site) {
   running_grid().before_atomic(address, size, site);
 }
@@ -189,6 +214,17 @@ void reset_statistics() {
   runtime().statistics = {};
 }
 
+void hold_streams() {
+  const Lock lock(runtime().mutex);
+  runtime().held = true;
+}
+
+void let_streams_go() {
+  const Lock lock(runtime().mutex);
+  runtime().held = false;
+  runtime().let_go.notify_all();
+}
+
 std::string last_failure() {
   const Lock lock(runtime().mutex);
   return runtime().failure;
@@ -214,7 +250,10 @@ int64_t end_capture(uintptr_t stream) {
   if (found == r.captures.end()) throw std::runtime_error("the stream is not capturing");
   Graph graph = std::move(found->second);
   r.captures.erase(found);
-  if (!graph.valid) throw std::runtime_error("the capture was invalidated");
+  if (!graph.valid) {
+    release(graph);
+    throw std::runtime_error("the capture was invalidated");
+  }
   r.graphs[r.next_graph] = std::move(graph);
   return r.next_graph++;
 }
@@ -232,8 +271,12 @@ void replay(int64_t number) {
 }
 
 void destroy(int64_t number) {
-  const Lock lock(runtime().mutex);
-  if (runtime().graphs.erase(number) == 0) throw std::runtime_error("no such graph");
+  Runtime& r = runtime();
+  const Lock lock(r.mutex);
+  const auto found = r.graphs.find(number);
+  if (found == r.graphs.end()) throw std::runtime_error("no such graph");
+  release(found->second);
+  r.graphs.erase(found);
 }
 
 }  // namespace emulator
@@ -393,7 +436,9 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   ++r.statistics.stream_synchronizations;
   if (r.state() != cudaSuccess) return report(r.state());
   if (Graph* const graph = r.capturing(stream)) return refuse_in_capture(*graph);
-  return cudaSuccess;
+  const bool gone_on =
+      r.let_go.wait_for(r.mutex, std::chrono::seconds(20), [&] { return !r.held; });
+  return gone_on ? cudaSuccess : report(cudaErrorUnknown);
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
@@ -404,5 +449,42 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   *status = !graph         ? cudaStreamCaptureStatusNone
             : graph->valid ? cudaStreamCaptureStatusActive
                            : cudaStreamCaptureStatusInvalidated;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                        unsigned long long*, cudaGraph_t* graph,
+                                        const cudaGraphNode_t**, size_t*) {
+  const cudaError_t error = cudaStreamIsCapturing(stream, status);
+  if (error != cudaSuccess || graph == nullptr) return error;
+  Runtime& r = runtime();
+  const Lock lock(r.mutex);
+  *graph = reinterpret_cast<cudaGraph_t>(r.capturing(stream));
+  return cudaSuccess;
+}
+
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* made, void* object, cudaHostFn_t destroy,
+                                 unsigned references, unsigned flags) {
+  const Lock lock(runtime().mutex);
+  if (!made || !destroy || references == 0 || flags != cudaUserObjectNoDestructorSync) {
+    return report(cudaErrorInvalidValue);
+  }
+  *made = new CUuserObject_st{object, destroy, references};
+  return cudaSuccess;
+}
+
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count) {
+  const Lock lock(runtime().mutex);
+  if (!object || count == 0 || count > object->references) return report(cudaErrorInvalidValue);
+  drop(object, count);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count,
+                                      unsigned flags) {
+  const Lock lock(runtime().mutex);
+  if (!graph || !object || count != 1) return report(cudaErrorInvalidValue);
+  if (flags != cudaGraphUserObjectMove) object->references += count;
+  reinterpret_cast<Graph*>(graph)->objects.push_back(object);
   return cudaSuccess;
 }

@@ -56,6 +56,11 @@ struct Statistics {
 Statistics statistics();
 void reset_statistics();  // kernels stay loaded
 
+// While held, a thread that waits for a stream goes on waiting until it is let go; not for ever:
+// after 20 seconds its call fails, as where the thread that should let it go waits for this one.
+void hold_streams();
+void let_streams_go();
+
 // Why a launch returned cudaErrorLaunchFailure; empty where none did. As in CUDA that error sticks:
 // every later call returns it, until reset_failure().
 std::string last_failure();

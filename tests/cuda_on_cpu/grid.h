@@ -52,6 +52,7 @@ class Grid {
   uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int source, Site site);
   int lane() const { return static_cast<int>(thread_->index % kLanes); }
   void fence();
+  void pause();
   void before_atomic(const volatile void* address, size_t size, Site site);
   void after_atomic(const volatile void* address);
 
@@ -107,7 +108,6 @@ class Grid {
   static void thread_body();
   void start_block(Block& block, uint64_t linear);
   void run_thread(Block& block);
-  void pause();
   void finish_barrier(Block& block);
   void finish_warp(Block& block, const Thread& waiting);
   void exited(Block& block, Thread& thread);

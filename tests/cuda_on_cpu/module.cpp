@@ -17,6 +17,8 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("set_seed", &emulator::set_seed, py::arg("seed"));
   m.def("set_driver_version", &emulator::set_driver_version, py::arg("version"));
   m.def("set_device_count", &emulator::set_device_count, py::arg("count"));
+  m.def("hold_streams", &emulator::hold_streams);
+  m.def("let_streams_go", &emulator::let_streams_go);
   m.def("last_failure", &emulator::last_failure);
   m.def("reset_failure", &emulator::reset_failure);
   m.def("begin_capture", &emulator::begin_capture, py::arg("stream") = 0);

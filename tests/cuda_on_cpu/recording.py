@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,6 +23,7 @@ class Streams(Runtime):
         self.others: dict[int, int] = {}  # by device, where they differ
         self.allocated: list[tuple[int, int]] = []
         self.recorded: list[tuple[int, int]] = []
+        self.memory: list[weakref.ref[torch.Tensor]] = []
 
     def stream(self, device: int) -> int:  # type: ignore[override]
         return self.others.get(device, self.current)
@@ -29,6 +31,7 @@ class Streams(Runtime):
     def new_bytes(self, device: int, size: int) -> torch.Tensor:  # type: ignore[override]
         tensor = super().new_bytes(device, size)
         self.allocated.append((tensor.data_ptr(), self.current))
+        self.memory.append(weakref.ref(tensor))
         return tensor
 
     def record_stream(self, tensor: torch.Tensor, device: int) -> None:  # type: ignore[override]
@@ -59,3 +62,7 @@ class Graph:
 
     def replay(self) -> None:
         self._cuda.replay(self._graph)
+
+    def __del__(self) -> None:
+        if "_graph" in self.__dict__:  # else its capture failed
+            self._cuda.destroy(self._graph)
