@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -54,10 +56,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def emulated(pytestconfig: pytest.Config) -> ModuleType:
+def emulated() -> ModuleType:
     """The native step with the CUDA sources, emulated on the host."""
-    assert pytestconfig.cache is not None
-    return cuda_on_cpu.load_extension(cuda_on_cpu.build_extension(pytestconfig.cache.mkdir("cuda_on_cpu")))
+    library = os.environ.get(cuda_on_cpu.LIBRARY)
+    return cuda_on_cpu.load_extension(
+        Path(library) if library else cuda_on_cpu.build_extension(cuda_on_cpu.CACHE)
+    )
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from native import toolchain
 
 HERE = Path(__file__).parent
 NAME = "_cuda_on_cpu"
+LIBRARY = "FASTLR_CUDA_ON_CPU"  # an environment variable: the extension that tests load, where it is set
 CACHE = toolchain.ROOT / ".pytest_cache" / "d" / "cuda_on_cpu"  # where pytest's `cache` has it too
 
 # -fno-strict-aliasing: the kernels read and write memory through vector types, as CUDA allows.
@@ -54,8 +55,6 @@ def compile_all(build: Path, items: list[tuple[Path, list[str]]]) -> list[Path]:
 
 def build_extension(cache: Path) -> Path:
     """The extension, built where the cache has none for these sources."""
-    import pybind11
-
     sources = [p for p in sorted([*toolchain.CSRC.rglob("*"), *HERE.iterdir()]) if p.is_file()]
     digest = hashlib.sha256(repr((FLAGS, sys.version)).encode())
     for path in sources:
@@ -65,17 +64,40 @@ def build_extension(cache: Path) -> Path:
         return library
     shutil.rmtree(cache, ignore_errors=True)
     library.parent.mkdir(parents=True)
-    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-fvisibility=hidden"]
-    flags = [*FLAGS, *python, "-O2", "-fPIC"]
+    flags = [*FLAGS, *python_flags(), "-O2"]
     items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
     items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
     items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
     items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_LEVEL=baseline"]))
-    objects = compile_all(library.parent, items)
+    link(compile_all(library.parent, items), library)
+    return library
+
+
+def python_flags() -> list[str]:
+    """For objects of an extension."""
+    import pybind11
+
+    includes = (sysconfig.get_path("include"), pybind11.get_include())
+    return [*(f"-I{folder}" for folder in includes), "-fvisibility=hidden", "-fPIC"]
+
+
+def link(objects: list[Path], library: Path) -> None:
     unfinished = library.with_suffix(".unfinished")
     toolchain.run_or_fail(compiler(), "-shared", *objects, "-ldl", "-o", unfinished)
     unfinished.rename(library)
-    return library
+
+
+def relink_extension(library: Path, csrc: Path, source: str, folder: Path) -> Path:
+    """The extension of `library` again, in a folder, with one of its sources as `csrc` has it."""
+    other = folder / "other.o"
+    flags = [flag for flag in FLAGS if flag != f"-I{toolchain.CSRC}"]
+    toolchain.run_or_fail(
+        compiler(), *flags, f"-I{csrc}", *python_flags(), "-O0", "-c", csrc / source, "-o", other
+    )
+    replaced = library.parent / f"{Path(source).name}.o"
+    objects = [other if path == replaced else path for path in sorted(library.parent.glob("*.o"))]
+    link(objects, folder / library.name)
+    return folder / library.name
 
 
 def load_extension(library: Path) -> ModuleType:

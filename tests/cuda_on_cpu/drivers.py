@@ -62,6 +62,7 @@ class Drivers:
             toolchain.need_sanitizer(build.compiler(), SANITIZERS[kind], folder / kind)
 
         self._folder = folder
+        self._extension = pool.submit(build.build_extension, build.CACHE)
         self._usable = {kind: pool.submit(probe, kind) for kind in SANITIZERS}
         self._objects = {
             name: pool.submit(compile_object, name, toolchain.CSRC, folder / f"{name}.o") for name in OBJECTS
@@ -75,6 +76,10 @@ class Drivers:
         objects = [own[name] if name in own else self._objects[name].result() for name in PROGRAMS[kind]]
         toolchain.run_or_fail(build.compiler(), *SANITIZERS[kind], *objects, "-pthread", "-o", output)
         return output
+
+    def extension(self) -> Path:
+        """That of module.cpp, with the sources as they are."""
+        return self._extension.result()
 
     def unchanged(self, kind: str) -> Path:
         """The driver of the sources as they are."""

@@ -5,6 +5,7 @@ From the folder ``tests``: ``python -m cuda_on_cpu.faults [NAME ...]`` prints a 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ from pathlib import Path
 
 from native import toolchain
 
-from . import drivers
+from . import build, drivers
 
 # What can notice a fault, and the pattern of what it then says; the first that matches counts. State:
 # clocks, flags, launches.
 NOTICED = {
+    "test": r"\d+ failed(,| in)",
     "race": "ThreadSanitizer: data race",
     "address": "AddressSanitizer: ",
     "undefined": ": runtime error: ",
@@ -34,6 +36,11 @@ LAUNCHER = "cuda/step_cuda.cu"
 LAUNCH = "cuda/launch.cuh"
 LAUNCHES = "cuda/launches.cpp"
 TABLES = "cuda/tables.h"
+DEVICE_PLAN = "cuda/device_plan.cpp"
+DEVICE_MEMORY = "cuda/device_memory.cpp"
+
+EXTENSION = "extension"  # the build that the tests of EXTENSION_TESTS run on
+EXTENSION_TESTS = "test_cuda_launcher.py"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
 STATE = ("plain", "comparison of state")
 TENSORS = ("plain", "comparison of tensors")
 RACE = ("thread", "race")
+TEST = (EXTENSION, "test")
 
 FAULTS = {
     # Threads of a block.
@@ -81,6 +89,12 @@ FAULTS = {
     ),
     "no fence before the ticket": Fault(
         KERNELS, f"    __threadfence();\n    {TICKET}", f"    {TICKET}", *RACE
+    ),
+    "fence for the block alone before the ticket": Fault(
+        KERNELS, f"    __threadfence();\n    {TICKET}", f"    __threadfence_block();\n    {TICKET}", *RACE
+    ),
+    "fence for the block alone after the ticket": Fault(
+        KERNELS, f"{TICKET}\n    __threadfence();", f"{TICKET}\n    __threadfence_block();", *RACE
     ),
     "no fence after the ticket": Fault(KERNELS, f"{TICKET}\n    __threadfence();", TICKET, *RACE),
     "last block by index": Fault(KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", *TENSORS),
@@ -214,6 +228,20 @@ FAULTS = {
     "norm of the step before where there are no tensors": Fault(
         LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE
     ),
+    # What the device holds for an optimizer.
+    "the same schedule begins where it began before": Fault(
+        DEVICE_PLAN, "group.lr.start == seen.lr_start &&", "true &&", *TEST
+    ),
+    "the same schedule of momentum begins where it began before": Fault(
+        DEVICE_PLAN, "group.momentum.start == seen.momentum_start", "true", *TEST
+    ),
+    "other threads wait for the device too": Fault(
+        DEVICE_MEMORY, "  const WithoutGil other_threads_run;\n  cuda::download", "  cuda::download", *TEST
+    ),
+    "a graph's clocks go with the optimizer": Fault(DEVICE_PLAN, "  graph.add(state_);\n", "", *TEST),
+    "a graph's schedules go with the optimizer": Fault(
+        DEVICE_PLAN, '  if (schedules_changed || grows) state_.hold("schedules", schedules_);\n', "", *TEST
+    ),
 }
 
 
@@ -243,6 +271,11 @@ def noticed_by(done: subprocess.CompletedProcess[str]) -> str:
 def run_faulty(name: str, made: drivers.Drivers, folder: Path) -> subprocess.CompletedProcess[str]:
     """Builds the driver from a faulty copy, in a folder that does not exist yet, and runs it."""
     fault = FAULTS[name]
+    if fault.build == EXTENSION:
+        library = build.relink_extension(made.extension(), plant(fault, folder), fault.file, folder)
+        command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", EXTENSION_TESTS)
+        environment = {**os.environ, build.LIBRARY: str(library)}
+        return toolchain.run(*command, cwd=Path(__file__).parents[1], env=environment, timeout=300)
     part = "launches" if fault.file == LAUNCHES else "kernels"
     replaced = next(n for n in drivers.PROGRAMS[fault.build] if n.split("-")[0] == part)
     path = drivers.compile_object(replaced, plant(fault, folder), folder / "faulty.o")

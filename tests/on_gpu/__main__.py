@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def run_stage(stage: Stage, settings: Settings) -> Outcome:
     return outcome
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     parser = argparse.ArgumentParser(prog="python -m on_gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "report" / "gpu", help="folder for results")
     parser.add_argument("--backend", choices=["cuda", "cuda-on-cpu"], default="cuda")
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="less of everything")
     arguments = parser.parse_args(argv)
     letters = set(arguments.stages.replace(",", " ").split())
-    known = {stage.letter for stage in STAGES}
+    known = {stage.letter for stage in stages}
     if not letters <= known:
         parser.error(f"--stages must be among {', '.join(sorted(known))}, got {arguments.stages!r}")
     settings = Settings(
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
-    for stage in STAGES:
+    for stage in stages:
         if letters and stage.letter not in letters:
             continue
         print(f"{stage.name} ...", flush=True)

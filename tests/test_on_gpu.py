@@ -1,0 +1,127 @@
+"""What ``make gpu`` runs, without a GPU: its stages on the emulated CUDA, and a stage that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from native import toolchain
+from on_gpu import __main__ as on_gpu
+from on_gpu.stages import STAGES, Found, Settings, Skip, Stage, read_junit, read_profile, read_sanitizer
+
+
+def stage(name: str, code: str, limit: float = 30.0) -> Stage:
+    return Stage(name, limit, lambda settings, _: [settings.python, "-c", code], lambda *_: Found("read"))
+
+
+def missing(settings: Settings, stage: Stage) -> list[str]:
+    raise Skip("there is no such tool")
+
+
+def result(out: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    return found
+
+
+def test_a_stage_that_goes_wrong_costs_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    child, late = tmp_path / "child.py", tmp_path / "late"
+    child.write_text(f"import pathlib, time; time.sleep(4); pathlib.Path({str(late)!r}).touch()")
+    hanging = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, {str(child)!r}]); "
+        "print('begun', flush=True); time.sleep(60)"
+    )
+    stages = [
+        stage("a-good", "print('fine')"),
+        stage("b-hangs", hanging, limit=2.0),
+        stage("c-crashes", "import os, signal; print('x', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"),
+        stage("d-fails", "import sys; sys.exit(3)"),
+        Stage("e-lacks", 1.0, missing, lambda *_: Found()),
+        stage("f-good", "print('fine')"),
+    ]
+    assert on_gpu.main(["--out", str(tmp_path / "out")], stages) == 1
+    out = tmp_path / "out"
+    expected = {
+        "a-good": ("passed", []),
+        "b-hangs": ("failed", ["still running after 2 s"]),
+        "c-crashes": ("failed", ["ended by SIGSEGV"]),
+        "d-fails": ("failed", ["exit status 3"]),
+        "e-lacks": ("skipped", ["there is no such tool"]),
+        "f-good": ("passed", []),
+    }
+    assert {
+        name: (result(out, name)["status"], result(out, name)["problems"]) for name in expected
+    } == expected
+    assert [row["stage"] for row in json.loads((out / "summary.json").read_text())] == list(expected)
+    assert (out / "b-hangs.log").read_text() == "begun\n"
+    table = capsys.readouterr().out.split("headline\n")[1]
+    assert all(name in table for name in expected)
+    assert on_gpu.main(["--out", str(out), "--stages", "a,f"], stages) == 0
+    time.sleep(4)
+    assert not late.exists()  # what a stage has started is gone with it
+
+
+def test_stages_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        on_gpu.main(["--stages", "x"])
+    assert "--stages must be among a, b, c, d, e, f, g, h, got 'x'" in capsys.readouterr().err
+
+
+def settings(out: Path) -> Settings:
+    return Settings(sys.executable, out, out / "site", "cuda", small=False)
+
+
+def test_skipped_tests_must_be_explained(tmp_path: Path):
+    made = stage("e-tests", "")
+    made.file(settings(tmp_path), ".junit.xml").write_text(
+        "<testsuites><testsuite>"
+        "<testcase classname='t' name='one'/>"
+        "<testcase classname='t' name='two'><skipped message='needs two CUDA devices'/></testcase>"
+        "<testcase classname='t' name='three'><skipped message='no GPU'/></testcase>"
+        "<testcase classname='t' name='four'><failure message='assert 1 == 2'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    found = read_junit(settings(tmp_path), made)
+    assert found.problems == ["unexplained skip of t::three: no GPU", "1 tests failed"]
+    assert found.headline == "1 passed, 1 failed, 2 skipped"
+
+
+def test_a_sanitizers_summary_is_read(tmp_path: Path):
+    made = stage("f-memcheck", "")
+    log = made.file(settings(tmp_path), ".log")
+    log.write_text("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 2 errors\n")
+    assert read_sanitizer(settings(tmp_path), made).headline == "ERROR SUMMARY: 2 errors; "
+    log.write_text("killed")
+    assert read_sanitizer(settings(tmp_path), made).problems == ["the sanitizer told no summary"]
+
+
+def test_a_profile_is_read(tmp_path: Path):
+    made = stage("h-profile", "")
+    log = made.file(settings(tmp_path), ".log")
+    log.write_text(
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","step_kernel","launch__registers_per_thread","register/thread","72"\n'
+    )
+    assert read_profile(settings(tmp_path), made).headline == "registers 72 register/thread"
+    log.write_text("==ERROR== ERR_NVGPUCTRPERM - no permission\n")
+    assert read_profile(settings(tmp_path), made).problems == ["==ERROR== ERR_NVGPUCTRPERM - no permission"]
+
+
+def test_every_stage_runs_on_the_emulated_cuda(tmp_path: Path):
+    out = tmp_path / "gpu"
+    done = toolchain.run(
+        *("make", "gpu", "BACKEND=cuda-on-cpu", "SMALL=1", f"OUT={out}", f"PYTHON={sys.executable}"),
+        cwd=toolchain.ROOT,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = {row["stage"]: row for row in json.loads((out / "summary.json").read_text())}
+    assert list(summary) == [made.name for made in STAGES]
+    assert summary.pop("h-profile")["problems"] == ["there is no hardware to profile"]
+    assert {row["status"] for row in summary.values()} == {"passed"}
+    assert "0 failed" in summary["e-tests"]["headline"]
+    assert json.loads((out / "d-speed.json").read_text())["figures"]["results"][0]["set"] == "tiny"
