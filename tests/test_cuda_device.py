@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import time
 from collections.abc import Callable
 
 import pytest
@@ -148,6 +150,65 @@ def test_a_step_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.sync() == (2, 32)
+
+
+def test_the_host_is_never_behind_the_stream():
+    """Nor while tables are uploaded that CUDA would take only as the stream makes room."""
+    model = [torch.nn.Parameter(torch.zeros(3, device="cuda")) for _ in range(4001)]
+    for p in model:
+        p.grad = torch.ones_like(p)
+    rates = fastlr.Tabulated(lambda t: 0.1 / (t + 1), 1_000_000)
+    cyclic(model[:1]).step()  # loads the kernels
+    optimizer = fastlr.FusedSGD(model, lr=rates, momentum=0.9)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    asleep = torch.cuda.Event()
+    asleep.record()
+    for _ in range(3):
+        optimizer.step()
+        optimizer.advance_samples(32)
+    assert not asleep.query()
+    assert optimizer.sync() == (3, 96)
+    expected = torch.zeros(3)
+    momentum = 0.0
+    for step in range(3):
+        momentum = 1.0 + (momentum * 0.9 if step else 0.0)
+        expected -= rates(step) * momentum
+    torch.testing.assert_close(model[-1].detach().cpu(), expected)
+
+
+def test_a_graph_goes_on_without_its_optimizer():
+    model, optimizer, twin, reference = pair(cyclic)
+    gradients_for(0, model, twin)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.grad_scale = torch.full((), 4.0, device="cuda")
+    reference.grad_scale = torch.full((), 4.0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    weights, gradients = [p.detach() for p in model], [p.grad for p in model]
+    del optimizer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    poison = [
+        torch.full((n,), float("nan"), device="cuda") for n in (1, 16, 512, 4096, 9000) for _ in range(50)
+    ]
+    for _ in range(7):
+        graph.replay()
+    for _ in range(8):
+        reference.step()
+    assert_same(twin, weights)
+    del poison, gradients
+    before = torch.cuda.memory_allocated()
+    del graph, weights
+    gc.collect()
+    torch.cuda.synchronize()
+    deadline = time.monotonic() + 10  # CUDA tells of it in a thread of its own
+    while torch.cuda.memory_allocated() >= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert torch.cuda.memory_allocated() < before
 
 
 def test_steps_on_several_streams():

@@ -58,3 +58,12 @@ def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_readme_has_examples() -> None:
     assert len(readme_examples()) >= 4
+
+
+def test_gpu_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    gpu_report = importlib.import_module("gpu_report")
+    for name, table in gpu_report.tables().items():
+        assert gpu_report.between_marks(gpu_report.FILES[name].read_text()) == table
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    assert set(gpu_report.tables().values()) == {gpu_report.NOT_MEASURED}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def environment(settings: Settings) -> dict[str, str]:
 def run_for(command: list[str], log: Path, limit: float, env: dict[str, str]) -> tuple[str, int]:
     """Runs it with all that it starts in a group of its own. Returns what went wrong, and the status."""
     with log.open("wb") as output:
+        output.write(f"{shlex.join(command)}\n".encode())
+        output.flush()
         process = subprocess.Popen(
             command,
             cwd=ROOT / "tests",
@@ -94,7 +97,7 @@ def run_stage(stage: Stage, settings: Settings) -> Outcome:
     problems = [*([wrong] if wrong else []), *found.problems]
     seconds = round(time.perf_counter() - begin, 1)
     outcome = Outcome(stage.name, "failed" if problems else "passed", seconds, found.headline, problems)
-    content: dict[str, Any] = {**vars(outcome), "exit_status": status, "command": command, **found.details}
+    content: dict[str, Any] = {**vars(outcome), "exit_status": status, **found.details}
     write_json(stage.file(settings, ".json"), content)
     if problems:
         print(f"\n-- {log}")

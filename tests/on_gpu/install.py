@@ -3,6 +3,7 @@ it was, and nothing is fetched."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -40,10 +41,11 @@ def main() -> int:
         begin = time.perf_counter()
         build.build_extension(build.CACHE)
         made.figures["emulation_seconds"] = round(time.perf_counter() - begin, 1)
-    found = "import fastlr; print(fastlr.__file__); print(fastlr.build_info())"
+    code = "import fastlr, json; print(json.dumps(fastlr.build_info()))"
     environment = {**os.environ, "PYTHONPATH": str(options.site)}
-    made.figures["build_info"] = toolchain.run_or_fail(sys.executable, "-c", found, env=environment)
-    print(made.figures["build_info"])
+    told = toolchain.run_or_fail(sys.executable, "-c", code, env=environment)
+    made.figures["build_info"] = json.loads(told)
+    print(told)
     made.headline = f"built in {made.figures['seconds']} s"
     made.save()
     return 0

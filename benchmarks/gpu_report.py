@@ -1,0 +1,120 @@
+"""What `make gpu` measured on each GPU, as the tables of the README and of benchmarks/README.md.
+
+    python benchmarks/gpu_report.py [--write]
+
+Results are kept as the stages wrote them, in benchmarks/results/gpu/<GPU>/<stage>.json. With --write the
+tables between the marks of both files are written anew; without, they are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "gpu"
+FILES = {"summary": HERE.parent / "README.md", "all": HERE / "README.md"}
+MARKS = ("<!-- gpu results: begin -->", "<!-- gpu results: end -->")
+NOT_MEASURED = "GPU: not measured. `make gpu` on a machine with one measures it."
+
+
+def stage(folder: Path, name: str) -> dict[str, Any]:
+    """A stage's file, or nothing."""
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def machine(folder: Path) -> str:
+    found = stage(folder, "a-environment")["figures"]
+    return f"{found['gpu']}, PyTorch {found['torch']}, Python {found['python']}"
+
+
+def rows(folder: Path) -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """Each set with its contenders' times."""
+    return [(found["set"], found["times"]) for found in stage(folder, "d-speed")["figures"]["results"]]
+
+
+def microseconds(us: float) -> str:
+    return f"{us:.1f} µs" if us < 100 else f"{us:,.0f} µs"
+
+
+def summary(folder: Path) -> str:
+    """Eager steps and captured ones beside torch's fastest of the same kind."""
+    lines = [
+        f"On an {machine(folder)}: medians of a whole step, all contenders in turn in one run.",
+        "",
+        "| parameters | fastlr | torch fused + CyclicLR | | fastlr, CUDA graph | torch fused, CUDA graph | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, times in rows(folder):
+        us = {contender: times[contender]["us"] for contender in times}
+        cells = [name]
+        for ours, theirs in (("fastlr", "torch fused"), ("fastlr, graph", "torch fused, graph")):
+            cells += [microseconds(us[ours]), microseconds(us[theirs]), f"{us[theirs] / us[ours]:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def everything(folder: Path) -> str:
+    """All contenders, and what the other stages said."""
+    contenders = list(dict.fromkeys(name for _, times in rows(folder) for name in times))
+    lines = [
+        f"### {machine(folder)}",
+        "",
+        "Microseconds a step on the device; in brackets those of the host.",
+        "",
+    ]
+    lines += [
+        f"| parameters | {' | '.join(contenders)} | graph beside the copy |",
+        "|---" * (len(contenders) + 2) + "|",
+    ]
+    for name, times in rows(folder):
+        cells = [
+            f"{times[c]['us']:,.1f} ({times[c]['host_us']:,.1f})" if c in times else "" for c in contenders
+        ]
+        # A captured step and the copy, both without the host.
+        share = f"{times['copy']['us'] / times['fastlr, graph']['us']:.0%}" if "copy" in times else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+    lines += ["", "| stage | | seconds | |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("?-*.json")):
+        found = json.loads(path.read_text())
+        if path.stem != "d-speed":
+            lines.append(
+                f"| {found['stage']} | {found['status']} | {found['seconds']:.0f} | {found['headline']} |"
+            )
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """What belongs between the marks of each of FILES."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/d-speed.json"))
+    if not folders:
+        return dict.fromkeys(FILES, NOT_MEASURED)
+    return {
+        "summary": "\n\n".join(summary(folder) for folder in folders),
+        "all": "\n\n".join(everything(folder) for folder in folders),
+    }
+
+
+def between_marks(text: str) -> str:
+    return text.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into both files, instead of printing")
+    arguments = parser.parse_args()
+    for name, table in tables().items():
+        if not arguments.write:
+            print(table, end="\n\n")
+            continue
+        before, rest = FILES[name].read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        FILES[name].write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
