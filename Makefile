@@ -32,12 +32,10 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# Only the last one needs a GPU; it reports nothing where there is none.
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/grad_norm.py
 	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
-	$(BIN)/python benchmarks/gpu_step.py --out benchmarks/results
 
 # Everything that a GPU can show, with the Python, PyTorch and nvcc that are there: nothing is fetched, nothing
 # but OUT and build/ is written. STAGES=c,d picks; BACKEND=cuda-on-cpu does what goes without a GPU.
