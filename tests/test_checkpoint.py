@@ -11,6 +11,7 @@ import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 import fastlr
 
@@ -147,17 +148,36 @@ def test_a_tensor_rate_in_an_sgd_checkpoint_becomes_a_number() -> None:
     assert_same(theirs, ours)
 
 
-def test_the_schedule_is_kept_when_the_file_has_none() -> None:
+def test_the_schedule_is_kept_when_the_file_knows_no_schedules() -> None:
     model = parameters([(9,)])
-    for saved in (
-        torch.optim.SGD(model, lr=0.7, momentum=0.9).state_dict(),
-        fastlr.FusedSGD(model, lr=0.7, momentum=0.9).state_dict(),
-    ):
-        optimizer = fastlr.FusedCyclicSGD(model, 0.1, 0.5, 4)
-        optimizer.load_state_dict(saved)
-        assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.1, 0.5, 4)
-        assert optimizer.param_groups[0]["lr"] == 0.1
-        assert optimizer.param_groups[0]["momentum"] == 0.9
+    optimizer = fastlr.FusedCyclicSGD(model, 0.1, 0.5, 4)
+    optimizer.load_state_dict(torch.optim.SGD(model, lr=0.7, momentum=0.9).state_dict())
+    assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.1, 0.5, 4)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_fixed_value_comes_back_in_place_of_the_schedule_that_it_replaced() -> None:
+    def built() -> fastlr.FusedSGD:
+        return fastlr.FusedSGD(
+            parameters([(9,)]), lr=fastlr.Cosine(0.1, 0.0, 100), momentum=fastlr.Triangular(0.8, 0.9, 5)
+        )
+
+    first, second = built(), built()
+    first.set_schedule(lr=0.01, momentum=0.5)
+    train(3, (first.param_groups[0]["params"], first.step))
+    saved = through_file(first.state_dict())
+    second.load_state_dict(saved)
+    assert second.state_dict()["param_groups"] == saved["param_groups"]
+    train(
+        3,
+        (first.param_groups[0]["params"], first.step),
+        (second.param_groups[0]["params"], second.step),
+        start=3,
+    )
+    for optimizer in (first, second):
+        assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.01, 0.5)
+        assert optimizer.param_groups[0]["lr_schedule"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
@@ -221,21 +241,21 @@ def test_state_dict_hooks_see_the_file_and_the_loaded_optimizer() -> None:
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows(momentum: float) -> None:
     ours, theirs = twins([(9,), (4,)])
-    options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+    options: dict[str, Any] = {"momentum": momentum, "dampening": 0.3, "weight_decay": 0.1}
     touched = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.9), **options)
     untouched = fastlr.FusedSGD(theirs, lr=fastlr.Exponential(0.1, 0.9), **options)
-    # As torch.distributed.checkpoint does it.
-    for p in ours:
-        p.grad = torch.zeros_like(p)
-    touched.param_groups[0]["lr"] = 0.0
-    touched.step(closure=None)
-    touched.param_groups[0]["lr"] = 0.1
-    touched.zero_grad()
-    assert_same(theirs, ours)
-    assert touched.clock() == (0, 0)
-    assert set(touched.state) == set(ours)
+    calls: list[str] = []
+    touched.register_step_post_hook(lambda *_: calls.append("post"))
+    for _ in range(2):  # a save, then a load: without momentum each of them initializes anew
+        _init_optim_state(touched)
+        assert_same(theirs, ours)
+        assert touched.clock() == (0, 0)
+        assert touched.param_groups[0]["lr"] == 0.1
+        assert set(touched.state) == (set(ours) if momentum else set())
+    assert calls == []
 
     saved = through_file(touched.state_dict())
     touched.load_state_dict(saved)
@@ -247,6 +267,10 @@ def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows
         untouched.step()
         assert_same(theirs, ours)
         assert len(touched.state) == len(untouched.state)
+    if not momentum:
+        touched.zero_grad()
+        _init_optim_state(touched)  # in the middle of a run, where there is no state either
+        assert touched.clock() == untouched.clock() == (4, 0)
 
 
 def test_a_damaged_clock_is_an_error() -> None:
@@ -258,7 +282,7 @@ def test_a_damaged_clock_is_an_error() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_going_back_to_an_earlier_checkpoint_keeps_a_schedule_set_since() -> None:
+def test_going_back_to_an_earlier_checkpoint_takes_back_a_schedule_set_since() -> None:
     model = parameters([(9,)])
     optimizer = fastlr.FusedSGD(model, lr=0.5)
     train(1, (model, optimizer.step))
@@ -267,7 +291,8 @@ def test_going_back_to_an_earlier_checkpoint_keeps_a_schedule_set_since() -> Non
     optimizer.set_schedule(lr=fastlr.Cosine(0.1, 0.0, 10))
     optimizer.load_state_dict(saved)
     assert optimizer.clock().updates == 1
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["lr_schedule"] is None
 
 
 def test_values_out_of_range_in_a_file_are_errors() -> None:

@@ -439,13 +439,24 @@ def test_a_plain_dict_as_state_works() -> None:
     assert_same(theirs, ours)
 
 
-def test_zero_gradients_at_rate_zero_do_not_stop_the_clock_for_good() -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = fastlr.FusedSGD([p], lr=fastlr.LinearRamp(0.0, 0.1, 10))
-    for _ in range(4):
-        p.grad = torch.zeros(3)
-        optimizer.step()
-    assert optimizer.clock().updates == 3  # the first is taken for a checkpoint's initializing step
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_first_step_with_rate_zero_and_zero_gradients_is_a_step(momentum: float) -> None:
+    ours, theirs = twins([(9,), (4,)])
+    options: dict[str, Any] = {"momentum": momentum, "dampening": 0.3 * (momentum > 0), "weight_decay": 0.1}
+    warmup = fastlr.LinearRamp(0.0, 0.1, 10)
+    fused = fastlr.FusedSGD(ours, lr=warmup, **options)
+    reference = torch.optim.SGD(theirs, lr=0.0, foreach=False, **options)
+    fused.measure_grad_norm = True
+    calls: list[str] = []
+    fused.register_step_post_hook(lambda *_: calls.append("post"))
+    for step in range(4):
+        set_gradients(step, ours, theirs, scale=0.0 if step < 2 else 1.0)
+        reference.param_groups[0]["lr"] = warmup(step)
+        reference.step()
+        fused.step()
+        assert fused.clock().updates == len(calls) == step + 1
+        assert (fused.last_grad_norm == 0.0) == (step < 2)
+        assert_same(theirs, ours)
 
 
 def test_groups_of_another_optimizer_bring_their_schedules() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
@@ -279,6 +280,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return self._uncompiled_step(closure)
+        if not self.state and self._only_initializes_state():
+            return None
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
         # it is entered only where somebody listens. A subclass with a step of its own is wrapped already.
         if (
@@ -308,8 +311,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and self._only_initializes_state():
-            return loss
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
         updated = self._plan.step(
@@ -333,23 +334,24 @@ class FusedOptimizer(torch.optim.Optimizer):
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the
     # buffers are created as zeros, marked as fresh, and dropped again before the first real update,
-    # so that neither weights nor clock move and the first update is a first update.
+    # so that neither weights nor clock move, no hook runs and the first update is a first update. A
+    # training step may look the same (a warm-up from 0, a model whose gradients are still zero), so it
+    # is recognised by who calls: a function of this name, which other libraries have copied.
+    _INITIALIZES_STATE = "_init_optim_state"
 
     def _only_initializes_state(self) -> bool:
-        if self.param_groups[0]["fresh"] or any(group["lr"] != 0.0 for group in self.param_groups):
-            return False  # done once already, or a step like any other
-        with_gradient = [
-            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not with_gradient or any(
-            p.grad.layout is not torch.strided or torch.count_nonzero(p.grad) for p, _ in with_gradient
-        ):
+        if any(group["lr"] != 0.0 for group in self.param_groups):
+            return False  # the function sets it to 0; this spares other steps the walk up the stack
+        frame = sys._getframe(1).f_back
+        while frame is not None and frame.f_code.co_name != self._INITIALIZES_STATE:
+            frame = frame.f_back
+        if frame is None:
             return False
         for group in self.param_groups:
             group["fresh"] = True
-        for p, group in with_gradient:
-            if group["momentum"] != 0.0:
-                self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
+            for p in group["params"]:
+                if p.grad is not None and group["momentum"] != 0.0:
+                    self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
         return True
 
     def _drop_initialized_state(self) -> None:
@@ -376,8 +378,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those
         that there are, so that a captured CUDA graph goes on from what was loaded.
 
-        Where the file has no schedule or no clock, the optimizer keeps its own. What a schedule owns is
-        computed anew. Buffers are converted to the type that their group keeps momentum in.
+        A file of fastlr brings back what was saved: schedules, fixed values, clocks. A file of another
+        optimizer knows no schedules and no clock; there the optimizer keeps its own. What a schedule owns
+        is computed anew. Buffers are converted to the type that their group keeps momentum in.
 
         Raises:
             ValueError: the groups differ in number or size, or a buffer in shape.
@@ -462,12 +465,11 @@ def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, 
     for own, saved in zip(own_groups, saved_groups, strict=True):
         group = {**own, "fresh": False, **saved}
         for name in _SCHEDULED:
-            owner = saved.get(f"{name}_schedule")
-            if owner is None:
-                schedule = group[f"{name}_schedule"] = own[f"{name}_schedule"]
+            if f"{name}_schedule" not in saved:
+                schedule = own[f"{name}_schedule"]
                 clock = group["samples" if schedule is not None and schedule.unit == "sample" else "updates"]
                 group[f"{name}_start"] = min(own[f"{name}_start"], clock)
-            else:
+            elif (owner := saved[f"{name}_schedule"]) is not None:
                 group[f"{name}_schedule"] = Schedule.from_dict(owner)
             group[name] = float(group[name])  # a torch optimizer's may be a tensor
         if group["momentum_dtype"] == "float32":
