@@ -375,12 +375,12 @@ def entry(value: Any) -> Any:
 
 DAMAGED: dict[str, tuple[Any, str]] = {
     "empty": (lambda saved: {}, r"state_dict must hold a list under 'param_groups', .* got the keys \[\]"),
-    "none": (lambda saved: None, "state_dict must be a dict, got None"),
-    "list": (lambda saved: [saved], "state_dict must be a dict, got "),
+    "none": (lambda saved: None, "state_dict must be a dict, got NoneType"),
+    "list": (lambda saved: [saved], "state_dict must be a dict, got list"),
     "no-groups": (without("param_groups"), r"list under 'param_groups', .* got the keys \['state'\]"),
     "no-state": (without("state"), r"dict under 'state', .* got the keys \['param_groups'\]"),
-    "groups": (lambda saved: {**saved, "param_groups": {}}, "list under 'param_groups', .* got {} .dict."),
-    "group": (lambda saved: {**saved, "param_groups": [3, 4]}, "parameter group 0 must be a dict .* got 3"),
+    "groups": (lambda saved: {**saved, "param_groups": {}}, "list under 'param_groups', .* got dict"),
+    "group": (lambda saved: {**saved, "param_groups": [3, 4]}, "parameter group 0 must be a dict .* got int"),
     "params": (group_with(params=None), "parameter group 1 must be a dict with a list under 'params'"),
     "fewer-params": (group_with(params=[]), "doesn't match the size"),
     "entry": (entry(3), "state of parameter 1 must be a dict .* got int"),

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
-from fastlr._checks import count, describe, flag, index, number
+from fastlr._checks import count, flag, index, number
 from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
 from fastlr.optim._groups import SCHEDULED, TorchOptions, check_owner, check_torch_options, clock_of
 from fastlr.optim._runtime import Runtime
@@ -446,7 +446,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 Nothing has changed then.
         """
         if not isinstance(state_dict, dict):
-            raise TypeError(f"state_dict must be a dict, got {describe(state_dict)}")
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         before = {name: self.__dict__[name] for name in ("state", "param_groups")}
 
         def unpacked(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
-from fastlr._checks import count, describe, plain
+from fastlr._checks import count, plain
 from fastlr.optim._groups import SCHEDULED, check_owner, clock_of
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
@@ -126,16 +126,17 @@ def unpack(
 def _check_form(state_dict: dict[str, Any]) -> None:
     """Raises ValueError for what no optimizer's state_dict looks like."""
     for name, kind in (("param_groups", list), ("state", dict)):
-        if not isinstance(state_dict.get(name), kind):
+        if not isinstance(found := state_dict.get(name), kind):
+            got = type(found).__name__ if name in state_dict else f"the keys {list(state_dict)}"
             raise ValueError(
-                f"state_dict must hold a {kind.__name__} under {name!r}, as an optimizer's does, "
-                f"got {describe(state_dict[name]) if name in state_dict else f'the keys {list(state_dict)}'}"
+                f"state_dict must hold a {kind.__name__} under {name!r}, as an optimizer's does, got {got}"
             )
     for place, group in enumerate(state_dict["param_groups"]):
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+        params = group.get("params") if isinstance(group, dict) else group
+        if not isinstance(group, dict) or not isinstance(params, list):
             raise ValueError(
                 f"the file's parameter group {place} must be a dict with a list under 'params', got "
-                f"{describe(group)}"
+                f"{type(params).__name__}"
             )
         for key in group["params"]:
             entry = state_dict["state"].get(key, {})
