@@ -447,7 +447,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        before = {name: self.__dict__[name] for name in ("state", "param_groups")}
 
         def unpacked(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
             loaded = unpack(self.param_groups, self._checked, state_dict)
@@ -459,9 +458,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         handle = self.register_load_state_dict_pre_hook(unpacked)
         try:
             super().load_state_dict(state_dict)
-        except BaseException:
-            self.__dict__.update(before)
-            raise
         finally:
             handle.remove()
             loaded = self.__dict__.pop("_loaded", None)
@@ -481,13 +477,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "state": state, "_measures_grad_norm": self._measures_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = self.__dict__.get("state", {})
-        super().__setstate__(state)
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
+            super().__setstate__(state)
             self._plan = self._new_plan()
             return
+        self._plan.push(state["param_groups"])  # first, as a captured graph may refuse them
+        own = self.state
+        super().__setstate__(state)
         loaded = self._loaded.momenta if "_loaded" in self.__dict__ else {}
-        self._plan.push(self.param_groups)  # before anything that a graph uses is written: it may refuse
         empty = []
         if self._plan.captured():
             # The graph goes on with its own buffers, also with those that the file has nothing for.

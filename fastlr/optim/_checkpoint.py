@@ -80,7 +80,7 @@ def unpack(
         for key in ("updates", "samples", *(f"{name}_start" for name in SCHEDULED)):
             group[key] = count(f"{key}{where}", group[key], 0)
         for name in SCHEDULED:
-            if isinstance(group[name], torch.Tensor):  # a torch optimizer's may be one
+            if isinstance(group[name], torch.Tensor) and group[name].numel() == 1:  # as torch's may be
                 group[name] = group[name].item()
             if f"{name}_schedule" in saved:
                 owner = saved[f"{name}_schedule"]

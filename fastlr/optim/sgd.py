@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from typing_extensions import Self, Unpack
 
 from fastlr import _core
 from fastlr._checks import flag, number
@@ -16,8 +17,6 @@ from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
-
     from fastlr.range_test import RangeTestResult
 
 Mode = Literal["triangular", "triangular2", "exp_range"]

@@ -85,11 +85,13 @@ class Schedule:
         """
         points = {0} if self._last == ENDLESS else {0, self._last}
         segments, _ = self._segments()
-        for s in segments:
-            points |= {s.begin, s.begin - 1}
-            if s.curve in (_core.Curve.CYCLE, _core.Curve.RESTARTS):
+        for s, stop in zip(segments, [*(s.begin for s in segments[1:]), ENDLESS], strict=True):
+            own = {s.begin, ENDLESS if stop == ENDLESS else stop - 1}
+            grows = s.decay in (_core.Decay.HEIGHT, _core.Decay.BOTH_BOUNDS) and s.gamma > 1.0
+            if s.curve in (_core.Curve.CYCLE, _core.Curve.RESTARTS) and not grows:
                 rise = s.up if s.curve is _core.Curve.CYCLE else s.period / 2
-                points |= {s.origin + s.tick * math.ceil(part * rise) for part in (0.5, 1.0, 1.5)}
+                own |= {s.origin + s.tick * math.ceil(part * rise) for part in (0.5, 1.0, 1.5)}
+            points |= {point for point in own if s.begin <= point < stop}
         return sorted(point for point in points if 0 <= point < ENDLESS)
 
     def _validate(self) -> None:
