@@ -248,7 +248,7 @@ void Gathering::gather(const Place& place, size_t position) {
 
   TensorView p;
   const bool readable = reader_.read(tensor, p);
-  if (!readable || (p.data == nullptr && memory_order(p).numel > 0)) {
+  if (!readable || p.data == nullptr) {
     PyErr_Clear();
     if (has_no_values(tensor)) return gather_shape(place, position);
     if (!readable) p = read_tensor(tensor, "data", place);  // says why

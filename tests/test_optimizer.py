@@ -247,6 +247,16 @@ def test_set_schedule() -> None:
     assert optimizer.clock().updates == 4
 
 
+def test_a_tensor_written_into_a_group_stands_for_its_number() -> None:
+    ours, theirs = twins([(9,)])
+    fused = fastlr.FusedSGD(ours, lr=0.1, momentum=0.9)
+    reference = torch.optim.SGD(theirs, lr=0.5, momentum=0.25, foreach=False)
+    fused.param_groups[0]["lr"] = torch.tensor(0.5)
+    fused.set_schedule(momentum=0.25)
+    train(2, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
 def test_set_schedule_for_one_group() -> None:
     model = parameters([(3,), (3,)])
     optimizer = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.3)

@@ -544,15 +544,21 @@ def test_tensors_without_values_get_their_state_and_the_clock_moves(
         assert type(buffer) is type(p.data)
 
 
-def test_tensors_without_values_beside_others() -> None:
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+def test_tensors_without_values_beside_others(exchange: bool) -> None:
     ours, theirs = twins([(9,)])
-    shape = torch.nn.Parameter(torch.empty(5, device="meta"))
-    shape.grad = torch.empty(5, device="meta")
-    fused = fastlr.FusedSGD([shape, *ours], **MOMENTUM)
+    shapes = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in (5, 0)]
+    for shape in shapes:
+        shape.grad = torch.empty_like(shape)
+    fused = fastlr.FusedSGD([*shapes, *ours], **MOMENTUM)
     reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
-    train(3, (theirs, reference.step), (ours, fused.step))
+    _core.set_exchange_enabled(exchange)
+    try:
+        train(3, (theirs, reference.step), (ours, fused.step))
+    finally:
+        _core.set_exchange_enabled(True)
     assert_same(theirs, ours)
-    assert fused.state[shape]["momentum_buffer"].is_meta
+    assert all(fused.state[shape]["momentum_buffer"].is_meta for shape in shapes)
 
 
 BAD_BUFFERS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {

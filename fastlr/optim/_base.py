@@ -15,7 +15,14 @@ from torch.optim import optimizer as torch_optimizer
 from fastlr import _core
 from fastlr._checks import count, flag, index, number
 from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
-from fastlr.optim._groups import SCHEDULED, TorchOptions, check_owner, check_torch_options, clock_of
+from fastlr.optim._groups import (
+    SCHEDULED,
+    TorchOptions,
+    check_owner,
+    check_torch_options,
+    clock_of,
+    tensor_rates,
+)
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
@@ -159,7 +166,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in (("lr", lr), ("momentum", momentum)):
                 if value is not None:
                     changes[place] |= self._hyperparameter(name, value, origin, where)
-            self._checked({**self.param_groups[place], **changes[place]}, where)
+            own = self.param_groups[place]
+            self._checked({**own, **tensor_rates(own), **changes[place]}, where)
         self._change(changes)
 
     def _change(self, changes: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, plain
-from fastlr.optim._groups import SCHEDULED, check_owner, clock_of
+from fastlr.optim._groups import SCHEDULED, check_owner, clock_of, tensor_rates
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
@@ -77,11 +77,10 @@ def unpack(
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
         group = {**own, "fresh": False, **saved}
+        group |= tensor_rates(group)
         for key in ("updates", "samples", *(f"{name}_start" for name in SCHEDULED)):
             group[key] = count(f"{key}{where}", group[key], 0)
         for name in SCHEDULED:
-            if isinstance(group[name], torch.Tensor) and group[name].numel() == 1:  # as torch's may be
-                group[name] = group[name].item()
             if f"{name}_schedule" in saved:
                 owner = saved[f"{name}_schedule"]
                 schedule = None if owner is None else Schedule.from_dict(owner)

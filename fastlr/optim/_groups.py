@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+import torch
+
 from fastlr._checks import flag
 from fastlr.schedules import Schedule
 
@@ -16,6 +18,12 @@ SCHEDULED = ("lr", "momentum")
 def clock_of(schedule: Schedule) -> str:
     """The group's clock that a schedule follows."""
     return "samples" if schedule.unit == "sample" else "updates"
+
+
+def tensor_rates(group: dict[str, Any]) -> dict[str, float]:
+    """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
+    rates = {name: group[name] for name in SCHEDULED}
+    return {k: v.item() for k, v in rates.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
 
 
 def check_owner(name: str, schedule: Schedule, where: str) -> None:
