@@ -396,7 +396,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # buffers are created as zeros, marked as fresh, and dropped again before the first real update,
     # so that neither weights nor clock move, no hook runs and the first update is a first update. A
     # training step may look the same (a warm-up from 0, a model whose gradients are still zero), so it
-    # is recognised by who calls: a function of this name, which other libraries have copied.
+    # is recognised by who calls: a function of this name, in whatever module a copy of it stands.
     _INITIALIZES_STATE = "_init_optim_state"
 
     def _only_initializes_state(self) -> bool:
