@@ -50,6 +50,14 @@ std::string describe(const Place& place) {
   return result + ", shape " + shape_of(PyList_GET_ITEM(params, place.index));
 }
 
+// Whether two tensors' memory, so many elements of each, does not meet.
+bool apart(const TensorView& a, int64_t extent_a, const TensorView& b, int64_t extent_b) {
+  const char* const from_a = static_cast<const char*>(a.data);
+  const char* const from_b = static_cast<const char*>(b.data);
+  return from_a + extent_a * (a.dtype.bits / 8) <= from_b ||
+         from_b + extent_b * (b.dtype.bits / 8) <= from_a;
+}
+
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 // Whether a tensor method without arguments (is_conj, is_neg) returns true.
@@ -83,6 +91,10 @@ TensorView Gathering::read_tensor(PyObject* tensor, const char* what, const Plac
     refuse(std::string("the ") + what + " of " + describe(place) + " has layout " + layout_name +
            ", fastlr updates dense tensors only. Make it dense (nn.Embedding(..., sparse=False), "
            "grad.to_dense()), or give this parameter to another optimizer.");
+  }
+  if (has_no_values(tensor)) {
+    refuse(std::string("the ") + what + " of " + describe(place) +
+           " is a meta or fake tensor without memory, and the parameter is not.");
   }
   refuse(std::string("cannot read the ") + what + " of " + describe(place) + ": " + reason);
 }
@@ -119,6 +131,11 @@ void Gathering::set_layout(const Place& place, const Parameter& parameter, const
   }
   ref.layout = static_cast<int32_t>(layouts_.size());
   layouts_.push_back(layout);
+}
+
+// Meta and fake tensors. To be called without a Python error set.
+bool Gathering::has_no_values(PyObject* tensor) const {
+  return checked(PyObject_CallMethod(runtime_, "has_no_values", "O", tensor)).get() == Py_True;
 }
 
 // Notes memory that the step will write.
@@ -167,6 +184,12 @@ void Gathering::attach_momentum(const Place& place, const Parameter& parameter, 
     }
     extent = order.extent;
   }
+  const int64_t gradient_extent =
+      same_order(p, g) ? parameter.order.extent : memory_order(g).extent;
+  if (!apart(m, extent, g, gradient_extent) && (!same(m.dtype, g.dtype) || share_elements(m, g))) {
+    refuse("the gradient of " + describe(place) +
+           " shares memory with its own momentum_buffer; give it a clone() of the gradient.");
+  }
   will_write(m.data, extent, m.dtype);
 }
 
@@ -182,13 +205,54 @@ int Gathering::updated_on(const TensorView& p, const Place& place) const {
   refuse(describe(place) + " is on " + device_name(p.device) + ", but " + reason + ".");
 }
 
+// The parameter's buffer, borrowed, or nullptr.
+PyObject* Gathering::momentum_buffer(const Parameter& parameter) const {
+  if (parameter.state == nullptr) return nullptr;
+  PyObject* buffer = PyDict_GetItemWithError(parameter.state, names().momentum_buffer);
+  if (buffer == nullptr && PyErr_Occurred()) throw PythonError();
+  return buffer == Py_None ? nullptr : buffer;
+}
+
+// A step of a parameter without values, as memory estimators and deferred initialisation make it:
+// it gets a buffer of its kind, and nothing is computed.
+void Gathering::gather_shape(const Place& place, size_t position) {
+  const Parameter& parameter = parameters_[position];
+  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  if (group.options.momentum != 0.0 && momentum_buffer(parameter) == nullptr) {
+    new_momenta_.push_back({position, kNoTensor, place, {}, {}, Owned(), Owned()});
+  }
+  parameters_read_.push_back(Owned::borrow(parameter.tensor));
+}
+
+// Refuses a gradient that has elements in common with its own parameter, as the order of reads and
+// writes would decide the result; all of them, each at its own place, are fine. Returns how far the
+// gradient's elements reach.
+int64_t Gathering::check_gradient_memory(const Place& place, const Parameter& parameter,
+                                         const TensorView& p, const TensorView& g) const {
+  const bool alike = same_order(p, g);
+  const int64_t extent = alike ? parameter.order.extent : memory_order(g).extent;
+  const bool same_places = alike && p.data == g.data;
+  if (!same_places && !apart(p, parameter.order.extent, g, extent) && share_elements(p, g)) {
+    refuse("the gradient of " + describe(place) +
+           " shares memory with the parameter, at other places than its own elements'; give it a "
+           "clone() of the gradient.");
+  }
+  return extent;
+}
+
 void Gathering::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
-  const TensorView p = read_tensor(tensor, "data", place);
+  TensorView p;
+  const bool readable = reader_.read(tensor, p);
+  if (!readable || p.data == nullptr) {
+    PyErr_Clear();
+    if (has_no_values(tensor)) return gather_shape(place, position);
+    if (!readable) p = read_tensor(tensor, "data", place);  // says why
+  }
   if (!same(p.dtype, parameter.dtype) || static_cast<size_t>(p.ndim) != parameter.shape.size() ||
       !same_numbers(p.shape, parameter.shape.data(), p.ndim) ||
       !same_numbers(p.strides, parameter.strides.data(), p.ndim)) {
@@ -229,7 +293,15 @@ void Gathering::gather(const Place& place, size_t position) {
     g = read_tensor(grad.get(), "gradient", place);
   }
 
-  if (updated_by != kHost && parameter.order.dense && !same_order(p, g)) {
+  const int64_t gradient_extent = check_gradient_memory(place, parameter, p, g);
+  if (gradient_extent != 0) {
+    const char* const begin = static_cast<const char*>(g.data);
+    gradients_at_.push_back(
+        {{begin, begin + gradient_extent * (g.dtype.bits / 8)}, static_cast<const char*>(p.data)});
+  }
+
+  if (may_copy_ && updated_by != kHost && parameter.order.dense && !same_order(p, g)) {
+    copied_ = true;
     grad = checked(PyObject_CallMethod(runtime_, "gradient_like", "OO", tensor, grad.get()));
     g = read_tensor(grad.get(), "gradient", place);
   }
@@ -250,13 +322,9 @@ void Gathering::gather(const Place& place, size_t position) {
   if (!has_momentum) {
     set_layout(place, parameter, p, g, nullptr, ref);
   } else {
-    if (parameter.state) {
-      buffer = PyDict_GetItemWithError(parameter.state, names().momentum_buffer);
-      if (buffer == nullptr && PyErr_Occurred()) throw PythonError();
-    }
-    if (buffer == nullptr || buffer == Py_None) {
+    buffer = momentum_buffer(parameter);
+    if (buffer == nullptr) {
       ref.first = true;
-      buffer = nullptr;
       new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned(), Owned()});
     } else {
       attach_momentum(place, parameter, buffer, p, g, ref);
@@ -322,19 +390,49 @@ void Gathering::synchronize(PyObject* param_groups, PyObject* state) {
   while (PyDict_Next(state, &cursor, &key, &value)) states_seen_.emplace_back(key, value);
 }
 
-// Found anew only when any of the memory has moved.
-bool Gathering::writes_overlap() {
-  if (written_ == written_seen_) return overlap_seen_;
-  written_seen_ = written_;
-  std::sort(written_.begin(), written_.end());
-  overlap_seen_ = false;
-  for (size_t i = 1; i < written_.size(); ++i) {
-    overlap_seen_ = overlap_seen_ || written_[i].first < written_[i - 1].second;
+// Of sorted writes that do not meet each other.
+bool Gathering::reads_what_another_writes(const Read& read) const {
+  auto write = std::upper_bound(written_sorted_.begin(), written_sorted_.end(), read.bytes.first,
+                                [](const char* at, const Bytes& w) { return at < w.second; });
+  for (; write != written_sorted_.end() && write->first < read.bytes.second; ++write) {
+    if (write->first != read.parameter) return true;
   }
-  return overlap_seen_;
+  return false;
+}
+
+// Found anew only for what has moved, which gradients often do.
+bool Gathering::in_order() {
+  const bool moved = written_ != written_seen_;
+  if (moved) {
+    written_seen_ = written_;
+    written_sorted_ = written_;
+    std::sort(written_sorted_.begin(), written_sorted_.end());
+    writes_meet_ = false;
+    for (size_t i = 1; i < written_sorted_.size(); ++i) {
+      writes_meet_ = writes_meet_ || written_sorted_[i].first < written_sorted_[i - 1].second;
+    }
+  }
+  const bool all_anew = moved || in_order_ || gradients_at_.size() != read_seen_.size();
+  if (!all_anew && gradients_at_ == read_seen_) return in_order_;
+  in_order_ = writes_meet_;
+  for (size_t i = 0; i < gradients_at_.size() && !in_order_; ++i) {
+    if (all_anew || !(gradients_at_[i] == read_seen_[i])) {
+      in_order_ = reads_what_another_writes(gradients_at_[i]);
+    }
+  }
+  read_seen_ = gradients_at_;
+  return in_order_;
 }
 
 void Gathering::read(PyObject* param_groups, PyObject* state) {
+  may_copy_ = true;
+  gather_all(param_groups, state);
+  if (!copied_ || !in_order()) return;
+  may_copy_ = false;
+  gather_all(param_groups, state);
+}
+
+void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
   groups_ = read_groups(param_groups, native_of_);
@@ -351,9 +449,11 @@ void Gathering::add_momenta() {
     const Parameter& parameter = parameters_[added.parameter];
     added.buffer = checked(
         PyObject_CallMethod(runtime_, "new_momentum", "OO", parameter.tensor, added.place.group));
-    attach_momentum(added.place, parameter, added.buffer.get(), added.param_view, added.grad_view,
-                    tensors_[added.tensor]);
-    sources_[added.tensor].momentum = added.buffer.get();
+    if (added.tensor != kNoTensor) {
+      attach_momentum(added.place, parameter, added.buffer.get(), added.param_view, added.grad_view,
+                      tensors_[added.tensor]);
+      sources_[added.tensor].momentum = added.buffer.get();
+    }
     added.state =
         parameter.state != nullptr ? Owned::borrow(parameter.state) : checked(PyDict_New());
   }
@@ -385,6 +485,8 @@ void Gathering::clear() {
   parameters_read_.clear();
   kept_alive_.clear();
   written_.clear();
+  gradients_at_.clear();
+  copied_ = false;
   reader_.clear();
 }
 

@@ -31,8 +31,9 @@ class Gathering {
   };
 
   // runtime: an object with the methods new_momentum(parameter, group), which returns a new tensor
-  // for the parameter's momentum, and gradient_like(parameter, gradient), a copy of the gradient
-  // that lies in memory as the parameter does; borrowed.
+  // for the parameter's momentum, gradient_like(parameter, gradient), a copy of the gradient that
+  // lies in memory as the parameter does, and has_no_values(tensor), whether it is nothing but a
+  // shape; borrowed.
   Gathering(PyObject* runtime, NativeOf native_of) : runtime_(runtime), native_of_(native_of) {}
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -50,8 +51,9 @@ class Gathering {
   const std::vector<StridedLayout>& layouts() const { return layouts_; }
   // The parameters, a new list; to be called once a step.
   Owned take_parameters();
-  // Whether two of the step's writes touch the same memory.
-  bool writes_overlap();
+  // Whether the order of the updates matters: one writes memory that another writes, or reads as
+  // its gradient.
+  bool in_order();
 
  private:
   struct Parameter {
@@ -72,7 +74,7 @@ class Gathering {
   // A parameter that is about to get its first momentum buffer.
   struct NewMomentum {
     size_t parameter;
-    size_t tensor;
+    size_t tensor;  // kNoTensor: the parameter is nothing but a shape, and so is the buffer
     Place place;
     TensorView param_view;
     TensorView grad_view;
@@ -80,9 +82,28 @@ class Gathering {
     Owned state;  // the dict that it goes to
   };
 
+  static constexpr size_t kNoTensor = static_cast<size_t>(-1);
+  using Bytes = std::pair<const char*, const char*>;  // from the first to one past the last
+  // A gradient, and where its own parameter begins.
+  struct Read {
+    Bytes bytes;
+    const char* parameter;
+
+    bool operator==(const Read& other) const {
+      return bytes == other.bytes && parameter == other.parameter;
+    }
+  };
+
   void synchronize(PyObject* param_groups, PyObject* state);
   bool states_unchanged(PyObject* state) const;
+  void gather_all(PyObject* param_groups, PyObject* state);
   void gather(const Place& place, size_t position);
+  void gather_shape(const Place& place, size_t position);
+  bool has_no_values(PyObject* tensor) const;
+  PyObject* momentum_buffer(const Parameter& parameter) const;
+  int64_t check_gradient_memory(const Place& place, const Parameter& parameter, const TensorView& p,
+                                const TensorView& g) const;
+  bool reads_what_another_writes(const Read& read) const;
   TensorView read_tensor(PyObject* tensor, const char* what, const Place& place);
   void classify(Parameter& parameter, const TensorView& view, const Place& place) const;
   int updated_on(const TensorView& p, const Place& place) const;
@@ -99,8 +120,11 @@ class Gathering {
   // Cached.
   std::vector<Parameter> parameters_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
-  std::vector<std::pair<const char*, const char*>> written_seen_;
-  bool overlap_seen_ = false;
+  std::vector<Bytes> written_seen_;
+  std::vector<Bytes> written_sorted_;
+  std::vector<Read> read_seen_;
+  bool writes_meet_ = false;
+  bool in_order_ = false;
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
@@ -109,8 +133,12 @@ class Gathering {
   std::vector<StridedLayout> layouts_;
   std::vector<NewMomentum> new_momenta_;
   std::vector<Owned> parameters_read_;
-  std::vector<Owned> kept_alive_;  // gradients and buffers, until the step is done
-  std::vector<std::pair<const char*, const char*>> written_;  // memory that the step writes
+  std::vector<Owned> kept_alive_;   // gradients and buffers, until the step is done
+  std::vector<Bytes> written_;      // memory that the step writes
+  std::vector<Read> gradients_at_;  // and reads as gradients
+  // Gradients are copied before the step, for a faster one, unless an update changes them.
+  bool may_copy_ = true;
+  bool copied_ = false;
 };
 
 }  // namespace fastlr

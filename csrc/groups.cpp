@@ -61,8 +61,14 @@ double real_item(PyObject* group, PyObject* key) {
   return result;
 }
 
-bool flag_item(PyObject* group, PyObject* key) {
-  const int result = PyObject_IsTrue(item(group, key));
+// True or False, also another library's; a word is neither, and "False" would count as true.
+bool flag_item(PyObject* group, Py_ssize_t index, PyObject* key) {
+  PyObject* value = item(group, key);
+  if (PyUnicode_Check(value)) {
+    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) +
+                                " must be True or False, got the str " + PyUnicode_AsUTF8(value));
+  }
+  const int result = PyObject_IsTrue(value);
   if (result < 0) throw PythonError();
   return result != 0;
 }
@@ -176,8 +182,8 @@ GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
   options.momentum = read_scheduled(group, index, "momentum", k.momentum, reading.momentum);
   options.dampening = real_item(group, k.dampening);
   options.weight_decay = real_item(group, k.weight_decay);
-  options.nesterov = flag_item(group, k.nesterov);
-  options.maximize = flag_item(group, k.maximize);
+  options.nesterov = flag_item(group, index, k.nesterov);
+  options.maximize = flag_item(group, index, k.maximize);
   const Clock& clock = reading.clock = read_clock(group);
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + in_group(index) +

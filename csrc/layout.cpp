@@ -50,6 +50,49 @@ MemoryOrder memory_order(const TensorView& view) {
   return order;
 }
 
+namespace {
+
+// Calls visit(offset), in elements, for each element of a tensor that has some.
+template <typename Visit>
+void for_each_offset(const TensorView& view, Visit visit) {
+  std::vector<int64_t> index(static_cast<size_t>(view.ndim), 0);
+  int64_t offset = 0;
+  for (;;) {
+    visit(offset);
+    int32_t d = view.ndim - 1;
+    for (; d >= 0; --d) {
+      offset += view.strides[d];
+      if (++index[static_cast<size_t>(d)] < view.shape[d]) break;
+      offset -= view.strides[d] * view.shape[d];
+      index[static_cast<size_t>(d)] = 0;
+    }
+    if (d < 0) return;
+  }
+}
+
+}  // namespace
+
+bool share_elements(const TensorView& a, const TensorView& b) {
+  const MemoryOrder of_a = memory_order(a), of_b = memory_order(b);
+  const int64_t bytes = a.dtype.bits / 8;
+  const int64_t begin_a = reinterpret_cast<intptr_t>(a.data);
+  const int64_t begin_b = reinterpret_cast<intptr_t>(b.data);
+  if (of_a.numel == 0 || of_b.numel == 0 || begin_a + of_a.extent * bytes <= begin_b ||
+      begin_b + of_b.extent * bytes <= begin_a) {
+    return false;
+  }
+  const int64_t apart = begin_b - begin_a;
+  if ((of_a.dense && of_b.dense) || apart % bytes != 0) return true;
+  std::vector<bool> taken(static_cast<size_t>(of_a.extent));
+  for_each_offset(a, [&](int64_t offset) { taken[static_cast<size_t>(offset)] = true; });
+  bool found = false;
+  for_each_offset(b, [&](int64_t offset) {
+    const int64_t at = offset + apart / bytes;
+    found = found || (at >= 0 && at < of_a.extent && taken[static_cast<size_t>(at)]);
+  });
+  return found;
+}
+
 bool strided_layout(const TensorView& p, const TensorView& g, const TensorView* m,
                     StridedLayout& out) {
   const int pair = is_complex(p.dtype) ? 2 : 1;

@@ -47,6 +47,10 @@ struct MemoryOrder {
 
 MemoryOrder memory_order(const TensorView& view);
 
+// Whether two tensors of one element type have an element in common. Where both have gaps, every
+// element is looked at.
+bool share_elements(const TensorView& a, const TensorView& b);
+
 // The strides of a parameter, its gradient and its momentum (or nullptr) over one index space,
 // sorted so that the parameter's memory is walked forwards; complex numbers become a dimension of
 // two. False where there are too many dimensions.

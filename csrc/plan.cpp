@@ -110,7 +110,7 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   }
 
   gathering_.add_momenta();
-  const bool in_order = gathering_.writes_overlap();
+  const bool in_order = gathering_.in_order();
   Owned updated = gathering_.take_parameters();
 
   bool captured = false;

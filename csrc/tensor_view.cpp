@@ -112,18 +112,21 @@ bool TensorReader::read(PyObject* tensor, TensorView& view) {
     if (type.exchange->tensor_from_py_object(tensor, &view) != 0) return false;
     if (view.data != nullptr) view.data = static_cast<char*>(view.data) + view.byte_offset;
     view.byte_offset = 0;
-  } else if (!read_attributes(tensor, view)) {
+  } else if (!read_attributes(tensor, type.plain, view)) {
     return false;
   }
   if (!type.plain) view.data = nullptr;
   return true;
 }
 
-bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) {
-  const Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
-  if (!pointer) return false;
-  view.data = PyLong_AsVoidPtr(pointer.get());
-  if (view.data == nullptr && PyErr_Occurred()) return false;
+bool TensorReader::read_attributes(PyObject* tensor, bool has_memory, TensorView& view) {
+  view.data = nullptr;
+  if (has_memory) {
+    const Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
+    if (!pointer) return false;
+    view.data = PyLong_AsVoidPtr(pointer.get());
+    if (view.data == nullptr && PyErr_Occurred()) return false;
+  }
 
   const Owned device(PyObject_GetAttrString(tensor, "device"));
   const Owned kind(device ? PyObject_GetAttrString(device.get(), "type") : nullptr);

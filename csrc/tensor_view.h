@@ -39,7 +39,7 @@ class TensorReader {
   static bool exchange_available(PyObject* tensor_type);
 
  private:
-  bool read_attributes(PyObject* tensor, TensorView& view);
+  bool read_attributes(PyObject* tensor, bool has_memory, TensorView& view);
 
   static bool exchange_enabled_;
   std::deque<std::vector<int64_t>> copied_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys as _sys
 from importlib.metadata import version as _version
 
 import torch  # noqa: F401  # first: the native code runs on the OpenMP runtime that it loads
@@ -28,3 +29,13 @@ __all__ = [
     "range_test_grid",
     "schedules",
 ]
+
+# `import fastlr.FusedSGD as optimizer` gives the class, and so does importlib.import_module: the import
+# system takes whatever sys.modules holds under a name, once the parent package has been imported.
+_sys.modules.update(
+    {
+        f"{__name__}.{_name}": _kind  # type: ignore[misc]
+        for _name, _kind in vars(optim).items()
+        if _name in optim.__all__ and isinstance(_kind, type) and issubclass(_kind, optim.FusedOptimizer)
+    }
+)

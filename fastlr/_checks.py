@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -15,13 +16,26 @@ ENDLESS: int = _core.ENDLESS
 
 
 def describe(value: object) -> str:
-    return f"{value!r} ({type(value).__name__})" if not isinstance(value, (int, float)) else repr(value)
+    if not isinstance(value, (int, float)):
+        return f"{value!r} ({type(value).__name__})"
+    try:
+        return repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return f"an integer of {int(value).bit_length()} bits"
+
+
+def _is_complex(value: object) -> bool:
+    """Also arrays and tensors of one complex number, whose imaginary part float() would drop."""
+    dtype = getattr(value, "dtype", None)
+    return (
+        isinstance(value, complex) or getattr(dtype, "kind", "") == "c" or getattr(dtype, "is_complex", False)
+    )
 
 
 def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = False) -> float:
     """A finite number >= low (or > low), as a float."""
     try:
-        number = float(value)
+        number = math.nan if _is_complex(value) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of many elements
         number = math.nan
     if (
@@ -36,6 +50,16 @@ def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = Fal
     return number
 
 
+def number(name: str, value: object, expected: str = "a number", remedy: str = "") -> float:
+    """A real number, also NumPy's, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}{remedy}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got {describe(value)}, beyond any float") from None
+
+
 def count(name: str, value: object, low: int = 1) -> int:
     """An integer >= low that a 64-bit clock can hold."""
     try:
@@ -43,8 +67,20 @@ def count(name: str, value: object, low: int = 1) -> int:
     except TypeError:
         raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}") from None
     if isinstance(value, bool) or not low <= number < ENDLESS:
-        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}")
+        beyond = ", beyond a 64-bit clock" if number >= ENDLESS else ""
+        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}{beyond}")
     return number
+
+
+def index(name: str, value: object, size: int) -> int:
+    """A place in a list of ``size`` items, counted from the front."""
+    try:
+        place = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        place = -1
+    if not 0 <= place < size:
+        raise ValueError(f"{name} must be in 0 .. {size - 1}, got {describe(value)}")
+    return place
 
 
 def flag(name: str, value: object) -> bool:
@@ -55,14 +91,29 @@ def flag(name: str, value: object) -> bool:
 
 
 def items(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
-    """The items of a list, tuple or array."""
+    """The items of a list, tuple or array, in order."""
     try:
+        if isinstance(value, (Mapping, AbstractSet, str, bytes)):  # of keys, of no order, of characters
+            raise TypeError
         return tuple(value)
     except TypeError:
         raise TypeError(f"{name} must be a sequence, got {describe(value)}") from None
 
 
-def choice(name: str, value: object, allowed: Iterable[str]) -> None:
+def choice(name: str, value: object, allowed: Iterable[str]) -> str:
+    """One of some words, as a plain string."""
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {describe(value)}")
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """A value with NumPy's numbers, strings and arrays as Python's, which a checkpoint can hold."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return float(value) if isinstance(value, np.longdouble) else value.tolist()
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value

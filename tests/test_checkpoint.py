@@ -6,11 +6,13 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 import fastlr
 
@@ -34,8 +36,8 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 def leaves(value: Any) -> set[type]:
     if isinstance(value, dict):
         return set().union(*map(leaves, value.values())) | {dict}
-    if isinstance(value, list):
-        return set().union(set(), *map(leaves, value))
+    if isinstance(value, (list, tuple)):
+        return set().union({type(value)} - {list}, *map(leaves, value))
     return {type(value)}
 
 
@@ -150,17 +152,37 @@ def test_a_tensor_rate_in_an_sgd_checkpoint_becomes_a_number() -> None:
     assert_same(theirs, ours)
 
 
-def test_the_schedule_is_kept_when_the_file_has_none() -> None:
+def test_the_schedule_is_kept_when_the_file_knows_no_schedules() -> None:
     model = parameters([(9,)])
-    for saved in (
-        torch.optim.SGD(model, lr=0.7, momentum=0.9).state_dict(),
-        fastlr.FusedSGD(model, lr=0.7, momentum=0.9).state_dict(),
-    ):
-        optimizer = fastlr.FusedCyclicSGD(model, 0.1, 0.5, 4)
-        optimizer.load_state_dict(saved)
-        assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.1, 0.5, 4)
-        assert optimizer.param_groups[0]["lr"] == 0.1
-        assert optimizer.param_groups[0]["momentum"] == 0.9
+    optimizer = fastlr.FusedCyclicSGD(model, 0.1, 0.5, 4)
+    with pytest.warns(UserWarning, match="the file has no clock"):
+        optimizer.load_state_dict(torch.optim.SGD(model, lr=0.7, momentum=0.9).state_dict())
+    assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.1, 0.5, 4)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_fixed_value_comes_back_in_place_of_the_schedule_that_it_replaced() -> None:
+    def built() -> fastlr.FusedSGD:
+        return fastlr.FusedSGD(
+            parameters([(9,)]), lr=fastlr.Cosine(0.1, 0.0, 100), momentum=fastlr.Triangular(0.8, 0.9, 5)
+        )
+
+    first, second = built(), built()
+    first.set_schedule(lr=0.01, momentum=0.5)
+    train(3, (first.param_groups[0]["params"], first.step))
+    saved = through_file(first.state_dict())
+    second.load_state_dict(saved)
+    assert second.state_dict()["param_groups"] == saved["param_groups"]
+    train(
+        3,
+        (first.param_groups[0]["params"], first.step),
+        (second.param_groups[0]["params"], second.step),
+        start=3,
+    )
+    for optimizer in (first, second):
+        assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.01, 0.5)
+        assert optimizer.param_groups[0]["lr_schedule"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
@@ -224,21 +246,21 @@ def test_state_dict_hooks_see_the_file_and_the_loaded_optimizer() -> None:
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows(momentum: float) -> None:
     ours, theirs = parameters([(9,), (4,)]), parameters([(9,), (4,)])
-    options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+    options: dict[str, Any] = {"momentum": momentum, "dampening": 0.3, "weight_decay": 0.1}
     touched = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.9), **options)
     untouched = fastlr.FusedSGD(theirs, lr=fastlr.Exponential(0.1, 0.9), **options)
-    # As torch.distributed.checkpoint does it.
-    for p in ours:
-        p.grad = torch.zeros_like(p)
-    touched.param_groups[0]["lr"] = 0.0
-    touched.step(closure=None)
-    touched.param_groups[0]["lr"] = 0.1
-    touched.zero_grad()
-    assert_same(theirs, ours)
-    assert touched.clock() == (0, 0)
-    assert set(touched.state) == set(ours)
+    calls: list[str] = []
+    touched.register_step_post_hook(lambda *_: calls.append("post"))
+    for _ in range(2):  # a save, then a load: without momentum each of them initializes anew
+        _init_optim_state(touched)
+        assert_same(theirs, ours)
+        assert touched.clock() == (0, 0)
+        assert touched.param_groups[0]["lr"] == 0.1
+        assert set(touched.state) == (set(ours) if momentum else set())
+    assert calls == []
 
     saved = through_file(touched.state_dict())
     touched.load_state_dict(saved)
@@ -250,6 +272,66 @@ def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows
         untouched.step()
         assert_same(theirs, ours)
         assert len(touched.state) == len(untouched.state)
+    if not momentum:
+        touched.zero_grad()
+        _init_optim_state(touched)  # in the middle of a run, where there is no state either
+        assert touched.clock() == untouched.clock() == (4, 0)
+
+
+# -- files of another optimizer, in the middle of a run ---------------------------------------------
+
+
+def torch_run(model: list[torch.nn.Parameter]) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.CyclicLR]:
+    sgd = torch.optim.SGD(model, lr=0.01, momentum=0.9, foreach=False)
+    return sgd, torch.optim.lr_scheduler.CyclicLR(sgd, 0.01, 0.1, 5, cycle_momentum=False)
+
+
+def test_a_run_of_sgd_and_cyclic_lr_goes_on_where_it_was() -> None:
+    ours, theirs = twins([(9,), (5, 4)])
+    sgd, scheduler = torch_run(theirs)
+    for step in range(8):
+        train(1, (theirs, sgd.step), start=step)
+        scheduler.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.data.copy_(other.data)
+    fused = fastlr.FusedCyclicSGD(ours, 0.01, 0.1, 5, momentum=0.9)
+    with pytest.warns(UserWarning, match="the file has no clock") as caught:
+        fused.load_state_dict(through_file(sgd.state_dict()))
+    assert [w.filename for w in caught] == [__file__]
+    told = str(caught[0].message)
+    assert "lr schedule of parameter group 0 goes on at updates=0 with 0.01" in told
+    assert f"(the file's last lr is {sgd.param_groups[0]['lr']!r})" in told
+    assert "optimizer.set_clock(updates=..., samples=...)" in told
+    assert "momentum schedule" not in told
+
+    fused.set_clock(updates=8)
+    assert fused.clock() == (8, 0)
+    for step in range(8, 20):
+        assert fused.param_groups[0]["lr"] == sgd.param_groups[0]["lr"]
+        train(1, (theirs, sgd.step), (ours, fused.step), start=step)
+        scheduler.step()
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("unit", ["update", "sample"])
+def test_the_warning_names_the_clock_that_is_missing(unit: Any) -> None:
+    model = parameters([(9,)])
+    fused = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5, unit=unit), momentum=fastlr.Constant(0.9))
+    saved = fused.state_dict()
+    for group in saved["param_groups"]:
+        for key in ("lr_schedule", "momentum_schedule", "updates", "samples"):
+            del group[key]
+    with pytest.warns(UserWarning, match=rf"lr schedule .* at {unit}s=0 .*; the momentum .* at updates=0"):
+        fused.load_state_dict(saved)
+
+
+def test_a_file_without_clock_is_no_news_where_nothing_follows_a_clock() -> None:
+    model = parameters([(9,)])
+    fused = fastlr.FusedSGD(model, lr=0.1)
+    fused.load_state_dict(torch_run(model)[0].state_dict())  # a warning would be an error
+
+
+# -- damaged files ----------------------------------------------------------------------------------
 
 
 def test_a_damaged_clock_is_an_error() -> None:
@@ -261,7 +343,7 @@ def test_a_damaged_clock_is_an_error() -> None:
         optimizer.load_state_dict(saved)
 
 
-def test_going_back_to_an_earlier_checkpoint_keeps_a_schedule_set_since() -> None:
+def test_going_back_to_an_earlier_checkpoint_takes_back_a_schedule_set_since() -> None:
     model = parameters([(9,)])
     optimizer = fastlr.FusedSGD(model, lr=0.5)
     train(1, (model, optimizer.step))
@@ -270,13 +352,130 @@ def test_going_back_to_an_earlier_checkpoint_keeps_a_schedule_set_since() -> Non
     optimizer.set_schedule(lr=fastlr.Cosine(0.1, 0.0, 10))
     optimizer.load_state_dict(saved)
     assert optimizer.clock().updates == 1
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["lr_schedule"] is None
 
 
-def test_values_out_of_range_in_a_file_are_errors() -> None:
-    optimizer = fastlr.FusedSGD(parameters([(9,)]))
-    for key, value in (("lr", float("nan")), ("momentum", 1.5), ("momentum_dtype", "load")):
-        saved = optimizer.state_dict()
-        saved["param_groups"][0][key] = value
-        with pytest.raises(ValueError, match=f"{key} of the file's parameter group 0"):
-            optimizer.load_state_dict(saved)
+def group_with(**values: Any) -> Any:
+    def damage(saved: dict[str, Any]) -> object:
+        saved["param_groups"][-1].update(values)
+        return saved
+
+    return damage
+
+
+def without(key: str) -> Any:
+    return lambda saved: {name: value for name, value in saved.items() if name != key}
+
+
+def entry(value: Any) -> Any:
+    def damage(saved: dict[str, Any]) -> object:
+        saved["state"][1] = value
+        return saved
+
+    return damage
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "empty": (lambda saved: {}, r"state_dict must hold a list under 'param_groups', .* got the keys \[\]"),
+    "none": (lambda saved: None, "state_dict must be a dict, got NoneType"),
+    "list": (lambda saved: [saved], "state_dict must be a dict, got list"),
+    "no-groups": (without("param_groups"), r"list under 'param_groups', .* got the keys \['state'\]"),
+    "no-state": (without("state"), r"dict under 'state', .* got the keys \['param_groups'\]"),
+    "groups": (lambda saved: {**saved, "param_groups": {}}, "list under 'param_groups', .* got dict"),
+    "group": (lambda saved: {**saved, "param_groups": [3, 4]}, "parameter group 0 must be a dict .* got int"),
+    "params": (group_with(params=None), "parameter group 1 must be a dict with a list under 'params'"),
+    "fewer-params": (group_with(params=[]), "doesn't match the size"),
+    "entry": (entry(3), "state of parameter 1 must be a dict .* got int"),
+    "buffer": (entry({"momentum_buffer": 3}), "state of parameter 1 .* a tensor as momentum_buffer, got int"),
+    "shape": (entry({"momentum_buffer": torch.zeros(1)}), r"momentum_buffer 1 has shape \(1,\)"),
+    "lr-nan": (group_with(lr=float("nan")), "lr of the file's parameter group 1 must be finite"),
+    "lr-tensor": (group_with(lr=torch.zeros(2)), "lr of the file's parameter group 1 must be a number, got"),
+    "lr-word": (group_with(lr="fast"), "lr of the file's parameter group 1 must be a number, got 'fast'"),
+    "momentum": (group_with(momentum=1.5), r"momentum of the file's parameter group 1 must be in \[0, 1\)"),
+    "dampening": (group_with(dampening=None), "dampening of the file's .* must be a number, got None"),
+    "weight_decay": (group_with(weight_decay=-1), "weight_decay of the file's parameter group 1"),
+    "maximize": (group_with(maximize="False"), "maximize of the file's .* True or False, got 'False'"),
+    "nesterov": (group_with(nesterov="no"), "nesterov of the file's .* True or False, got 'no'"),
+    "momentum_dtype": (group_with(momentum_dtype="load"), "momentum_dtype of the file's parameter group 1"),
+    "updates-negative": (group_with(updates=-1), "updates of the file's .* integer >= 0, got -1"),
+    "updates-late": (group_with(updates=2**63 - 1), "updates of the file's .* beyond a 64-bit clock"),
+    "updates-word": (group_with(updates="7"), "updates of the file's .* integer >= 0, got '7'"),
+    "samples": (group_with(samples=1.5), "samples of the file's .* integer >= 0, got 1.5"),
+    "lr_start": (group_with(lr_start=-1), "lr_start of the file's .* integer >= 0, got -1"),
+    "start-late": (group_with(lr_start=5), "starts at 5, after the clock, which is at 2"),
+    "schedule": (group_with(lr_schedule="cos"), "a schedule must be a dict, got 'cos'"),
+    "policy": (group_with(lr_schedule={"type": "Nope"}), "type must be the name of a schedule, got 'Nope'"),
+    "field": (
+        group_with(lr_schedule={"type": "Constant", "valve": 1.0}),
+        "Constant has the fields unit, value, got valve",
+    ),
+    "epochs": (
+        group_with(lr_schedule=fastlr.Constant(0.1, unit="epoch").to_dict()),
+        "lr of the file's parameter group 1 counts epochs",
+    ),
+    "peak": (
+        group_with(momentum_schedule=fastlr.Constant(1.0).to_dict()),
+        "momentum of the file's parameter group 1 must stay in .* peaks at 1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_file_changes_nothing(damage: Any, message: str) -> None:
+    ours, theirs = twins([(9,), (4,)])
+
+    def built(model: list[torch.nn.Parameter]) -> fastlr.FusedSGD:
+        return fastlr.FusedSGD(
+            [{"params": [p]} for p in model], lr=fastlr.Exponential(0.5, 0.9), momentum=0.9
+        )
+
+    touched, untouched = built(ours), built(theirs)
+    train(2, (ours, touched.step), (theirs, untouched.step))
+    kept = copy.deepcopy(touched.state_dict())
+    groups, state = touched.param_groups, touched.state
+    with pytest.raises((ValueError, TypeError), match=message):
+        touched.load_state_dict(damage(copy.deepcopy(kept)))
+    assert touched.param_groups is groups
+    assert touched.state is state
+    assert str(touched.state_dict()) == str(kept)
+    train(2, (ours, touched.step), (theirs, untouched.step), start=2)
+    assert_same(theirs, ours)
+
+
+# -- what a file holds ------------------------------------------------------------------------------
+
+
+def test_numpys_values_are_saved_as_plain_ones() -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedSGD(
+        model[:1],
+        lr=fastlr.Triangular(
+            np.float64(0.1),
+            np.float32(0.5),
+            np.int64(4),
+            interpolation=np.str_("linear"),
+            unit=np.str_("sample"),
+        ),
+        momentum=np.float32(0.5),
+        dampening=np.int64(0),
+        weight_decay=np.float64(1e-4),
+        nesterov=np.bool_(True),
+        maximize=np.bool_(False),
+    )
+    optimizer.add_param_group(
+        {"params": model[1:], "lr": fastlr.Tabulated(np.full(4, 0.1)), "weight_decay": np.float64(0.1)}
+    )
+    optimizer.param_groups[0]["dampening"] = np.float64(0.0)
+    optimizer.param_groups[0]["maximize"] = np.bool_(True)
+    optimizer.param_groups[1]["mine"] = {"a": [np.int64(3), np.array([1.0, 2.0])], "b": (np.str_("x"),)}
+    optimizer.advance_samples(np.int64(7))
+    optimizer.set_clock(updates=np.int32(3))
+    saved = through_file(optimizer.state_dict())
+    assert leaves(saved) <= {dict, int, float, str, bool, type(None), torch.Tensor, tuple}
+    first, second = saved["param_groups"]
+    assert (first["weight_decay"], first["maximize"], second["weight_decay"]) == (1e-4, True, 0.1)
+    assert second["mine"] == {"a": [3, [1.0, 2.0]], "b": ("x",)}
+    kept = copy.deepcopy(saved)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == kept

@@ -407,6 +407,61 @@ def test_a_captured_graph_follows_set_schedule(cuda: ModuleType):
     assert optimizer.sync().updates == 10
 
 
+def test_a_captured_graph_follows_set_clock(cuda: ModuleType):
+    ours, theirs = twins([(9,), (5,)])
+    decay = fastlr.Exponential(0.1, 0.5, unit="sample")
+    groups = [{"params": ours[:1]}, {"params": ours[1:], "lr": decay}]
+    optimizer = fastlr.FusedSGD(groups, lr=fastlr.Exponential(0.5, 0.75), momentum=0.9)
+    sgd = reference([{"params": [p]} for p in theirs], lr=0.5, momentum=0.9)
+    sgd.param_groups[1]["lr"] = 0.1
+    train(1, (theirs, sgd.step), (ours, optimizer.step))
+    graph = Graph(cuda, optimizer.step)
+    optimizer.set_clock(updates=5, samples=3)
+    assert optimizer.clock() == optimizer.sync() == (5, 3)
+    for step in range(5, 9):
+        sgd.param_groups[0]["lr"], sgd.param_groups[1]["lr"] = 0.5 * 0.75**step, 0.1 * 0.5**3
+        sgd.step()
+        graph.replay()
+    assert_same(theirs, ours)
+    assert optimizer.sync() == (9, 3)
+    optimizer.set_clock(updates=0)  # also back, while the device is ahead of what the host saw last
+    graph.replay()
+    sgd.param_groups[0]["lr"] = 0.5
+    sgd.step()
+    assert_same(theirs, ours)
+    assert optimizer.sync() == (1, 3)
+
+    def captured() -> None:
+        optimizer.set_clock(updates=7)
+
+    with pytest.raises(RuntimeError, match="outside the capture"):
+        Graph(cuda, captured)
+    assert optimizer.sync() == (1, 3)
+
+
+def test_what_a_graph_refuses_changes_nothing_on_the_host_either(cuda: ModuleType):
+    ours, theirs = twins([(9,)])
+    optimizer = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.5))
+    sgd = reference(theirs, lr=0.1)
+    train(1, (theirs, sgd.step), (ours, optimizer.step))
+    graph = Graph(cuda, optimizer.step)
+    file = optimizer.state_dict()
+    kept = str(file)
+    file["param_groups"][0].update(momentum=0.9, updates=7)
+    for change in (
+        lambda: optimizer.load_state_dict(file),
+        lambda: optimizer.set_schedule(lr=0.7, momentum=0.9),
+    ):
+        with pytest.raises(RuntimeError, match="captured its step without one"):
+            change()
+        assert str(optimizer.state_dict()) == kept
+    sgd.param_groups[0]["lr"] = 0.05
+    sgd.step()
+    graph.replay()
+    assert_same(theirs, ours)
+    assert optimizer.sync() == (2, 0)
+
+
 def test_a_captured_graph_goes_on_from_a_loaded_state(cuda: ModuleType):
     ours, theirs = twins([(9,), (5,)])
     optimizer = fastlr.FusedCyclicSGD(ours, **CYCLE, momentum=0.9)

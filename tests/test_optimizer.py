@@ -94,6 +94,101 @@ def test_added_group_inherits_defaults_and_cycle() -> None:
     assert "max_lr" not in groups[2]
 
 
+def bad_value(model: list[torch.nn.Parameter]) -> dict[str, Any]:
+    return {"params": iter(model), "base_lr": 0.2, "max_lr": 0.1, "weight_decay": 0.5}
+
+
+def late_bad_value(model: list[torch.nn.Parameter]) -> dict[str, Any]:
+    return {"params": iter(model), "base_lr": 0.2, "max_lr": 0.9, "momentum": 0.5, "dampening": "no"}
+
+
+def known_parameter(model: list[torch.nn.Parameter]) -> dict[str, Any]:
+    return {"params": [model[0]], "base_lr": 0.2, "max_lr": 0.9, "mode": "triangular2", "weight_decay": 0.5}
+
+
+def not_a_leaf(model: list[torch.nn.Parameter]) -> dict[str, Any]:
+    return {"params": [model[1] * 2], "base_lr": 0.2, "max_lr": 0.9, "mode": "triangular2"}
+
+
+@pytest.mark.parametrize(
+    "group", [bad_value, late_bad_value, known_parameter, not_a_leaf], ids=lambda f: f.__name__
+)
+def test_a_group_that_could_not_be_added_stays_as_it_was(group: Any) -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedCyclicSGD(model[:1], 0.1, 0.5, 4)
+    added = group(model)
+    before = dict(added)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.add_param_group(added)
+    assert added.keys() == before.keys()
+    assert all(added[key] is before[key] for key in before)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_read_once_are_there_for_a_second_try() -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedCyclicSGD(model[:1], 0.1, 0.5, 4)
+    added = {"params": iter(model), "max_lr": 0.9}
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group(added)
+    assert added == {"params": model, "max_lr": 0.9}
+    added["params"] = added["params"][1:]
+    optimizer.add_param_group(added)
+    assert optimizer.param_groups[1] is added
+    assert added["lr_schedule"] == fastlr.Triangular(0.1, 0.9, 4)
+    assert "max_lr" not in added
+
+
+KINDS: dict[str, Any] = {
+    "FusedSGD": lambda groups: fastlr.FusedSGD(groups, lr=0.1, momentum=0.9),
+    "FusedCyclicSGD": lambda groups: fastlr.FusedCyclicSGD(groups, 0.1, 0.5, 4, momentum=0.9),
+    "lists": lambda groups: fastlr.FusedCyclicSGD(groups, [0.1, 0.2], [0.5, 0.6], 4),
+}
+
+
+@pytest.mark.parametrize("build", KINDS.values(), ids=KINDS)
+def test_a_constructor_leaves_the_callers_groups_alone(build: Any) -> None:
+    model = parameters([(3,), (3,)])
+    groups = [{"params": model[:1], "weight_decay": 0.1}, {"params": model[1:]}]
+    before = [dict(group) for group in groups]
+    build(groups)
+    assert groups == before
+    cyclic = fastlr.FusedCyclicSGD(groups, 0.01, 0.1, 5)  # used before, and cycles
+    assert all(g["lr_schedule"] == fastlr.Triangular(0.01, 0.1, 5) for g in cyclic.param_groups)
+
+
+USED: dict[str, Any] = {
+    "torch": lambda model: torch.optim.SGD(model, lr=0.25),
+    "fused": lambda model: fastlr.FusedSGD(model, lr=0.25),
+    "scheduled": lambda model: fastlr.FusedSGD(model, lr=fastlr.Constant(0.25)),
+}
+
+
+@pytest.mark.parametrize("make", USED.values(), ids=USED)
+def test_a_used_group_with_a_rate_of_its_own_does_not_silently_stop_cycling(make: Any) -> None:
+    groups = make(parameters([(3,)])).param_groups
+    message = r"lr of parameter group 0 is 0.25, but FusedCyclicSGD cycles .* leave lr out .*Constant\(0.25\)"
+    with pytest.raises(ValueError, match=message):
+        fastlr.FusedCyclicSGD(groups, 0.01, 0.1, 5)
+    rest = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+    if rest[0].get("lr_schedule") is not None:
+        with pytest.raises(
+            ValueError, match=r"lr_schedule of parameter group 0 is Constant.*leave lr_schedule"
+        ):
+            fastlr.FusedCyclicSGD(rest, 0.01, 0.1, 5)
+        del rest[0]["lr_schedule"]
+    optimizer = fastlr.FusedCyclicSGD(rest, 0.01, 0.1, 5)
+    assert optimizer.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.01, 0.1, 5)
+
+
+def test_a_group_of_a_cyclic_optimizer_may_be_kept_fixed() -> None:
+    model = parameters([(3,), (3,)])
+    groups = [{"params": model[:1], "lr": fastlr.Constant(0.25)}, {"params": model[1:]}]
+    optimizer = fastlr.FusedCyclicSGD(groups, 0.01, 0.1, 5)
+    train(3, (model, optimizer.step))
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, fastlr.Triangular(0.01, 0.1, 5)(3)]
+
+
 def test_bounds_as_lists_are_one_for_each_group() -> None:
     model = parameters([(3,), (3,)])
     groups = [{"params": model[:1]}, {"params": model[1:]}]
@@ -152,6 +247,16 @@ def test_set_schedule() -> None:
     assert optimizer.clock().updates == 4
 
 
+def test_a_tensor_written_into_a_group_stands_for_its_number() -> None:
+    ours, theirs = twins([(9,)])
+    fused = fastlr.FusedSGD(ours, lr=0.1, momentum=0.9)
+    reference = torch.optim.SGD(theirs, lr=0.5, momentum=0.25, foreach=False)
+    fused.param_groups[0]["lr"] = torch.tensor(0.5)
+    fused.set_schedule(momentum=0.25)
+    train(2, (theirs, reference.step), (ours, fused.step))
+    assert_same(theirs, ours)
+
+
 def test_set_schedule_for_one_group() -> None:
     model = parameters([(3,), (3,)])
     optimizer = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.3)
@@ -169,8 +274,46 @@ def test_schedules_in_samples_follow_the_samples_clock() -> None:
         optimizer.advance_samples(64)
     assert rates == [1.0, 1.0, 0.5, 0.5, 0.25]
     assert optimizer.clock() == optimizer.sync() == fastlr.Clock(updates=5, samples=320)
-    with pytest.raises(ValueError, match="samples must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="samples must be an integer >= 0, got -1"):
         optimizer.advance_samples(-1)
+
+
+def test_set_clock_is_as_if_the_updates_had_been_made() -> None:
+    def built(model: list[torch.nn.Parameter]) -> fastlr.FusedSGD:
+        return fastlr.FusedSGD(
+            [{"params": model[:1]}, {"params": model[1:], "momentum": fastlr.Triangular(0.8, 0.9, 3)}],
+            lr=fastlr.Exponential(0.1, 0.5, unit="sample"),
+        )
+
+    ours, theirs = twins([(3,), (3,)])
+    moved, stepped = built(ours), built(theirs)
+    for _ in range(5):
+        stepped.step()
+        stepped.advance_samples(2)
+    moved.set_clock(updates=5)
+    assert moved.clock() == (5, 0)
+    moved.set_clock(samples=10)
+    assert moved.clock() == moved.sync() == (5, 10)
+    assert moved.state_dict()["param_groups"] == stepped.state_dict()["param_groups"]
+    train(3, (theirs, stepped.step), (ours, moved.step))
+    assert_same(theirs, ours)
+    moved.set_clock(updates=0, samples=0)
+    assert moved.clock() == moved.sync() == (0, 0)
+    assert moved.param_groups[1]["momentum"] == 0.8
+
+
+def test_set_clock_before_the_zero_of_a_schedule_is_an_error() -> None:
+    model = parameters([(3,), (3,)])
+    optimizer = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.1)
+    train(4, (model, optimizer.step))
+    optimizer.set_schedule(lr=fastlr.Exponential(0.1, 0.5), group=1)
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"updates must be >= 4, where the lr schedule of parameter group 1"):
+        optimizer.set_clock(updates=3)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    optimizer.set_schedule(lr=fastlr.Exponential(0.1, 0.5), group=1, start="zero")
+    optimizer.set_clock(updates=3)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.0125]
 
 
 WRITES = {"lr": 0.123, "momentum": 0.5}
@@ -439,13 +582,24 @@ def test_a_plain_dict_as_state_works() -> None:
     assert_same(theirs, ours)
 
 
-def test_zero_gradients_at_rate_zero_do_not_stop_the_clock_for_good() -> None:
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = fastlr.FusedSGD([p], lr=fastlr.LinearRamp(0.0, 0.1, 10))
-    for _ in range(4):
-        p.grad = torch.zeros(3)
-        optimizer.step()
-    assert optimizer.clock().updates == 3  # the first is taken for a checkpoint's initializing step
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_first_step_with_rate_zero_and_zero_gradients_is_a_step(momentum: float) -> None:
+    ours, theirs = twins([(9,), (4,)])
+    options: dict[str, Any] = {"momentum": momentum, "dampening": 0.3 * (momentum > 0), "weight_decay": 0.1}
+    warmup = fastlr.LinearRamp(0.0, 0.1, 10)
+    fused = fastlr.FusedSGD(ours, lr=warmup, **options)
+    reference = torch.optim.SGD(theirs, lr=0.0, foreach=False, **options)
+    fused.measure_grad_norm = True
+    calls: list[str] = []
+    fused.register_step_post_hook(lambda *_: calls.append("post"))
+    for step in range(4):
+        set_gradients(step, ours, theirs, scale=0.0 if step < 2 else 1.0)
+        reference.param_groups[0]["lr"] = warmup(step)
+        reference.step()
+        fused.step()
+        assert fused.clock().updates == len(calls) == step + 1
+        assert (fused.last_grad_norm == 0.0) == (step < 2)
+        assert_same(theirs, ours)
 
 
 def test_groups_of_another_optimizer_bring_their_schedules() -> None:

@@ -203,6 +203,43 @@ DOES_NOT_FIT = {
     "unknown type": (lambda: Schedule.from_dict({"type": "Nope"}), "type must be the name .* got 'Nope'"),
     "function's name": (lambda: Schedule.from_dict({"type": "one_cycle"}), "type must be .* got 'one_cycle'"),
     "no type": (lambda: Schedule.from_dict({"value": 1.0}), "type must be the name of a schedule, got None"),
+    "the base class's name": (
+        lambda: Schedule.from_dict({"type": "Schedule"}), "type must be .* got 'Schedule'"),
+    "saved as a word": (lambda: Schedule.from_dict("Cosine"), "a schedule must be a dict, got 'Cosine'"),
+    "unknown field": (
+        lambda: Schedule.from_dict({"type": "Constant", "value": 1.0, "steps": 3}),
+        "Constant has the fields unit, value, got value, steps",
+    ),
+    "missing field": (
+        lambda: Schedule.from_dict({"type": "LinearRamp", "start": 1.0, "steps": 3}),
+        "LinearRamp has the fields unit, start, end, steps, got start, steps",
+    ),
+    "table of a dict": (lambda: fastlr.Tabulated({0: 0.1}), "source must be a sequence, got {0: 0.1}"),
+    "table of a set": (lambda: fastlr.Tabulated({0.1}), "source must be a sequence, got {0.1}"),
+    "table of a word": (lambda: fastlr.Tabulated("12"), "source must be a sequence, got '12'"),
+    "complex array": (lambda: fastlr.Tabulated(np.array([1j])), "value 0 must be a finite number >= 0, got"),
+    "complex tensor": (lambda: fastlr.Constant(torch.tensor(1 + 0j)), "value must be a finite number"),
+    "milestones of no order": (lambda: fastlr.MultiStep(0.1, {1, 2}, 0.5), "milestones must be a sequence"),
+    "infinite last rate": (
+        lambda: fastlr.OneCycle(0.1, 20, final_div_factor=1e-320),
+        "OneCycle must be finite, but at update 6 it is nan; its arguments leave the range of float64",
+    ),
+    "infinite first rate": (lambda: fastlr.OneCycle(0.1, 20, div_factor=1e-320), "at update 0 it is inf"),
+    "infinite restart": (lambda: fastlr.CosineWarmRestarts(0.1, 1e308, 20), "at update 0 it is -inf"),
+    "infinite restarts": (lambda: fastlr.CosineWarmRestarts(1.7e308, 0.1, 20), "at update 0 it is inf"),
+    "infinite ratio": (
+        lambda: fastlr.Triangular(1e-310, 1.0, 20, interpolation="geometric"), "at update 10 it is inf"),
+    "infinite milestone": (lambda: fastlr.MultiStep(1.0, [1, 2], 1e300), "at update 2 it is inf"),
+
+    "infinite scaled": (lambda: fastlr.Constant(1e308) * 10, "Scaled must be finite, but at update 0"),
+    "infinite before the next": (
+        lambda: fastlr.Exponential(1.0, 2.0).then(ONE, at=5000), "Joined must be finite, but at update 4999"),
+    "beyond the clock": (
+        lambda: EPOCHS.in_updates(2**40).in_samples(2**40),
+        f"InSamples would count {2**80} samples, beyond a 64-bit clock; use fewer",
+    ),
+    "shifted beyond the clock": (
+        lambda: fastlr.Shifted(EPOCHS, 2**40).in_updates(2**40), f"PerEpoch would count {-(2**80)} updates"),
     "bad saved value": (
         lambda: Schedule.from_dict({"type": "Constant", "value": -1.0}),
         "value must be a finite number >= 0, got -1.0",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
 
 import fastlr
+from fastlr import _core
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -301,6 +304,129 @@ def test_parameters_that_share_memory_are_updated_one_after_another(
     assert_same(theirs, ours)
 
 
+# Where a gradient lies that is not memory of its own: (parameter, gradient) over one storage.
+def itself(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(base[:30000], base[:30000])]
+
+
+def itself_with_gaps(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    pairs = base.view(-1, 2)
+    return [(pairs[:, 0], pairs[:, 0])]
+
+
+def between_its_elements(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    pairs = base.view(-1, 2)
+    return [(pairs[:, 0], pairs[:, 1])]
+
+
+def an_earlier_parameter(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(base[:30000], base[60000:90000]), (base[30000:60000], base[:30000])]
+
+
+def a_later_parameter(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(base[:30000], base[30000:60000]), (base[30000:60000], base[60000:90000])]
+
+
+def parts_of_both_neighbours(base: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ends = torch.as_strided(base, (2, 10000), (60000, 1), 10000)
+    own = torch.as_strided(base, (2, 10000), (10000, 1), 30000)
+    return [
+        (base[10000:20000], base[90000:100000]),
+        (own, ends),
+        (base[70000:80000], base[100000:110000]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [itself, itself_with_gaps, between_its_elements, an_earlier_parameter, a_later_parameter,
+     parts_of_both_neighbours],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{"lr": 0.1}, {**MOMENTUM, "weight_decay": 0.1}], ids=["plain", "all"])
+def test_gradients_in_memory_that_the_step_writes_are_read_in_torchs_order(
+    place: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    torch.set_num_threads(2)
+    bases, optimizers = [], []
+    for kind, extra in ((torch.optim.SGD, {"foreach": False}), (fastlr.FusedSGD, {})):
+        base = torch.linspace(1, 2, 120000)
+        model = []
+        for p, grad in place(base):
+            model.append(torch.nn.Parameter(p))
+            model[-1].grad = grad
+        bases.append(base)
+        optimizers.append(kind(model, **options, **extra))
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_same(bases[:1], bases[1:])
+
+
+def test_a_gradient_that_comes_to_lie_in_another_parameter_is_noticed() -> None:
+    torch.set_num_threads(2)
+    ours, theirs = twins([(30000,), (30000,), (30000,)])
+    fused = fastlr.FusedSGD(ours, **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
+    train(2, (theirs, reference.step), (ours, fused.step))
+    for model, optimizer in ((theirs, reference), (ours, fused)):
+        model[2].grad = model[0].detach()
+        optimizer.step()
+    assert_same(theirs, ours)
+    train(2, (theirs, reference.step), (ours, fused.step), start=2)
+    assert_same(theirs, ours)
+
+
+def shifted(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return base[:4000], base[1:4001]
+
+
+def shifted_with_gaps(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = base.view(-1, 2)
+    return pairs[:2000, 0], pairs[1:2001, 0]
+
+
+def transposed(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    square = base[:3600].view(60, 60)
+    return square, square.t()
+
+
+def expanded(base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return base[:4000], base[7:8].expand(4000)
+
+
+@pytest.mark.parametrize(
+    "place", [shifted, shifted_with_gaps, transposed, expanded], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_that_partly_lies_in_its_own_parameter_is_refused(
+    place: Callable[..., Any], momentum: float
+) -> None:
+    base = torch.linspace(1, 2, 8000)
+    data, gradient = place(base)
+    model = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(data)]
+    model[0].grad, model[1].grad = torch.ones(3), gradient
+    before = base.clone()
+    optimizer = fastlr.FusedSGD(model, lr=0.1, momentum=momentum)
+    with pytest.raises(ValueError, match=r"gradient of parameter 1 of group 0, .* clone\(\)"):
+        optimizer.step()
+    assert_same([before, torch.ones(3)], [base, model[0].detach()])
+    assert not optimizer.state
+    model[1].grad = gradient.clone()
+    optimizer.step()
+
+
+def test_a_gradient_in_its_own_momentum_buffer_is_refused() -> None:
+    model = parameters([(9,)])
+    optimizer = fastlr.FusedSGD(model, momentum=0.9)
+    train(1, (model, optimizer.step))
+    model[0].grad = optimizer.state[model[0]]["momentum_buffer"]
+    before = model[0].detach().clone()
+    with pytest.raises(ValueError, match=r"gradient of parameter 0 .* its own momentum_buffer; .*clone"):
+        optimizer.step()
+    assert_same([before], [model[0].detach()])
+
+
 def test_tensors_in_shared_memory() -> None:
     ours, theirs = twins([(100,)])
     ours[0].share_memory_()
@@ -377,11 +503,64 @@ def test_what_cannot_be_updated_is_named_before_anything_is_written(
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_meta_parameters_are_refused() -> None:
-    p = torch.nn.Parameter(torch.empty(7, device="meta"))
-    p.grad = torch.empty(7, device="meta")
-    with pytest.raises(ValueError, match=r"data of parameter 0 of group 0, shape \(7,\)"):
-        fastlr.FusedSGD([p]).step()
+@contextmanager
+def meta_device() -> Iterator[torch.device]:
+    yield torch.device("meta")
+
+
+@contextmanager
+def fake_mode() -> Iterator[torch.device]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield torch.device("cpu")
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+@pytest.mark.parametrize("place", [meta_device, fake_mode], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_tensors_without_values_get_their_state_and_the_clock_moves(
+    place: Callable[[], Any], momentum: float, exchange: bool
+) -> None:
+    _core.set_exchange_enabled(exchange)
+    try:
+        with place() as device:
+            layer = torch.nn.Linear(3, 2, device=device, dtype=torch.bfloat16)
+            optimizer = fastlr.FusedSGD(
+                layer.parameters(), lr=fastlr.Exponential(0.1, 0.5), momentum=momentum,
+                momentum_dtype=torch.float32,
+            )  # fmt: skip
+            version = layer.weight._version
+            for _ in range(2):
+                layer(torch.ones(1, 3, device=device, dtype=torch.bfloat16)).sum().backward()
+                optimizer.step()
+    finally:
+        _core.set_exchange_enabled(True)
+    assert optimizer.clock().updates == 2
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert layer.weight._version == version + 2
+    assert len(optimizer.state) == (2 if momentum else 0)
+    for p, entry in optimizer.state.items():
+        buffer = entry["momentum_buffer"]
+        assert (buffer.shape, buffer.device, buffer.dtype) == (p.shape, p.device, torch.float32)
+        assert type(buffer) is type(p.data)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+def test_tensors_without_values_beside_others(exchange: bool) -> None:
+    ours, theirs = twins([(9,)])
+    shapes = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in (5, 0)]
+    for shape in shapes:
+        shape.grad = torch.empty_like(shape)
+    fused = fastlr.FusedSGD([*shapes, *ours], **MOMENTUM)
+    reference = torch.optim.SGD(theirs, foreach=False, **MOMENTUM)
+    _core.set_exchange_enabled(exchange)
+    try:
+        train(3, (theirs, reference.step), (ours, fused.step))
+    finally:
+        _core.set_exchange_enabled(True)
+    assert_same(theirs, ours)
+    assert all(fused.state[shape]["momentum_buffer"].is_meta for shape in shapes)
 
 
 BAD_BUFFERS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
@@ -392,7 +571,10 @@ BAD_BUFFERS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "type": (lambda: torch.zeros(7, dtype=torch.float64), "has float64; a parameter of float32 takes"),
     "complex": (lambda: torch.zeros(7, dtype=torch.complex64), "has complex64; a parameter of float32 takes"),
     "expanded": (lambda: torch.zeros(1).expand(7), "has elements that share memory"),
-    "meta": (lambda: torch.zeros(7, device="meta"), "momentum_buffer of parameter 0"),
+    "meta": (
+        lambda: torch.zeros(7, device="meta"),
+        "momentum_buffer of parameter 0 .* is a meta or fake tensor without memory",
+    ),
     "sparse": (lambda: torch.zeros(7).to_sparse(), "has layout torch.sparse_coo"),
 }
 
@@ -409,7 +591,7 @@ def test_bad_momentum_buffers_are_refused(buffer: Callable[[], torch.Tensor], me
     assert_same([before], [model[0].detach()])
 
 
-def test_fake_tensors_are_refused() -> None:
+def test_a_fake_gradient_of_a_real_parameter_is_refused() -> None:
     model = parameters([(7,)])
     fake(model[0])
     with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0.*memory"):

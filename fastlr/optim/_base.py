@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
-import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
-from fastlr._checks import flag
+from fastlr._checks import count, flag, index, number
+from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
+from fastlr.optim._groups import (
+    SCHEDULED,
+    TorchOptions,
+    check_owner,
+    check_torch_options,
+    clock_of,
+    tensor_rates,
+)
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-# Hyperparameters that a schedule can drive. For each, a group holds the value that the next step uses
-# under its name, its owner under "<name>_schedule" (a Schedule or None), and the clock at which the
-# schedule's zero lies under "<name>_start".
-_SCHEDULED = ("lr", "momentum")
 
 
 class Clock(NamedTuple):
@@ -46,72 +50,86 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _last_step_skipped = False
     _measures_grad_norm = False
-    _loaded_momenta: dict[torch.Tensor, torch.Tensor]
+    _loaded: Loaded
 
     # NOTE: [what a checkpoint holds]
     # Clocks and schedules live in param_groups, so that state_dict, deepcopy, pickle and the helpers of
     # torch.distributed.checkpoint (which keep nothing but state and param_groups) carry them. In a
     # state_dict a schedule is a plain dict. A buffer's type is `momentum_dtype` of its group.
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        for name in _SCHEDULED:
+    def __init__(self, params: Params, defaults: dict[str, Any], options: TorchOptions | None = None) -> None:
+        check_torch_options(dict(options or {}), f"{type(self).__name__}()")
+        for name in SCHEDULED:
             defaults |= {f"{name}_schedule": None, f"{name}_start": 0}
         defaults |= {"updates": 0, "samples": 0, "fresh": False}
         self._plan = self._new_plan()
+        # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
+        # stay as they are.
+        if not isinstance(params, torch.Tensor):
+            params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
 
     def _new_plan(self) -> _core.SgdPlan:
         """The native step of this optimizer's rule."""
         raise NotImplementedError
 
-    def _check_group(self, group: dict[str, Any], where: str) -> None:
-        """Raises ValueError for a hyperparameter of a group that is out of range."""
+    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+        """A group's hyperparameters as plain Python values.
+
+        Raises:
+            TypeError, ValueError: one of them has a wrong type or is out of range.
+        """
         raise NotImplementedError
 
     # -- groups and schedules --------------------------------------------------------------------
+
+    def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
+        """A new group dict with lr and momentum in place of what the class calls them."""
+        return dict(param_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its schedules begin at their zero now.
 
         Args:
             param_group: ``{"params": ..., "lr": number or schedule, ...}``; what it does not say is
-                taken from the optimizer's arguments.
+                taken from the optimizer's arguments. It becomes the optimizer's, completed; on an error
+                it stays as it was.
 
         Raises:
             ValueError: a hyperparameter is out of range, or a schedule counts epochs.
+            TypeError: a value has a wrong type.
         """
-        if isinstance(param_group, dict):
-            index = len(self.param_groups)
-            clock = self.sync() if self.param_groups else Clock(0, 0)
-            filled = {**self.defaults, **param_group, "updates": clock.updates}
-            filled |= {"samples": clock.samples, "fresh": False}
-            for name in _SCHEDULED:
-                owner = filled[f"{name}_schedule"]  # a group of another optimizer brings its own
-                filled |= self._hyperparameter(name, filled[name] if owner is None else owner, clock, index)
-            self._check_group(filled, f" of parameter group {index}")
-            param_group.update({key: value for key, value in filled.items() if key != "params"})
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            return super().add_param_group(param_group)  # which raises
+        place = len(self.param_groups)
+        where = f" of parameter group {place}"
+        clock = self.sync() if self.param_groups else Clock(0, 0)
+        filled = {**self.defaults, **self._in_own_words(param_group, where)}
+        check_torch_options({"differentiable": filled.get("differentiable")}, "")
+        filled |= {"updates": clock.updates, "samples": clock.samples, "fresh": False}
+        for name in SCHEDULED:
+            owner = filled[f"{name}_schedule"]  # a group of another optimizer brings its own
+            filled |= self._hyperparameter(name, filled[name] if owner is None else owner, clock, where)
+        filled |= self._checked(filled, where)
+        if isinstance(filled["params"], Iterator):  # read once; a second try still has them
+            filled["params"] = param_group["params"] = list(filled["params"])
+        super().add_param_group(filled)
+        param_group.clear()
+        param_group.update(filled)
+        self.param_groups[place] = param_group
 
-    def _hyperparameter(self, name: str, value: object, start: Clock, group: int) -> dict[str, Any]:
+    def _hyperparameter(self, name: str, value: object, start: Clock, where: str) -> dict[str, Any]:
         """A group's entries for a hyperparameter that is a number, or a schedule with its zero."""
-        where = f"{name} of parameter group {group}"
         if not isinstance(value, Schedule):
-            if isinstance(value, torch.Tensor) or not isinstance(value, (int, float, np.number)):
-                remedy = "; pass its .item()" if isinstance(value, torch.Tensor) else ""
-                if hasattr(value, "triangular2"):  # a range test's result
-                    reason = getattr(value, "reason", None)
-                    remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
-                raise TypeError(
-                    f"{where} must be a number or a fastlr schedule, got {type(value).__name__}{remedy}"
-                )
-            return {name: float(value), f"{name}_schedule": None, f"{name}_start": 0}
-        if value.unit == "epoch":
-            raise ValueError(
-                f"{where} counts epochs, which an optimizer cannot see; convert it with "
-                "schedule.in_updates(updates_per_epoch)"
-            )
-        if name == "momentum" and not value.peak < 1.0:
-            raise ValueError(f"{where} must stay in [0, 1), but its schedule peaks at {value.peak!r}")
+            remedy = ""
+            if isinstance(value, torch.Tensor):
+                remedy = "; pass its .item(). A schedule changes it, in CUDA graphs too"
+            elif hasattr(value, "triangular2"):  # a range test's result
+                reason = getattr(value, "reason", None)
+                remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
+            fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
+            return {name: fixed, f"{name}_schedule": None, f"{name}_start": 0}
+        check_owner(name, value, where)
         zero = start.samples if value.unit == "sample" else start.updates
         return {name: value._native.value(0), f"{name}_schedule": value, f"{name}_start": zero}
 
@@ -134,24 +152,34 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
+            TypeError: a value is neither a number nor a schedule.
         """
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
-        if group is not None and not 0 <= group < len(self.param_groups):
-            raise ValueError(f"group must be in 0 .. {len(self.param_groups) - 1}, got {group}")
-        indices = range(len(self.param_groups)) if group is None else (group,)
+        size = len(self.param_groups)
+        indices = range(size) if group is None else (index("group", group, size),)
         now = self.sync()
         origin = now if start == "now" else Clock(0, 0)
-        changes = []
-        for index in indices:
-            change: dict[str, Any] = {}
+        changes: list[dict[str, Any]] = [{} for _ in range(size)]
+        for place in indices:
+            where = f" of parameter group {place}"
             for name, value in (("lr", lr), ("momentum", momentum)):
                 if value is not None:
-                    change |= self._hyperparameter(name, value, origin, index)
-            self._check_group({**self.param_groups[index], **change}, f" of parameter group {index}")
-            changes.append(change)
-        for index, change in zip(indices, changes, strict=True):
-            self.param_groups[index].update(change)
+                    changes[place] |= self._hyperparameter(name, value, origin, where)
+            own = self.param_groups[place]
+            self._checked({**own, **tensor_rates(own), **changes[place]}, where)
+        self._change(changes)
+
+    def _change(self, changes: list[dict[str, Any]]) -> None:
+        """Writes into every group, and lets the devices and their captured graphs know at once.
+
+        Where host or device cannot take it, an error is raised and nothing has changed.
+        """
+        changed = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
+        _core.advance(changed, 0, 0)
+        self._plan.push(changed)
+        for group, change in zip(self.param_groups, changes, strict=True):
+            group.update(change)
         _core.advance(self.param_groups, 0, 0)
         self._plan.push(self.param_groups)
 
@@ -180,6 +208,42 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._last_step_skipped = skipped
         return self.clock()
 
+    def set_clock(self, *, updates: int | None = None, samples: int | None = None) -> None:
+        """Sets the clock of all groups, and with it the values of their schedules.
+
+        For a run that another optimizer began, whose checkpoint says nothing of how far it was. CUDA
+        graphs that were captured before go on from the new clock.
+
+        Args:
+            updates: applied so far, >= 0; None: unchanged.
+            samples: consumed so far, >= 0; None: unchanged.
+
+        Raises:
+            ValueError: a number is out of range, or a schedule begins after the new clock.
+
+        >>> import fastlr, torch
+        >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))
+        >>> opt.set_clock(updates=60)
+        >>> opt.clock(), opt.param_groups[0]["lr"]
+        (Clock(updates=60, samples=0), 0.025)
+        """
+        given = {"updates": updates, "samples": samples}
+        change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
+        clock = self.sync()._replace(**change)
+        for place, group in enumerate(self.param_groups):
+            for name in SCHEDULED:
+                schedule, start = group[f"{name}_schedule"], group[f"{name}_start"]
+                if schedule is None:
+                    continue
+                unit = clock_of(schedule)
+                if start > getattr(clock, unit):
+                    raise ValueError(
+                        f"{unit} must be >= {start}, where the {name} schedule of parameter group {place} "
+                        f"begins, got {getattr(clock, unit)}; first put a schedule in place with "
+                        'set_schedule(..., start="zero")'
+                    )
+        self._change([dict(change) for _ in self.param_groups])
+
     def keep_devices(self) -> Callable[[], None]:
         """For code that puts ``param_groups`` and ``state`` back as they were: what to call afterwards.
 
@@ -203,10 +267,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Args:
             samples: >= 0.
         """
-        count = operator.index(samples)
-        if count < 0:
-            raise ValueError(f"samples must be >= 0, got {samples!r}")
-        self._plan.advance_samples(self.param_groups, count)
+        self._plan.advance_samples(self.param_groups, count("samples", samples, 0))
 
     @property
     def last_step_skipped(self) -> bool:
@@ -279,6 +340,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return self._uncompiled_step(closure)
+        if not self.state and self._only_initializes_state():
+            return None
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
         # it is entered only where somebody listens. A subclass with a step of its own is wrapped already.
         if (
@@ -308,8 +371,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and self._only_initializes_state():
-            return loss
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
         updated = self._plan.step(
@@ -333,23 +394,24 @@ class FusedOptimizer(torch.optim.Optimizer):
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the
     # buffers are created as zeros, marked as fresh, and dropped again before the first real update,
-    # so that neither weights nor clock move and the first update is a first update.
+    # so that neither weights nor clock move, no hook runs and the first update is a first update. A
+    # training step may look the same (a warm-up from 0, a model whose gradients are still zero), so it
+    # is recognised by who calls: a function of this name, in whatever module a copy of it stands.
+    _INITIALIZES_STATE = "_init_optim_state"
 
     def _only_initializes_state(self) -> bool:
-        if self.param_groups[0]["fresh"] or any(group["lr"] != 0.0 for group in self.param_groups):
-            return False  # done once already, or a step like any other
-        with_gradient = [
-            (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not with_gradient or any(
-            p.grad.layout is not torch.strided or torch.count_nonzero(p.grad) for p, _ in with_gradient
-        ):
+        if any(group["lr"] != 0.0 for group in self.param_groups):
+            return False  # the function sets it to 0; this spares other steps the walk up the stack
+        frame = sys._getframe(1).f_back
+        while frame is not None and frame.f_code.co_name != self._INITIALIZES_STATE:
+            frame = frame.f_back
+        if frame is None:
             return False
         for group in self.param_groups:
             group["fresh"] = True
-        for p, group in with_gradient:
-            if group["momentum"] != 0.0:
-                self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
+            for p in group["params"]:
+                if p.grad is not None and group["momentum"] != 0.0:
+                    self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
         return True
 
     def _drop_initialized_state(self) -> None:
@@ -366,7 +428,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Waits for CUDA devices, as :meth:`sync`.
         """
         self.sync()
-        handle = self.register_state_dict_post_hook(_pack, prepend=True)  # type: ignore[arg-type]
+
+        def packed(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            pack(self.param_groups, set(self._plan.uninitialized()), state_dict)
+
+        handle = self.register_state_dict_post_hook(packed, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -376,34 +442,58 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those
         that there are, so that a captured CUDA graph goes on from what was loaded.
 
-        Where the file has no schedule or no clock, the optimizer keeps its own. What a schedule owns is
-        computed anew. Buffers are converted to the type that their group keeps momentum in.
+        A file of fastlr brings back what was saved: schedules, fixed values, clocks. A file of another
+        optimizer knows no schedules and no clock; there the optimizer keeps its own. What a schedule owns
+        is computed anew. Buffers are converted to the type that their group keeps momentum in.
+
+        A schedule that goes on beside a file without a clock does so where this optimizer stands, which a
+        warning says; :meth:`set_clock` tells how far the file's run was.
 
         Raises:
-            ValueError: the groups differ in number or size, or a buffer in shape.
+            ValueError: the file is damaged, or the groups differ in number or size, or a buffer in shape.
+                Nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         self._plan.refuse_capture("load_state_dict()")
-        handle = self.register_load_state_dict_pre_hook(_unpack)  # type: ignore[arg-type]
+
+        def unpacked(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+            loaded = unpack(self.param_groups, self._checked, state_dict)
+            if loaded is None:
+                return None
+            self._loaded = loaded
+            return loaded.state_dict
+
+        handle = self.register_load_state_dict_pre_hook(unpacked)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-            self.__dict__.pop("_loaded_momenta", None)
+            loaded = self.__dict__.pop("_loaded", None)
+        if loaded is not None and loaded.clockless:
+            warnings.warn(
+                f"the file has no clock, as it is another optimizer's: {'; '.join(loaded.clockless)}. "
+                "If its run was elsewhere, say how far: optimizer.set_clock(updates=..., samples=...).",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
         state = self.state.copy()
         for p in self._plan.uninitialized():
-            _drop_momentum(state, p)
+            drop_momentum(state, p)
         return {**super().__getstate__(), "state": state, "_measures_grad_norm": self._measures_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own = self.__dict__.get("state", {})
-        super().__setstate__(state)
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
+            super().__setstate__(state)
             self._plan = self._new_plan()
             return
-        loaded = self.__dict__.get("_loaded_momenta", {})
+        self._plan.push(state["param_groups"])  # first, as a captured graph may refuse them
+        own = self.state
+        super().__setstate__(state)
+        loaded = self._loaded.momenta if "_loaded" in self.__dict__ else {}
         empty = []
         if self._plan.captured():
             # The graph goes on with its own buffers, also with those that the file has nothing for.
@@ -417,76 +507,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, buffer in loaded.items():
             self.state[p]["momentum_buffer"] = buffer
         self._plan.loaded(empty)
-        self._plan.push(self.param_groups)
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
-
-
-def _drop_momentum(state: dict[Any, dict[str, Any]], key: object) -> None:
-    """Takes a momentum buffer out of a copied state, whose inner dicts are still the original's."""
-    entry = {name: value for name, value in state.pop(key, {}).items() if name != "momentum_buffer"}
-    if entry:
-        state[key] = entry
-
-
-def _pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Makes a state_dict of plain values, without buffers that hold nothing yet."""
-    empty = set(optimizer._plan.uninitialized())
-    for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        for p, key in zip(own["params"], group["params"], strict=True):
-            if p in empty:
-                _drop_momentum(state_dict["state"], key)
-        for key, value in group.items():
-            if isinstance(value, Schedule):
-                group[key] = value.to_dict()
-            elif isinstance(value, torch.dtype):
-                group[key] = str(value).removeprefix("torch.")
-
-
-def _unpack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A state_dict whose groups are complete and live again; sets its momenta aside.
-
-    PyTorch would cast the momenta to their parameters' type, which loses what float32 momenta hold.
-    """
-    own_groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    sizes = [[len(group["params"]) for group in groups] for groups in (own_groups, saved_groups)]
-    if sizes[0] != sizes[1]:
-        return None  # PyTorch raises next
-
-    groups: list[dict[str, Any]] = []
-    momenta: dict[torch.Tensor, torch.Tensor] = {}
-    state = {
-        key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
-    }
-    for own, saved in zip(own_groups, saved_groups, strict=True):
-        group = {**own, "fresh": False, **saved}
-        for name in _SCHEDULED:
-            owner = saved.get(f"{name}_schedule")
-            if owner is None:
-                schedule = group[f"{name}_schedule"] = own[f"{name}_schedule"]
-                clock = group["samples" if schedule is not None and schedule.unit == "sample" else "updates"]
-                group[f"{name}_start"] = min(own[f"{name}_start"], clock)
-            else:
-                group[f"{name}_schedule"] = Schedule.from_dict(owner)
-            group[name] = float(group[name])  # a torch optimizer's may be a tensor
-        if group["momentum_dtype"] == "float32":
-            group["momentum_dtype"] = torch.float32
-        optimizer._check_group(group, f" of the file's parameter group {len(groups)}")
-        groups.append(group)
-        for key, parameter in zip(saved["params"], own["params"], strict=True):
-            buffer = state[key].pop("momentum_buffer", None) if key in state else None
-            if buffer is None:
-                if key in state and not state[key]:
-                    del state[key]
-                continue
-            if buffer.shape != parameter.shape or buffer.is_complex() != parameter.is_complex():
-                raise ValueError(
-                    f"the file's momentum_buffer {key} has shape {tuple(buffer.shape)} and "
-                    f"{buffer.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
-                )
-            momenta[parameter] = Runtime.new_momentum(parameter, group).copy_(buffer)
-    _core.advance(groups, 0, 0)  # what schedules own follows from the clock, not from the file
-    optimizer._loaded_momenta = momenta
-    return {**state_dict, "state": state, "param_groups": groups}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Runtime:
@@ -28,6 +29,11 @@ class Runtime:
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """A copy of the gradient that lies in memory as the parameter does."""
         return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+    @staticmethod
+    def has_no_values(tensor: torch.Tensor) -> bool:
+        """Whether a tensor is nothing but a shape and a type: on the meta device, or fake."""
+        return tensor.is_meta or isinstance(tensor, FakeTensor)
 
     @staticmethod
     def read_amp(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> float | None:

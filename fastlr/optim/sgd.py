@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
+from typing_extensions import Self, Unpack
 
 from fastlr import _core
+from fastlr._checks import flag, number
 from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._groups import TorchOptions
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from fastlr.range_test import RangeTestResult
 
 Mode = Literal["triangular", "triangular2", "exp_range"]
@@ -50,6 +50,9 @@ class FusedSGD(FusedOptimizer):
         maximize: ascend instead of descend.
         momentum_dtype: None keeps momentum in the parameter's type; ``torch.float32`` keeps it in
             float32 (complex64 for complex parameters).
+        foreach, fused, capturable, differentiable: as torch's optimizers take them, for code that passes
+            them on. A step is always fused, can be captured in CUDA graphs and is not differentiable; what
+            asks for something else is an error.
 
     Each of them may stand in a parameter group. ``param_groups[i]["lr"]`` is a float: what the next
     step will use; its owner stands under ``"lr_schedule"``, a schedule or None.
@@ -79,6 +82,7 @@ class FusedSGD(FusedOptimizer):
         *,
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -91,45 +95,51 @@ class FusedSGD(FusedOptimizer):
                 "maximize": maximize,
                 "momentum_dtype": momentum_dtype,
             },
+            torch_options,
         )
 
     def _new_plan(self) -> _core.SgdPlan:
         return _core.SgdPlan(Runtime())
 
-    def _check_group(self, group: dict[str, Any], where: str) -> None:
-        def check(name: str, valid: bool, expected: str) -> None:
-            if not valid:
-                raise ValueError(f"{name}{where} must be {expected}, got {group[name]!r}")
+    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            name: number(f"{name}{where}", group[name])
+            for name in ("lr", "momentum", "dampening", "weight_decay")
+        }
+        values |= {name: flag(f"{name}{where}", group[name]) for name in ("nesterov", "maximize")}
 
-        for name in ("dampening", "weight_decay"):
-            if not isinstance(group[name], (int, float, np.number)):
-                kind = type(group[name]).__name__
-                raise TypeError(f"{name}{where} must be a number, got {group[name]!r} ({kind})")
-        lr, momentum, dampening = group["lr"], group["momentum"], group["dampening"]
+        def check(name: str, valid: bool, expected: str, reason: str = "") -> None:
+            if not valid:
+                raise ValueError(f"{name}{where} must be {expected}, got {group[name]!r}{reason}")
+
+        lr, momentum, dampening, weight_decay = list(values.values())[:4]
         check("lr", math.isfinite(lr) and lr >= 0.0, "finite and >= 0")
-        check("momentum", 0.0 <= momentum < 1.0, "in [0, 1)")
+        check(
+            "momentum",
+            0.0 <= momentum < 1.0,
+            "in [0, 1)",
+            "; from 1 on gradients are never forgotten and the buffer grows without bound"
+            if momentum >= 1.0
+            else "",
+        )
         check("dampening", math.isfinite(dampening), "finite")
-        check(
-            "weight_decay",
-            math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0.0,
-            "finite and >= 0",
-        )
-        check(
-            "momentum_dtype",
-            group["momentum_dtype"] in (None, torch.float32),
-            "None or torch.float32",
-        )
-        if group["nesterov"]:
+        check("weight_decay", math.isfinite(weight_decay) and weight_decay >= 0.0, "finite and >= 0")
+        dtype = group["momentum_dtype"]
+        check("momentum_dtype", dtype is None or dtype is torch.float32, "None or torch.float32")
+        if values["nesterov"]:
             scheduled = group["momentum_schedule"] is not None
             check("momentum", scheduled or momentum > 0.0, "> 0 with nesterov=True")
             check("dampening", dampening == 0.0, "0 with nesterov=True")
+        return values
 
 
 class FusedCyclicSGD(FusedSGD):
     """:class:`FusedSGD` on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``.
 
     Args:
-        params: as for :class:`FusedSGD`. A group may have cycle arguments of its own.
+        params: as for :class:`FusedSGD`. A group, also one that is added later, may have cycle arguments of
+            its own where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or a schedule as its ``lr``.
+            A number as ``lr``, which groups that another optimizer has used bring, is an error.
         base_lr: lower bound of the cycles, >= 0; a list gives one for each group.
         max_lr: upper bound, >= base_lr; a list gives one for each group.
         step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
@@ -142,7 +152,8 @@ class FusedCyclicSGD(FusedSGD):
         interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
         decay_base: let exp_range's lower bound decline too, as in Smith's paper.
         momentum: fixed momentum; not with cycle_momentum.
-        dampening, weight_decay, nesterov, maximize, momentum_dtype: as for :class:`FusedSGD`.
+        dampening, weight_decay, nesterov, maximize, momentum_dtype, foreach, fused, capturable,
+            differentiable: as for :class:`FusedSGD`.
 
     Raises:
         ValueError: an argument is out of range, or belongs to an option that is off.
@@ -179,6 +190,7 @@ class FusedCyclicSGD(FusedSGD):
         nesterov: bool = False,
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         self._cycle: dict[str, Any] = {
             "base_lr": base_lr,
@@ -194,20 +206,21 @@ class FusedCyclicSGD(FusedSGD):
             "decay_base": decay_base,
             "momentum": momentum,
         }
-        groups = _as_groups(params)
         for name in ("base_lr", "max_lr"):
             bounds = self._cycle[name]
             if isinstance(bounds, (list, tuple)):
+                groups = _as_groups(params)
                 if len(bounds) != len(groups):
                     raise ValueError(f"{name} has {len(bounds)} values for {len(groups)} groups")
-                groups = [{name: b} | g for b, g in zip(bounds, groups, strict=True)]
+                params = [{name: b} | g for b, g in zip(bounds, groups, strict=True)]
         super().__init__(
-            groups,
+            params,
             dampening=dampening,
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
             momentum_dtype=momentum_dtype,
+            **torch_options,
         )
 
     @classmethod
@@ -251,31 +264,35 @@ class FusedCyclicSGD(FusedSGD):
             **options,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, which begins its first cycle now.
-
-        Args:
-            param_group: as :meth:`FusedSGD.add_param_group` takes, with cycle arguments of its own
-                where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or with an ``lr``.
-        """
-        if isinstance(param_group, dict):
-            if "lr" in param_group and (given := [key for key in _LR_CYCLE if key in param_group]):
-                raise ValueError(f"a group takes lr or {', '.join(given)}, not both")
-            own = {key: param_group.pop(key) for key in self._cycle if key in param_group}
-            for name, value in _cycle_schedules(**{**self._cycle, **own}).items():
-                param_group.setdefault(name, value)
-        super().add_param_group(param_group)
+    def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
+        if "lr" in param_group and (given := [key for key in _LR_CYCLE if key in param_group]):
+            raise ValueError(f"a group takes lr or {', '.join(given)}, not both")
+        own = {key: value for key, value in param_group.items() if key in self._cycle}
+        group = {key: value for key, value in param_group.items() if key not in self._cycle}
+        cycle = _cycle_schedules(**{**self._cycle, **own})
+        lr = group.get("lr", cycle["lr"])
+        if not isinstance(lr, Schedule):
+            # Of a group that another optimizer has used, too. CyclicLR would cycle it all the same.
+            raise ValueError(
+                f"lr{where} is {lr!r}, but FusedCyclicSGD cycles the rate of every group; leave lr out "
+                f"of the group, or keep its rate fixed by lr=fastlr.Constant({lr!r})"
+            )
+        for name in cycle:
+            if (owner := group.get(f"{name}_schedule")) is not None:
+                raise ValueError(
+                    f"{name}_schedule{where} is {owner!r}, of another optimizer, but FusedCyclicSGD sets the "
+                    f"{name} itself; leave {name}_schedule out of the group"
+                )
+        return {**cycle, **group}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cycle": self._cycle}
 
 
-def _as_groups(params: Params) -> list[dict[str, Any]]:
-    """Parameters as a list of new group dicts; what is wrong with them is left to PyTorch to say."""
-    items: list[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
-    if items and isinstance(items[0], dict):
-        return [dict(group) if isinstance(group, dict) else group for group in items]
-    return [{"params": items}] if items else []
+def _as_groups(params: Params) -> list[Any]:
+    """Parameters as a list of groups; what is wrong with them is left to PyTorch to say."""
+    items: list[Any] = list(params)
+    return items if items and isinstance(items[0], dict) else [{"params": items}]
 
 
 def _cycle_schedules(
@@ -296,6 +313,8 @@ def _cycle_schedules(
     """A group's ``lr`` and ``momentum`` from CyclicLR's arguments."""
     if mode not in ("triangular", "triangular2", "exp_range"):
         raise ValueError(f"mode must be triangular, triangular2 or exp_range, got {mode!r}")
+    cycle_momentum = flag("cycle_momentum", cycle_momentum)
+    decay_base = flag("decay_base", decay_base)
     if mode != "exp_range" and (gamma != 1.0 or decay_base):
         raise ValueError(
             f'gamma={gamma!r}, decay_base={decay_base!r} belong to mode="exp_range", got mode={mode!r}'

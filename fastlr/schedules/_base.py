@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,8 +66,33 @@ class Schedule:
     _closed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        choice("unit", self.unit, _UNITS)
+        self._set(unit=choice("unit", self.unit, _UNITS))
         self._validate()
+        if type(self) is Schedule:
+            raise TypeError("Schedule is abstract; use one of its subclasses")
+        for clock in self._turning_points():
+            value = self._native.value(clock)
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{type(self).__name__} must be finite, but at {self.unit} {clock} it is {value!r}; its "
+                    "arguments leave the range of float64"
+                )
+
+    def _turning_points(self) -> list[int]:
+        """Clocks between which the value is monotonous, or oscillates between the values there.
+
+        What has no end, and grows for ever, is looked at where it begins.
+        """
+        points = {0} if self._last == ENDLESS else {0, self._last}
+        segments, _ = self._segments()
+        for s, stop in zip(segments, [*(s.begin for s in segments[1:]), ENDLESS], strict=True):
+            own = {s.begin, ENDLESS if stop == ENDLESS else stop - 1}
+            grows = s.decay in (_core.Decay.HEIGHT, _core.Decay.BOTH_BOUNDS) and s.gamma > 1.0
+            if s.curve in (_core.Curve.CYCLE, _core.Curve.RESTARTS) and not grows:
+                rise = s.up if s.curve is _core.Curve.CYCLE else s.period / 2
+                own |= {s.origin + s.tick * math.ceil(part * rise) for part in (0.5, 1.0, 1.5)}
+            points |= {point for point in own if s.begin <= point < stop}
+        return sorted(point for point in points if 0 <= point < ENDLESS)
 
     def _validate(self) -> None:
         """Checks the fields and stores them in their canonical type."""
@@ -77,7 +103,7 @@ class Schedule:
 
     def _segments(self) -> tuple[list[Segment], list[float]]:
         """The native form: segments in order, and the values of their tables."""
-        raise TypeError(f"{type(self).__name__} is abstract; use one of its subclasses")
+        raise NotImplementedError
 
     @property
     def duration(self) -> int | None:
@@ -99,6 +125,13 @@ class Schedule:
     @cached_property
     def _native(self) -> _core.Schedule:
         segments, table = self._segments()
+        for s in segments:
+            far = max((s.begin, s.origin, s.tick, s.limit), key=abs)
+            if abs(far) > ENDLESS:
+                raise ValueError(
+                    f"{type(self).__name__} would count {far} {self.unit}s, beyond a 64-bit clock; use fewer "
+                    "to a unit of the schedule"
+                )
         return _core.Schedule(segments, table, end=self._last, in_samples=self.unit == "sample")
 
     def __call__(self, clock: int) -> float:
@@ -223,11 +256,16 @@ class Schedule:
 
         from fastlr import schedules
 
+        if not isinstance(data, dict):
+            raise ValueError(f"a schedule must be a dict, got {describe(data)}")
         fields = dict(data)
         name = fields.pop("type", None)
         kind = getattr(schedules, name) if name in schedules.__all__ else None
-        if not (isinstance(kind, type) and issubclass(kind, Schedule)):
+        if not (isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule):
             raise ValueError(f"type must be the name of a schedule, got {describe(name)}")
+        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(kind)}
+        if not {key for key, needed in known.items() if needed} <= fields.keys() <= known.keys():
+            raise ValueError(f"{name} has the fields {', '.join(known)}, got {', '.join(map(str, fields))}")
         return kind(**{key: parsed(value) for key, value in fields.items()})
 
     def __copy__(self) -> Schedule:

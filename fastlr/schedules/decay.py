@@ -299,10 +299,7 @@ class MultiStep(Schedule):
 
     @property
     def peak(self) -> float:
-        try:
-            return self.start * max(1.0, self.gamma ** len(self.milestones))
-        except OverflowError:
-            return math.inf if self.start > 0.0 else 0.0
+        return self.start and self.start * max(1.0, self.gamma ** len(self.milestones))
 
     def _segments(self) -> tuple[list[Segment], list[float]]:
         counts = {0: 0} | {milestone: k for k, milestone in enumerate(self.milestones, 1)}
