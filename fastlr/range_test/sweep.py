@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,6 @@ from fastlr.range_test.snapshot import (
     all_parameters,
     same_random_numbers,
     size,
-    untouched,
 )
 from fastlr.range_test.update import Batches, Update, trained
 from fastlr.range_test.validation import Metric, Validation
@@ -57,11 +58,19 @@ def range_test(
     The rate of update ``i`` of ``n`` is ``start_lr * (end_lr / start_lr) ** (i / (n - 1))``, or
     ``start_lr + (end_lr - start_lr) * i / (n - 1)`` in a linear sweep.
 
-    Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: parameters, buffers
-    and other attributes of modules, gradients, training flags, the optimizer with its state, schedules and
-    clock, the GradScaler, the random numbers of Python, NumPy, torch and CUDA, and the generators and
-    attributes of the loaders, their samplers and data sets. What a data set reads or writes elsewhere is out
-    of reach.
+    Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: whatever can be
+    reached from the model, the optimizer, the GradScaler, the loaders (their samplers, data sets, generators,
+    and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
+    containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
+    What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
+    Out of reach are the variables of functions, the object of a bound method that is passed as loss_fn,
+    step_fn or metric, the contents of files, other processes, threads and locks, and what native code keeps
+    to itself.
+
+    Of what the loaders hold, 256 MiB are copied at most, the nearest first. Tensors and arrays in memory that
+    do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
+    sweep writes to them, that is an error afterwards. Containers and objects beyond that are neither, which
+    the result's notes say.
 
     A fastlr optimizer runs the sweep as its schedule; for any other the rate is written into its groups.
     Losses stay on the device and are read 16 at a time. From the first loss that is inf or NaN on the weights
@@ -110,9 +119,10 @@ def range_test(
         ValueError: an argument is out of range, a loader is empty, no parameter requires a gradient, the
             optimizer holds none of the model's parameters, the loss is no scalar or has no gradient, or the
             gradient is zero everywhere.
-        TypeError: an argument is of the wrong kind, such as an iterator, which cannot be put back.
+        TypeError: an argument is of the wrong kind, or it holds what cannot be put back, such as an iterator.
         MemoryError, OSError: there is no room for the backup.
-        RuntimeError: called within ``torch.inference_mode()``.
+        RuntimeError: called within ``torch.inference_mode()``; or, after the sweep, something could not be
+            put back. The message names it, and all the rest is as before.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -139,7 +149,6 @@ def range_test(
     )
 
     notes: list[str] = []
-    loaders = [loader for loader in (train_loader, val_loader) if loader is not None]
     main = ranks() == 1 or torch.distributed.get_rank() == 0
     # Random numbers first: the bar draws some of Python's.
     with same_random_numbers(), shown_progress(num_steps * plan.repeats, progress and main) as tell:
@@ -150,12 +159,19 @@ def range_test(
 
         if plan.leap is not None:
             note(plan.leap)
-        snapshot = Snapshot(model, optimizer, scaler, backup)
+        training = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
+        # The object of a bound method is whoever tests, with what it remembers of the test.
+        training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
+        loaders = {"train_loader": train_loader, "val_loader": val_loader}
+        snapshot = Snapshot(training, loaders, backup)
+        for remark in snapshot.remarks:
+            note(remark)
         place = f"on the {backup}" if backup in ("device", "host") else "in a file"
         copy = sum(p.numel() * p.element_size() for p in trained(optimizer))
         tell.say(f"backup of {size(snapshot.bytes)} {place}, and {size(copy)} on the device for the sweep")
         results = []
-        with untouched(snapshot, loaders):
+        with snapshot.untouched():
             batches = Batches("train_loader", train_loader, device if step_fn is None else None, note)
             measure.load()
             for repeat in range(plan.repeats):
