@@ -125,15 +125,16 @@ def range_test_grid(
 
     Args:
         model, optimizer, loss_fn, train_loader, val_loader: as for :func:`range_test`. With ``batch_size``
-            the train_loader is a DataLoader, which is made anew for each size, or a function
-            ``(batch_size) -> loader``.
+            the train_loader is a DataLoader, which is made anew for each size and leaves out a last batch
+            of fewer samples; or a function ``(batch_size) -> loader``.
         weight_decay: values to try, >= 0; none: the optimizer's own.
         momentum: values to try, in [0, 1): ``momentum``, or the first of ``betas``.
-        batch_size: values to try, >= 1.
+        batch_size: values to try, >= 1 and at most the samples that the train_loader draws in an epoch.
         options: the others of :func:`range_test`.
 
     Raises:
-        ValueError: there is nothing to try, or a value is out of range or not one that the optimizer has.
+        ValueError: there is nothing to try, a value is out of range or not one that the optimizer has, or
+            there are fewer samples than a batch is to have.
         TypeError: the train_loader does not let its batch size be changed.
 
     >>> import fastlr, torch
@@ -177,8 +178,17 @@ def range_test_grid(
 
 
 def _with_batch_size(loader: Any, batch_size: int) -> Any:
+    """A loader of batches of that size, once there is data for one."""
     if callable(loader) and not hasattr(loader, "__iter__"):
-        return loader(batch_size)
+        made = loader(batch_size)
+        if isinstance(made, DataLoader) and made.batch_size not in (None, batch_size):
+            raise ValueError(
+                f"the function for batch_size {batch_size} returned a DataLoader of batch_size "
+                f"{made.batch_size}; pass what it is called with on to the DataLoader"
+            )
+        if isinstance(made, DataLoader) and made.batch_size is not None:
+            _check_filled(made, batch_size)
+        return made
     if (
         type(loader) is not DataLoader
         or loader.batch_size is None
@@ -188,10 +198,24 @@ def _with_batch_size(loader: Any, batch_size: int) -> Any:
             f"the batch size of this train_loader ({type(loader).__name__}) cannot be changed; pass a "
             "DataLoader with a batch_size over a data set with a length, or a function (batch_size) -> loader"
         )
-    kept = ["num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator"]
+    _check_filled(loader, batch_size)
+    kept = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"]
     kept += ["multiprocessing_context", "prefetch_factor", "sampler"]
     arguments: dict[str, Any] = {name: getattr(loader, name) for name in kept}
-    return DataLoader(loader.dataset, batch_size, **arguments)
+    # A last batch of fewer samples would be an update of another batch size than the grid says.
+    return DataLoader(loader.dataset, batch_size, drop_last=True, **arguments)
+
+
+def _check_filled(loader: DataLoader[Any], batch_size: int) -> None:
+    try:
+        samples = len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return  # there is no telling
+    if samples < batch_size:
+        raise ValueError(
+            f"batch_size {batch_size} is more than the {samples} samples of the train_loader; try sizes up "
+            f"to {samples}"
+        )
 
 
 @contextmanager
