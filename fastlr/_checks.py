@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any, SupportsFloat
 
@@ -66,3 +67,14 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> None:
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {describe(value)}")
+
+
+def file_name(name: str, value: object) -> str:
+    """The path of a file."""
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if isinstance(path, str):
+            if not path:
+                raise ValueError(f"{name} must name a file, got ''")
+            return path
+    raise TypeError(f"{name} must be a string or a pathlib.Path, got {describe(value)}")

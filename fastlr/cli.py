@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 import fastlr
+from fastlr._files import write_text
 
 __all__ = ["main"]
 
@@ -152,10 +153,10 @@ def _range_test(arguments: argparse.Namespace) -> None:
         return
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    found.plot(str(folder / "range_test.png"))
+    found.plot(folder / "range_test.png")
     found.to_csv(folder / "range_test.csv")
     found.to_json(folder / "range_test.json")
-    (folder / "range_test.txt").write_text(found.summary() + "\n", encoding="utf-8")
+    write_text(folder / "range_test.txt", found.summary() + "\n")
     print(found.summary())
     print(f"\nreport: {folder / 'range_test.png'}, .csv, .json, .txt")
     if not found:

@@ -18,6 +18,7 @@ import torch
 
 import fastlr
 from fastlr import data, plotting
+from fastlr._files import write_text
 
 __all__ = ["Outcome", "Report", "run"]
 
@@ -197,17 +198,17 @@ def run(
     report = Report(found, range_test_seconds, measured_at, tuple(outcomes), files)
     shown = [outcome.name for outcome in report.compared]
     range_picture, schedule_picture, accuracy_picture, page = report.files
-    found.plot(str(range_picture))
+    found.plot(range_picture)
     plotting.plot_schedules(
-        {p.name: p.schedule for p in policies if p.name in shown}, updates, str(schedule_picture)
+        {p.name: p.schedule for p in policies if p.name in shown}, updates, schedule_picture
     )
     plotting.plot_accuracy(
         measured_at,
         {o.name: o.accuracies for o in outcomes if o.name in shown},
-        str(accuracy_picture),
+        accuracy_picture,
         target=report.target,
     )
-    page.write_text(_page(report, name, task, updates, seeds), encoding="utf-8")
+    write_text(page, _page(report, name, task, updates, seeds))
     return report
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from fastlr._checks import file_name
+from fastlr._files import replacing
 from fastlr.schedules import OneCycleMomentum, Schedule
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ _DOTS: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0}
 def plot_schedules(
     schedules: Mapping[str, Schedule],
     steps: int | None = None,
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draws schedules over their clock, one line each.
 
@@ -84,7 +87,7 @@ def plot_schedules(
     return _saved(figure, path)
 
 
-def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
+def plot_range_test(result: RangeTestResult, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws a range test: what was measured, the smooth curve, and what was read from it.
 
     The loss stands above, the accuracy (where it was measured) below; the range between the bounds is
@@ -143,7 +146,7 @@ def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
     return _saved(figure, path)
 
 
-def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure:
+def plot_range_test_grid(grid: RangeTestGrid, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws the smooth curves of several range tests over each other, each with a dot at its max_lr.
 
     The loss stands above, the accuracy (where it was measured) below.
@@ -206,7 +209,7 @@ def _band(axes: Axes, lrs: Curve, curves: Sequence[tuple[Curve, Curve]], color: 
 def plot_accuracy(
     updates: Sequence[int],
     accuracies: Mapping[str, ArrayLike],
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     target: float | None = None,
 ) -> Figure:
@@ -244,7 +247,7 @@ def plot_accuracy(
     return _saved(figure, path)
 
 
-def plot_batch_plan(plan: BatchPlan, path: str | None = None) -> Figure:
+def plot_batch_plan(plan: BatchPlan, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws a plan: batch size, learning rate and noise scale, one above the other, over the epochs.
 
     Args:
@@ -310,7 +313,25 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
     return (figure, *panels)
 
 
-def _saved(figure: Figure, path: str | None) -> Figure:
+def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     if path is not None:
-        figure.savefig(path, bbox_inches="tight")
+        save(figure, path, bbox_inches="tight")
     return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Saves a picture in the format of the suffix, whole or not at all.
+
+    Args:
+        figure: what to save.
+        path: of the file; without a suffix it gets that of matplotlib's usual format, as from ``savefig()``.
+        options: of ``savefig()``.
+    """
+    from matplotlib import rcParams
+
+    name = file_name("path", path)
+    suffix = os.path.splitext(name)[1]
+    if suffix in ("", "."):
+        name, suffix = f"{name.rstrip('.')}.{rcParams['savefig.format']}", rcParams["savefig.format"]
+    with replacing(name, "wb") as file:
+        figure.savefig(file, format=suffix.lstrip(".").lower(), **options)

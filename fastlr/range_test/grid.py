@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastlr._checks import count, real
+from fastlr._files import replacing
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
 from fastlr.range_test.sweep import range_test
@@ -91,7 +92,7 @@ class RangeTestGrid:
             for row in rows
         )
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the smooth curves of all tests in one picture. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
@@ -102,7 +103,7 @@ class RangeTestGrid:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path, newline="") as file:
             csv.writer(file).writerows(self.table())
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fastlr._checks import choice
+from fastlr._checks import choice, file_name
+from fastlr._files import replacing
 from fastlr.range_test.curve import Array, Best, best
 from fastlr.schedules import Triangular2
 from fastlr.schedules.cyclic import Interpolation
@@ -447,7 +448,7 @@ class RangeTestResult:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the curves and what was read from them. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
@@ -461,7 +462,7 @@ class RangeTestResult:
 
         With repeats there is a first column repeat, counted from 1, and the rows are theirs.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path, newline="") as file:
             writer = csv.writer(file)
             metric = [] if self.accuracies is None else [self.metric_name]
             writer.writerow([*(["repeat"] if self.repeats else []), "lr", "loss", *metric])
@@ -475,7 +476,7 @@ class RangeTestResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes everything that :meth:`from_json` reads back, and the answers, for other readers."""
-        with open(path, "w", encoding="utf-8") as file:
+        with replacing(path) as file:
             json.dump({"format": _FORMAT, **self._to_dict()}, file, allow_nan=False, indent=1)
             file.write("\n")
 
@@ -505,10 +506,10 @@ class RangeTestResult:
         Raises:
             ValueError: the file holds no range test.
         """
-        with open(path, encoding="utf-8") as file:
+        with open(file_name("path", path), encoding="utf-8") as file:
             try:
                 data = json.load(file)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{os.fspath(path)} is no JSON file: {error}") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'{os.fspath(path)} holds no "{_FORMAT}"')
