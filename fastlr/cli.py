@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 import fastlr
+from fastlr._checks import texts
 from fastlr._files import write_text
 
 __all__ = ["main"]
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     50 0.05
     0
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(None if argv is None else texts("argv", argv))
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:

@@ -1009,13 +1009,13 @@ REFUSED = {
     ),
     "a metric per sample": (
         ValueError,
-        r"must return one number, got a tensor of shape \(32,\)",
+        r"must return one real number, got a torch.float64 tensor of shape \(32,\)",
         {"metric": lambda output, target: (output.argmax(1) == target).double()},
         None,
     ),
     "a metric that returns nothing": (
         ValueError,
-        "must return one number, got NoneType",
+        "must return one real number, got NoneType",
         {"metric": lambda output, target: None},
         None,
     ),

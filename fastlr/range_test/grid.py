@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fastlr._checks import count, real
+from fastlr._checks import count, describe, items, real
 from fastlr._files import replacing
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
@@ -29,12 +30,35 @@ class RangeTestGrid:
     """Range tests of several settings.
 
     Attributes:
-        settings: of each test, such as ``{"weight_decay": 1e-4, "momentum": 0.9}``.
-        results: of each test.
+        settings: of each test, such as ``{"weight_decay": 1e-4, "momentum": 0.9}``; all name the same.
+        results: of each test; accuracies in all of them or in none.
+
+    Raises:
+        ValueError: there is no test, or not one result for each setting, or they do not go together.
+        TypeError: a setting is no dict of numbers, or a result is of another kind.
     """
 
     settings: tuple[dict[str, float], ...]
     results: tuple[RangeTestResult, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("settings", "results"):
+            object.__setattr__(self, name, items(name, getattr(self, name)))
+        if not self.settings or len(self.settings) != len(self.results):
+            raise ValueError(
+                "a grid must have one or more settings and a result for each, got "
+                f"{len(self.settings)} settings and {len(self.results)} results"
+            )
+        for setting in self.settings:
+            if not isinstance(setting, dict) or not all(isinstance(v, Real) for v in setting.values()):
+                raise TypeError(f"settings must hold dicts of numbers, got {setting!r}")
+            if list(setting) != list(self.settings[0]):
+                raise ValueError(f"settings must all name the same, got {self.settings[0]} and {setting}")
+        for result in self.results:
+            if not isinstance(result, RangeTestResult):
+                raise TypeError(f"results must hold range test results, got {type(result).__name__}")
+            if (result.accuracies is None) != (self.results[0].accuracies is None):
+                raise ValueError("results must have accuracies in all of them or in none, got some of each")
 
     def __iter__(self) -> Iterator[tuple[dict[str, float], RangeTestResult]]:
         return iter(zip(self.settings, self.results, strict=True))
@@ -136,7 +160,7 @@ def range_test_grid(
     Raises:
         ValueError: there is nothing to try, a value is out of range or not one that the optimizer has, or
             there are fewer samples than a batch is to have.
-        TypeError: the train_loader does not let its batch size be changed.
+        TypeError: the train_loader does not let its batch size be changed, or values are no list.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -150,21 +174,19 @@ def range_test_grid(
     References:
         Smith, A disciplined approach to neural network hyper-parameters: Part 1, arXiv 1803.09820.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    tried = {"weight_decay": weight_decay, "momentum": momentum, "batch_size": batch_size}
     axes: dict[str, list[float]] = {}
-    if weight_decay:
-        axes["weight_decay"] = [real("weight_decay", value) for value in weight_decay]
-    if momentum:
-        axes["momentum"] = [real("momentum", value) for value in momentum]
-        if max(axes["momentum"]) >= 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {max(axes['momentum'])!r}")
-    if batch_size:
-        axes["batch_size"] = [count("batch_size", value) for value in batch_size]
+    for name, values in tried.items():
+        if axis := _axis(name, values):
+            axes[name] = axis
     if not axes:
         raise ValueError("nothing to try: give values for weight_decay, momentum or batch_size")
     for group in optimizer.param_groups:
-        if weight_decay and "weight_decay" not in group:
+        if "weight_decay" in axes and "weight_decay" not in group:
             raise ValueError(f"{type(optimizer).__name__} has no weight_decay to try values of")
-        if momentum and "momentum" not in group and "betas" not in group:
+        if "momentum" in axes and "momentum" not in group and "betas" not in group:
             raise ValueError(f"{type(optimizer).__name__} has neither momentum nor betas to try values of")
     loaders: dict[float | None, Any] = {None: train_loader}
     for size in axes.get("batch_size", []):
@@ -176,6 +198,24 @@ def range_test_grid(
             loader = loaders[setting.get("batch_size")]
             results.append(range_test(model, optimizer, loss_fn, loader, val_loader, **options))
     return RangeTestGrid(tuple(settings), tuple(results))
+
+
+def _axis(name: str, values: Sequence[float]) -> list[float]:
+    """The values to try of a setting."""
+    try:
+        tried = () if isinstance(values, (str, bytes)) else tuple(values)
+    except TypeError:
+        tried = None
+    if tried is None or isinstance(values, (str, bytes, dict)):
+        raise TypeError(
+            f"{name} must be a list of values to try, got {describe(values)}; for one value pass [{values!r}]"
+        )
+    if name == "batch_size":
+        return [count(name, value) for value in tried]
+    axis = [real(name, value) for value in tried]
+    if name == "momentum" and max(axis, default=0.0) >= 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {max(axis)!r}")
+    return axis
 
 
 def _with_batch_size(loader: Any, batch_size: int) -> Any:

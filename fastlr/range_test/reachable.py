@@ -318,15 +318,13 @@ class Reachable:
             self.watched.append((path, lambda: _checksum(values) == before))
 
     def _module(self, module: torch.nn.Module, path: Path) -> None:
-        held = [getattr(module, name) for name in ("_parameters", "_buffers", "_modules")]
-        for contents in held:
-            if isinstance(contents, dict) and id(contents) not in self.seen:
+        for name in ("_parameters", "_buffers", "_modules"):
+            contents = getattr(module, name)
+            if not isinstance(contents, dict):  # as those of a scripted module, which are made when asked for
+                self._meet_all(contents.items(), path, ".{}")
+            elif id(contents) not in self.seen:
                 self.seen[id(contents)] = contents
                 self._meet_all(self._dict(contents, path).items(), path, ".{}")
-        # A scripted module's stand in no dict.
-        self._meet_all(module.named_parameters(recurse=False), path, ".{}")
-        self._meet_all(module.named_buffers(recurse=False), path, ".{}")
-        self._meet_all(module.named_children(), path, ".{}")
         if not _is_machinery(type(module)):
             self._attributes(module, path, type(module))
         self.undo.append((path, functools.partial(setattr, module, "training", module.training)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlr._checks import choice
+from fastlr._checks import describe, flag
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
@@ -27,6 +27,8 @@ from fastlr.range_test.snapshot import (
 )
 from fastlr.range_test.update import Batches, Update, trained
 from fastlr.range_test.validation import Metric, Validation
+
+_BACKUPS = ("device", "host", "file")
 
 
 def range_test(
@@ -138,6 +140,7 @@ def range_test(
     plan = Plan.checked(
         optimizer, start_lr, end_lr, num_steps, sweep, staircase, accumulate, repeats, diverge_factor
     )
+    progress = flag("progress", progress)
     batch_loss = _batch_loss(model, loss_fn, step_fn)
     device = _check(
         model, optimizer, {"train_loader": train_loader, "val_loader": val_loader}, scaler, backup
@@ -271,6 +274,7 @@ def _check(
         raise RuntimeError(
             "a range test trains, which torch.inference_mode() rules out; call it outside of that"
         )
+    _check_model(model)
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{type(optimizer).__name__}.step() needs a closure, which the sweep cannot give it")
@@ -281,12 +285,15 @@ def _check(
             raise TypeError(
                 f"{name} is an iterator, whose batches cannot be put back; pass a DataLoader or a list"
             )
-        if loader is not None and not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise TypeError(f"{name} must be something to iterate over, got {type(loader).__name__}")
+        iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if loader is not None and (not iterable or isinstance(loader, (str, bytes, dict))):
+            raise TypeError(f"{name} must be batches to iterate over, got {type(loader).__name__}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-    if not hasattr(backup, "__fspath__"):
-        choice("backup", backup, ("device", "host", "file"))
+    if not (hasattr(backup, "__fspath__") or (isinstance(backup, str) and backup in _BACKUPS)):
+        raise ValueError(
+            f"backup must be one of {', '.join(_BACKUPS)} or a pathlib.Path, got {describe(backup)}"
+        )
     for p in all_parameters(model, optimizer):
         if torch.nn.parameter.is_lazy(p):
             raise ValueError("the model has uninitialized parameters; run one batch through it first")
@@ -301,6 +308,24 @@ def _check(
         raise ValueError("no parameter of the optimizer requires a gradient: the model is frozen")
     device: torch.device = trained[0].device
     return device
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for prefix, module in model.named_modules():
+        for kind in ("_parameters", "_buffers"):
+            tensors = getattr(module, kind)
+            if not hasattr(tensors, "items"):
+                where = f"model.{prefix}.{kind}".replace("..", ".")
+                raise TypeError(f"{where} must be a dict of tensors, got {type(tensors).__name__}")
+            for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
+                if not isinstance(tensor, (torch.Tensor, type(None))):
+                    where = f"model.{prefix}.{name}".replace("..", ".")
+                    raise TypeError(
+                        f"{where} must be a tensor, as it is among the module's {kind}, got "
+                        f"{type(tensor).__name__}; make it a plain attribute"
+                    )
 
 
 def _autocast(
