@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import ctypes
 import functools
 import io
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from fingerprint import differences, fingerprint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 import fastlr
@@ -373,6 +376,94 @@ def test_loaders_that_a_model_holds_are_put_back_once_and_not_between_repeats():
     assert "epoch" not in vars(inner.batch_sampler.sampler)
 
 
+class Counted(list):
+    """Tells when somebody looks."""
+
+    looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        return super().__iter__()
+
+    def __len__(self):
+        self.looks += 1
+        return super().__len__()
+
+
+class Fleeting:
+    """Its attributes are made anew each time."""
+
+    __slots__ = ()
+
+    @property
+    def __dict__(self):
+        return {"n": 1}
+
+
+def test_classes_with_ways_of_their_own_are_put_back():
+    job = Job()
+    job.model.counted, job.model.fleeting = Counted([1, 2]), Fleeting()
+    job.model.register_forward_pre_hook(lambda module, args: module.counted.append(3))
+    job.range_test()
+    assert list.__len__(job.model.counted) == 2
+    assert job.model.counted.looks == 0
+
+
+LEAVES = st.sampled_from(list(HIDDEN))
+TREES = st.recursive(
+    LEAVES,
+    lambda parts: st.tuples(
+        st.sampled_from(["list", "tuple", "dict", "deque", "object", "array", "module"]),
+        st.lists(parts, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+
+
+def grown(tree, hiding):
+    """The tree as objects; its leaves are kept with what uses them."""
+    if isinstance(tree, str):
+        make, use = HIDDEN[tree]
+        hiding.states.append(make())
+        hiding.uses.append(use)
+        return hiding.states[-1]
+    kind, parts = tree[0], [grown(part, hiding) for part in tree[1]]
+    if kind == "dict":
+        return dict(enumerate(parts))
+    if kind == "object":
+        return Plain(parts=parts, first=parts[0])
+    if kind == "array":
+        array = np.empty(len(parts), dtype=object)
+        for i, part in enumerate(parts):
+            array[i] = part
+        return array
+    if kind == "module":
+        module = torch.nn.Module()
+        module.parts = parts
+        return module
+    return {"list": list, "tuple": tuple, "deque": collections.deque}[kind](parts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tree=TREES, place=st.sampled_from(["model", "sampler", "data"]), interrupted=st.booleans())
+def test_states_in_any_tree_of_objects_are_put_back(tree, place, interrupted):
+    leaves, calls = Hiding({}), iter(range(100))
+    root = grown(tree, leaves)
+    hiding = Hiding({})
+    hiding.root, hiding.uses, hiding.states = root, leaves.uses, leaves.states
+    job = Job(**{place: hiding})
+    before = job.fingerprint()
+
+    def metric(output, target):
+        if interrupted and next(calls) == 2:
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        job.range_test(metric=metric)
+    assert differences(before, job.fingerprint()) == []
+
+
 # -- data sets that are too large to be copied ---------------------------------------------------------
 
 
@@ -419,6 +510,19 @@ def test_large_data_are_not_copied_but_watched(make, write, monkeypatch):
     else:
         assert run().notes[0] == "train_loader.dataset.values: too large to be copied, and watched instead"
     assert differences(before, fingerprint(model=model, optimizer=opt, small=dataset.small)) == []
+
+
+def test_large_data_leave_room_for_the_state_of_samplers(monkeypatch):
+    monkeypatch.setattr(snapshot, "LIMIT", 55_000)
+    states = {name: HIDDEN[name] for name in ("set", "deque", "plain object", "random.Random")}
+    job = Job(sampler=Hiding(states))
+    job.loader.large = [torch.zeros(12_000), np.zeros(6_000), np.zeros(6_000)]
+    before = job.fingerprint()
+    (watched,) = [note for note in job.range_test().notes if "too large" in note]
+    assert (
+        watched == "train_loader.large[1], train_loader.large[2]: too large to be copied, and watched instead"
+    )
+    assert differences(before, job.fingerprint()) == []
 
 
 def test_containers_that_are_too_large_are_named(monkeypatch):

@@ -26,7 +26,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -39,9 +39,10 @@ Undo: TypeAlias = Callable[..., object]
 # NOTE: [what is copied of loaders]
 # Of a model all is copied: that is the price of a range test. What a loader holds may be the whole data set.
 # A copy of that would double the memory it takes, for data that hardly anybody writes to. So the walk, which
-# reaches the near before the far, copies up to this many bytes (samplers, small data sets, and counters of
-# large ones), and watches tensors and arrays that do not fit in: the first have version counters, the second
-# a checksum, which costs about a second for each GiB.
+# reaches the near before the far, copies up to this many bytes of tensors and arrays, and as much again of
+# objects and containers, so that a sampler's state is not left out for large data. It watches tensors and
+# arrays that do not fit in: the first have version counters, the second a checksum, which costs about a
+# second for each GiB.
 LIMIT = 2**28
 
 # What an object costs besides its contents: an entry among those seen, its path, its dict and the undo.
@@ -57,6 +58,15 @@ _INERT = (
     *(logging.Filterer, threading.Thread, BaseProcess),
 )
 _IN_FLIGHT = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+# With the bytes that an entry takes, about.
+_CONTAINERS: dict[type, int] = {
+    dict: 24,
+    set: 24,
+    list: 8,
+    collections.deque: 8,
+    array.array: 8,
+    bytearray: 1,
+}
 _CTYPES: tuple[type, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
 
 # Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
@@ -95,7 +105,7 @@ class Reachable:
 
     Args:
         others: objects that the walk leaves out, as another has them.
-        limit: bytes to copy; None: all.
+        limit: bytes of tensors and arrays to copy, and bytes of other objects; None: all.
 
     Attributes:
         seen: the objects walked, by their id; they live as long as this.
@@ -116,17 +126,19 @@ class Reachable:
         self.loaders: list[DataLoader[Any]] = []
         self.data: list[tuple[Path, object]] = []
         self._others = {} if others is None else others
-        self._left = limit
+        self._limited = limit is not None
+        self._left = {"data": limit or 0, "objects": limit or 0}
         self._queue: collections.deque[tuple[Path, Any]] = collections.deque()
 
-    def add(self, thing: object, path: Path) -> None:
-        """Walks from an object.
+    def add(self, *roots: tuple[Path, object]) -> None:
+        """Walks from some objects.
 
         Raises:
             TypeError: the walk meets something whose state cannot be put back.
             ValueError: it meets a parameter or buffer without a shape.
         """
-        self._meet(thing, path, "")
+        for path, thing in roots:
+            self._meet(thing, path, "")
         while self._queue:
             where, found = self._queue.popleft()
             self._visit(found, where, type(found))
@@ -140,18 +152,18 @@ class Reachable:
 
     def _meet_all(self, pairs: Iterable[tuple[object, object]], path: Path, form: str = "[{!r}]") -> None:
         pairs = [pair for pair in pairs if not _is_constant(pair[1])]
-        if not self._affords(_OVERHEAD * len(pairs)):
+        if not self._affords("objects", _OVERHEAD * len(pairs)):
             self.beyond.append(path)
             return
         for name, value in pairs:
             self._meet(value, path, form.format(name))
 
-    def _affords(self, size: int) -> bool:
-        if self._left is None:
+    def _affords(self, kind: Literal["data", "objects"], size: int) -> bool:
+        if not self._limited:
             return True
-        if size > self._left:
+        if size > self._left[kind]:
             return False
-        self._left -= size
+        self._left[kind] -= size
         return True
 
     def _visit(self, thing: Any, path: Path, kind: type) -> None:
@@ -164,7 +176,7 @@ class Reachable:
             self._module(thing, path)
         elif issubclass(kind, weakref.ref):
             self._meet(thing(), path, "()")  # it lives on, so that no entry of a weak dict vanishes
-        elif issubclass(kind, (DataLoader, Dataset, Sampler)) and self._left is None:
+        elif issubclass(kind, (DataLoader, Dataset, Sampler)) and not self._limited:
             del self.seen[id(thing)]
             self.data.append((path, thing))
         elif _is_machinery(kind) and not issubclass(kind, (torch.optim.Optimizer, torch.amp.GradScaler)):
@@ -192,21 +204,23 @@ class Reachable:
         if issubclass(kind, (tuple, frozenset)):
             self._meet_all(enumerate(thing), path)
             return True
-        if not issubclass(kind, (dict, list, set, collections.deque, bytearray, array.array)):
+        if not issubclass(kind, tuple(_CONTAINERS)):
             return False
-        entry = {bytearray: 1, dict: 24, set: 24}
-        size = next((n for base, n in entry.items() if issubclass(kind, base)), 8)
-        if not self._affords(size * len(thing)):
+        # By the methods of the built-in type: those of a class derived from it may do more.
+        base: Any = next(b for b in _CONTAINERS if issubclass(kind, b))
+        if not self._affords("objects", _CONTAINERS[base] * base.__len__(thing)):
             self.beyond.append(path)
-        elif issubclass(kind, dict):
+        elif base is dict:
             contents = self._dict(thing, path)
             self._meet_all(contents.items(), path)
             self._meet_all(enumerate(contents), path, ".keys()[{}]")
-        elif issubclass(kind, (bytearray, array.array)):
-            self.undo.append((path, functools.partial(operator.setitem, thing, slice(None), thing[:])))
+        elif base in (bytearray, array.array):
+            before = base.__getitem__(thing, slice(None))
+            self.undo.append((path, functools.partial(base.__setitem__, thing, slice(None), before)))
         else:
-            self.undo.append((path, _keep_items(thing)))
-            self._meet_all(enumerate(thing), path)
+            items, undo = _keep_items(thing, base)
+            self.undo.append((path, undo))
+            self._meet_all(enumerate(items), path)
         return True
 
     def _dict(self, thing: dict[Any, Any], path: Path) -> dict[Any, Any]:
@@ -307,7 +321,7 @@ class Reachable:
     def _array(self, values: np.ndarray[Any, Any], path: Path) -> None:
         if _is_mapped(values):
             return  # a file, and as far away as those
-        if self._affords(values.nbytes):
+        if self._affords("data", values.nbytes):
             self.undo.append((path, _keep_array(values)))
             if values.dtype == object:
                 self._meet_all(enumerate(values.flat), path, ".flat[{}]")
@@ -338,7 +352,7 @@ class Reachable:
         kept = KeptTensor(tensor, path)
         if tensor.is_inference():
             pass  # nothing can write to it
-        elif self._affords(kept.bytes):
+        elif self._affords("data", kept.bytes):
             kept.copied = True
         else:
             version = kept.version
@@ -458,9 +472,10 @@ def _is_machinery(kind: type) -> bool:
 def _attributes_of(thing: object) -> dict[str, Any] | None:
     try:
         attributes = object.__getattribute__(thing, "__dict__")
+        same = attributes is object.__getattribute__(thing, "__dict__")  # a property may make it anew
     except AttributeError:
         return None
-    return attributes if isinstance(attributes, dict) else None
+    return attributes if same and isinstance(attributes, dict) else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -503,9 +518,8 @@ def _keep_dict(thing: dict[Any, Any]) -> tuple[dict[Any, Any], Undo]:
     return contents, undo
 
 
-def _keep_items(thing: Any) -> Undo:
-    """Of a list, deque or set."""
-    base: Any = next(b for b in (list, collections.deque, set) if isinstance(thing, b))
+def _keep_items(thing: Any, base: Any) -> tuple[Iterable[Any], Undo]:
+    """Of a list, deque or set, by the methods of that type."""
     contents = set(set.__iter__(thing)) if base is set else list(base.__iter__(thing))
     add = set.update if base is set else base.extend
 
@@ -518,7 +532,7 @@ def _keep_items(thing: Any) -> Undo:
         base.clear(thing)
         add(thing, contents)
 
-    return undo
+    return contents, undo
 
 
 def _keep_array(values: np.ndarray[Any, Any]) -> Undo:

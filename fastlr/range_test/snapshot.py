@@ -58,13 +58,10 @@ class Snapshot:
             if isinstance(thing, FusedOptimizer)
         ]
         self._training = Reachable()
-        for name, thing in training.items():
-            self._training.add(thing, Place(None, name))
+        self._training.add(*((Place(None, name), thing) for name, thing in training.items()))
         self._data = Reachable(self._training.seen, LIMIT)
-        for name, loader in loaders.items():
-            self._data.add(loader, Place(None, name))
-        for path, thing in self._training.data:
-            self._data.add(thing, path)
+        roots = [(Place(None, name), loader) for name, loader in loaders.items()]
+        self._data.add(*roots, *self._training.data)
         self._tensors = [t for part in (self._training, self._data) for t in part.tensors]
         self._copied = [t for t in self._tensors if t.copied]
 

@@ -65,14 +65,14 @@ def range_test(
     and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
     containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
     What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
-    Out of reach are the variables of functions, the object of a bound method that is passed as loss_fn,
-    step_fn or metric, the contents of files, other processes, threads and locks, and what native code keeps
-    to itself.
+    Out of reach are the variables of functions and classes, the object of a bound method that is passed as
+    loss_fn, step_fn or metric, the contents of files, other processes, threads and locks, and what native
+    code keeps to itself.
 
-    Of what the loaders hold, 256 MiB are copied at most, the nearest first. Tensors and arrays in memory that
+    Of the tensors and arrays that the loaders hold, 256 MiB are copied at most, the nearest first. Those that
     do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
-    sweep writes to them, that is an error afterwards. Containers and objects beyond that are neither, which
-    the result's notes say.
+    sweep writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied,
+    too; what is beyond is neither copied nor watched, which the result's notes say.
 
     A fastlr optimizer runs the sweep as its schedule; for any other the rate is written into its groups.
     Losses stay on the device and are read 16 at a time. From the first loss that is inf or NaN on the weights
@@ -109,7 +109,7 @@ def range_test(
             :meth:`RangeTestResult.from_repeats`.
         diverge_factor: > 1. The sweep stops when the smoothed loss has risen above its lowest value by
             ``diverge_factor - 1`` times that value's size, or times the fall so far where that is more.
-        backup: where the copy of model and optimizer goes: ``"device"``, ``"host"``, ``"file"`` (a temporary
+        backup: where the copy of all tensors goes: ``"device"``, ``"host"``, ``"file"`` (a temporary
             one) or a path, whose file is deleted at the end. Its size is said before the sweep starts.
         progress: show a bar and say what is going on, on stderr. The bar needs rich, and a terminal or
             notebook. Without, the logger ``fastlr.range_test`` gets the sentences, as the result's notes do.
