@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -33,7 +34,10 @@ def replacing(
         TypeError: the path is no path.
         OSError: as of ``open()``; or the folder or disk does not take the file.
     """
-    target = os.path.realpath(file_name("path", path))
+    name = file_name("path", path)
+    if name.endswith(os.sep):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    target = os.path.realpath(name)
     encoding = None if "b" in mode else "utf-8"
     before: os.stat_result | None = None
     with contextlib.suppress(FileNotFoundError):
@@ -54,8 +58,9 @@ def replacing(
     try:
         with file:
             if before is not None:
-                with contextlib.suppress(PermissionError):  # only root gives files away
-                    os.chown(beside, before.st_uid, before.st_gid)
+                if hasattr(os, "chown"):
+                    with contextlib.suppress(PermissionError):  # only root gives files away
+                        os.chown(beside, before.st_uid, before.st_gid)
                 os.chmod(beside, stat.S_IMODE(before.st_mode))
             yield file
             file.flush()

@@ -134,8 +134,10 @@ def test_a_symbolic_link_stays_one(tmp_path):
 def test_what_is_no_file_is_written_to(tmp_path):
     _files.write_text(os.devnull, "x")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    with pytest.raises(IsADirectoryError):
-        RESULT.to_csv(tmp_path)
+    for folder in (tmp_path, f"{tmp_path / 'new'}{os.sep}"):
+        with pytest.raises(IsADirectoryError):
+            RESULT.to_csv(folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")

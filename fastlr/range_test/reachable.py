@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -72,7 +71,7 @@ _CTYPES: tuple[type, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure
 # Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
 # their attributes, such as whether they have been set up; or they run the training that the test is called
 # from, and lead from its model to all that there is. Those are left alone.
-_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+_LIGHTNING, _FABRIC = ("lightning.pytorch", "pytorch_lightning"), ("lightning.fabric", "lightning_fabric")
 _MACHINERY = tuple(
     f"{name}."
     for name in (
@@ -80,7 +79,7 @@ _MACHINERY = tuple(
         *("torch.jit", "torch.multiprocessing", "multiprocessing", "threading", "_thread", "concurrent"),
         *("asyncio", "subprocess", "socket", "logging", "importlib"),
         *(f"{lightning}.{part}" for lightning in _LIGHTNING for part in ("trainer", "loops", "strategies")),
-        *("lightning.fabric", "lightning_fabric"),
+        *(f"{fabric}.{part}" for fabric in _FABRIC for part in ("fabric", "strategies", "connector")),
     )
 )
 _SHARED_NUMBERS = "multiprocessing.sharedctypes"
@@ -98,6 +97,10 @@ class Path(NamedTuple):
             steps.append(path.step)
             path = path.parent
         return "".join([path.step, *reversed(steps)])
+
+
+class CannotPutBackError(TypeError):
+    """Something was met whose state could not be put back; the message names it."""
 
 
 class Reachable:
@@ -134,14 +137,22 @@ class Reachable:
         """Walks from some objects.
 
         Raises:
-            TypeError: the walk meets something whose state cannot be put back.
-            ValueError: it meets a parameter or buffer without a shape.
+            CannotPutBackError: the walk meets something whose state cannot be read or put back.
+            MemoryError: there is no room for the copies.
         """
         for path, thing in roots:
             self._meet(thing, path, "")
         while self._queue:
             where, found = self._queue.popleft()
-            self._visit(found, where, type(found))
+            try:
+                self._visit(found, where, type(found))
+            except (CannotPutBackError, MemoryError):
+                raise
+            except Exception as error:
+                raise CannotPutBackError(
+                    f"{where} is a {type(found).__name__} whose state cannot be read, and so not put back "
+                    f"({type(error).__name__}: {error}); set it to None for the test"
+                ) from error
 
     def _meet(self, thing: object, parent: Path, step: str) -> None:
         if _is_constant(thing) or id(thing) in self.seen or id(thing) in self._others:
@@ -192,7 +203,7 @@ class Reachable:
             known = self._container(thing, path, kind) or self._native(thing, path, kind)
             has_attributes = self._attributes(thing, path, kind)
             if hasattr(kind, "__next__") and not (known or has_attributes):
-                raise TypeError(
+                raise CannotPutBackError(
                     f"{path} is a {kind.__name__}, and what the sweep takes from an iterator cannot be put "
                     "back; keep what it iterates over and a position instead, or set it to None for the test"
                 )
@@ -231,7 +242,7 @@ class Reachable:
     def _native(self, thing: Any, path: Path, kind: type) -> bool:
         """Whether it is an object whose state lies elsewhere than in attributes, once that is kept."""
         if issubclass(kind, _IN_FLIGHT):
-            raise TypeError(
+            raise CannotPutBackError(
                 f"{path} is a {kind.__name__} in the middle of its work, which cannot be put back; make it "
                 "where it is used, or set it to None for the test"
             )
@@ -310,7 +321,7 @@ class Reachable:
         except OSError:
             seekable = False
         if not seekable:
-            raise TypeError(
+            raise CannotPutBackError(
                 f"{path} is a file without a position to go back to; open it where it is read, or set it to "
                 "None for the test"
             )
@@ -344,11 +355,6 @@ class Reachable:
         self.undo.append((path, functools.partial(setattr, module, "training", module.training)))
 
     def _tensor(self, tensor: torch.Tensor, path: Path) -> None:
-        if is_lazy(tensor):
-            raise ValueError(
-                f"{path} is uninitialized: the model has uninitialized parameters; run one batch through it "
-                "first"
-            )
         kept = KeptTensor(tensor, path)
         if tensor.is_inference():
             pass  # nothing can write to it
@@ -540,11 +546,16 @@ def _keep_array(values: np.ndarray[Any, Any]) -> Undo:
 
     def undo() -> None:
         if values.shape != before.shape:
-            values.resize(before.shape, refcheck=False)
-        if values.flags.writeable != writeable:
-            values.flags.writeable = writeable
-        if writeable:
-            np.copyto(values, before)
+            if values.size == before.size:
+                values.shape = before.shape
+            else:
+                values.resize(before.shape, refcheck=False)
+        try:
+            values.flags.writeable = True
+        except ValueError:
+            return  # nobody else can write to it either
+        np.copyto(values, before)
+        values.flags.writeable = writeable
 
     return undo
 

@@ -44,7 +44,6 @@ class Snapshot:
 
     Raises:
         TypeError: something that belongs to them cannot be put back.
-        ValueError: a parameter or buffer is not initialized.
     """
 
     def __init__(self, training: Mapping[str, object], loaders: Mapping[str, object], backup: Backup) -> None:

@@ -294,9 +294,11 @@ def _check(
         raise ValueError(
             f"backup must be one of {', '.join(_BACKUPS)} or a pathlib.Path, got {describe(backup)}"
         )
-    for p in all_parameters(model, optimizer):
-        if torch.nn.parameter.is_lazy(p):
-            raise ValueError("the model has uninitialized parameters; run one batch through it first")
+    for tensor in (*all_parameters(model, optimizer), *model.buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                "the model has uninitialized parameters or buffers; run one batch through it first"
+            )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"{type(optimizer).__name__} has parameter groups without an lr to sweep")
     own = {id(p) for p in model.parameters()}
