@@ -580,6 +580,13 @@ IN_FLIGHT = {
 }
 
 
+def test_a_generator_that_is_done_does_no_harm():
+    job = Job()
+    job.model.done = running()
+    list(job.model.done)
+    job.range_test()
+
+
 @pytest.mark.parametrize("place", ["model", "loader", "criterion", "optimizer"])
 @pytest.mark.parametrize(("make", "message"), IN_FLIGHT.values(), ids=IN_FLIGHT.keys())
 def test_what_is_in_flight_is_refused_by_name_before_the_sweep(place, make, message):

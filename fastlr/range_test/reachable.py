@@ -56,7 +56,12 @@ _INERT = (
     *(enum.Enum, functools._lru_cache_wrapper, np.generic, np.dtype),
     *(logging.Filterer, threading.Thread, BaseProcess),
 )
-_IN_FLIGHT = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+# With the attribute that is None when they are done.
+_IN_FLIGHT: dict[type, str] = {
+    types.GeneratorType: "gi_frame",
+    types.CoroutineType: "cr_frame",
+    types.AsyncGeneratorType: "ag_frame",
+}
 # With the bytes that an entry takes, about.
 _CONTAINERS: dict[type, int] = {
     dict: 24,
@@ -241,7 +246,9 @@ class Reachable:
 
     def _native(self, thing: Any, path: Path, kind: type) -> bool:
         """Whether it is an object whose state lies elsewhere than in attributes, once that is kept."""
-        if issubclass(kind, _IN_FLIGHT):
+        if kind in _IN_FLIGHT:
+            if getattr(thing, _IN_FLIGHT[kind]) is None:
+                return True
             raise CannotPutBackError(
                 f"{path} is a {kind.__name__} in the middle of its work, which cannot be put back; make it "
                 "where it is used, or set it to None for the test"
@@ -460,8 +467,13 @@ def _is_constant(thing: object) -> bool:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether it has a storage and strides."""
-    strided = tensor.layout is torch.strided and not tensor.is_nested
-    return strided and not is_traceable_wrapper_subclass(tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested or is_traceable_wrapper_subclass(tensor):
+        return False
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # some accelerators show none
+        return False
+    return True
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
