@@ -215,6 +215,7 @@ HIDDEN = {
     "tensor, its gradient": (lambda: torch.zeros(2, requires_grad=True), add_gradient),
     "tensor, frozen": (lambda: torch.zeros(2, requires_grad=True), lambda s: s.requires_grad_(False)),
     "tensor, hooked": (hooked, hook_more),
+    "tensor, its hooks gone": (hooked, lambda s: setattr(s[0], "_backward_hooks", None)),
     "tensor, empty": (lambda: torch.zeros(0), lambda s: s.resize_(2).fill_(1)),
     "tensor, half": (lambda: torch.tensor([float("nan"), -0.0], dtype=torch.float16), lambda s: s.fill_(1)),
     "tensor, complex": (lambda: torch.ones(2, dtype=torch.complex64), lambda s: s.mul_(1j)),

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from fastlr.optim import FusedOptimizer
-from fastlr.range_test.reachable import LIMIT, Reachable, Undo
-from fastlr.range_test.reachable import Path as Place
+from fastlr.range_test.keeping import Path as Place
+from fastlr.range_test.keeping import Undo
+from fastlr.range_test.reachable import LIMIT, Reachable
 
 Backup: TypeAlias = Literal["device", "host", "file"] | os.PathLike[str]
 
