@@ -6,7 +6,6 @@
 #include <string>
 
 #include "cpu/float_environment.h"
-#include "owned.h"
 
 namespace fastlr {
 namespace {
@@ -79,7 +78,9 @@ int64_t integer_item(PyObject* group, PyObject* key) {
   return result;
 }
 
-Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
+// clock: where the group stands, or is about to.
+Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, const Clock& clock,
+                 NativeOf native_of) {
   Driven driven;
   PyObject* owner = item(group, schedule_key);
   if (owner == Py_None) return driven;
@@ -93,8 +94,7 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
                                 " of a parameter group must be a fastlr schedule or None, got a " +
                                 Py_TYPE(owner)->tp_name + "; use optimizer.set_schedule()");
   }
-  const int64_t now =
-      integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
+  const int64_t now = driven.schedule->in_samples ? clock.samples : clock.updates;
   driven.start = integer_item(group, start_key);
   if (driven.start > now) {
     throw std::invalid_argument("a schedule of a parameter group starts at " +
@@ -106,7 +106,7 @@ Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, N
 }
 
 // From a warning in the middle of a step up to the caller of step(): the warning itself, _step,
-// step.
+// _step_once, step.
 constexpr int kFramesToCaller = 5;
 
 void warn_past_end(const Driven& driven, int frames) {
@@ -134,20 +134,6 @@ double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObj
   return expected;
 }
 
-void publish(PyObject* group, PyObject* key, PyObject* schedule_key, PyObject* start_key,
-             NativeOf native_of) {
-  const Driven driven = driven_by(group, schedule_key, start_key, native_of);
-  if (driven.owner == nullptr) return;
-  const Owned value = checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)));
-  if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
-}
-
-void publish(PyObject* group, NativeOf native_of) {
-  const Keys& k = keys();
-  publish(group, k.lr, k.lr_schedule, k.lr_start, native_of);
-  publish(group, k.momentum, k.momentum_schedule, k.momentum_start, native_of);
-}
-
 void require(bool condition, const char* name, Py_ssize_t index, const char* range, double value) {
   if (condition) return;
   throw std::invalid_argument(std::string(name) + in_group(index) + " must be " + range + ", got " +
@@ -168,23 +154,24 @@ Clock read_clock(PyObject* group) {
 
 void warn_past_end(PyObject* group, NativeOf native_of, int frames) {
   const Keys& k = keys();
-  warn_past_end(driven_by(group, k.lr_schedule, k.lr_start, native_of), frames);
-  warn_past_end(driven_by(group, k.momentum_schedule, k.momentum_start, native_of), frames);
+  const Clock clock = read_clock(group);
+  warn_past_end(driven_by(group, k.lr_schedule, k.lr_start, clock, native_of), frames);
+  warn_past_end(driven_by(group, k.momentum_schedule, k.momentum_start, clock, native_of), frames);
 }
 
 GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
   const Keys& k = keys();
   GroupReading reading;
   SgdOptions& options = reading.options;
-  reading.lr = driven_by(group, k.lr_schedule, k.lr_start, native_of);
-  reading.momentum = driven_by(group, k.momentum_schedule, k.momentum_start, native_of);
+  const Clock& clock = reading.clock = read_clock(group);
+  reading.lr = driven_by(group, k.lr_schedule, k.lr_start, clock, native_of);
+  reading.momentum = driven_by(group, k.momentum_schedule, k.momentum_start, clock, native_of);
   options.lr = read_scheduled(group, index, "lr", k.lr, reading.lr);
   options.momentum = read_scheduled(group, index, "momentum", k.momentum, reading.momentum);
   options.dampening = real_item(group, k.dampening);
   options.weight_decay = real_item(group, k.weight_decay);
   options.nesterov = flag_item(group, index, k.nesterov);
   options.maximize = flag_item(group, index, k.maximize);
-  const Clock& clock = reading.clock = read_clock(group);
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + in_group(index) +
                                 " is out of range: " + std::to_string(clock.updates) +
@@ -210,36 +197,65 @@ std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of) {
   return readings;
 }
 
-void move_to(PyObject* group, const Clock& clock, NativeOf native_of) {
-  const Keys& k = keys();
-  const Clock now = read_clock(group);
-  if (now.updates == clock.updates && now.samples == clock.samples) return;
-  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
-  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
-  if (PyDict_SetItem(group, k.updates, updates.get()) != 0 ||
-      PyDict_SetItem(group, k.samples, samples.get()) != 0) {
-    throw PythonError();
-  }
-  publish(group, native_of);
+void GroupMoves::add_scheduled(PyObject* group, PyObject* key, PyObject* schedule_key,
+                               PyObject* start_key, const Clock& clock, NativeOf native_of) {
+  const Driven driven = driven_by(group, schedule_key, start_key, clock, native_of);
+  if (driven.owner == nullptr) return;
+  item(group, key);
+  entries_.push_back({Owned::borrow(group), key,
+                      checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)))});
 }
 
-void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {
+void GroupMoves::add(PyObject* group, const Clock& clock, NativeOf native_of) {
   const Keys& k = keys();
+  const Clock now = read_clock(group);
+  if (clock.updates != now.updates) {
+    entries_.push_back(
+        {Owned::borrow(group), k.updates, checked(PyLong_FromLongLong(clock.updates))});
+  }
+  if (clock.samples != now.samples) {
+    entries_.push_back(
+        {Owned::borrow(group), k.samples, checked(PyLong_FromLongLong(clock.samples))});
+  }
+  add_scheduled(group, k.lr, k.lr_schedule, k.lr_start, clock, native_of);
+  add_scheduled(group, k.momentum, k.momentum_schedule, k.momentum_start, clock, native_of);
+}
+
+void GroupMoves::write() const {
+  for (const Entry& entry : entries_) {
+    if (PyDict_SetItem(entry.group.get(), entry.key, entry.value.get()) != 0) throw PythonError();
+  }
+}
+
+void move_to(PyObject* group, const Clock& clock, NativeOf native_of) {
+  const Clock now = read_clock(group);
+  if (now.updates == clock.updates && now.samples == clock.samples) return;
+  GroupMoves moves;
+  moves.add(group, clock, native_of);
+  moves.write();
+}
+
+GroupMoves moves_on(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {
+  GroupMoves moves;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    const auto move = [group, i](PyObject* key, int64_t by) {
-      if (by == 0) return;
-      int64_t moved;
-      if (__builtin_add_overflow(integer_item(group, key), by, &moved)) {
-        throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
-                                    " would pass 2**63");
-      }
-      const Owned value = checked(PyLong_FromLongLong(moved));
-      if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
-    };
-    move(k.updates, updates);
-    move(k.samples, samples);
-    publish(group, native_of);
+    const Clock now = read_clock(group);
+    Clock next;
+    if (__builtin_add_overflow(now.updates, updates, &next.updates) ||
+        __builtin_add_overflow(now.samples, samples, &next.samples)) {
+      throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
+                                  " would pass 2**63");
+    }
+    moves.add(group, next, native_of);
+  }
+  return moves;
+}
+
+void update_groups(PyObject* groups, PyObject* changes) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    if (PyDict_Update(PyList_GET_ITEM(groups, i), PyList_GET_ITEM(changes, i)) != 0) {
+      throw PythonError();
+    }
   }
 }
 

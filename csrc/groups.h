@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "owned.h"
 #include "rules/sgd.h"
 #include "schedule.h"
 
@@ -60,11 +61,35 @@ std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of);
 // up to the user's call.
 void warn_past_end(PyObject* group, NativeOf native_of, int frames);
 
-// Sets a group's clock and writes what its schedules say at it. A group that stands there already
-// is left as it is, with whatever else was written into it: the next step says so.
+// Clocks that groups are about to stand at, with what their schedules say there. Everything is made
+// and checked before write(), which allocates nothing and lets no Python code run: the groups move
+// all together, and what goes with them is safe from errors and Ctrl-C.
+class GroupMoves {
+ public:
+  void add(PyObject* group, const Clock& clock, NativeOf native_of);
+  void write() const;
+
+ private:
+  struct Entry {
+    Owned group;
+    PyObject* key;  // one that the group has
+    Owned value;
+  };
+  void add_scheduled(PyObject* group, PyObject* key, PyObject* schedule_key, PyObject* start_key,
+                     const Clock& clock, NativeOf native_of);
+
+  std::vector<Entry> entries_;
+};
+
+// Sets a group's clock and what its schedules say at it. A group that stands there already is left
+// as it is, with whatever else was written into it: the next step says so.
 void move_to(PyObject* group, const Clock& clock, NativeOf native_of);
 
-// Moves every group's clock and writes what its schedules say at the new one.
-void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);
+// All groups' moves on from where they stand.
+GroupMoves moves_on(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);
+
+// Updates every group by a dict of its own, all of them at once. The keys are strings that the
+// groups have, so that nothing can fail halfway.
+void update_groups(PyObject* groups, PyObject* changes);
 
 }  // namespace fastlr

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
 
 
 class Runtime:
@@ -29,6 +30,11 @@ class Runtime:
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """A copy of the gradient that lies in memory as the parameter does."""
         return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+    @staticmethod
+    def will_write(parameters: list[torch.Tensor]) -> None:
+        """Counts the parameters' versions up, so that a backward pass through an overwritten one raises."""
+        increment_version(parameters)
 
     @staticmethod
     def has_no_values(tensor: torch.Tensor) -> bool:
