@@ -186,12 +186,28 @@ def test_full_batches_are_cut_into_equal_micro_batches() -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("tail", ["carry", "keep"])
 def test_each_sample_once_an_epoch(tail: str, shuffle: bool) -> None:
-    orders = []
+    taken: list[int] = []
     for epoch in GrowingLoader(Numbers(), make_plan(tail), 3, shuffle=shuffle).epochs():
-        orders.append([index for batch in epoch for index in batch.data.tolist()])
-        assert sorted(orders[-1]) == list(range(N))
+        for batch in epoch:
+            taken += batch.data.tolist()
+        assert tail == "carry" or len(taken) == (epoch.index + 1) * N
+    orders = [taken[:N], taken[N : 2 * N], taken[2 * N :]]
+    assert [sorted(order) for order in orders] == [list(range(N))] * 3
     assert (orders[0] == orders[1]) is not shuffle
     assert (orders[0] == list(range(N))) is not shuffle
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_is_made_of_the_updates_that_begin_in_it(world: int) -> None:
+    plan = make_plan(phases=[(0, 4), (0.5, 6), (1.4, 8)], size=N - 1)
+    loader = GrowingLoader(Numbers(N - 1), plan, 2, rank=0, world_size=world)
+    for epoch in loader.epochs():
+        batches = list(epoch)
+        starts = [batch.position for batch in batches if batch.starts_update]
+        size = plan.dataset_size
+        assert starts == [u.start for u in plan.updates_from() if u.start // size == epoch.index]
+        assert batches[-1].ends_update
+        assert {batch.samples for batch in batches if batch.full} <= {1, 2}
 
 
 def test_the_order_is_the_same_under_any_default_device() -> None:
@@ -458,7 +474,8 @@ def test_counts_weigh_by_what_the_loss_averages_over(tail: str) -> None:
                 model.zero_grad()
                 large.zero_grad()
                 window = []
-    assert orders == [N] * 3  # looking ahead does not move a sample to another epoch
+    assert sum(orders) == 3 * N
+    assert tail == "carry" or orders == [N] * 3  # looking ahead does not move a sample to another epoch
 
 
 def test_counts_of_nothing_are_refused() -> None:
@@ -563,15 +580,13 @@ def test_binding_needs_a_samples_clock() -> None:
 
 def test_randomness_belongs_to_the_sample_and_epoch() -> None:
     draws: dict[tuple[int, int], tuple[float, ...]] = {}
-    for epoch in GrowingLoader(Noisy(), make_plan(), 3).epochs():
-        for batch in epoch:
-            draws |= {(epoch.index, int(row[0])): tuple(row[1:].tolist()) for row in batch.data}
-    assert len(set(draws.values())) == 3 * N
+    rows = torch.cat([batch.data for batch in GrowingLoader(Noisy(), make_plan(), 3)])
+    for k, row in enumerate(rows.tolist()):
+        draws[k // N, int(row[0])] = tuple(row[1:])
+    assert len(draws) == len(set(draws.values())) == 3 * N
     again = GrowingLoader(Noisy(), make_plan(phases=[(0, 9)]), 2, num_workers=2)
-    for epoch in again.epochs():
-        for batch in epoch:
-            for row in batch.data:
-                assert draws[epoch.index, int(row[0])] == tuple(row[1:].tolist())
+    for k, row in enumerate(torch.cat([batch.data for batch in again]).tolist()):
+        assert draws[k // N, int(row[0])] == tuple(row[1:])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -626,7 +641,7 @@ def test_states_hold_plain_values(tmp_path: Any) -> None:
     state = loader.state_dict()
     torch.save(state, tmp_path / "loader.pt")
     assert torch.load(tmp_path / "loader.pt", weights_only=True) == state
-    assert (state["epoch"], state["samples"], state["seed"]) == (0, 18, 0)
+    assert (state["epoch"], state["samples"], state["seed"]) == (1, 24, 0)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 3), (2, 1), (3, 4)])

@@ -23,7 +23,7 @@ class Batch:
         weight: see above; with the loader's ``count`` its numbers stand in place of n and B.
         position: samples of the run, over all ranks, before this update: the clock of the plan's rates.
         global_batch: samples of the update, over all ranks and micro-batches.
-        epoch: in which it is yielded, from 0.
+        epoch: in which it is yielded, and its update begins; from 0.
         starts_update: whether it is the update's first micro-batch.
         ends_update: whether it is the last: now ``opt.step()``.
         full: whether the update has the batch size of its phase, and is no tail.

@@ -113,7 +113,7 @@ def grown_plan(
         mode=mode,
         micro_batch_size=micro_batch_size,
         ranks=ranks,
-    )
+    )._without_empty_phases()
 
 
 def _momentum(name: str, value: float, low: float = 0.0) -> float:

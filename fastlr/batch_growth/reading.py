@@ -55,43 +55,36 @@ class BatchSource:
             **self._options,
         )
 
-    def of(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
-        """All batches from the beginning of an update on, through the epochs to come.
-
-        The next epoch's are read only when they are asked for, or when their counts are needed.
-        """
-        batches = self._read(sampler, samples)
+    def of(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
+        """The batches of an epoch, from the update on that begins after so many samples of the run."""
+        batches = self._read(sampler, samples, epoch)
         return batches if self._count is None else self._counted(batches, self._count)
 
-    def _read(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
-        skip = 0
-        for epoch in range(samples // sampler.plan.dataset_size, sampler.plan.epochs):
-            sent = self._feed.aim(sampler.micro_batches(samples, skip, epoch))
-            for data in self.loader:
-                micro = sent.popleft()
-                update = micro.update
-                skip = 0 if micro.ends_update else 1 if micro.starts_update else skip + 1
-                samples = update.next_start if micro.ends_update else update.start
-                yield (
-                    Batch(
-                        data=data,
-                        samples=len(micro),
-                        weight=micro.weight,
-                        position=update.start,
-                        global_batch=update.size,
-                        epoch=epoch,
-                        starts_update=micro.starts_update,
-                        ends_update=micro.ends_update,
-                        full=update.size == update.batch_size,
-                        ranks=sampler.world_size or 1,
-                    ),
-                    update,
-                )
+    def _read(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
+        sent = self._feed.aim(sampler.micro_batches(samples, epoch))
+        for data in self.loader:
+            micro = sent.popleft()
+            update = micro.update
+            yield (
+                Batch(
+                    data=data,
+                    samples=len(micro),
+                    weight=micro.weight,
+                    position=update.start,
+                    global_batch=update.size,
+                    epoch=epoch,
+                    starts_update=micro.starts_update,
+                    ends_update=micro.ends_update,
+                    full=update.size == update.batch_size,
+                    ranks=sampler.world_size or 1,
+                ),
+                update,
+            )
 
     def _counted(
         self, batches: Iterator[tuple[Batch, Update]], count: Callable[[Any], SupportsFloat]
     ) -> Iterator[tuple[Batch, Update]]:
-        """BatchSource weighted by what they count, once all of an update are there."""
+        """Batches weighted by what they count, once all of an update are there."""
         window: list[tuple[Batch, Update]] = []
         for item in batches:
             window.append(item)
