@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from fastlr._checks import count, describe, flag, real
 from fastlr.batch_growth.batch import Batch
-from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.loader import GrowingLoader
 from fastlr.batch_growth.noise_scale import GradientNoiseScale
 
@@ -51,8 +50,8 @@ class AdaptiveGrowth:
         apply: let the loader's batches grow.
 
     Raises:
-        ValueError: an argument is out of range, or one of the sizes cannot be shared between the ranks and
-            cut into equal micro-batches.
+        ValueError: an argument is out of range, or one of the sizes, or the tail of a phase that grows to
+            it, cannot be shared between the ranks and cut into equal micro-batches.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(3, 1)
@@ -100,10 +99,10 @@ class AdaptiveGrowth:
                 f"got {max_batch_size:,}"
             )
         self.factor = count("factor", factor, 2)
-        size = self.batch_size
-        while size <= self.max_batch_size:
-            divide(size, loader.plan.micro_batch_size, loader.plan.ranks)
-            size *= self.factor
+        for size in loader.plan.batch_sizes:
+            size = max(size, self.batch_size)
+            while (size := size * self.factor) <= self.max_batch_size:
+                loader._check_growth(size)  # each that may come
         self.margin = real("margin", margin, above=True)
         self.patience = count("patience", patience)
         self.apply = flag("apply", apply)

@@ -388,6 +388,10 @@ class GrowingLoader:
         if self._given is None:
             self._move_to(self.plan._next_start(at))
 
+    def _check_growth(self, batch_size: int) -> None:
+        """Raises ValueError where :meth:`grow` would."""
+        dataclasses.replace(self._sampler, plan=self.plan.grown(self._samples, batch_size))
+
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
