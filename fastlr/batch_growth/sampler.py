@@ -74,7 +74,8 @@ class GrowingBatchSampler:
 
     Raises:
         ValueError: a batch of the plan cannot be shared between the ranks or cut into equal
-            micro-batches, or a tail has fewer samples than there are ranks.
+            micro-batches, or a tail not without leaving a rank without a sample or giving it more than
+            ``micro_batch_size``.
         RuntimeError: started by ``torchrun``, but ``torch.distributed`` is not initialised.
 
     >>> import fastlr
@@ -122,6 +123,13 @@ class GrowingBatchSampler:
                     f'tail="drop", which leaves such samples out'
                     + (', or tail="carry"' if self.plan.tail == "keep" else "")
                     + ", or another batch size"
+                )
+            # Of n >= 2 samples at a time a rank can take one more in its last micro-batch, of 1 it cannot.
+            if tail % world_size and self.micro_batch_size == 1 and self.plan.tail != "drop":
+                raise ValueError(
+                    f"the update that ends at sample {segment.stop:,} has {tail} samples, which {world_size} "
+                    "ranks cannot share without one taking two at once, but micro_batch_size is 1; use "
+                    'micro_batch_size=2, or tail="drop", which leaves such samples out'
                 )
 
     def __iter__(self) -> Iterator[MicroBatch]:
