@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
+
+from fastlr._checks import choice, count, describe, real
 
 __all__ = ["Batches", "Dataset", "load"]
 
@@ -55,10 +57,11 @@ def load(
         path: the folder of those files; None: where Debian's package dataset-fashion-mnist puts them.
         label_noise: part of the training labels to draw anew from all classes, in [0, 1]. A label may
             be drawn as it was.
-        seed: of that draw. The split does not depend on it.
+        seed: of that draw, >= 0. The split does not depend on it.
 
     Raises:
         ValueError: an argument is out of range, or a file is not what its name says.
+        TypeError: path is of another kind.
         FileNotFoundError: a file is missing; the message says where to get it.
         ModuleNotFoundError: digits without scikit-learn.
 
@@ -66,10 +69,12 @@ def load(
     >>> digits.x_train.shape, digits.y_test.shape, digits.classes
     (torch.Size([1347, 64]), torch.Size([450]), 10)
     """
-    if name not in get_args(Name):
-        raise ValueError(f"name must be one of {', '.join(get_args(Name))}, got {name!r}")
-    if not 0.0 <= label_noise <= 1.0:
+    name = cast(Name, choice("name", name, get_args(Name)))
+    if real("label_noise", label_noise) > 1.0:
         raise ValueError(f"label_noise must be in [0, 1], got {label_noise!r}")
+    seed = count("seed", seed, 0)
+    if path is not None and not isinstance(path, (str, Path)):
+        raise TypeError(f"path must be a folder's path, got {describe(path)}")
     if name == "digits":
         if path is not None:
             raise ValueError(f"digits come with scikit-learn and are not read from a path, got {str(path)!r}")
@@ -94,7 +99,11 @@ class Batches:
         x: inputs, shape (n, ...).
         y: targets, shape (n, ...).
         batch_size: samples, >= 1; the last batch may be smaller.
-        seed: of the order; None: the order in which they stand.
+        seed: of the order, >= 0; None: the order in which they stand.
+
+    Raises:
+        ValueError: an argument is out of range, or x and y are not of one length.
+        TypeError: x or y is no tensor.
 
     >>> batches = Batches(torch.arange(10), torch.arange(10), batch_size=4, seed=0)
     >>> [len(x) for x, _ in batches]
@@ -102,12 +111,13 @@ class Batches:
     """
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int | None = None) -> None:
+        for name, tensor in (("x", x), ("y", y)):
+            if not isinstance(tensor, torch.Tensor) or not tensor.ndim:
+                raise TypeError(f"{name} must be a tensor of samples, got {describe(tensor)}")
         if len(x) != len(y):
             raise ValueError(f"x and y must be of one length, got {len(x)} and {len(y)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
-        self.x, self.y, self.batch_size = x, y, batch_size
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.x, self.y, self.batch_size = x, y, count("batch_size", batch_size)
+        self.generator = None if seed is None else torch.Generator().manual_seed(count("seed", seed, 0))
 
     def __len__(self) -> int:
         return -(-len(self.x) // self.batch_size)

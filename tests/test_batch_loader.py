@@ -615,7 +615,7 @@ def test_counts_weigh_by_what_the_loss_averages_over(tail: str) -> None:
 
 def test_counts_of_nothing_are_refused() -> None:
     loader = GrowingLoader(Numbers(), make_plan(), 3, count=lambda data: 0)
-    with pytest.raises(ValueError, match=r"count\(data\) must be >= 0, and > 0 .*update at sample 0"):
+    with pytest.raises(ValueError, match=r"count\(data\) must be > 0 .*update at sample 0"):
         next(iter(loader))
 
 
@@ -908,7 +908,7 @@ def test_leaving_in_mid_update_and_going_on_is_exact() -> None:
     """After a break the update that was left comes again: with its gradients zeroed nothing has changed."""
     weights = []
     for stops in ([], [1, 7, 8, 20]):
-        model, opt, loader = bound(make_plan(phases=[(0, 6), (1, 12)]), num_workers=bool(stops))
+        model, opt, loader = bound(make_plan(phases=[(0, 6), (1, 12)]), num_workers=int(bool(stops)))
         for stop in [*stops, None]:
             opt.zero_grad()
             for k, batch in enumerate(loader):

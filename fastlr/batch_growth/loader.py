@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat
 from torch.utils.data import IterableDataset, default_collate
 
 from fastlr._checks import count as _count
-from fastlr._checks import describe, flag
+from fastlr._checks import describe, flag, function, items, real, saved_state
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
 from fastlr.batch_growth.ranks import group_size, ranks_agree
@@ -122,19 +122,22 @@ class GrowingLoader:
         for name, why in _REFUSED.items():
             if name in options:
                 raise TypeError(f"GrowingLoader takes no {name}: {why}")
-        if count is not None and not callable(count):
-            raise TypeError(f"count must be a function of a micro-batch's data, got {describe(count)}")
+        for name, value in (("count", count), ("collate_fn", collate_fn)):
+            if value is not None:
+                function(name, value)
+        _check_options(options)
         if flag("drop_last", drop_last):
             plan = dataclasses.replace(plan, tail="drop")._without_empty_phases()
         _check_size(dataset, plan)
         iterable = isinstance(dataset, IterableDataset)
+        shuffle = not iterable if shuffle is None else flag("shuffle", shuffle)
         if iterable and shuffle:
             raise ValueError("shuffle=True needs a map-style data set; an iterable one shuffles itself")
         self._sampler = GrowingBatchSampler(
             plan,
             micro_batch_size,
             seed,
-            not iterable if shuffle is None else shuffle,
+            shuffle,
             rank,
             world_size,
         )
@@ -151,7 +154,7 @@ class GrowingLoader:
         self._reading = BatchSource(
             dataset,
             plan.dataset_size,
-            collate_fn or default_collate,
+            default_collate if collate_fn is None else collate_fn,
             count,
             flag("seed_samples", seed_samples),
             options,
@@ -417,14 +420,11 @@ class GrowingLoader:
             state: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is of another plan or order, or its batches cannot be met with these ranks and
-                micro-batches.
+            ValueError: it is damaged, of another plan or order, or its batches cannot be met with these
+                ranks and micro-batches. Nothing has changed then.
         """
-        missing = {"samples", "seed", "shuffle", "plan", "growths"} - set(state)
-        if missing:
-            raise ValueError(
-                f"the state of a GrowingLoader has {', '.join(sorted(missing))} too; got {list(state)}"
-            )
+        keys = ("epoch", "samples", "seed", "shuffle", "plan", "growths")
+        state = saved_state("a GrowingLoader", state, keys)
         theirs = BatchPlan.from_dict(state["plan"])
         if theirs != self._planned:
             differing = [
@@ -436,18 +436,28 @@ class GrowingLoader:
                 f"the file is of another plan: {'; '.join(differing)}. Make the loader with "
                 'fastlr.BatchPlan.from_dict(state["plan"])'
             )
-        if state["shuffle"] != self._sampler.shuffle:
+        if flag("shuffle", state["shuffle"]) != self._sampler.shuffle:
             raise ValueError(
                 f"the file's run has shuffle={state['shuffle']}, this loader {self._sampler.shuffle}"
             )
-        plan, growths = self._planned, [(int(at), int(size)) for at, size in state["growths"]]
-        for at, size in growths:
-            plan = plan.grown(at, size)
-        next(plan.updates_from(state["samples"]), None)  # raises where no update begins there
-        self._sampler = dataclasses.replace(self._sampler, seed=state["seed"])
+        plan, growths = self._planned, []
+        for growth in items("growths", state["growths"]):
+            if not isinstance(growth, (list, tuple)) or len(growth) != 2:
+                raise ValueError(f"growths must be pairs (sample, batch_size), got {describe(growth)}")
+            growths.append((_count("sample of growths", growth[0], 0), _count("size of growths", growth[1])))
+            plan = plan.grown(*growths[-1])
+        samples, epoch = plan._begin(state["samples"]), _count("epoch", state["epoch"], 0)
+        size = plan.dataset_size
+        # Before the epoch that the next update begins in there can be empty ones, still to come.
+        if epoch != samples // size and plan._next_start(epoch * size) != samples:
+            raise ValueError(
+                f"epoch must be the one that the run stands in at sample {samples:,}, {samples // size}, got "
+                f"{epoch}"
+            )
+        sampler = dataclasses.replace(self._sampler, plan=plan, seed=state["seed"])
+        self._sampler, self._growths = sampler, growths
         self._set_plan(plan)
-        self._growths = growths
-        self._reset(int(state["samples"]), int(state["epoch"]))
+        self._reset(samples, epoch)
         self._reading.open(self._sampler.seed)
 
 
@@ -475,6 +485,20 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loader._iterate(self)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """The kinds of what a ``DataLoader`` takes as it is, or refuses without a name; the rest it checks."""
+    for name in ("num_workers", "prefetch_factor"):
+        if options.get(name) is not None or (name in options and name == "num_workers"):
+            _count(name, options[name], int(name == "prefetch_factor"))
+    for name in ("pin_memory", "persistent_workers"):
+        if name in options:
+            flag(name, options[name])
+    if "timeout" in options:
+        real("timeout", options["timeout"])
+    if options.get("worker_init_fn") is not None:
+        function("worker_init_fn", options["worker_init_fn"])
 
 
 def _check_size(dataset: Any, plan: BatchPlan) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastlr._checks import choice, count, describe, items, real
+from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
 from fastlr.schedules import Constant, Schedule
 
@@ -136,19 +136,23 @@ class BatchPlan:
         sizes = tuple(count("batch_sizes", size) for size in items("batch_sizes", self.batch_sizes))
         if len(starts) != len(sizes) or not starts:
             raise ValueError(f"each phase needs a start and a batch size, got {len(starts)} and {len(sizes)}")
-        checked = {
+        checked: dict[str, object] = {
             "starts": starts,
             "batch_sizes": sizes,
             "dataset_size": count("dataset_size", self.dataset_size),
             "epochs": count("epochs", self.epochs),
             "ranks": count("ranks", self.ranks),
+            "tail": choice("tail", self.tail, TAILS),
+            "mode": choice("mode", self.mode, ("increase", "hybrid", "decay", "phases")),
         }
         if self.micro_batch_size is not None:
             checked["micro_batch_size"] = count("micro_batch_size", self.micro_batch_size)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        choice("tail", self.tail, TAILS)
-        choice("mode", self.mode, ("increase", "hybrid", "decay", "phases"))
+        if self.total_samples >= ENDLESS:
+            raise ValueError(
+                f"epochs * dataset_size must be < 2**63 - 1, got {self.epochs:,} * {self.dataset_size:,}"
+            )
         self._check_phases()
         for name in ("lr", "momentum"):
             value = getattr(self, name)
@@ -341,6 +345,8 @@ class BatchPlan:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"phases must be pairs (epoch, batch_size), got {describe(pair)}")
             epoch = real("the epoch of a phase", pair[0])
+            if epoch * dataset_size >= ENDLESS:
+                raise ValueError(f"the epoch of a phase must lie within the run, got {epoch!r}")
             pairs.append((round(epoch * dataset_size), count("batch_size of a phase", pair[1])))
         return cls(
             starts=tuple(start for start, _ in pairs),

@@ -11,6 +11,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch.utils.data import DataLoader
 
+from fastlr._checks import real
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import Update
 from fastlr.batch_growth.ranks import sum_over_ranks
@@ -90,13 +91,21 @@ class BatchSource:
             window.append(item)
             if not item[0].ends_update:
                 continue
-            counts = [float(count(batch.data)) for batch, _ in window]
+            counts: list[float] = []
+            wrong: Exception | None = None
+            try:
+                counts += [real("count(data)", count(batch.data)) for batch, _ in window]
+            except Exception as error:
+                wrong = error
             world = item[0].ranks
-            total = sum_over_ranks([sum(counts)], world)[0]
-            if not (min(counts) >= 0.0 and 0.0 < total < math.inf):
+            # Told to the others first, which would otherwise wait for this rank.
+            total = sum_over_ranks([sum(counts) if wrong is None else math.nan], world)[0]
+            if wrong is not None:
+                raise wrong
+            if not 0.0 < total < math.inf:
                 raise ValueError(
-                    f"count(data) must be >= 0, and > 0 for one micro-batch of an update, got {counts} in "
-                    f"the update at sample {item[1].start:,}"
+                    f"count(data) must be > 0 for one micro-batch of an update, and valid on every rank, got "
+                    f"{counts} in the update at sample {item[1].start:,}"
                 )
             for (batch, update), number in zip(window, counts, strict=True):
                 yield dataclasses.replace(batch, weight=world * number / total), update

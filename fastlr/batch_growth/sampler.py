@@ -145,6 +145,9 @@ class GrowingBatchSampler:
             sample: at which an update begins.
             epoch: stop after the last update that begins in this epoch, counted from 0; None: at the
                 end of the run.
+
+        Raises:
+            ValueError: no update begins there, or an argument is out of range.
         """
         order = _Order(self)
         world, rank = self.world_size or 1, self.rank or 0

@@ -65,7 +65,7 @@ class Schedule:
     _closed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        choice("unit", self.unit, _UNITS)
+        self._set(unit=choice("unit", self.unit, _UNITS))
         self._validate()
 
     def _validate(self) -> None:
@@ -223,6 +223,8 @@ class Schedule:
 
         from fastlr import schedules
 
+        if not isinstance(data, dict):
+            raise ValueError(f"a schedule must be what its to_dict() returned, got {describe(data)}")
         fields = dict(data)
         name = fields.pop("type", None)
         kind = getattr(schedules, name) if name in schedules.__all__ else None

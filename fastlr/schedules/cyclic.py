@@ -69,7 +69,7 @@ class Triangular(Schedule):
         down = up if self.step_size_down is None else real("step_size_down", self.step_size_down)
         if not 1.0 <= up + down < math.inf:
             raise ValueError(f"step_size_up + step_size_down must be >= 1 and finite, got {up!r} + {down!r}")
-        choice("interpolation", self.interpolation, _WINDOWS)
+        self._set(interpolation=choice("interpolation", self.interpolation, _WINDOWS))
         if self.interpolation == "geometric" and base == 0.0:
             raise ValueError("base must be > 0 for geometric interpolation, got 0.0")
         self._set(base=base, max=top, step_size_up=up, inverted=flag("inverted", self.inverted))
@@ -172,8 +172,8 @@ class _OneCycleBase(Schedule):
                 f"pct_start must be in [0, {limit:g}]{' with three_phase=True' if three_phase else ''}, "
                 f"got {pct!r}"
             )
-        choice("anneal_strategy", anneal, ("cos", "linear"))
         self._set(
+            anneal_strategy=choice("anneal_strategy", anneal, ("cos", "linear")),
             total_steps=count("total_steps", total_steps),
             pct_start=pct,
             three_phase=three_phase,
