@@ -188,6 +188,16 @@ def test_adaptive_growth_goes_on(phases: list[tuple[float, int]]) -> None:
         list(resumed.loader)
 
 
+def test_growth_to_less_than_there_is_changes_nothing() -> None:
+    run = Run(Case([(0, 4), (1, 8)], 2, {}, [], []))
+    for batch in run.loader:
+        state = run.loader.state_dict()
+        run.loader.grow(batch.global_batch // 2)
+        assert run.loader.state_dict() == state
+        if batch.ends_update:
+            run.optimizer.step()
+
+
 def test_growth_that_leaves_nothing_of_the_run_is_refused() -> None:
     run = Run(Case([(0, 2), (0.5, 2)], 1, {}, [], []))
     with pytest.raises(ValueError, match="the plan has no update"):

@@ -385,7 +385,10 @@ class GrowingLoader:
             at = self._start_after(self._given[1])
         if at == self.plan.total_samples:
             return  # the last update is under way
-        self._set_plan(self.plan.grown(at, batch_size))
+        grown = self.plan.grown(at, batch_size)
+        if grown == self.plan:
+            return  # its batches are that large
+        self._set_plan(grown)
         self._growths.append((at, batch_size))
         self._regrown = True
         if self._given is None:
