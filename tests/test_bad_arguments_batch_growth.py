@@ -335,7 +335,7 @@ COUNTED = [-1, 1.5, "3", None, [1], True, 10**30]
 NUMBERED = [math.nan, math.inf, "a", None, [1.0], 1j, True]
 BAD_STATES: dict[str, dict[str, list[Any]]] = {
     "GrowingLoader": {
-        "epoch": [*COUNTED, 0, 2, 4],
+        "epoch": [*COUNTED, 0, 2, 4, 10**9],
         "samples": [*COUNTED, 5, 10**6],
         "seed": COUNTED,
         "shuffle": [*NOT_FLAG, None, False],
@@ -472,3 +472,14 @@ def test_numpys_arguments_of_a_grown_plan_become_plain() -> None:
         fastlr.StepDecay(0.1, 1, 0.5, unit="epoch"), batch_size=4, dataset_size=24, epochs=3, momentum=0.5,
         mode="hybrid", max_batch_size=16, granularity=4, tail="keep",
     )  # fmt: skip
+
+
+def test_the_end_of_a_run_is_in_no_later_epoch() -> None:
+    batches = loader()
+    list(batches)
+    state = batches.state_dict()
+    assert (state["epoch"], state["samples"]) == (2, 48)
+    with pytest.raises(
+        ValueError, match="epoch must be the one that the run stands in at sample 48, 2, got 3"
+    ):
+        batches.load_state_dict({**state, "epoch": 3})

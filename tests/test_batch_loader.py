@@ -499,7 +499,7 @@ def test_whatever_moves_itself_is_asked() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [None, "text", b"bytes", bytearray(b"ab"), 3, range(3), np.ones(2), torch.nn.Linear, Plain, {1, 2}],
+    [None, "text", b"bytes", bytearray(b"ab"), 3, range(3000), np.ones(2), torch.nn.Linear, Plain, {1, 2}],
     ids=lambda data: type(data).__name__,
 )
 def test_what_holds_no_tensor_stays(data: Any) -> None:

@@ -86,31 +86,32 @@ def _each(value: Any, change: Callable[[Any], Any], method: str) -> Any:
     if callable(getattr(value, method, None)):
         return change(value)
     if isinstance(value, Mapping):
-        return _with(value, [(key, _each(item, change, method)) for key, item in value.items()])
-    if isinstance(value, Sequence):
-        return _with(value, [(k, _each(item, change, method)) for k, item in enumerate(value)])
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-        old = [getattr(value, name) for name in names]
-        new = [_each(item, change, method) for item in old]
-        if any(a is not b for a, b in zip(old, new, strict=True)):
-            value = copy.copy(value)
-            for name, item in zip(names, new, strict=True):
-                object.__setattr__(value, name, item)  # a frozen one's, too
-    return value
+        old = dict(value.items())
+    elif isinstance(value, Sequence):
+        old = dict(enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        old = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    else:
+        return value
+    new = {key: _each(item, change, method) for key, item in old.items()}
+    return value if all(new[key] is item for key, item in old.items()) else _with(value, new)
 
 
-def _with(container: Any, items: list[tuple[Any, Any]]) -> Any:
+def _with(container: Any, items: dict[Any, Any]) -> Any:
     """The container with these items in place of its own, in its type."""
-    if all(container[key] is item for key, item in items):
-        return container
     if isinstance(container, (MutableMapping, MutableSequence)):
         container = copy.copy(container)
-        for key, item in items:
+        for key, item in items.items():
             container[key] = item
         return container
-    values: Any = dict(items) if isinstance(container, Mapping) else [item for _, item in items]
-    kind = type(container)
+    if not isinstance(container, (Mapping, Sequence)):  # a dataclass
+        container = copy.copy(container)
+        for name, item in items.items():
+            object.__setattr__(container, name, item)  # a frozen one's, too
+        return container
+    values: Any = items if isinstance(container, Mapping) else list(items.values())
+    kind: Any = type(container)
     try:
         return kind._make(values) if hasattr(kind, "_make") else kind(values)
     except Exception as error:

@@ -220,7 +220,7 @@ class GrowingLoader:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._complete),
         ]
-        if self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
+        if 0 < self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
             optimizer.advance_samples(self._samples)  # what is left out before the first update
         return self
 
@@ -450,12 +450,12 @@ class GrowingLoader:
             growths.append((_count("sample of growths", growth[0], 0), _count("size of growths", growth[1])))
             plan = plan.grown(*growths[-1])
         samples, epoch = plan._begin(state["samples"]), _count("epoch", state["epoch"], 0)
-        size = plan.dataset_size
+        stands = samples // plan.dataset_size
         # Before the epoch that the next update begins in there can be empty ones, still to come.
-        if epoch != samples // size and plan._next_start(epoch * size) != samples:
+        empty = epoch < stands and plan._next_start(epoch * plan.dataset_size) == samples
+        if epoch != stands and not empty:
             raise ValueError(
-                f"epoch must be the one that the run stands in at sample {samples:,}, {samples // size}, got "
-                f"{epoch}"
+                f"epoch must be the one that the run stands in at sample {samples:,}, {stands}, got {epoch}"
             )
         sampler = dataclasses.replace(self._sampler, plan=plan, seed=state["seed"])
         self._sampler, self._growths = sampler, growths
@@ -492,9 +492,10 @@ class Epoch:
 
 def _check_options(options: dict[str, Any]) -> None:
     """The kinds of what a ``DataLoader`` takes as it is, or refuses without a name; the rest it checks."""
-    for name in ("num_workers", "prefetch_factor"):
-        if options.get(name) is not None or (name in options and name == "num_workers"):
-            _count(name, options[name], int(name == "prefetch_factor"))
+    if "num_workers" in options:
+        _count("num_workers", options["num_workers"], 0)
+    if options.get("prefetch_factor") is not None:
+        _count("prefetch_factor", options["prefetch_factor"])
     for name in ("pin_memory", "persistent_workers"):
         if name in options:
             flag(name, options[name])

@@ -525,7 +525,8 @@ class BatchPlan:
 
     def _next_start(self, sample: int) -> int:
         """Where the first update begins that begins at ``sample`` or later; the run's end if none does."""
-        for segment in self._segments[self._segment_of(sample) :]:
+        for index in range(self._segment_of(sample), len(self._segments)):
+            segment = self._segments[index]
             before = max(-(-(sample - segment.start) // segment.batch_size), 0)
             if before < self._updates_in(segment):
                 return segment.start + before * segment.batch_size
