@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, SupportsFloat
 
 import numpy as np
+import torch
 
 from fastlr import _core
 
@@ -46,9 +47,8 @@ def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = Fal
         or number < low
         or (above and number == low)
     ):
-        raise ValueError(
-            f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {describe(value)}"
-        )
+        bound = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {describe(value)}")
     return number
 
 
@@ -181,3 +181,38 @@ def file_name(name: str, value: object) -> str:
                 raise ValueError(f"{name} must name a file, got ''")
             return path
     raise TypeError(f"{name} must be a string or a pathlib.Path, got {describe(value)}")
+
+
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {describe(value)}")
+
+
+def tensors(name: str, value: Iterable[Any]) -> list[torch.Tensor]:
+    """At least one tensor, none of them twice."""
+    if isinstance(value, (torch.Tensor, str, bytes, dict)):
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(value).__name__}")
+    found: list[torch.Tensor] = []
+    seen: dict[int, int] = {}
+    for index, tensor in enumerate(items(name, value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be tensors, got {describe(tensor)} at index {index}")
+        first = seen.setdefault(id(tensor), index)
+        if first != index:
+            raise ValueError(f"{name} must be different tensors, got one of them at {first} and at {index}")
+        found.append(tensor)
+    if not found:
+        raise ValueError(f"{name} must be at least one tensor, got none")
+    return found
+
+
+def saved_state(owner: str, value: object, keys: Iterable[str]) -> dict[str, Any]:
+    """What a ``state_dict()`` returned, with all that it has to have."""
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"the state of {owner} must be the dict that state_dict() returned, got {describe(value)}"
+        )
+    missing = sorted(set(keys) - set(value))
+    if missing:
+        raise ValueError(f"the state of {owner} has {', '.join(missing)} too; got {list(value)}")
+    return value
