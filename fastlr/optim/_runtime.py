@@ -31,10 +31,10 @@ class Runtime:
         """A copy of the gradient that lies in memory as the parameter does."""
         return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
-    @staticmethod
-    def will_write(parameters: list[torch.Tensor]) -> None:
-        """Counts the parameters' versions up, so that a backward pass through an overwritten one raises."""
-        increment_version(parameters)
+    # will_write(parameters) counts their versions up, so that a backward pass through an overwritten one
+    # raises. PyTorch's public function is a line of Python around this one, where Ctrl-C can come up after
+    # the versions are counted and before anything is written.
+    will_write = staticmethod(getattr(torch._C, "_increment_version", increment_version))
 
     @staticmethod
     def has_no_values(tensor: torch.Tensor) -> bool:
