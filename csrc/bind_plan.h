@@ -45,7 +45,7 @@ inline void bind_plan(py::module_& m) {
           },
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
           py::arg("threads"), py::arg("measures_norm"), py::arg("samples"))
-      .def("skipped", &SgdPlan::skipped)
+      .def_property("skipped", &SgdPlan::skipped, &SgdPlan::set_skipped)
       .def("squared_norm",
            [](SgdPlan& plan) {
              return with_python_errors(

@@ -47,6 +47,7 @@ class SgdPlan {
 
   // Whether the last step was skipped, as far as the host knows.
   bool skipped() const { return skipped_; }
+  void set_skipped(bool skipped) { skipped_ = skipped; }
 
   // The sum of the squares of all elements of the last step's gradients, without GradScaler's
   // scale; NaN where the update was skipped. Waits for the devices. A float, or None where the last

@@ -245,14 +245,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def keep_devices(self) -> Callable[[], None]:
         """For code that puts ``param_groups`` and ``state`` back as they were: what to call afterwards.
 
-        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well.
+        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well; and native
+        code keeps whether the last step was skipped.
         """
         self.sync()
-        empty = self._plan.uninitialized()
+        empty, skipped = self._plan.uninitialized(), self._plan.skipped
 
         def put_back() -> None:
             self._plan.loaded(empty)
             self._plan.push(self.param_groups)
+            self._plan.skipped = skipped
 
         return put_back
 
@@ -274,7 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Asks the device as :meth:`sync` does.
         """
         self.sync()
-        return self._plan.skipped()
+        return self._plan.skipped
 
     # -- the gradients' norm ---------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def test_what_the_runtime_raises_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
 def test_the_same_plan_goes_on_after_an_error(error: type[BaseException]) -> None:
-    """As after a first momentum buffer that did not fit: the cache was made free, and the step is repeated."""
+    """As after a buffer that did not fit: memory was made free, and the step is repeated."""
     failing = Failing("new_momentum", 2, error)
     subject, other = Subject(steps=0), Subject(steps=0)
     subject.optimizer._plan = fastlr._core.SgdPlan(failing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -137,10 +138,8 @@ def test_killed_at_random_moments(
             kill_in_a_write(pid, new, rng, length=0.002)
         else:
             time.sleep(rng.uniform(0.0, duration))
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it is through
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it is through
         code = trainings.exit_code()
         assert code in (0, -signal.SIGKILL)
         if code == 0:
@@ -157,8 +156,8 @@ def test_killed_at_random_moments(
     assert trainings.exit_code() == 0
     assert_equal(torch.load(folder / "end.pt", weights_only=True), expected)
     print(
-        f"{kind}, {workers} workers: {made} kills, {in_write} of them inside a write, {resumed} starts from a "
-        f"checkpoint, {finished + 1} trainings ended, all as the uninterrupted one"
+        f"{kind}, {workers} workers: {made} kills, {in_write} of them inside a write, {resumed} starts from "
+        f"a checkpoint, {finished + 1} trainings ended, all as the uninterrupted one"
     )
     assert resumed
     assert in_write or not soak
