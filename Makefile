@@ -1,5 +1,5 @@
-# Each target sets up what it needs in .venv: `make demo`, `make test`, `make lint`, `make bench`; `make gpu` takes
-# what the machine has.
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make soak`, `make lint`, `make bench`;
+# `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test soak lint bench gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -25,6 +25,10 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest
+
+# The long form of tests/soak; prints what each part did.
+soak: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/pytest tests/soak --soak -rP --backend cpu
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check

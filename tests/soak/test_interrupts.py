@@ -88,6 +88,7 @@ def step(subject: Subject) -> None:
 def scaled_step(subject: Subject) -> None:
     subject.optimizer.grad_scale, subject.optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     subject.optimizer.step()
+    del subject.optimizer.grad_scale, subject.optimizer.found_inf
 
 
 def state_dict(subject: Subject) -> None:
