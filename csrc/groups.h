@@ -4,9 +4,10 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
-#include "rules/sgd.h"
+#include "rule.h"
 #include "schedule.h"
 
 namespace fastlr {
@@ -43,28 +44,57 @@ struct Driven {
 };
 
 struct GroupReading {
-  SgdOptions options;  // for the next update
-  Driven lr;
-  Driven momentum;
+  Options options;  // for the next update
+  Driven driven[kMaxScheduled];
+  uint32_t driven_options;  // a bit for each that has an owner
   Clock clock;
 };
 
-// Throws std::invalid_argument for a value out of range, and std::runtime_error where something
-// else wrote a value that a schedule owns.
-GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
+// Reads and writes the parameter groups of an optimizer of one rule.
+class Groups {
+ public:
+  Groups(const Rule& rule, NativeOf native_of);
 
-// All of them, which must be dicts in a list.
-std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of);
+  const Rule& rule() const { return rule_; }
 
-// Warns, once each, that schedules of a group have ended before its clock. frames: from the warning
-// up to the user's call.
-void warn_past_end(PyObject* group, NativeOf native_of, int frames);
+  // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
+  // group 0", for messages.
+  void check(const Options& options, const std::string& where) const;
 
-// Sets a group's clock and writes what its schedules say at it. A group that stands there already
-// is left as it is, with whatever else was written into it: the next step says so.
-void move_to(PyObject* group, const Clock& clock, NativeOf native_of);
+  // Throws as check() does, and std::runtime_error where something else wrote a value that a
+  // schedule owns.
+  GroupReading read(PyObject* group, Py_ssize_t index) const;
+  // All of them, which must be dicts in a list.
+  std::vector<GroupReading> read(PyObject* groups) const;
 
-// Moves every group's clock and writes what its schedules say at the new one.
-void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);
+  // Warns, once each, that schedules of a group have ended before its clock. frames: from the
+  // warning up to the user's call.
+  void warn_past_end(PyObject* group, int frames) const;
+
+  // Sets a group's clock and writes what its schedules say at it. A group that stands there already
+  // is left as it is, with whatever else was written into it: the next step says so.
+  void move_to(PyObject* group, const Clock& clock) const;
+
+  // Moves every group's clock and writes what its schedules say at the new one.
+  void advance(PyObject* groups, int64_t updates, int64_t samples) const;
+
+ private:
+  // Keys of an option in a group's dict, made once: looking up an interned string is a pointer
+  // comparison.
+  struct Keys {
+    PyObject* value;
+    PyObject* schedule;
+    PyObject* start;
+  };
+
+  double read_scheduled(PyObject* group, int option, const std::string& where,
+                        const Driven& driven) const;
+  Driven driven_by(PyObject* group, const Keys& keys) const;
+  void publish(PyObject* group) const;
+
+  const Rule& rule_;
+  NativeOf native_of_;
+  std::vector<Keys> keys_;  // one an option
+};
 
 }  // namespace fastlr

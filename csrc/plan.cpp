@@ -16,35 +16,35 @@ bool is_on_host(const Gathering::Source& source) { return source.place == kHost;
 
 }  // namespace
 
-SgdPlan::SgdPlan(PyObject* runtime, NativeOf native_of)
+Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of)
     : runtime_(Owned::borrow(runtime)),
-      native_of_(native_of),
-      gathering_(runtime, native_of)
+      groups_(rule, native_of),
+      gathering_(runtime, groups_)
 #if defined(FASTLR_HAS_CUDA)
       ,
-      devices_(runtime)
+      devices_(runtime, rule)
 #endif
 {
 }
 
-PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
+PyObject* Plan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
   if (stepping_) {
     throw std::runtime_error(
         "step() is already running on this optimizer, in another thread or further up the stack");
   }
   struct Stepping {
-    explicit Stepping(SgdPlan& p) : plan(p) { plan.stepping_ = true; }
+    explicit Stepping(Plan& p) : plan(p) { plan.stepping_ = true; }
     ~Stepping() {
       plan.gathering_.clear();
       plan.stepping_ = false;
     }
-    SgdPlan& plan;
+    Plan& plan;
   } const stepping(*this);
   return run(param_groups, state, settings);
 }
 
 // Whether the host itself updates tensors, or has the clock to itself.
-bool SgdPlan::uses_host() const {
+bool Plan::uses_host() const {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   bool alone = sources.empty();
 #if defined(FASTLR_HAS_CUDA)
@@ -54,7 +54,7 @@ bool SgdPlan::uses_host() const {
 }
 
 // Returns the squared norm of the gradients, or 0.
-double SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool in_order) {
+double Plan::step_on_host(float inverse_scale, const Settings& settings, bool in_order) {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   std::vector<TensorRef> among_others;
   const std::vector<TensorRef>* tensors = &gathering_.tensors();
@@ -82,11 +82,11 @@ double SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool
   return unscaled_squares(squares, inverse_scale);
 }
 
-PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
+PyObject* Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
   gathering_.read(param_groups, state);
 #if defined(FASTLR_HAS_CUDA)
   if (host_must_catch_up()) {
-    devices_.sync(param_groups, native_of_);
+    devices_.sync(param_groups, groups_);
     gathering_.read(param_groups, state);
   }
 #endif
@@ -136,7 +136,7 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   return updated.release();
 }
 
-PyObject* SgdPlan::squared_norm() {
+PyObject* Plan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
   if (devices_stepped_ && devices_.any()) {
@@ -148,50 +148,56 @@ PyObject* SgdPlan::squared_norm() {
 }
 
 // Moves the host's clocks along with what the devices were told.
-void SgdPlan::advance(PyObject* param_groups, int64_t updates, int64_t samples) {
-  advance_groups(param_groups, updates, samples, native_of_);
+void Plan::advance(PyObject* param_groups, int64_t updates, int64_t samples) {
+  groups_.advance(param_groups, updates, samples);
 #if defined(FASTLR_HAS_CUDA)
   devices_.agree(param_groups);
 #endif
 }
 
-void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
+void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
 #if defined(FASTLR_HAS_CUDA)
   if (!devices_.advance_samples(samples)) return;
 #endif
   advance(param_groups, 0, samples);
 }
 
-void SgdPlan::refuse_capture([[maybe_unused]] const char* what) {
+void Plan::check(const std::vector<double>& values, const std::string& where) const {
+  Options options{};
+  std::copy(values.begin(), values.end(), options.value);
+  groups_.check(options, where);
+}
+
+void Plan::refuse_capture([[maybe_unused]] const char* what) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.refuse_capture(what);
 #endif
 }
 
-void SgdPlan::push(PyObject* param_groups) {
-  const std::vector<GroupReading> groups = read_groups(param_groups, native_of_);
+void Plan::push(PyObject* param_groups) {
+  const std::vector<GroupReading> groups = groups_.read(param_groups);
 #if defined(FASTLR_HAS_CUDA)
   devices_.push(groups);
 #endif
 }
 
-void SgdPlan::loaded([[maybe_unused]] PyObject* uninitialized) {
+void Plan::loaded([[maybe_unused]] PyObject* uninitialized) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.set_initialized(uninitialized);
 #endif
 }
 
-PyObject* SgdPlan::sync([[maybe_unused]] PyObject* param_groups) {
+PyObject* Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
   if (devices_.any()) {
-    const bool skipped = devices_.sync(param_groups, native_of_);
+    const bool skipped = devices_.sync(param_groups, groups_);
     return Py_NewRef(skipped ? Py_True : Py_False);
   }
 #endif
   return Py_NewRef(Py_None);
 }
 
-PyObject* SgdPlan::uninitialized() {
+PyObject* Plan::uninitialized() {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.uninitialized();
 #else
@@ -199,7 +205,7 @@ PyObject* SgdPlan::uninitialized() {
 #endif
 }
 
-bool SgdPlan::captured() const {
+bool Plan::captured() const {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.captured();
 #else
@@ -209,7 +215,7 @@ bool SgdPlan::captured() const {
 
 #if defined(FASTLR_HAS_CUDA)
 // Where the host updates tensors, or a device is new, the host's clocks are what counts.
-bool SgdPlan::host_must_catch_up() const {
+bool Plan::host_must_catch_up() const {
   if (!devices_.any() || devices_.host_is_exact()) return false;
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   return uses_host() ||

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "gather.h"
 #include "owned.h"
@@ -15,12 +17,21 @@
 
 namespace fastlr {
 
-class SgdPlan {
+class Plan {
  public:
   // runtime: see Gathering and NOTE: [the runtime object]; besides, read_amp(found_inf, grad_scale)
   // returns what the host makes of these: the inverse scale, or None where the update is to be
   // skipped.
-  SgdPlan(PyObject* runtime, NativeOf native_of);
+  Plan(const Rule& rule, PyObject* runtime, NativeOf native_of);
+
+  const Rule& rule() const { return groups_.rule(); }
+
+  // Throws std::invalid_argument for the values of a group's options, in their order, that are out
+  // of range or in conflict; see Groups::check.
+  void check(const std::vector<double>& values, const std::string& where) const;
+
+  // Writes what schedules say at the groups' clocks.
+  void publish(PyObject* param_groups) const { groups_.advance(param_groups, 0, 0); }
 
   // What a step is told besides what it works on.
   struct Settings {
@@ -70,7 +81,7 @@ class SgdPlan {
   double step_on_host(float inverse_scale, const Settings& settings, bool in_order);
 
   Owned runtime_;
-  NativeOf native_of_;
+  Groups groups_;
   Gathering gathering_;
   bool stepping_ = false;
   std::optional<double> squared_norm_;  // the host's share, of the last step that Python made

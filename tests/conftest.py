@@ -67,7 +67,7 @@ def emulated() -> ModuleType:
 @pytest.fixture
 def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Optimizers that are built now update tensors in host memory by the CUDA launcher and kernels."""
-    monkeypatch.setattr(_core, "SgdPlan", emulated.SgdPlan)
+    monkeypatch.setattr(_core, "Plan", emulated.Plan)
     monkeypatch.setattr(_core, "SquaredNorm", emulated.SquaredNorm)
     emulated.set_seed(0)
     emulated.route_host_to_cuda(1)
@@ -84,7 +84,7 @@ def on_emulated_cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
 def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     """The streams that optimizers built now run on."""
     made = Streams()
-    monkeypatch.setattr("fastlr.optim.sgd.Runtime", lambda: made)
+    monkeypatch.setattr("fastlr.optim._base.Runtime", lambda: made)
     return made
 
 

@@ -106,8 +106,8 @@ void check_steps(bool openmp) {
     const float inverse_scale = threads == 1 ? 0.125f : 1.0f;
     std::vector<GroupScalars> scalars;
     for (const SgdOptions& o : options)
-      scalars.push_back(
-          {sgd_scalars<float>(o, inverse_scale), sgd_scalars<double>(o, inverse_scale)});
+      scalars.push_back({sgd_scalars<float>(in_order(o), inverse_scale),
+                         sgd_scalars<double>(in_order(o), inverse_scale)});
     std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
     for (const auto& c : cases) {
