@@ -22,6 +22,8 @@ import torch
 
 import fastlr
 from fastlr import data
+from fastlr._files import write_text
+from fastlr.plotting import save
 
 BATCH_SIZE, LR, MOMENTUM = 32, 0.02, 0.9
 CAP = 3200  # a twentieth of the data set; larger ones make the last phase a handful of updates
@@ -151,7 +153,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e5e7eb", linewidth=0.7)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
@@ -188,7 +190,7 @@ def main() -> None:
         "fastlr": fastlr.__version__,
     }
     report = {"setting": setting, "table": rows, "results": results}
-    (arguments.out / "batch_growth.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(arguments.out / "batch_growth.json", json.dumps(report, indent=1) + "\n")
     draw(results, arguments.out / "batch_growth.png")
 
 

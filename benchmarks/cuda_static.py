@@ -231,8 +231,10 @@ def main() -> None:
     text = report(read_resources(library), disassemble(library))
     print(text, end="")
     if arguments.out:
+        from fastlr._files import write_text
+
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "cuda_static.md").write_text(text)
+        write_text(arguments.out / "cuda_static.md", text)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from rounds import in_turn, summary
 from step import CYCLE, LARGE, SGD, TORCH, Step, cycled, make_fastlr, make_torch
 
 import fastlr
+from fastlr._files import write_text
 
 BYTES = Kernel("step_kernel", "float32", "float32").bytes_per_element(has_momentum=True)
 COPY = "copy"
@@ -177,7 +178,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {**machine, "results": results}
-        (arguments.out / "gpu_step.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_text(arguments.out / "gpu_step.json", json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

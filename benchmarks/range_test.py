@@ -20,6 +20,7 @@ import torch
 
 import fastlr
 from fastlr import data
+from fastlr._files import write_text
 
 # Hidden units, batch size, updates, and the part of the training labels that is drawn anew.
 TASKS = {"digits": (32, 8, 1500, 0.2), "fashion-mnist": (64, 64, 2000, 0.0)}
@@ -112,9 +113,9 @@ def main() -> None:
     for task, result in results.items():
         print(f"{task}: range test {result['points between them']:+.2f} points from the best picked by hand")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "range_test.md").write_text(text)
+    write_text(arguments.out / "range_test.md", text)
     content = {"torch": torch.__version__, "fastlr": fastlr.__version__, "results": results}
-    (arguments.out / "range_test.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(arguments.out / "range_test.json", json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from models import PARAMETER_SETS
 from rounds import in_turn, summary
 
 import fastlr
+from fastlr._files import write_text
+from fastlr.plotting import save
 
 Step = Callable[[], object]
 CYCLE = {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
@@ -161,7 +163,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         fontsize=10,
     )
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 def main() -> None:
@@ -188,7 +190,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {**machine, "results": results}
-        (arguments.out / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_text(arguments.out / "step.json", json.dumps(report, indent=1) + "\n")
         draw(results, arguments.out / "step.png")
 
 

@@ -127,6 +127,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("advance", &advance, py::arg("param_groups"), py::arg("updates"), py::arg("samples"));
   m.def("build_info", &build_info);
+  m.attr("CUDA_REMEDY") = kCudaRemedy;
   m.def("set_simd_level", &set_simd_level, py::arg("name"));
   m.def(
       "exchange_available",

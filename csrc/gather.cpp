@@ -200,7 +200,8 @@ int Gathering::updated_on(const TensorView& p, const Place& place) const {
   const std::string reason = "fastlr updates tensors on the CPU and on CUDA devices";
 #else
   const std::string reason =
-      "this build of fastlr updates tensors on the CPU only: " + std::string(kCudaStatus);
+      "this build of fastlr updates tensors on the CPU only: " + std::string(kCudaStatus) + ". " +
+      kCudaRemedy;
 #endif
   refuse(describe(place) + " is on " + device_name(p.device) + ", but " + reason + ".");
 }

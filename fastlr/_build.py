@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -32,3 +34,19 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "tensor_access": "DLPack exchange API" if exchange else "data_ptr()",
     }
+
+
+_told: set[str] = set()
+
+
+def tell_of_missing_cuda(parameters: Iterable[torch.Tensor]) -> None:
+    """Warns, once, where a parameter lies on a GPU and this build has no CUDA: its first step will raise."""
+    info = _core.build_info()
+    if info["cuda"] or "cuda" in _told or not any(p.is_cuda for p in parameters):
+        return
+    _told.add("cuda")
+    warnings.warn(
+        "a parameter lies on a CUDA device, but this build of fastlr updates tensors on the CPU only: "
+        f"{info['cuda_status']}. {_core.CUDA_REMEDY}",
+        stacklevel=2,
+    )

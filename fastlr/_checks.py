@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, SupportsFloat
 
 import numpy as np
+import torch
 
 from fastlr import _core
 
@@ -44,9 +47,8 @@ def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = Fal
         or number < low
         or (above and number == low)
     ):
-        raise ValueError(
-            f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {describe(value)}"
-        )
+        bound = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {describe(value)}")
     return number
 
 
@@ -90,6 +92,17 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def within(name: str, value: SupportsFloat, low: float, high: float) -> float:
+    """A number in [low, high], as a float."""
+    try:
+        number = real(name, value, low)
+    except ValueError:
+        number = math.inf
+    if number > high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {describe(value)}")
+    return number
+
+
 def items(name: str, value: Iterable[Any]) -> tuple[Any, ...]:
     """The items of a list, tuple or array, in order."""
     try:
@@ -116,4 +129,90 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(plain(item) for item in value)
+    return value
+
+
+def texts(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """Strings; one alone would be taken for its letters."""
+    if isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a sequence of strings, got {value!r}; for one of them pass [{value!r}]"
+        )
+    strings = items(name, value)
+    for string in strings:
+        text(f"each of {name}", string)
+    return strings
+
+
+def text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {describe(value)}")
+    return value
+
+
+def vector(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Real numbers in one dimension, as an array of its own; from lists, arrays and tensors."""
+    if isinstance(values, (list, tuple)):
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    elif hasattr(values, "tolist") and not isinstance(values, np.ndarray):
+        values = values.tolist()  # of a tensor of any type, on any device
+    try:
+        array = np.asarray(values)
+        if array.dtype == object:
+            strange = [v for v in array.flat if isinstance(v, bool) or not isinstance(v, numbers.Real)]
+            if strange:
+                raise TypeError(f"{name} must hold real numbers, got {describe(strange[0])}")
+            array = array.astype(np.float64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must hold real numbers in one dimension: {error}") from error
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
+    return array.astype(np.float64)
+
+
+def file_name(name: str, value: object) -> str:
+    """The path of a file."""
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if isinstance(path, str):
+            if not path:
+                raise ValueError(f"{name} must name a file, got ''")
+            return path
+    raise TypeError(f"{name} must be a string or a pathlib.Path, got {describe(value)}")
+
+
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {describe(value)}")
+
+
+def tensors(name: str, value: Iterable[Any]) -> list[torch.Tensor]:
+    """At least one tensor, none of them twice."""
+    if isinstance(value, (torch.Tensor, str, bytes, dict)):
+        raise TypeError(f"{name} must be a sequence of tensors, got {type(value).__name__}")
+    found: list[torch.Tensor] = []
+    seen: dict[int, int] = {}
+    for index, tensor in enumerate(items(name, value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be tensors, got {describe(tensor)} at index {index}")
+        first = seen.setdefault(id(tensor), index)
+        if first != index:
+            raise ValueError(f"{name} must be different tensors, got one of them at {first} and at {index}")
+        found.append(tensor)
+    if not found:
+        raise ValueError(f"{name} must be at least one tensor, got none")
+    return found
+
+
+def saved_state(owner: str, value: object, keys: Iterable[str]) -> dict[str, Any]:
+    """What a ``state_dict()`` returned, with all that it has to have."""
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"the state of {owner} must be the dict that state_dict() returned, got {describe(value)}"
+        )
+    missing = sorted(set(keys) - set(value))
+    if missing:
+        raise ValueError(f"the state of {owner} has {', '.join(missing)} too; got {list(value)}")
     return value

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+CUDA_REMEDY: str
 ENDLESS: int
 
 class Curve(enum.Enum):

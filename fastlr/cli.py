@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 import fastlr
+from fastlr._checks import texts
+from fastlr._files import write_text
 
 __all__ = ["main"]
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     50 0.05
     0
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(None if argv is None else texts("argv", argv))
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
@@ -152,10 +154,10 @@ def _range_test(arguments: argparse.Namespace) -> None:
         return
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    found.plot(str(folder / "range_test.png"))
+    found.plot(folder / "range_test.png")
     found.to_csv(folder / "range_test.csv")
     found.to_json(folder / "range_test.json")
-    (folder / "range_test.txt").write_text(found.summary() + "\n", encoding="utf-8")
+    write_text(folder / "range_test.txt", found.summary() + "\n")
     print(found.summary())
     print(f"\nreport: {folder / 'range_test.png'}, .csv, .json, .txt")
     if not found:

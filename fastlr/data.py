@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
+
+from fastlr._checks import choice, count, file_name, within
 
 __all__ = ["Batches", "Dataset", "load"]
 
@@ -55,10 +58,10 @@ def load(
         path: the folder of those files; None: where Debian's package dataset-fashion-mnist puts them.
         label_noise: part of the training labels to draw anew from all classes, in [0, 1]. A label may
             be drawn as it was.
-        seed: of that draw. The split does not depend on it.
+        seed: of that draw, >= 0. The split does not depend on it.
 
     Raises:
-        ValueError: an argument is out of range, or a file is not what its name says.
+        ValueError, TypeError: an argument is out of range, or a file is not what its name says.
         FileNotFoundError: a file is missing; the message says where to get it.
         ModuleNotFoundError: digits without scikit-learn.
 
@@ -66,13 +69,13 @@ def load(
     >>> digits.x_train.shape, digits.y_test.shape, digits.classes
     (torch.Size([1347, 64]), torch.Size([450]), 10)
     """
-    if name not in get_args(Name):
-        raise ValueError(f"name must be one of {', '.join(get_args(Name))}, got {name!r}")
-    if not 0.0 <= label_noise <= 1.0:
-        raise ValueError(f"label_noise must be in [0, 1], got {label_noise!r}")
+    choice("name", name, get_args(Name))
+    label_noise = within("label_noise", label_noise, 0.0, 1.0)
+    seed = count("seed", seed, 0)
+    path = None if path is None else file_name("path", path)
     if name == "digits":
         if path is not None:
-            raise ValueError(f"digits come with scikit-learn and are not read from a path, got {str(path)!r}")
+            raise ValueError(f"digits come with scikit-learn and are not read from a path, got {path!r}")
         x_train, y_train, x_test, y_test = _digits()
     else:
         x_train, y_train, x_test, y_test = _fashion_mnist(_DEBIAN if path is None else Path(path))
@@ -94,7 +97,10 @@ class Batches:
         x: inputs, shape (n, ...).
         y: targets, shape (n, ...).
         batch_size: samples, >= 1; the last batch may be smaller.
-        seed: of the order; None: the order in which they stand.
+        seed: of the order, >= 0; None: the order in which they stand.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or of the wrong kind.
 
     >>> batches = Batches(torch.arange(10), torch.arange(10), batch_size=4, seed=0)
     >>> [len(x) for x, _ in batches]
@@ -102,11 +108,14 @@ class Batches:
     """
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, batch_size: int, seed: int | None = None) -> None:
+        for name, tensor in (("x", x), ("y", y)):
+            if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0:
+                got = "one of no dimension" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} must be a tensor of samples, got {got}")
         if len(x) != len(y):
             raise ValueError(f"x and y must be of one length, got {len(x)} and {len(y)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
-        self.x, self.y, self.batch_size = x, y, batch_size
+        self.x, self.y, self.batch_size = x, y, count("batch_size", batch_size)
+        seed = None if seed is None else count("seed", seed, 0)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -164,7 +173,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
     elif packed.exists():
         try:
             content = gzip.decompress(packed.read_bytes())
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{packed} is damaged: {error}") from error
     else:
         raise FileNotFoundError(

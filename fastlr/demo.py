@@ -17,7 +17,9 @@ from statistics import mean, median, stdev
 import torch
 
 import fastlr
-from fastlr import data, plotting
+from fastlr import _checks, data, plotting
+from fastlr._checks import choice, file_name, flag
+from fastlr._files import write_text
 
 __all__ = ["Outcome", "Report", "run"]
 
@@ -163,13 +165,11 @@ def run(
         RuntimeError: the range test gives no bounds.
         ModuleNotFoundError: a package of ``fastlr[demo]`` is missing.
     """
-    if name not in _TASKS:
-        raise ValueError(f"name must be one of {', '.join(_TASKS)}, got {name!r}")
+    choice("name", name, _TASKS)
     task = _TASKS[name]
-    updates = task.updates if updates is None else updates
-    if seeds < 1 or updates < 40:
-        raise ValueError(f"seeds must be >= 1 and updates >= 40, got seeds={seeds}, updates={updates}")
-    folder = Path(out)
+    updates = _checks.count("updates", task.updates if updates is None else updates, 40)
+    seeds, progress = _checks.count("seeds", seeds), flag("progress", progress)
+    folder = Path(file_name("out", out))
     folder.mkdir(parents=True, exist_ok=True)
     with _one_thread(), _progress(progress) as stage:
         sets = [data.load(name, data_path, label_noise=task.label_noise, seed=seed) for seed in range(seeds)]
@@ -197,17 +197,17 @@ def run(
     report = Report(found, range_test_seconds, measured_at, tuple(outcomes), files)
     shown = [outcome.name for outcome in report.compared]
     range_picture, schedule_picture, accuracy_picture, page = report.files
-    found.plot(str(range_picture))
+    found.plot(range_picture)
     plotting.plot_schedules(
-        {p.name: p.schedule for p in policies if p.name in shown}, updates, str(schedule_picture)
+        {p.name: p.schedule for p in policies if p.name in shown}, updates, schedule_picture
     )
     plotting.plot_accuracy(
         measured_at,
         {o.name: o.accuracies for o in outcomes if o.name in shown},
-        str(accuracy_picture),
+        accuracy_picture,
         target=report.target,
     )
-    page.write_text(_page(report, name, task, updates, seeds), encoding="utf-8")
+    write_text(page, _page(report, name, task, updates, seeds))
     return report
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from fastlr._checks import count, describe, file_name, items, vector, within
+from fastlr._files import replacing
 from fastlr.schedules import OneCycleMomentum, Schedule
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ _DOTS: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0}
 def plot_schedules(
     schedules: Mapping[str, Schedule],
     steps: int | None = None,
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draws schedules over their clock, one line each.
 
@@ -48,9 +51,15 @@ def plot_schedules(
 
     Raises:
         ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
+        TypeError: an argument is of the wrong kind.
     """
     from matplotlib.ticker import MaxNLocator
 
+    if not isinstance(schedules, Mapping):
+        raise TypeError(f"schedules must be a dict of names and schedules, got {type(schedules).__name__}")
+    for name, schedule in schedules.items():
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"{name!r} must be a fastlr schedule, got {describe(schedule)}")
     units = {schedule.unit for schedule in schedules.values()}
     if len(units) != 1:
         raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
@@ -59,8 +68,7 @@ def plot_schedules(
         if not ends:
             raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
         steps = max(ends) + 1
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps!r}")
+    steps = count("steps", steps)
 
     figure, axes = _figure(7.2, 3.6)
     for i, (name, schedule) in enumerate(schedules.items()):
@@ -84,7 +92,7 @@ def plot_schedules(
     return _saved(figure, path)
 
 
-def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
+def plot_range_test(result: RangeTestResult, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws a range test: what was measured, the smooth curve, and what was read from it.
 
     The loss stands above, the accuracy (where it was measured) below; the range between the bounds is
@@ -95,6 +103,7 @@ def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
         result: the range test's.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
     """
+    _require("result", result, "smoothed_losses", "a RangeTestResult")
     with_accuracies = result.accuracies is not None
     figure, *panels = _figure(8.6, 5.4 if with_accuracies else 3.6, rows=2 if with_accuracies else 1)
     losses = panels[0]
@@ -143,7 +152,7 @@ def plot_range_test(result: RangeTestResult, path: str | None = None) -> Figure:
     return _saved(figure, path)
 
 
-def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure:
+def plot_range_test_grid(grid: RangeTestGrid, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws the smooth curves of several range tests over each other, each with a dot at its max_lr.
 
     The loss stands above, the accuracy (where it was measured) below.
@@ -152,6 +161,7 @@ def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure
         grid: the range tests and their settings.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
     """
+    _require("grid", grid, "peaks", "a RangeTestGrid")
     first = grid.results[0]
     with_accuracies = first.accuracies is not None
     figure, *panels = _figure(9.4, 6.2 if with_accuracies else 4.2, rows=2 if with_accuracies else 1)
@@ -180,6 +190,11 @@ def plot_range_test_grid(grid: RangeTestGrid, path: str | None = None) -> Figure
     return _saved(figure, path)
 
 
+def _require(name: str, value: object, attribute: str, kind: str) -> None:
+    if not hasattr(value, attribute):
+        raise TypeError(f"{name} must be {kind}, got {describe(value)}")
+
+
 def _rate_label(result: RangeTestResult) -> str:
     scale = " (log scale)" if result.sweep == "exponential" else ""
     return f"learning rate{scale}, raised during the sweep"
@@ -204,9 +219,9 @@ def _band(axes: Axes, lrs: Curve, curves: Sequence[tuple[Curve, Curve]], color: 
 
 
 def plot_accuracy(
-    updates: Sequence[int],
+    updates: ArrayLike,
     accuracies: Mapping[str, ArrayLike],
-    path: str | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     target: float | None = None,
 ) -> Figure:
@@ -216,12 +231,25 @@ def plot_accuracy(
         updates: at which the accuracy was measured, shape (points,).
         accuracies: name of each line and its accuracies in [0, 1], shape (runs, points).
         path: where to save the picture, in the format of the suffix; None: it is not saved.
-        target: an accuracy to mark.
+        target: an accuracy to mark, in [0, 1].
+
+    Raises:
+        ValueError: there is nothing to draw, or not one accuracy for each of the updates.
+        TypeError: an argument is of the wrong kind.
     """
+    if not isinstance(accuracies, Mapping):
+        raise TypeError(f"accuracies must be a dict of names and runs, got {type(accuracies).__name__}")
+    updates = vector("updates", updates)
+    curves = {name: _runs(name, runs, len(updates)) for name, runs in accuracies.items()}
+    if not curves or not len(updates):
+        raise ValueError(
+            f"there must be an accuracy to draw, got {len(curves)} lines of {len(updates)} points"
+        )
+    target = None if target is None else within("target", target, 0.0, 1.0)
     figure, axes = _figure(7.2, 4.4)
     means = []
-    for i, (name, values) in enumerate(accuracies.items()):
-        runs = 100 * np.asarray(values, dtype=np.float64)
+    for i, (name, values) in enumerate(curves.items()):
+        runs = 100 * values
         mean, color = runs.mean(0), _COLORS[i % len(_COLORS)]
         means.append(mean)
         axes.plot(updates, mean, color=color, label=name, linewidth=1.8)
@@ -244,13 +272,23 @@ def plot_accuracy(
     return _saved(figure, path)
 
 
-def plot_batch_plan(plan: BatchPlan, path: str | None = None) -> Figure:
+def _runs(name: str, runs: Any, points: int) -> Curve:
+    """Accuracies, shape (runs, points)."""
+    rows = [vector(f"each run of {name!r}", run) for run in items(f"the runs of {name!r}", runs)]
+    lengths = sorted({len(row) for row in rows})
+    if lengths != [points]:
+        raise ValueError(f"the runs of {name!r} must have {points} accuracies each, got runs of {lengths}")
+    return np.stack(rows)
+
+
+def plot_batch_plan(plan: BatchPlan, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draws a plan: batch size, learning rate and noise scale, one above the other, over the epochs.
 
     Args:
         plan: the plan.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
     """
+    _require("plan", plan, "phases", "a BatchPlan")
     figure, batches, rates, scales = _figure(7.2, 5.4, rows=3)
     total, size = plan.total_samples, plan.dataset_size
     # Each phase is drawn from its first sample to its last, so that its ends are where the plan has them.
@@ -310,7 +348,25 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
     return (figure, *panels)
 
 
-def _saved(figure: Figure, path: str | None) -> Figure:
+def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     if path is not None:
-        figure.savefig(path, bbox_inches="tight")
+        save(figure, path, bbox_inches="tight")
     return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Saves a picture in the format of the suffix, whole or not at all.
+
+    Args:
+        figure: what to save.
+        path: of the file; without a suffix it gets that of matplotlib's usual format, as from ``savefig()``.
+        options: of ``savefig()``.
+    """
+    from matplotlib import rcParams
+
+    name = file_name("path", path)
+    suffix = os.path.splitext(name)[1]
+    if suffix in ("", "."):
+        name, suffix = f"{name.rstrip('.')}.{rcParams['savefig.format']}", rcParams["savefig.format"]
+    with replacing(name, "wb") as file:
+        figure.savefig(file, format=suffix.lstrip(".").lower(), **options)

@@ -98,6 +98,13 @@ PROGRAM = """
             assert "the ranks' loaders differ in plan, micro_batch_size, seed" in str(error)
         else:
             raise AssertionError("ranks with seeds of their own would take samples twice")
+        loader = fastlr.GrowingLoader(data, plan, 2, count=lambda batch: None if rank else len(batch[0]))
+        try:
+            next(iter(loader))
+        except ValueError as error:
+            assert "count(data) must be" in str(error)
+        else:
+            raise AssertionError("a count that is wrong on one rank leaves no other one waiting")
     torch.save(records, f"{out}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.barrier()

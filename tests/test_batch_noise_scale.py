@@ -242,7 +242,7 @@ LOADER = GrowingLoader(
     torch.arange(40), BatchPlan.from_phases([(0, 4)], dataset_size=40, epochs=1, lr=0.1), 4
 )
 BAD = {
-    "no parameters": (lambda: GradientNoiseScale([]), "at least one parameter"),
+    "no parameters": (lambda: GradientNoiseScale([]), "parameters must be at least one tensor, got none"),
     "decay": (lambda: GradientNoiseScale([torch.zeros(1)], decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
     "another optimizer": (
         lambda: GradientNoiseScale(torch.optim.SGD([torch.zeros(1)])),

@@ -1,15 +1,21 @@
-"""A run that is killed in mid-epoch and started again ends as one that was not, to the bit."""
+"""A run that is saved, killed and started again ends as one that was not, to the bit."""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+
+import fastlr
 
 # As the README's example: what is saved is all that it takes. The samples are augmented at random in worker
 # processes, and the model has dropout.
@@ -111,3 +117,95 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert after[0][0] == samples <= before[-1][0]
     weights, expected = (torch.load(f / "weights.pt") for f in (folder, tmp_path / "whole"))
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+# -- the README's recipe -----------------------------------------------------------------------------------
+
+N, EPOCHS = 26, 3
+X = torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(0, 3, (N,), generator=torch.Generator().manual_seed(2))
+
+MODELS: dict[str, Callable[[], list[torch.nn.Module]]] = {
+    "plain": lambda: [],
+    "dropout": lambda: [torch.nn.Dropout(0.5)],
+    "batch norm": lambda: [torch.nn.BatchNorm1d(8)],
+    "both": lambda: [torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5)],
+}
+
+
+class Run:
+    """All that the README's example makes and saves."""
+
+    def __init__(self, layers: str, tail: str, workers: int, seed: int) -> None:
+        # Updates of 4 samples lie across the first epoch's end, updates of 12 across the second's.
+        plan = fastlr.BatchPlan.from_phases(
+            [(0, 4), (36 / N, 12)], dataset_size=N, epochs=EPOCHS, lr=0.1, momentum=0.9, tail=tail
+        )
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(5, 8), *MODELS[layers](), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        )
+        self.optimizer = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr, momentum=plan.momentum)
+        data = torch.utils.data.TensorDataset(X, Y)
+        self.batches = fastlr.GrowingLoader(data, plan, 3, num_workers=workers).bind(self.optimizer)
+
+    def checkpoint(self) -> bytes:
+        file = io.BytesIO()
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "batches": self.batches.state_dict(),
+                "rng": torch.get_rng_state(),
+            },
+            file,
+        )
+        return file.getvalue()
+
+    def load(self, file: bytes) -> None:
+        checkpoint = torch.load(io.BytesIO(file), weights_only=True)
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.batches.load_state_dict(checkpoint["batches"])
+        torch.set_rng_state(checkpoint["rng"])
+
+    def train(self) -> tuple[list[bytes], list[bytes], list[int]]:
+        """Checkpoints after each epoch and after each update, and the epochs."""
+        after_epochs, after_updates, epochs = [], [], []
+        for epoch in self.batches.epochs():
+            epochs.append(epoch.index)
+            for batch in epoch:
+                x, y = batch.to("cpu").data
+                with batch.sync(self.model):
+                    (torch.nn.functional.cross_entropy(self.model(x), y) * batch.weight).backward()
+                if batch.ends_update:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    after_updates.append(self.checkpoint())
+            after_epochs.append(self.checkpoint())
+        return after_epochs, after_updates, epochs
+
+    def trained(self) -> list[torch.Tensor]:
+        """All that training changed: weights, buffers, momenta."""
+        momenta = [entry["momentum_buffer"] for entry in self.optimizer.state.values()]
+        return [*self.model.state_dict().values(), *momenta]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("tail", ["carry", "keep", "drop"])
+@pytest.mark.parametrize("layers", MODELS)
+def test_the_readmes_recipe_resumes_to_the_bit(layers: str, tail: str, workers: int) -> None:
+    torch.set_num_threads(1)
+    whole = Run(layers, tail, workers, seed=0)
+    after_epochs, after_updates, epochs = whole.train()
+    assert epochs == list(range(EPOCHS))
+    places: list[Any] = [(file, epochs[k + 1 :]) for k, file in enumerate(after_epochs)]
+    if not workers:
+        places += [(file, None) for file in after_updates]
+    for file, left in places:
+        resumed = Run(layers, tail, workers, seed=1)
+        resumed.load(file)
+        _, _, ran = resumed.train()
+        assert left is None or ran == left
+        pairs = zip(whole.trained(), resumed.trained(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -6,13 +6,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from native import toolchain
 
 import fastlr
-from fastlr import _core
+from fastlr import _build, _core
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 
@@ -252,3 +253,17 @@ def test_one_openmp_runtime_is_loaded_and_it_is_pytorchs():
 
 def test_import_initialises_no_cuda():
     assert in_fresh_process(f"{STEP}\nprint(torch.cuda.is_initialized())") == "False\n"
+
+
+def test_a_build_without_cuda_says_so_once_when_a_parameter_is_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    status = {"cuda": False, "cuda_status": "no nvcc was found when it was built"}
+    monkeypatch.setattr(_core, "build_info", lambda: status)
+    monkeypatch.setattr(_build, "_told", set())
+    on_cpu, on_gpu = SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True)
+    _build.tell_of_missing_cuda([on_cpu])
+    with pytest.warns(UserWarning, match="no nvcc was found.* -C cmake.define.FASTLR_CUDA=ON"):
+        _build.tell_of_missing_cuda([on_cpu, on_gpu])
+    _build.tell_of_missing_cuda([on_gpu])  # a second warning would be an error
+    status["cuda"] = True
+    monkeypatch.setattr(_build, "_told", set())
+    _build.tell_of_missing_cuda([on_gpu])

@@ -404,7 +404,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "samples": (group_with(samples=1.5), "samples of the file's .* integer >= 0, got 1.5"),
     "lr_start": (group_with(lr_start=-1), "lr_start of the file's .* integer >= 0, got -1"),
     "start-late": (group_with(lr_start=5), "starts at 5, after the clock, which is at 2"),
-    "schedule": (group_with(lr_schedule="cos"), "a schedule must be a dict, got 'cos'"),
+    "schedule": (group_with(lr_schedule="cos"), "a schedule must be what its .* got 'cos'"),
     "policy": (group_with(lr_schedule={"type": "Nope"}), "type must be the name of a schedule, got 'Nope'"),
     "field": (
         group_with(lr_schedule={"type": "Constant", "valve": 1.0}),

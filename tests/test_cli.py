@@ -122,7 +122,7 @@ ERRORS = {
         1,
         "apt install dataset-fashion-mnist",
     ),
-    "no seeds": ("demo --seeds 0 --out {}/report", 1, "seeds must be >= 1"),
+    "no seeds": ("demo --seeds 0 --out {}/report", 1, "seeds must be an integer >= 1"),
 }
 
 

@@ -128,6 +128,8 @@ BAD_ARGUMENTS = {
     "name": ({"name": "mnist"}, "name must be one of digits, fashion-mnist"),
     "label_noise above 1": ({"label_noise": 1.1}, "label_noise"),
     "label_noise below 0": ({"label_noise": -0.1}, "label_noise"),
+    "label_noise a word": ({"label_noise": "much"}, "label_noise must be .* got 'much'"),
+    "seed": ({"seed": 1.5}, "seed must be an integer >= 0, got 1.5"),
     "digits from a path": ({"path": "/tmp"}, "not read from a path"),
 }
 
@@ -161,5 +163,10 @@ def test_batches_cover_every_sample_once(size, seed):
 def test_bad_batches_are_refused():
     with pytest.raises(ValueError, match="one length, got 2 and 3"):
         data.Batches(torch.zeros(2), torch.zeros(3), 1)
-    with pytest.raises(ValueError, match="batch_size"):
-        data.Batches(torch.zeros(2), torch.zeros(2), 0)
+    for size in (0, 2.5, "2", True):
+        with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got"):
+            data.Batches(torch.zeros(2), torch.zeros(2), size)
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got -1"):
+        data.Batches(torch.zeros(2), torch.zeros(2), 1, seed=-1)
+    with pytest.raises(TypeError, match="y must be a tensor of samples, got None"):
+        data.Batches(torch.zeros(2), None, 1)

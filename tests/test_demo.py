@@ -213,8 +213,8 @@ def test_a_comparison_calls_a_tie_what_students_test_cannot_tell(name, pair):
 
 BAD_ARGUMENTS = {
     "name": ({"name": "mnist"}, "digits, fashion-mnist"),
-    "seeds": ({"seeds": 0}, "seeds=0"),
-    "updates": ({"updates": 39}, "updates=39"),
+    "seeds": ({"seeds": 0}, "seeds must be an integer >= 1, got 0"),
+    "updates": ({"updates": 39}, "updates must be an integer >= 40, got 39"),
 }
 
 

@@ -922,6 +922,17 @@ def test_the_bar_draws_no_random_numbers(monkeypatch):
 BATCH = (torch.randn(4, FEATURES), torch.zeros(4, dtype=torch.int64))
 
 
+class Once:
+    """Batches that are there for one pass only, though it is no iterator."""
+
+    def __init__(self):
+        self.left = [BATCH]
+
+    def __iter__(self):
+        while self.left:
+            yield self.left.pop()
+
+
 def frozen(job):
     job.model.requires_grad_(False)
 
@@ -989,18 +1000,7 @@ REFUSED = {
         {"loss_fn": lambda output, target: torch.ones((), requires_grad=True) * 2},
         None,
     ),
-    "exhausted loader": (
-        ValueError,
-        "exhausted after 1 batches",
-        {
-            "train_loader": type(
-                "Once",
-                (),
-                {"__init__": lambda s: s.__dict__.update(i=iter([BATCH])), "__iter__": lambda s: s.i},
-            )()
-        },
-        None,
-    ),
+    "exhausted loader": (ValueError, "exhausted after 1 batches", {"train_loader": Once()}, None),
     "one column": (
         ValueError,
         r"no accuracy for an output of shape \(4, 1\)",
@@ -1009,13 +1009,13 @@ REFUSED = {
     ),
     "a metric per sample": (
         ValueError,
-        r"must return one number, got a tensor of shape \(32,\)",
+        r"must return one real number, got a torch.float64 tensor of shape \(32,\)",
         {"metric": lambda output, target: (output.argmax(1) == target).double()},
         None,
     ),
     "a metric that returns nothing": (
         ValueError,
-        "must return one number, got NoneType",
+        "must return one real number, got NoneType",
         {"metric": lambda output, target: None},
         None,
     ),

@@ -8,7 +8,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import fastlr
 
@@ -120,6 +120,42 @@ def test_batch_sizes_are_tried(kind):
     assert [sizes[0], sizes[-1]] == [8, 64]
     assert set(sizes) == {8, 64}
     assert job.loader.batch_size == 16
+
+
+@pytest.mark.parametrize("kind", ["loader", "sampler", "function"])
+def test_a_batch_that_the_data_cannot_fill_is_refused(kind):
+    job = Job(OPTIMIZERS["FusedSGD"])  # of 256 samples
+    loader, samples = job.loader, 256
+    if kind == "sampler":
+        loader, samples = DataLoader(job.data, 16, sampler=SubsetRandomSampler(range(30))), 30
+    if kind == "function":
+        loader = lambda size: DataLoader(job.data, batch_size=size)  # noqa: E731
+    before = copy.deepcopy(job.optimizer.state_dict())
+    message = (
+        f"batch_size 1000 is more than the {samples} samples of the train_loader; try sizes up to {samples}"
+    )
+    with pytest.raises(ValueError, match=message):
+        job.grid(loader, batch_size=[8, 1000])
+    assert job.optimizer.state_dict() == before
+
+
+def test_a_function_that_does_not_heed_the_batch_size_is_refused():
+    job = Job(OPTIMIZERS["FusedSGD"])
+    with pytest.raises(ValueError, match="for batch_size 8 returned a DataLoader of batch_size 16"):
+        job.grid(lambda size: DataLoader(job.data, batch_size=16), batch_size=[8])
+
+
+@pytest.mark.parametrize("size", [100, 200, 256])
+def test_every_update_has_as_many_samples_as_the_grid_says(size):
+    job, sizes = Job(OPTIMIZERS["FusedSGD"]), set()  # of 256 samples: a last batch would have 56
+
+    def loss_fn(output, target):
+        sizes.add(len(target))
+        return cross_entropy(output, target)
+
+    options = {"num_steps": 12, "end_lr": 0.01, "progress": False}
+    fastlr.range_test_grid(job.model, job.optimizer, loss_fn, job.loader, batch_size=[size], **options)
+    assert sizes == {size}
 
 
 def test_an_interruption_leaves_no_trace():

@@ -36,6 +36,22 @@ Clocks DevicePlan::clocks(const float* found_inf) const {
           reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
 }
 
+void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
+  for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
+    if (may_have_momentum(groups[i]) && seen_[i].lacks_momentum_in_graph) {
+      throw std::runtime_error("parameter group " + std::to_string(i) +
+                               " got a momentum, but a CUDA graph captured its step without one, "
+                               "so that it has no momentum buffers; capture the graph anew with a "
+                               "new optimizer.");
+    }
+  }
+  if (captured_ && groups.size() > capacity_) {
+    throw std::runtime_error("a CUDA graph has captured this optimizer's step with room for " +
+                             std::to_string(capacity_) +
+                             " parameter groups; add parameter groups before the capture.");
+  }
+}
+
 void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
                             bool force) {
   const bool clocks_changed = force || seen_.size() != groups.size() ||
@@ -59,23 +75,11 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
                                        });
   if (!clocks_changed && !numbers_changed) return;
   scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-  for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
-    if (may_have_momentum(groups[i]) && seen_[i].lacks_momentum_in_graph) {
-      throw std::runtime_error("parameter group " + std::to_string(i) +
-                               " got a momentum, but a CUDA graph captured its step without one, "
-                               "so that it has no momentum buffers; capture the graph anew with a "
-                               "new optimizer.");
-    }
-  }
+  check_groups(groups);
 
   const bool grows = groups.size() > capacity_;
   DeviceState state{};
   if (grows) {
-    if (captured_) {
-      throw std::runtime_error("a CUDA graph has captured this optimizer's step with room for " +
-                               std::to_string(capacity_) +
-                               " parameter groups; add parameter groups before the capture.");
-    }
     cuda::preload(scope.device());
     if (ready()) state = read(scope, false).state;
     // Room for many: what a graph has captured cannot move to a larger table.

@@ -15,6 +15,9 @@ namespace fastlr {
 
 class DevicePlan {
  public:
+  // Throws for groups that the graphs of this device cannot take.
+  void check_groups(const std::vector<GroupReading>& groups) const;
+
   // Brings the tables of groups, clocks and schedules up to date with the host's.
   // force: the host's clocks count, even where they have not changed since they last agreed.
   void set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,

@@ -211,6 +211,10 @@ void Devices::refuse_capture(const char* what) {
 
 void Devices::push(const std::vector<GroupReading>& groups) {
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
+    scope.refuse_capture("a schedule, hyperparameter or clock has changed");
+    device_plan.check_groups(groups);
+  });
+  on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     device_plan.set_groups(scope, groups, true);
   });
   host_is_exact_ = true;

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, NamedTuple
 
-from fastlr._checks import count, describe, flag, real
+from fastlr._checks import count, describe, flag, items, real, saved_state
 from fastlr.batch_growth.batch import Batch
-from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.loader import GrowingLoader
 from fastlr.batch_growth.noise_scale import GradientNoiseScale
 
@@ -51,8 +51,8 @@ class AdaptiveGrowth:
         apply: let the loader's batches grow.
 
     Raises:
-        ValueError: an argument is out of range, or one of the sizes cannot be shared between the ranks and
-            cut into equal micro-batches.
+        ValueError: an argument is out of range, or one of the sizes, or the tail of a phase that grows to
+            it, cannot be shared between the ranks and cut into equal micro-batches.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(3, 1)
@@ -100,10 +100,10 @@ class AdaptiveGrowth:
                 f"got {max_batch_size:,}"
             )
         self.factor = count("factor", factor, 2)
-        size = self.batch_size
-        while size <= self.max_batch_size:
-            divide(size, loader.plan.micro_batch_size, loader.plan.ranks)
-            size *= self.factor
+        for size in loader.plan.batch_sizes:
+            size = max(size, self.batch_size)
+            while (size := size * self.factor) <= self.max_batch_size:
+                loader._check_growth(size)  # each that may come
         self.margin = real("margin", margin, above=True)
         self.patience = count("patience", patience)
         self.apply = flag("apply", apply)
@@ -121,6 +121,8 @@ class AdaptiveGrowth:
         Returns:
             Whether the batch grew, or, where advisory, should.
         """
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch of a GrowingLoader, got {describe(batch)}")
         if not batch.ends_update or self._noise.observations == self._observations:
             return False
         self._observations = self._noise.observations
@@ -152,7 +154,33 @@ class AdaptiveGrowth:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` returned; load the noise scale's first."""
-        self.batch_size, self._above = int(state["batch_size"]), int(state["above"])
-        self.log = [Growth(int(s), float(n), int(b), int(a)) for s, n, b, a in state["log"]]
+        """Goes on from what :meth:`state_dict` returned; load the noise scale's first.
+
+        Raises:
+            ValueError: it is damaged; nothing has changed then.
+        """
+        state = saved_state("an AdaptiveGrowth", state, ("batch_size", "above", "log"))
+        batch_size, above = count("batch_size", state["batch_size"]), count("above", state["above"], 0)
+        size = self._loader.plan.dataset_size
+        if batch_size > size:
+            raise ValueError(f"batch_size must be <= the data set's {size:,} samples, got {batch_size:,}")
+        log = [_growth(entry) for entry in items("log", state["log"])]
+        self.batch_size, self._above, self.log = batch_size, above, log
         self._observations = self._noise.observations
+
+
+def _growth(entry: object) -> Growth:
+    """An entry of a saved log."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != len(Growth._fields):
+        raise ValueError(f"an entry of log must be {', '.join(Growth._fields)}, got {describe(entry)}")
+    sample, scale, before, after = entry
+    growth = Growth(
+        count("sample of log", sample, 0),
+        # inf where noise hid the gradient
+        math.inf if isinstance(scale, float) and scale == math.inf else real("noise_scale of log", scale),
+        count("before of log", before),
+        count("after of log", after),
+    )
+    if growth.after <= growth.before:
+        raise ValueError(f"after of log must be > before, {growth.before}, got {growth.after}")
+    return growth

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Batch:
         weight: see above; with the loader's ``count`` its numbers stand in place of n and B.
         position: samples of the run, over all ranks, before this update: the clock of the plan's rates.
         global_batch: samples of the update, over all ranks and micro-batches.
-        epoch: in which it is yielded, from 0.
+        epoch: in which it is yielded, and its update begins; from 0.
         starts_update: whether it is the update's first micro-batch.
         ends_update: whether it is the last: now ``opt.step()``.
         full: whether the update has the batch size of its phase, and is no tail.
@@ -42,11 +43,18 @@ class Batch:
     ranks: int = 1
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
-        """This batch with every tensor in its data moved or converted; arguments as ``Tensor.to``'s."""
+        """This batch with every tensor in its data moved or converted; arguments as ``Tensor.to``'s.
+
+        Looks into mappings, sequences and dataclasses, which keep their types; whatever has a method ``to``
+        of its own is asked by it.
+
+        Raises:
+            TypeError: a container of another type can neither be copied nor made anew from its items.
+        """
         return dataclasses.replace(self, data=_each(self.data, lambda value: value.to(*args, **kwargs), "to"))
 
     def pin_memory(self) -> Batch:
-        """This batch with every tensor in its data in pinned memory."""
+        """This batch with every tensor in its data in pinned memory; see :meth:`to`."""
         return dataclasses.replace(
             self, data=_each(self.data, lambda value: value.pin_memory(), "pin_memory")
         )
@@ -68,17 +76,46 @@ class Batch:
 
 
 def _each(value: Any, change: Callable[[Any], Any], method: str) -> Any:
-    """Nested data with ``change`` applied to whatever has the method."""
-    if hasattr(value, method):
+    """Nested data with ``change`` applied to whatever has the method.
+
+    A container that holds such a thing is copied, so that it keeps its type and what else it knows (a
+    ``defaultdict`` its factory); one that cannot be written into is made anew from its items. Others stay.
+    """
+    if isinstance(value, (type, str, bytes)):
+        return value
+    if callable(getattr(value, method, None)):
         return change(value)
     if isinstance(value, Mapping):
-        changed = {key: _each(item, change, method) for key, item in value.items()}
-        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(item, change, method) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each(item, change, method) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _each(getattr(value, f.name), change, method) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
+        old = dict(value.items())
+    elif isinstance(value, Sequence):
+        old = dict(enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        old = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    else:
+        return value
+    new = {key: _each(item, change, method) for key, item in old.items()}
+    return value if all(new[key] is item for key, item in old.items()) else _with(value, new)
+
+
+def _with(container: Any, items: dict[Any, Any]) -> Any:
+    """The container with these items in place of its own, in its type."""
+    if isinstance(container, (MutableMapping, MutableSequence)):
+        container = copy.copy(container)
+        for key, item in items.items():
+            container[key] = item
+        return container
+    if not isinstance(container, (Mapping, Sequence)):  # a dataclass
+        container = copy.copy(container)
+        for name, item in items.items():
+            object.__setattr__(container, name, item)  # a frozen one's, too
+        return container
+    values: Any = items if isinstance(container, Mapping) else list(items.values())
+    kind: Any = type(container)
+    try:
+        return kind._make(values) if hasattr(kind, "_make") else kind(values)
+    except Exception as error:
+        raise TypeError(
+            f"a {kind.__name__} in a batch's data cannot be made anew from a {type(values).__name__} of its "
+            "items; give it methods to(...) and pin_memory(), or let collate_fn return a dict or a tuple"
+        ) from error

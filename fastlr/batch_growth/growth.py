@@ -63,10 +63,9 @@ def grown_plan(
     start_size = round(exact_start)
     if abs(start_size - exact_start) <= _ROUNDING * exact_start:
         exact_start = float(start_size)
-    if max_batch_size is not None and count("max_batch_size", max_batch_size) < start_size:
-        raise ValueError(
-            f"max_batch_size must be >= the first batch size, {start_size:,}, got {max_batch_size:,}"
-        )
+    cap = None if max_batch_size is None else count("max_batch_size", max_batch_size)
+    if cap is not None and cap < start_size:
+        raise ValueError(f"max_batch_size must be >= the first batch size, {start_size:,}, got {cap:,}")
 
     in_samples = schedule
     if schedule.unit != "sample":
@@ -81,7 +80,7 @@ def grown_plan(
         start=start_size,
         exact_start=exact_start,
         granularity=granularity,
-        cap=max_batch_size,
+        cap=cap,
         growths={"decay": 0, "hybrid": hybrid_drops, "increase": None}[mode],
         peak=peak,
         peak_at=peak_at,
@@ -113,7 +112,7 @@ def grown_plan(
         mode=mode,
         micro_batch_size=micro_batch_size,
         ranks=ranks,
-    )
+    )._without_empty_phases()
 
 
 def _momentum(name: str, value: float, low: float = 0.0) -> float:

@@ -8,7 +8,8 @@ from typing import Any, SupportsFloat
 
 from torch.utils.data import IterableDataset, default_collate
 
-from fastlr._checks import describe, flag
+from fastlr._checks import count as _count
+from fastlr._checks import describe, flag, function, items, real, saved_state
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan, Update
 from fastlr.batch_growth.ranks import group_size, ranks_agree
@@ -47,7 +48,9 @@ class GrowingLoader:
                     opt.zero_grad()
 
     Each sample comes once an epoch, except those that ``tail="drop"`` leaves out. With ``tail="carry"``
-    an update can begin in one epoch and end in the next; gradients have to stay where they are between.
+    the update that an epoch's end cuts is yielded whole with that epoch: its last samples are the first
+    ones of the next epoch's order. So none is under way between two epochs, which is where to validate
+    and to save. With ``tail="drop"`` an epoch can be without batches.
 
     **Randomness.** Before each sample is read, and before a batch is collated, torch's CPU generator,
     ``numpy.random`` and ``random`` are seeded from the seed, the epoch and the sample's index, whatever
@@ -119,19 +122,22 @@ class GrowingLoader:
         for name, why in _REFUSED.items():
             if name in options:
                 raise TypeError(f"GrowingLoader takes no {name}: {why}")
-        if count is not None and not callable(count):
-            raise TypeError(f"count must be a function of a micro-batch's data, got {describe(count)}")
+        for name, value in (("count", count), ("collate_fn", collate_fn)):
+            if value is not None:
+                function(name, value)
+        _check_options(options)
         if flag("drop_last", drop_last):
-            plan = dataclasses.replace(plan, tail="drop")
+            plan = dataclasses.replace(plan, tail="drop")._without_empty_phases()
         _check_size(dataset, plan)
         iterable = isinstance(dataset, IterableDataset)
+        shuffle = not iterable if shuffle is None else flag("shuffle", shuffle)
         if iterable and shuffle:
             raise ValueError("shuffle=True needs a map-style data set; an iterable one shuffles itself")
         self._sampler = GrowingBatchSampler(
             plan,
             micro_batch_size,
             seed,
-            not iterable if shuffle is None else shuffle,
+            shuffle,
             rank,
             world_size,
         )
@@ -148,23 +154,22 @@ class GrowingLoader:
         self._reading = BatchSource(
             dataset,
             plan.dataset_size,
-            collate_fn or default_collate,
+            default_collate if collate_fn is None else collate_fn,
             count,
             flag("seed_samples", seed_samples),
             options,
         )
         self._optimizer: FusedOptimizer | None = None
         self._hooks: list[Any] = []
-        self._reset(0)
+        self._reset(plan._next_start(0), 0)
         self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
 
-    def _reset(self, samples: int) -> None:
+    def _reset(self, samples: int, epoch: int) -> None:
         """Stands at the beginning of an update, with nothing under way."""
         self._samples = samples  # before the first update that is not completed
-        self._skip = 0  # its micro-batches that were yielded already
+        self._next_epoch = epoch  # to be gone through next, or under way
         self._epoch: Epoch | None = None  # that is under way
-        self._source: Iterator[tuple[Batch, Update]] | None = None  # where the next ones come from
-        self._regrown = False  # whether it still has the plan before the last grow()
+        self._regrown = False  # whether what is read still has the plan before the last grow()
         self._given: tuple[Batch, Update] | None = None  # what the training loop has at present
         self._iteration = getattr(self, "_iteration", 0) + 1
 
@@ -215,6 +220,8 @@ class GrowingLoader:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._complete),
         ]
+        if 0 < self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
+            optimizer.advance_samples(self._samples)  # what is left out before the first update
         return self
 
     def _before_step(self, *_: Any) -> None:
@@ -228,10 +235,20 @@ class GrowingLoader:
         """Counts the update whose last micro-batch the training loop has, if it has one."""
         if self._given is None or not self._given[0].ends_update:
             return
-        next_start = self._given[1].next_start
+        update, self._given = self._given[1], None
+        self._move_to(self._start_after(update))
+
+    def _start_after(self, update: Update) -> int:
+        """Where the next update begins; unlike ``update``, the plan may have grown since."""
+        return self.plan._next_start(update.start + update.size)
+
+    def _move_to(self, start: int) -> None:
+        """Stands before the update that begins at ``start``, samples that are left out behind it."""
         if self._optimizer is not None:
-            self._optimizer.advance_samples(next_start - self._samples)
-        self._samples, self._skip, self._given = next_start, 0, None
+            self._optimizer.advance_samples(start - self._samples)
+        self._samples = start
+        if self._epoch is not None:
+            self._next_epoch = min(start // self.plan.dataset_size, self._epoch.index + 1)
 
     def _check_clock(self) -> None:
         """Raises RuntimeError where the bound optimizer's schedules stand elsewhere than this loader."""
@@ -270,10 +287,10 @@ class GrowingLoader:
 
     def __len__(self) -> int:
         """How many batches iterating now would yield."""
-        return sum(1 for _ in self._sampler.schedule(self._samples, self._skip))
+        return sum(1 for _ in self._sampler.schedule(self._samples))
 
     def epochs(self) -> Iterator[Epoch]:
-        """The epochs that are left of the run; the first may be the rest of one.
+        """The epochs that are left of the run; the first may be the rest of one, and any may be empty.
 
         Each has to be gone through to its end before the next is asked for. After breaking out of both
         loops, a new call goes on from the beginning of the update that was left; its gradients so far
@@ -283,11 +300,10 @@ class GrowingLoader:
             RuntimeError: an epoch was left before its end, or the bound optimizer stands elsewhere.
         """
         self._settle()
-        first = self._samples // self.plan.dataset_size
-        if self._skip and not self._count_left(first):
-            first += 1  # the update under way began in an epoch that is over
-        for index in range(first, self.plan.epochs):
+        for index in range(self._next_epoch, self.plan.epochs):
             epoch = Epoch(self, index)
+            if epoch.finished:
+                self._next_epoch = index + 1  # now: nobody has to ask an empty epoch for batches
             yield epoch
             self._settle()
             if not epoch.finished:
@@ -298,7 +314,7 @@ class GrowingLoader:
                 )
 
     def _count_left(self, epoch: int) -> int:
-        return sum(1 for _ in self._sampler.schedule(self._samples, self._skip, epoch))
+        return sum(1 for _ in self._sampler.schedule(self._samples, epoch))
 
     def _settle(self) -> None:
         """Ends an iteration that was left, at the beginning of the update that it was in.
@@ -306,31 +322,33 @@ class GrowingLoader:
         An iterator of which all batches of the epoch were taken was not left, though it may be dropped
         without being asked for one more: that is how frameworks use an epoch whose length they know.
         """
-        if self._optimizer is None:
-            self._complete()  # left after an update's last micro-batch; only an optimizer knows better
-        not_applied = self._given is not None and self._given[0].ends_update
-        if self._epoch is not None and (self._epoch.left or not_applied):
-            self._skip, self._source = 0, None
+        if self._epoch is not None and (self._epoch.left or self._given is not None):
             self._epoch.left = self._count_left(self._epoch.index)
         self._given = self._epoch = None
 
     def _iterate(self, epoch: Epoch) -> Iterator[Batch]:
+        if not len(epoch):
+            return
         self._settle()
-        if epoch.finished or epoch.index < self._samples // self.plan.dataset_size:
-            raise RuntimeError(f"epoch {epoch.index} is over; take the next one from loader.epochs()")
+        if epoch.finished or epoch.index != self._next_epoch:
+            what = "is not the next one" if epoch.index > self._next_epoch else "is over"
+            raise RuntimeError(f"epoch {epoch.index} {what}; take the next one from loader.epochs()")
         self._check_clock()
         self._check_ranks()
         self._iteration += 1
         mine = self._iteration
         self._epoch = epoch
         epoch.left = self._count_left(epoch.index)
+        # Of this iteration alone, so that its worker processes end with it.
+        source: Iterator[tuple[Batch, Update]] | None = None
         while epoch.left:
-            if self._source is None or (self._regrown and not self._skip):
-                self._source = self._reading.of(self._sampler, self._samples)
+            if source is None or (self._regrown and self._given is None):
+                source = self._reading.of(self._sampler, self._samples, epoch.index)
                 self._regrown = False
-            self._given = batch, _ = next(self._source)
-            self._skip = 1 if batch.starts_update else self._skip + 1
+            self._given = batch, _ = next(source)
             epoch.left -= 1
+            if self._optimizer is None:
+                self._complete()
             try:
                 yield batch
             except GeneratorExit:
@@ -342,47 +360,56 @@ class GrowingLoader:
                     "the loader was iterated anew, or loaded, while this iteration was under way"
                 )
             self._complete()
-            if self._regrown and not self._skip:
+            if self._regrown and self._given is None:
                 epoch.left = self._count_left(epoch.index)
-        self._given = self._epoch = None
+        self._next_epoch = epoch.index + 1  # also where nothing was left of it
+        self._epoch = None
 
     def grow(self, batch_size: int) -> None:
         """Batches of at least ``batch_size``, from the next update on. Rates stay as the plan has them.
 
         The one thing that changes a plan on the way, for policies that measure, such as
         :class:`fastlr.AdaptiveGrowth`. Every rank has to call it at the same update. What was fetched
-        ahead is fetched anew, and ``len()`` of an epoch under way no longer holds.
+        ahead is fetched anew, and ``len()`` of an epoch under way no longer holds. With ``tail="drop"``,
+        what no longer fills a batch is left out: the rest of the epoch, or a phase that is shorter.
 
         Args:
-            batch_size: over all ranks, up to ``dataset_size``.
+            batch_size: over all ranks, in 1 .. ``dataset_size``.
 
         Raises:
             ValueError: it cannot be shared between the ranks or cut into equal micro-batches.
         """
+        batch_size = _count("batch_size", batch_size)
         at = self._samples
         if self._given is not None:
-            at = self._given[1].next_start
-        elif self._skip:
-            at = next(self.plan.updates_from(self._samples)).next_start
-        if at >= self.plan.total_samples:
+            at = self._start_after(self._given[1])
+        if at == self.plan.total_samples:
             return  # the last update is under way
-        self._set_plan(self.plan.grown(at, batch_size))
-        self._growths.append((at, int(batch_size)))
+        grown = self.plan.grown(at, batch_size)
+        if grown == self.plan:
+            return  # its batches are that large
+        self._set_plan(grown)
+        self._growths.append((at, batch_size))
         self._regrown = True
+        if self._given is None:
+            self._move_to(self.plan._next_start(at))
+
+    def _check_growth(self, batch_size: int) -> None:
+        """Raises ValueError where :meth:`grow` would."""
+        dataclasses.replace(self._sampler, plan=self.plan.grown(self._samples, batch_size))
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, after the updates that are completed; plain numbers, lists and dicts.
 
-        In the middle of an update that is its beginning. Save it with the model's and the optimizer's.
+        Save it with the model's and the optimizer's, and the generators' states where the model draws
+        numbers, between two epochs or right after ``opt.step()``. In the middle of an update that is its
+        beginning; then a model with dropout or BatchNorm would go through a part of it twice.
         """
-        samples = self._samples
-        if self._optimizer is None and self._given is not None and self._given[0].ends_update:
-            samples = self._given[1].next_start
         return {
-            "epoch": samples // self.plan.dataset_size,
-            "samples": samples,
+            "epoch": self._next_epoch,
+            "samples": self._samples,
             "seed": self._sampler.seed,
             "shuffle": self._sampler.shuffle,
             "plan": self._planned.to_dict(),
@@ -396,14 +423,11 @@ class GrowingLoader:
             state: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is of another plan or order, or its batches cannot be met with these ranks and
-                micro-batches.
+            ValueError: it is damaged, of another plan or order, or its batches cannot be met with these
+                ranks and micro-batches. Nothing has changed then.
         """
-        missing = {"samples", "seed", "shuffle", "plan", "growths"} - set(state)
-        if missing:
-            raise ValueError(
-                f"the state of a GrowingLoader has {', '.join(sorted(missing))} too; got {list(state)}"
-            )
+        keys = ("epoch", "samples", "seed", "shuffle", "plan", "growths")
+        state = saved_state("a GrowingLoader", state, keys)
         theirs = BatchPlan.from_dict(state["plan"])
         if theirs != self._planned:
             differing = [
@@ -415,18 +439,28 @@ class GrowingLoader:
                 f"the file is of another plan: {'; '.join(differing)}. Make the loader with "
                 'fastlr.BatchPlan.from_dict(state["plan"])'
             )
-        if state["shuffle"] != self._sampler.shuffle:
+        if flag("shuffle", state["shuffle"]) != self._sampler.shuffle:
             raise ValueError(
                 f"the file's run has shuffle={state['shuffle']}, this loader {self._sampler.shuffle}"
             )
-        plan, growths = self._planned, [(int(at), int(size)) for at, size in state["growths"]]
-        for at, size in growths:
-            plan = plan.grown(at, size)
-        next(plan.updates_from(state["samples"]), None)  # raises where no update begins there
-        self._sampler = dataclasses.replace(self._sampler, seed=state["seed"])
+        plan, growths = self._planned, []
+        for growth in items("growths", state["growths"]):
+            if not isinstance(growth, (list, tuple)) or len(growth) != 2:
+                raise ValueError(f"growths must be pairs (sample, batch_size), got {describe(growth)}")
+            growths.append((_count("sample of growths", growth[0], 0), _count("size of growths", growth[1])))
+            plan = plan.grown(*growths[-1])
+        samples, epoch = plan._begin(state["samples"]), _count("epoch", state["epoch"], 0)
+        stands = samples // plan.dataset_size
+        # Before the epoch that the next update begins in there can be empty ones, still to come.
+        empty = epoch < stands and plan._next_start(epoch * plan.dataset_size) == samples
+        if epoch != stands and not empty:
+            raise ValueError(
+                f"epoch must be the one that the run stands in at sample {samples:,}, {stands}, got {epoch}"
+            )
+        sampler = dataclasses.replace(self._sampler, plan=plan, seed=state["seed"])
+        self._sampler, self._growths = sampler, growths
         self._set_plan(plan)
-        self._growths = growths
-        self._reset(int(state["samples"]))
+        self._reset(samples, epoch)
         self._reading.open(self._sampler.seed)
 
 
@@ -435,13 +469,13 @@ class Epoch:
 
     Attributes:
         index: counted over the run, from 0.
-        left: batches that are still to come; None before the first is asked for.
+        left: batches that are still to come; None before the first is asked for, but 0 where there are none.
     """
 
     def __init__(self, loader: GrowingLoader, index: int) -> None:
         self._loader, self.index = loader, index
         self._length = loader._count_left(index)
-        self.left: int | None = None
+        self.left: int | None = None if self._length else 0
 
     @property
     def finished(self) -> bool:
@@ -454,6 +488,21 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loader._iterate(self)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """The kinds of what a ``DataLoader`` takes as it is, or refuses without a name; the rest it checks."""
+    if "num_workers" in options:
+        _count("num_workers", options["num_workers"], 0)
+    if options.get("prefetch_factor") is not None:
+        _count("prefetch_factor", options["prefetch_factor"])
+    for name in ("pin_memory", "persistent_workers"):
+        if name in options:
+            flag(name, options[name])
+    if "timeout" in options:
+        real("timeout", options["timeout"])
+    if options.get("worker_init_fn") is not None:
+        function("worker_init_fn", options["worker_init_fn"])
 
 
 def _check_size(dataset: Any, plan: BatchPlan) -> None:

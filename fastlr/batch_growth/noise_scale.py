@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
-from fastlr._checks import describe, real
+from fastlr._checks import count, describe, real, saved_state, tensors
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
 from fastlr.optim import FusedOptimizer
@@ -86,8 +86,8 @@ class GradientNoiseScale:
         decay: of the averages, in [0, 1): they span some 1 / (1 - decay) updates.
 
     Raises:
-        ValueError: there are no parameters, or decay is out of range.
-        TypeError: an optimizer of another kind.
+        ValueError: there are no parameters, one is given twice, or decay is out of range.
+        TypeError: no tensors, or an optimizer of another kind.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(3, 1)
@@ -125,9 +125,7 @@ class GradientNoiseScale:
                 "pass the parameters that it holds"
             )
         else:
-            self._parameters = list(parameters)
-            if not self._parameters:
-                raise ValueError("GradientNoiseScale needs at least one parameter, got none")
+            self._parameters = tensors("parameters", parameters)
         self._native = _core.SquaredNorm(Runtime)
         self._observations = 0
         self._gradient = self._noise = self._weight = 0.0
@@ -170,6 +168,8 @@ class GradientNoiseScale:
             grad_scale: what the loss was multiplied with, such as ``scaler.get_scale()``, > 0. A fused
                 optimizer's step knows it from the scaler.
         """
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch of a GrowingLoader, got {describe(batch)}")
         scale = real("grad_scale", grad_scale, above=True)
         world = batch.ranks
         if batch.starts_update and not batch.ends_update and not self._attached:
@@ -289,9 +289,24 @@ class GradientNoiseScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the averages that :meth:`state_dict` returned."""
-        self._gradient, self._noise = float(state["gradient"]), float(state["noise"])
-        self._weight, self._observations = float(state["weight"]), int(state["observations"])
+        """Goes on with the averages that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is damaged; nothing has changed then.
+        """
+        state = saved_state("a GradientNoiseScale", state, ("observations", "gradient", "noise", "weight"))
+        observations, weight = (
+            count("observations", state["observations"], 0),
+            real("weight", state["weight"]),
+        )
+        gradient, noise = (real(name, state[name], -math.inf) for name in ("gradient", "noise"))
+        if (observations > 0) != (weight > 0.0):
+            raise ValueError(
+                f"observations and weight must be > 0 together, got observations={observations} and "
+                f"weight={weight!r}"
+            )
+        self._observations, self._weight = observations, weight
+        self._gradient, self._noise = gradient, noise
         self._small = self._reduced = self._begun = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from fastlr._checks import choice, count, describe, items, real
+from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
 from fastlr.schedules import Constant, Schedule
 
@@ -85,8 +85,8 @@ class BatchPlan:
     **Tail rule.** A new phase begins at the very sample that the plan names, so an update that is under
     way there ends there, smaller than the others. What an epoch's end does is for ``tail`` to say:
 
-    - ``"carry"``: nothing; the update goes on with the next epoch's samples. A phase of n samples and
-      batch size B has ceil(n / B) updates.
+    - ``"carry"``: nothing; the update takes what it lacks from the next epoch's samples. A phase of n
+      samples and batch size B has ceil(n / B) updates.
     - ``"keep"``: the update ends there, smaller than the others.
     - ``"drop"``: as ``"keep"``, but updates that are cut short, by an epoch's end or a phase's, are left
       out; the clock passes over their samples.
@@ -106,8 +106,8 @@ class BatchPlan:
         ranks: processes that share a batch; as ``micro_batch_size``.
 
     Raises:
-        ValueError: an argument is out of range, a phase has no samples or no updates, or a batch cannot
-            be shared between the ranks.
+        ValueError: an argument is out of range, a phase has no samples, the plan has no updates, or a
+            batch cannot be shared between the ranks.
 
     >>> import fastlr
     >>> plan = fastlr.BatchPlan.from_phases(
@@ -136,19 +136,23 @@ class BatchPlan:
         sizes = tuple(count("batch_sizes", size) for size in items("batch_sizes", self.batch_sizes))
         if len(starts) != len(sizes) or not starts:
             raise ValueError(f"each phase needs a start and a batch size, got {len(starts)} and {len(sizes)}")
-        checked = {
+        checked: dict[str, object] = {
             "starts": starts,
             "batch_sizes": sizes,
             "dataset_size": count("dataset_size", self.dataset_size),
             "epochs": count("epochs", self.epochs),
             "ranks": count("ranks", self.ranks),
+            "tail": choice("tail", self.tail, TAILS),
+            "mode": choice("mode", self.mode, ("increase", "hybrid", "decay", "phases")),
         }
         if self.micro_batch_size is not None:
             checked["micro_batch_size"] = count("micro_batch_size", self.micro_batch_size)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        choice("tail", self.tail, TAILS)
-        choice("mode", self.mode, ("increase", "hybrid", "decay", "phases"))
+        if self.total_samples >= ENDLESS:
+            raise ValueError(
+                f"epochs * dataset_size must be < 2**63 - 1, got {self.epochs:,} * {self.dataset_size:,}"
+            )
         self._check_phases()
         for name in ("lr", "momentum"):
             value = getattr(self, name)
@@ -182,12 +186,24 @@ class BatchPlan:
                     f"the batch size at sample {start:,} would be {size:,}, more than the data set's "
                     f"{self.dataset_size:,} samples; give a smaller batch_size or max_batch_size"
                 )
+        if not self.total_updates:
+            raise ValueError(
+                'the plan has no update, because tail="drop" leaves out all of its samples; use "keep" or '
+                '"carry", or smaller batches'
+            )
+
+    def _without_empty_phases(self) -> BatchPlan:
+        """This plan, of which each phase is meant to have updates.
+
+        That is for whoever writes a plan to see. In one that grew, a phase may be shorter than the batch.
+        """
         for k, updates in enumerate(self._updates_of_phases):
             if updates == 0:
                 raise ValueError(
                     f"phase {k}, from sample {self.starts[k]:,} with batch size {self.batch_sizes[k]:,}, "
                     'has no update, because tail="drop" leaves out all of its samples; use "keep" or "carry"'
                 )
+        return self
 
     # -- making plans --------------------------------------------------------------------------------
 
@@ -256,8 +272,8 @@ class BatchPlan:
             ranks: see :class:`BatchPlan`.
 
         Raises:
-            ValueError: an argument is out of range, the schedule rises after its peak, or the batch would
-                outgrow the data set.
+            ValueError: an argument is out of range, the schedule rises after its peak, the batch would
+                outgrow the data set, or a phase has no updates.
 
         >>> import fastlr
         >>> plan = fastlr.BatchPlan.from_schedule(
@@ -315,7 +331,7 @@ class BatchPlan:
             ranks: see :class:`BatchPlan`.
 
         Raises:
-            ValueError: an argument is out of range, or a phase has no samples.
+            ValueError: an argument is out of range, or a phase has no samples or no updates.
 
         >>> import fastlr
         >>> plan = fastlr.BatchPlan.from_phases(
@@ -329,6 +345,8 @@ class BatchPlan:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"phases must be pairs (epoch, batch_size), got {describe(pair)}")
             epoch = real("the epoch of a phase", pair[0])
+            if epoch * dataset_size >= ENDLESS:
+                raise ValueError(f"the epoch of a phase must lie within the run, got {epoch!r}")
             pairs.append((round(epoch * dataset_size), count("batch_size of a phase", pair[1])))
         return cls(
             starts=tuple(start for start, _ in pairs),
@@ -340,22 +358,27 @@ class BatchPlan:
             tail=tail,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
-        )
+        )._without_empty_phases()
 
     def grown(self, sample: int, batch_size: int) -> BatchPlan:
         """This plan, with batches of at least ``batch_size`` from ``sample`` on. Rates stay as they are.
 
         Args:
             sample: at which an update begins.
-            batch_size: in 1 .. ``dataset_size``.
+            batch_size: in 1 .. ``dataset_size``. With ``tail="drop"``, what no longer fills a batch is left
+                out, if need be a whole phase.
+
+        Raises:
+            ValueError: no update begins there, or batch_size is out of range.
 
         >>> import fastlr
         >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1)
         >>> plan.grown(300, 200).starts, plan.grown(300, 200).batch_sizes
         ((0, 300), (100, 200))
         """
-        self._segment_of(sample)
-        size = count("batch_size", batch_size)
+        sample, size = self._begin(sample), count("batch_size", batch_size)
+        if sample == self.total_samples:
+            raise ValueError(f"the run ends at sample {sample:,}, so no update begins there")
         phases = dict(zip(self.starts, self.batch_sizes, strict=True))
         phases[sample] = self.phase_at(sample).batch_size
         merged: list[tuple[int, int]] = []
@@ -497,20 +520,28 @@ class BatchPlan:
         return tuple(updates)
 
     def _segment_of(self, sample: int) -> int:
-        """The index of the segment in which an update begins at ``sample``."""
+        """The index of the segment that a sample is in; the last one's for the end of the run."""
+        return bisect.bisect_right(self._segments, sample, key=lambda segment: segment.start) - 1
+
+    def _next_start(self, sample: int) -> int:
+        """Where the first update begins that begins at ``sample`` or later; the run's end if none does."""
+        for index in range(self._segment_of(sample), len(self._segments)):
+            segment = self._segments[index]
+            before = max(-(-(sample - segment.start) // segment.batch_size), 0)
+            if before < self._updates_in(segment):
+                return segment.start + before * segment.batch_size
+        return self.total_samples
+
+    def _begin(self, sample: int) -> int:
+        """``sample``, checked to be where an update begins, or the beginning or end of the run."""
         sample = count("sample", sample, 0)
-        index = bisect.bisect_right(self._segments, sample, key=lambda segment: segment.start) - 1
-        segment = self._segments[index]
-        updates, rest = divmod(sample - segment.start, segment.batch_size)
-        if rest or updates >= self._updates_in(segment):
+        if sample > self.total_samples or (sample and self._next_start(sample) != sample):
             raise ValueError(f"no update of the plan begins at sample {sample:,}")
-        return index
+        return sample
 
     def _cut(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        if sample == self.total_samples:
-            return
-        first = self._segment_of(sample)
-        for segment in self._segments[first:]:
+        sample = self._begin(sample)
+        for segment in self._segments[self._segment_of(sample) :]:
             start = max(sample, segment.start)
             stop = segment.start + self._updates_in(segment) * segment.batch_size
             for begin in range(start, stop, segment.batch_size):

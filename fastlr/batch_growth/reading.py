@@ -11,6 +11,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch.utils.data import DataLoader
 
+from fastlr._checks import real
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import Update
 from fastlr.batch_growth.ranks import sum_over_ranks
@@ -55,55 +56,56 @@ class BatchSource:
             **self._options,
         )
 
-    def of(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
-        """All batches from the beginning of an update on, through the epochs to come.
-
-        The next epoch's are read only when they are asked for, or when their counts are needed.
-        """
-        batches = self._read(sampler, samples)
+    def of(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
+        """The batches of an epoch, from the update on that begins after so many samples of the run."""
+        batches = self._read(sampler, samples, epoch)
         return batches if self._count is None else self._counted(batches, self._count)
 
-    def _read(self, sampler: GrowingBatchSampler, samples: int) -> Iterator[tuple[Batch, Update]]:
-        skip = 0
-        for epoch in range(samples // sampler.plan.dataset_size, sampler.plan.epochs):
-            sent = self._feed.aim(sampler.micro_batches(samples, skip, epoch))
-            for data in self.loader:
-                micro = sent.popleft()
-                update = micro.update
-                skip = 0 if micro.ends_update else 1 if micro.starts_update else skip + 1
-                samples = update.next_start if micro.ends_update else update.start
-                yield (
-                    Batch(
-                        data=data,
-                        samples=len(micro),
-                        weight=micro.weight,
-                        position=update.start,
-                        global_batch=update.size,
-                        epoch=epoch,
-                        starts_update=micro.starts_update,
-                        ends_update=micro.ends_update,
-                        full=update.size == update.batch_size,
-                        ranks=sampler.world_size or 1,
-                    ),
-                    update,
-                )
+    def _read(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
+        sent = self._feed.aim(sampler.micro_batches(samples, epoch))
+        for data in self.loader:
+            micro = sent.popleft()
+            update = micro.update
+            yield (
+                Batch(
+                    data=data,
+                    samples=len(micro),
+                    weight=micro.weight,
+                    position=update.start,
+                    global_batch=update.size,
+                    epoch=epoch,
+                    starts_update=micro.starts_update,
+                    ends_update=micro.ends_update,
+                    full=update.size == update.batch_size,
+                    ranks=sampler.world_size or 1,
+                ),
+                update,
+            )
 
     def _counted(
         self, batches: Iterator[tuple[Batch, Update]], count: Callable[[Any], SupportsFloat]
     ) -> Iterator[tuple[Batch, Update]]:
-        """BatchSource weighted by what they count, once all of an update are there."""
+        """Batches weighted by what they count, once all of an update are there."""
         window: list[tuple[Batch, Update]] = []
         for item in batches:
             window.append(item)
             if not item[0].ends_update:
                 continue
-            counts = [float(count(batch.data)) for batch, _ in window]
+            counts: list[float] = []
+            wrong: Exception | None = None
+            try:
+                counts += [real("count(data)", count(batch.data)) for batch, _ in window]
+            except Exception as error:
+                wrong = error
             world = item[0].ranks
-            total = sum_over_ranks([sum(counts)], world)[0]
-            if not (min(counts) >= 0.0 and 0.0 < total < math.inf):
+            # Told to the others first, which would otherwise wait for this rank.
+            total = sum_over_ranks([sum(counts) if wrong is None else math.nan], world)[0]
+            if wrong is not None:
+                raise wrong
+            if not 0.0 < total < math.inf:
                 raise ValueError(
-                    f"count(data) must be >= 0, and > 0 for one micro-batch of an update, got {counts} in "
-                    f"the update at sample {item[1].start:,}"
+                    f"count(data) must be > 0 for one micro-batch of an update, and valid on every rank, got "
+                    f"{counts} in the update at sample {item[1].start:,}"
                 )
             for (batch, update), number in zip(window, counts, strict=True):
                 yield dataclasses.replace(batch, weight=world * number / total), update

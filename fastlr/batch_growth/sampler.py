@@ -43,28 +43,26 @@ class MicroBatch(list[int]):
 
 
 class Step(NamedTuple):
-    """Samples ``start`` to ``stop`` of an update, which all ranks take at once, in epoch ``epoch``."""
+    """Samples ``start`` to ``stop`` of an update, which all ranks take at once."""
 
     start: int
     stop: int
-    epoch: int
 
 
 @dataclass(frozen=True)
 class GrowingBatchSampler:
     """Micro-batches of a :class:`BatchPlan` for one rank: a batch sampler for any ``DataLoader``.
 
-    The order of epoch e is a random permutation from (seed, e). An update takes the next samples of it;
-    sample i of an update goes to rank ``i % ranks``. It is immutable, and what it yields depends on its
-    arguments and the position only, so neither prefetching nor persistent workers can make a batch late.
+    The order of epoch e is a random permutation from (seed, e). An update takes the next samples of it,
+    and with ``tail="carry"`` the last update that begins in an epoch takes what it lacks from the next
+    one's; sample i of an update goes to rank ``i % ranks``. It is immutable, and what it yields depends on
+    its arguments and the position only, so neither prefetching nor persistent workers can make a batch
+    late.
 
     **Sizes.** An update of the plan's size is cut into the fewest equal micro-batches of at most
-    ``micro_batch_size`` samples per rank. The tail of a phase, or what an epoch's end cuts off, is cut
-    as evenly as can be into micro-batches that are no larger. Every rank has the same number of
-    micro-batches, and of samples, in every update; only in a tail that the ranks do not divide some
-    have one more, which the weights account for. With several ranks, up to ``ranks - 1`` samples of the
-    next epoch's order can come one micro-batch early, where the epoch ends within an update and the
-    ranks do not divide it.
+    ``micro_batch_size`` samples per rank. A tail is cut as evenly as can be into micro-batches that are no
+    larger. Every rank has the same number of micro-batches, and of samples, in every update; only in a
+    tail that the ranks do not divide some have one more, which the weights account for.
 
     Args:
         plan: which batch size holds where.
@@ -76,7 +74,8 @@ class GrowingBatchSampler:
 
     Raises:
         ValueError: a batch of the plan cannot be shared between the ranks or cut into equal
-            micro-batches, or a tail has fewer samples than there are ranks.
+            micro-batches, or a tail not without leaving a rank without a sample or giving it more than
+            ``micro_batch_size``.
         RuntimeError: started by ``torchrun``, but ``torch.distributed`` is not initialised.
 
     >>> import fastlr
@@ -125,6 +124,13 @@ class GrowingBatchSampler:
                     + (', or tail="carry"' if self.plan.tail == "keep" else "")
                     + ", or another batch size"
                 )
+            # Of n >= 2 samples at a time a rank can take one more in its last micro-batch, of 1 it cannot.
+            if tail % world_size and self.micro_batch_size == 1 and self.plan.tail != "drop":
+                raise ValueError(
+                    f"the update that ends at sample {segment.stop:,} has {tail} samples, which {world_size} "
+                    "ranks cannot share without one taking two at once, but micro_batch_size is 1; use "
+                    'micro_batch_size=2, or tail="drop", which leaves such samples out'
+                )
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self.micro_batches()
@@ -132,17 +138,20 @@ class GrowingBatchSampler:
     def __len__(self) -> int:
         return sum(len(self.steps(update)) for update in self.plan.updates_from())
 
-    def micro_batches(self, sample: int = 0, skip: int = 0, epoch: int | None = None) -> Iterator[MicroBatch]:
+    def micro_batches(self, sample: int = 0, epoch: int | None = None) -> Iterator[MicroBatch]:
         """This rank's micro-batches, from the update on that begins after ``sample`` samples.
 
         Args:
             sample: at which an update begins.
-            skip: micro-batches of that update to leave out.
-            epoch: stop at the end of this epoch; None: of the run.
+            epoch: stop after the last update that begins in this epoch, counted from 0; None: at the
+                end of the run.
+
+        Raises:
+            ValueError: no update begins there, or an argument is out of range.
         """
         order = _Order(self)
         world, rank = self.world_size or 1, self.rank or 0
-        for update, step in self.schedule(sample, skip, epoch):
+        for update, step in self.schedule(sample, epoch):
             # Sample i of an update belongs to rank i % world.
             mine = range(
                 update.start + step.start + (rank - step.start) % world, update.start + step.stop, world
@@ -153,40 +162,26 @@ class GrowingBatchSampler:
                 indices, epochs, world * len(indices) / update.size, update, step.start == 0, last
             )
 
-    def schedule(
-        self, sample: int = 0, skip: int = 0, epoch: int | None = None
-    ) -> Iterator[tuple[Update, Step]]:
+    def schedule(self, sample: int = 0, epoch: int | None = None) -> Iterator[tuple[Update, Step]]:
         """As :meth:`micro_batches`, the same on every rank: what is taken when, without the indices."""
+        end = self.plan.total_samples
+        if epoch is not None:
+            end = (count("epoch", epoch, 0) + 1) * self.plan.dataset_size
         for update in self.plan.updates_from(sample):
-            if epoch is not None and update.start >= (epoch + 1) * self.plan.dataset_size:
+            if update.start >= end:
                 return
-            for step in self.steps(update)[skip:]:
-                if epoch is not None and step.epoch > epoch:
-                    return
+            for step in self.steps(update):
                 yield update, step
-            skip = 0
 
     def steps(self, update: Update) -> list[Step]:
-        """An update cut into what the ranks take at once: at epochs' ends, and into micro-batches."""
+        """An update cut into what the ranks take at once."""
         world = self.world_size or 1
-        size = self.plan.dataset_size
         micro, _ = divide(update.batch_size, self.micro_batch_size, world)
+        each = update.size // world
+        number = min(-(-update.size // (world * micro)), each)
         # Cuts at multiples of the ranks keep their numbers of samples equal.
-        epoch = update.start // size
-        ends = range((epoch + 1) * size - update.start, update.size, size)
-        cuts = [0, *dict.fromkeys(min(-(-end // world) * world, update.size) for end in ends)]
-        if cuts[-1] != update.size:
-            cuts.append(update.size)
-        if 0 < cuts[-1] - cuts[-2] < world and len(cuts) > 2:
-            del cuts[-2]  # the last part is too small to give every rank a sample
-        steps = []
-        for start, stop in itertools.pairwise(cuts):
-            each = (stop - start) // world
-            number = min(-(-(stop - start) // (world * micro)), each)
-            bounds = [start + world * -(-each * k // number) for k in range(number)] + [stop]
-            where = (update.start + start) // size
-            steps += [Step(a, b, where) for a, b in itertools.pairwise(bounds)]
-        return steps
+        bounds = [world * -(-each * k // number) for k in range(number)] + [update.size]
+        return [Step(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class _Order:

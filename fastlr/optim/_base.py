@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
+from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, flag, index, number
 from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
 from fastlr.optim._groups import (
@@ -114,6 +115,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         super().add_param_group(filled)
+        tell_of_missing_cuda(filled["params"])
         param_group.clear()
         param_group.update(filled)
         self.param_groups[place] = param_group

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fastlr._checks import count, real
+from fastlr._checks import count, describe, items, real
+from fastlr._files import replacing
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
 from fastlr.range_test.sweep import range_test
@@ -28,12 +30,35 @@ class RangeTestGrid:
     """Range tests of several settings.
 
     Attributes:
-        settings: of each test, such as ``{"weight_decay": 1e-4, "momentum": 0.9}``.
-        results: of each test.
+        settings: of each test, such as ``{"weight_decay": 1e-4, "momentum": 0.9}``; all name the same.
+        results: of each test; accuracies in all of them or in none.
+
+    Raises:
+        ValueError: there is no test, or not one result for each setting, or they do not go together.
+        TypeError: a setting is no dict of numbers, or a result is of another kind.
     """
 
     settings: tuple[dict[str, float], ...]
     results: tuple[RangeTestResult, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("settings", "results"):
+            object.__setattr__(self, name, items(name, getattr(self, name)))
+        if not self.settings or len(self.settings) != len(self.results):
+            raise ValueError(
+                "a grid must have one or more settings and a result for each, got "
+                f"{len(self.settings)} settings and {len(self.results)} results"
+            )
+        for setting in self.settings:
+            if not isinstance(setting, dict) or not all(isinstance(v, Real) for v in setting.values()):
+                raise TypeError(f"settings must hold dicts of numbers, got {setting!r}")
+            if list(setting) != list(self.settings[0]):
+                raise ValueError(f"settings must all name the same, got {self.settings[0]} and {setting}")
+        for result in self.results:
+            if not isinstance(result, RangeTestResult):
+                raise TypeError(f"results must hold range test results, got {type(result).__name__}")
+            if (result.accuracies is None) != (self.results[0].accuracies is None):
+                raise ValueError("results must have accuracies in all of them or in none, got some of each")
 
     def __iter__(self) -> Iterator[tuple[dict[str, float], RangeTestResult]]:
         return iter(zip(self.settings, self.results, strict=True))
@@ -91,7 +116,7 @@ class RangeTestGrid:
             for row in rows
         )
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the smooth curves of all tests in one picture. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
@@ -102,7 +127,7 @@ class RangeTestGrid:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the table."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path, newline="") as file:
             csv.writer(file).writerows(self.table())
 
 
@@ -125,16 +150,17 @@ def range_test_grid(
 
     Args:
         model, optimizer, loss_fn, train_loader, val_loader: as for :func:`range_test`. With ``batch_size``
-            the train_loader is a DataLoader, which is made anew for each size, or a function
-            ``(batch_size) -> loader``.
+            the train_loader is a DataLoader, which is made anew for each size and leaves out a last batch
+            of fewer samples; or a function ``(batch_size) -> loader``.
         weight_decay: values to try, >= 0; none: the optimizer's own.
         momentum: values to try, in [0, 1): ``momentum``, or the first of ``betas``.
-        batch_size: values to try, >= 1.
+        batch_size: values to try, >= 1 and at most the samples that the train_loader draws in an epoch.
         options: the others of :func:`range_test`.
 
     Raises:
-        ValueError: there is nothing to try, or a value is out of range or not one that the optimizer has.
-        TypeError: the train_loader does not let its batch size be changed.
+        ValueError: there is nothing to try, a value is out of range or not one that the optimizer has, or
+            there are fewer samples than a batch is to have.
+        TypeError: the train_loader does not let its batch size be changed, or values are no list.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -148,21 +174,19 @@ def range_test_grid(
     References:
         Smith, A disciplined approach to neural network hyper-parameters: Part 1, arXiv 1803.09820.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    tried = {"weight_decay": weight_decay, "momentum": momentum, "batch_size": batch_size}
     axes: dict[str, list[float]] = {}
-    if weight_decay:
-        axes["weight_decay"] = [real("weight_decay", value) for value in weight_decay]
-    if momentum:
-        axes["momentum"] = [real("momentum", value) for value in momentum]
-        if max(axes["momentum"]) >= 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {max(axes['momentum'])!r}")
-    if batch_size:
-        axes["batch_size"] = [count("batch_size", value) for value in batch_size]
+    for name, values in tried.items():
+        if axis := _axis(name, values):
+            axes[name] = axis
     if not axes:
         raise ValueError("nothing to try: give values for weight_decay, momentum or batch_size")
     for group in optimizer.param_groups:
-        if weight_decay and "weight_decay" not in group:
+        if "weight_decay" in axes and "weight_decay" not in group:
             raise ValueError(f"{type(optimizer).__name__} has no weight_decay to try values of")
-        if momentum and "momentum" not in group and "betas" not in group:
+        if "momentum" in axes and "momentum" not in group and "betas" not in group:
             raise ValueError(f"{type(optimizer).__name__} has neither momentum nor betas to try values of")
     loaders: dict[float | None, Any] = {None: train_loader}
     for size in axes.get("batch_size", []):
@@ -176,9 +200,36 @@ def range_test_grid(
     return RangeTestGrid(tuple(settings), tuple(results))
 
 
+def _axis(name: str, values: Sequence[float]) -> list[float]:
+    """The values to try of a setting."""
+    try:
+        tried = () if isinstance(values, (str, bytes)) else tuple(values)
+    except TypeError:
+        tried = None
+    if tried is None or isinstance(values, (str, bytes, dict)):
+        raise TypeError(
+            f"{name} must be a list of values to try, got {describe(values)}; for one value pass [{values!r}]"
+        )
+    if name == "batch_size":
+        return [count(name, value) for value in tried]
+    axis = [real(name, value) for value in tried]
+    if name == "momentum" and max(axis, default=0.0) >= 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {max(axis)!r}")
+    return axis
+
+
 def _with_batch_size(loader: Any, batch_size: int) -> Any:
+    """A loader of batches of that size, once there is data for one."""
     if callable(loader) and not hasattr(loader, "__iter__"):
-        return loader(batch_size)
+        made = loader(batch_size)
+        if isinstance(made, DataLoader) and made.batch_size not in (None, batch_size):
+            raise ValueError(
+                f"the function for batch_size {batch_size} returned a DataLoader of batch_size "
+                f"{made.batch_size}; pass what it is called with on to the DataLoader"
+            )
+        if isinstance(made, DataLoader) and made.batch_size is not None:
+            _check_filled(made, batch_size)
+        return made
     if (
         type(loader) is not DataLoader
         or loader.batch_size is None
@@ -188,10 +239,24 @@ def _with_batch_size(loader: Any, batch_size: int) -> Any:
             f"the batch size of this train_loader ({type(loader).__name__}) cannot be changed; pass a "
             "DataLoader with a batch_size over a data set with a length, or a function (batch_size) -> loader"
         )
-    kept = ["num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn", "generator"]
+    _check_filled(loader, batch_size)
+    kept = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"]
     kept += ["multiprocessing_context", "prefetch_factor", "sampler"]
     arguments: dict[str, Any] = {name: getattr(loader, name) for name in kept}
-    return DataLoader(loader.dataset, batch_size, **arguments)
+    # A last batch of fewer samples would be an update of another batch size than the grid says.
+    return DataLoader(loader.dataset, batch_size, drop_last=True, **arguments)
+
+
+def _check_filled(loader: DataLoader[Any], batch_size: int) -> None:
+    try:
+        samples = len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return  # there is no telling
+    if samples < batch_size:
+        raise ValueError(
+            f"batch_size {batch_size} is more than the {samples} samples of the train_loader; try sizes up "
+            f"to {samples}"
+        )
 
 
 @contextmanager

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fastlr._checks import choice
+from fastlr._checks import choice, file_name, items, real, text, texts, vector
+from fastlr._files import replacing
 from fastlr.range_test.curve import Array, Best, best
 from fastlr.schedules import Triangular2
 from fastlr.schedules.cyclic import Interpolation
@@ -77,6 +78,7 @@ class RangeTestResult:
 
     Raises:
         ValueError: the arrays differ in length, or the rates do not ascend.
+        TypeError: an argument is of the wrong kind, such as complex losses.
 
     >>> import numpy as np
     >>> lrs = np.geomspace(1e-4, 10, 200)
@@ -115,9 +117,9 @@ class RangeTestResult:
         repeats: Sequence[RangeTestResult] = (),
     ) -> None:
         choice("sweep", sweep, ("exponential", "linear"))
-        arrays = {"lrs": _vector("lrs", lrs), "losses": _vector("losses", losses)}
+        arrays = {"lrs": vector("lrs", lrs), "losses": vector("losses", losses)}
         if accuracies is not None:
-            arrays["accuracies"] = _vector("accuracies", accuracies)
+            arrays["accuracies"] = vector("accuracies", accuracies)
             arrays["accuracies"][np.isinf(arrays["accuracies"])] = np.nan
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
@@ -139,11 +141,11 @@ class RangeTestResult:
         values = {
             **{"accuracies": None, **arrays},
             "sweep": sweep,
-            "stopped": stopped,
-            "metric_name": metric_name,
-            "notes": tuple(notes),
-            "group_bounds": tuple((float(low), float(high)) for low, high in group_bounds),
-            "repeats": tuple(repeats),
+            "stopped": stopped if stopped is None else text("stopped", stopped),
+            "metric_name": text("metric_name", metric_name),
+            "notes": texts("notes", notes),
+            "group_bounds": _bounds(group_bounds, sweep),
+            "repeats": _results("repeats", repeats),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -159,6 +161,7 @@ class RangeTestResult:
         Raises:
             ValueError: there are none, or they differ in sweep or metric.
         """
+        results = _results("results", results)
         kinds = {(r.sweep, r.metric_name, r.accuracies is None, r.group_bounds) for r in results}
         if len(kinds) != 1:
             raise ValueError(f"results must be one or more of one sweep and metric, got {len(kinds)} kinds")
@@ -382,7 +385,8 @@ class RangeTestResult:
         Raises:
             ValueError: there is no such group, or all groups swept the same rates.
         """
-        if not 0 <= index < len(self.group_bounds):
+        known_kind = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not (known_kind and 0 <= index < len(self.group_bounds)):
             known = (
                 f"0 .. {len(self.group_bounds) - 1}" if self.group_bounds else "none: all share their rates"
             )
@@ -447,7 +451,7 @@ class RangeTestResult:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the curves and what was read from them. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
@@ -461,7 +465,7 @@ class RangeTestResult:
 
         With repeats there is a first column repeat, counted from 1, and the rows are theirs.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path, newline="") as file:
             writer = csv.writer(file)
             metric = [] if self.accuracies is None else [self.metric_name]
             writer.writerow([*(["repeat"] if self.repeats else []), "lr", "loss", *metric])
@@ -475,7 +479,7 @@ class RangeTestResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes everything that :meth:`from_json` reads back, and the answers, for other readers."""
-        with open(path, "w", encoding="utf-8") as file:
+        with replacing(path) as file:
             json.dump({"format": _FORMAT, **self._to_dict()}, file, allow_nan=False, indent=1)
             file.write("\n")
 
@@ -505,10 +509,10 @@ class RangeTestResult:
         Raises:
             ValueError: the file holds no range test.
         """
-        with open(path, encoding="utf-8") as file:
+        with open(file_name("path", path), encoding="utf-8") as file:
             try:
                 data = json.load(file)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{os.fspath(path)} is no JSON file: {error}") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f'{os.fspath(path)} holds no "{_FORMAT}"')
@@ -526,11 +530,27 @@ class RangeTestResult:
         return cls(**own)
 
 
-def _vector(name: str, values: ArrayLike) -> Array:
-    array = np.array(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {array.shape}")
-    return array
+def _results(name: str, values: Iterable[RangeTestResult]) -> tuple[RangeTestResult, ...]:
+    results = items(name, values)
+    for result in results:
+        if not isinstance(result, RangeTestResult):
+            raise TypeError(f"{name} must hold range test results, got {type(result).__name__}")
+    return results
+
+
+def _bounds(values: Iterable[Sequence[float]], sweep: Sweep) -> Bounds:
+    bounds = []
+    for index, pair in enumerate(items("group_bounds", values)):
+        name = f"group_bounds[{index}]"
+        numbers = () if isinstance(pair, str) else items(name, pair)
+        if len(numbers) != 2:
+            raise ValueError(f"{name} must be a first and a last rate, got {pair!r}")
+        first = real(f"{name}[0]", numbers[0], above=sweep == "exponential")
+        last = real(f"{name}[1]", numbers[1])
+        if first >= last:
+            raise ValueError(f"{name} must ascend, got {pair!r}")
+        bounds.append((first, last))
+    return tuple(bounds)
 
 
 def _medians(rows: Array) -> Array:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastlr.optim import FusedOptimizer
+from fastlr.range_test.keeping import Path as Place
+from fastlr.range_test.keeping import Undo
+from fastlr.range_test.reachable import LIMIT, Reachable
 
-Undo: TypeAlias = Callable[[], object]
 Backup: TypeAlias = Literal["device", "host", "file"] | os.PathLike[str]
-
-# Modules of these packages keep attributes that belong together with state in C++ or on other ranks, such as
-# whether they have been set up; those are left alone.
-_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.", "torch.jit.")
 
 
 def all_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -35,42 +31,57 @@ def all_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 class Snapshot:
-    """What a model, an optimizer and a GradScaler hold, to be put back as often as need be.
+    """What a model, an optimizer and whatever else takes part hold, to be put back as often as need be.
 
-    Every container is put back with what it contained, and every tensor with its values: the objects are
-    those of before, and so are their bits.
+    The objects are those of before, and so are their bits; :mod:`fastlr.range_test.reachable` says what
+    belongs to them.
 
     Args:
-        model, optimizer, scaler: whose state to keep; no scaler: None.
+        training: model, optimizer, scaler and callables, by their names; None: there is none.
+        loaders: by their names. Of what they hold, large data are not copied but watched.
         backup: where the values of tensors go: ``"device"``: each to its own device; ``"host"``; ``"file"``:
             one in the folder for temporary files; a path: that file. It is written at once and deleted by
             :meth:`close`.
+
+    Raises:
+        TypeError: something that belongs to them cannot be put back.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: object, backup: Backup
-    ) -> None:
-        self._undo: list[Undo] = []
-        self._seen: set[int] = set()
-        self._tensors: list[torch.Tensor] = []
+    def __init__(self, training: Mapping[str, object], loaders: Mapping[str, object], backup: Backup) -> None:
         self._values: list[torch.Tensor] | None = None
         self._backup = backup
         self._file: Path | None = None
-        if isinstance(optimizer, FusedOptimizer):
-            # First, and so put back last: what the optimizer has told its devices follows the rest.
-            self._undo.append(optimizer.keep_devices())
-        for module in model.modules():
-            self._keep_module(module)
-        self._keep_object(optimizer)
-        if scaler is not None:
-            self._keep_object(scaler)
-        for p in all_parameters(model, optimizer):
-            self._keep_gradient(p)
+        # What an optimizer has told its devices follows the rest.
+        self._last = [
+            (Place(None, name), thing.keep_devices())
+            for name, thing in training.items()
+            if isinstance(thing, FusedOptimizer)
+        ]
+        self._training = Reachable()
+        self._training.add(*((Place(None, name), thing) for name, thing in training.items()))
+        self._data = Reachable(self._training.seen, LIMIT)
+        roots = [(Place(None, name), loader) for name, loader in loaders.items()]
+        self._data.add(*roots, *self._training.data)
+        self._tensors = [t for part in (self._training, self._data) for t in part.tensors]
+        self._copied = [t for t in self._tensors if t.copied]
 
     @property
     def bytes(self) -> int:
         """What the backup takes."""
-        return sum(t.numel() * t.element_size() for t in self._tensors)
+        return sum(t.bytes for t in self._copied)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is worth knowing about what is not copied."""
+        watched, beyond = [path for path, _ in self._data.watched], self._data.beyond
+        remarks = []
+        if watched:
+            remarks.append(f"{_listed(watched)}: too large to be copied, and watched instead")
+        if beyond:
+            remarks.append(
+                f"{_listed(beyond)}: too large to be copied or watched; what the sweep writes there stays"
+            )
+        return remarks
 
     def write(self) -> None:
         """Makes the backup.
@@ -81,13 +92,13 @@ class Snapshot:
         """
         if self._backup == "device":
             try:
-                self._values = [t.detach().clone() for t in self._tensors]
+                self._values = [t.values.clone() for t in self._copied]
             except torch.OutOfMemoryError as error:
                 raise MemoryError(
                     f"no room for a backup of {size(self.bytes)} on the device; pass backup='host' or 'file'"
                 ) from error
         elif self._backup == "host":
-            self._values = [t.detach().to("cpu", copy=True) for t in self._tensors]
+            self._values = [t.values.to("cpu", copy=True) for t in self._copied]
         else:
             self._write_file()
 
@@ -106,96 +117,91 @@ class Snapshot:
             path = Path(self._backup)
             path.touch(exist_ok=False)  # a file that is there may be the backup of a test that was killed
             self._file = path
-        torch.save([t.detach() for t in self._tensors], self._file)
+        torch.save([t.values for t in self._copied], self._file)
 
     def rewind(self) -> None:
-        """Puts everything back."""
-        for undo in reversed(self._undo):
-            undo()
-        values = self._values
-        if values is None:
-            assert self._file is not None
-            values = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
+        """Puts back what belongs to the training, and not what belongs to the loaders."""
+        self._put_back([self._training])
+
+    def restore(self) -> None:
+        """Puts everything back.
+
+        Raises:
+            RuntimeError: something could not be put back, or was written to and had not been copied; the
+                message names it, and all the rest is as it was.
+        """
+        self._put_back([self._training, self._data])
+
+    def _put_back(self, parts: list[Reachable]) -> None:
+        failures: dict[str, Exception] = {}
+
+        def attempt(path: Place, undo: Undo, *arguments: object) -> None:
+            # Whatever goes wrong with one thing, the others are put back all the same.
+            try:
+                undo(*arguments)
+            except Exception as error:
+                failures.setdefault(str(path), error)
+
+        for part in parts:
+            for path, unchanged in part.watched:
+                attempt(path, _require_unchanged, unchanged)
+        for part in parts:
+            for path, undo in part.undo:
+                attempt(path, undo)
+        attempt(Place(None, "the backup"), self._load)
+        values = dict(zip(map(id, self._copied), self._values or (), strict=False))
+        tensors = [tensor for part in parts for tensor in part.tensors]
         with torch.no_grad():
-            for tensor, value in zip(self._tensors, values, strict=True):
-                tensor.copy_(value)
+            for tensor in tensors:
+                attempt(tensor.path, tensor.put_back_values, values.get(id(tensor)))
+            for tensor in tensors:
+                attempt(tensor.path, tensor.put_back_tensor)
+        for path, undo in self._last:
+            attempt(path, undo)
+        if failures:
+            first = next(iter(failures.values()))
+            what = f"{_listed(failures)} could not be put back as before the range test"
+            raise RuntimeError(
+                f"{what} ({type(first).__name__}: {first}); everything else is as before"
+            ) from first
+
+    def _load(self) -> None:
+        if self._file is not None:
+            self._values = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
 
     def close(self) -> None:
         """Deletes the file, where there is one."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    def _keep_module(self, module: torch.nn.Module) -> None:
-        for name in ("_parameters", "_buffers", "_modules"):
-            self._keep(getattr(module, name))
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            self._keep(tensor)  # a scripted module's stand in no dict
-        if not type(module).__module__.startswith(_WRAPPERS):
-            self._keep(vars(module))
-        training = module.training
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever happens inside, afterwards everything is bit for bit as before.
 
-        def undo() -> None:
-            module.training = training
-
-        self._undo.append(undo)
-
-    def _keep_object(self, thing: object) -> None:
-        self._keep(vars(thing))
-
-    def _keep_gradient(self, p: torch.Tensor) -> None:
-        gradient = p.grad
-        if gradient is not None:
-            self._keep(gradient)
-
-        def undo() -> None:
-            p.grad = gradient
-
-        self._undo.append(undo)
-
-    def _keep(self, thing: object) -> None:
-        """Remembers the contents of a container or tensor, and those of what it contains."""
-        if id(thing) in self._seen:
-            return
-        if isinstance(thing, torch.Tensor):
-            self._seen.add(id(thing))
-            # Nothing can write to an expanded tensor in place, so putting it back is enough.
-            if all(stride > 0 or n < 2 for n, stride in zip(thing.shape, thing.stride(), strict=True)):
-                self._tensors.append(thing)
-        elif isinstance(thing, (dict, list)):
-            self._seen.add(id(thing))
-            self._undo.append(_keep_container(thing))
-            for value in thing.values() if isinstance(thing, dict) else thing:
-                self._keep(value)
-        elif isinstance(thing, tuple):
-            for value in thing:
-                self._keep(value)
-        elif isinstance(thing, np.ndarray):
-            self._seen.add(id(thing))
-            self._undo.append(_keep_array(thing))
-        elif isinstance(thing, torch.optim.Optimizer):  # one that is wrapped by another
-            self._keep_object(thing)
+        The backup is made on entering.
+        """
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.write()
+            undo.callback(_in_one_go, self.restore)
+            for loader in self._data.loaders:
+                # Workers that outlive an epoch have random numbers of their own: the test gets others.
+                vars(loader)["_iterator"] = None
+            yield
 
 
-def _keep_container(container: dict[Any, Any] | list[Any]) -> Undo:
-    if isinstance(container, dict):
-        contents = dict(container)
-
-        def undo() -> None:
-            container.clear()
-            container.update(contents)
-
-        return undo
-    values = list(container)
-
-    def undo_list() -> None:
-        container[:] = values
-
-    return undo_list
+def _require_unchanged(unchanged: Callable[[], bool]) -> None:
+    if not unchanged():
+        raise ValueError(
+            "it was written to, and is too large for a copy to have been made; let the data set change copies"
+        )
 
 
-def _keep_array(array: np.ndarray[Any, Any]) -> Undo:
-    values = array.copy()
-    return lambda: np.copyto(array, values) if array.flags.writeable else None
+def _listed(paths: Iterable[object]) -> str:
+    """The first few of them."""
+    names = list(dict.fromkeys(map(str, paths)))
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
 
 
 def size(count: int) -> str:
@@ -204,24 +210,6 @@ def size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} bytes"
-
-
-@contextmanager
-def untouched(snapshot: Snapshot, loaders: Iterable[object]) -> Iterator[None]:
-    """Whatever happens inside, afterwards the snapshot's objects and the loaders are bit for bit as before.
-
-    The backup is made on entering.
-    """
-    with ExitStack() as undo:
-        undo.callback(snapshot.close)
-        snapshot.write()
-        kept = ExitStack()
-        undo.callback(_in_one_go, kept.close)
-        kept.callback(snapshot.rewind)
-        seen: set[int] = set()
-        for loader in loaders:
-            _keep_loader(loader, kept, seen)
-        yield
 
 
 def _in_one_go(work: Callable[[], object]) -> None:
@@ -254,46 +242,3 @@ def same_random_numbers() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
-
-
-def _keep_loader(thing: object, kept: ExitStack, seen: set[int]) -> None:
-    """Remembers a loader's attributes and generators, and those of its samplers and data sets.
-
-    Containers too, as samplers shuffle lists in place; but not those of data sets, which are the data.
-    """
-    attributes = getattr(thing, "__dict__", None)
-    if attributes is None or id(thing) in seen:
-        return
-    seen.add(id(thing))
-    kept.callback(_keep_container(attributes))
-    for value in list(attributes.values()):
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            kept.callback(_keep_generator(value))
-        elif parts and isinstance(parts[0], (DataLoader, Sampler, Dataset)):
-            for part in parts:
-                _keep_loader(part, kept, seen)
-        elif not isinstance(thing, Dataset):
-            if isinstance(value, (dict, list)):
-                kept.callback(_keep_container(value))
-            elif isinstance(value, np.ndarray):
-                kept.callback(_keep_array(value))
-    if isinstance(thing, DataLoader):
-        # Workers that outlive an epoch have random numbers of their own: the test gets others.
-        attributes["_iterator"] = None
-
-
-def _keep_generator(
-    generator: torch.Generator | np.random.Generator | np.random.RandomState | random.Random,
-) -> Undo:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state)
-    if isinstance(generator, np.random.Generator):
-        bits, words = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
-        return lambda: setattr(bits, "state", words)
-    if isinstance(generator, np.random.RandomState):
-        legacy = generator.get_state()
-        return lambda: generator.set_state(legacy)
-    numbers = generator.getstate()
-    return lambda: generator.setstate(numbers)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastlr._checks import choice
+from fastlr._checks import describe, flag
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
@@ -22,10 +24,11 @@ from fastlr.range_test.snapshot import (
     all_parameters,
     same_random_numbers,
     size,
-    untouched,
 )
 from fastlr.range_test.update import Batches, Update, trained
 from fastlr.range_test.validation import Metric, Validation
+
+_BACKUPS = ("device", "host", "file")
 
 
 def range_test(
@@ -57,11 +60,19 @@ def range_test(
     The rate of update ``i`` of ``n`` is ``start_lr * (end_lr / start_lr) ** (i / (n - 1))``, or
     ``start_lr + (end_lr - start_lr) * i / (n - 1)`` in a linear sweep.
 
-    Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: parameters, buffers
-    and other attributes of modules, gradients, training flags, the optimizer with its state, schedules and
-    clock, the GradScaler, the random numbers of Python, NumPy, torch and CUDA, and the generators and
-    attributes of the loaders, their samplers and data sets. What a data set reads or writes elsewhere is out
-    of reach.
+    Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: whatever can be
+    reached from the model, the optimizer, the GradScaler, the loaders (their samplers, data sets, generators,
+    and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
+    containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
+    What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
+    Out of reach are the variables of functions and classes, the object of a bound method that is passed as
+    loss_fn, step_fn or metric, the contents of files, other processes, threads and locks, and what native
+    code keeps to itself.
+
+    Of the tensors and arrays that the loaders hold, 256 MiB are copied at most, the nearest first. Those that
+    do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
+    sweep writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied,
+    too; what is beyond is neither copied nor watched, which the result's notes say.
 
     A fastlr optimizer runs the sweep as its schedule; for any other the rate is written into its groups.
     Losses stay on the device and are read 16 at a time. From the first loss that is inf or NaN on the weights
@@ -98,7 +109,7 @@ def range_test(
             :meth:`RangeTestResult.from_repeats`.
         diverge_factor: > 1. The sweep stops when the smoothed loss has risen above its lowest value by
             ``diverge_factor - 1`` times that value's size, or times the fall so far where that is more.
-        backup: where the copy of model and optimizer goes: ``"device"``, ``"host"``, ``"file"`` (a temporary
+        backup: where the copy of all tensors goes: ``"device"``, ``"host"``, ``"file"`` (a temporary
             one) or a path, whose file is deleted at the end. Its size is said before the sweep starts.
         progress: show a bar and say what is going on, on stderr. The bar needs rich, and a terminal or
             notebook. Without, the logger ``fastlr.range_test`` gets the sentences, as the result's notes do.
@@ -110,9 +121,10 @@ def range_test(
         ValueError: an argument is out of range, a loader is empty, no parameter requires a gradient, the
             optimizer holds none of the model's parameters, the loss is no scalar or has no gradient, or the
             gradient is zero everywhere.
-        TypeError: an argument is of the wrong kind, such as an iterator, which cannot be put back.
+        TypeError: an argument is of the wrong kind, or it holds what cannot be put back, such as an iterator.
         MemoryError, OSError: there is no room for the backup.
-        RuntimeError: called within ``torch.inference_mode()``.
+        RuntimeError: called within ``torch.inference_mode()``; or, after the sweep, something could not be
+            put back. The message names it, and all the rest is as before.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -128,6 +140,7 @@ def range_test(
     plan = Plan.checked(
         optimizer, start_lr, end_lr, num_steps, sweep, staircase, accumulate, repeats, diverge_factor
     )
+    progress = flag("progress", progress)
     batch_loss = _batch_loss(model, loss_fn, step_fn)
     device = _check(
         model, optimizer, {"train_loader": train_loader, "val_loader": val_loader}, scaler, backup
@@ -139,7 +152,6 @@ def range_test(
     )
 
     notes: list[str] = []
-    loaders = [loader for loader in (train_loader, val_loader) if loader is not None]
     main = ranks() == 1 or torch.distributed.get_rank() == 0
     # Random numbers first: the bar draws some of Python's.
     with same_random_numbers(), shown_progress(num_steps * plan.repeats, progress and main) as tell:
@@ -150,12 +162,19 @@ def range_test(
 
         if plan.leap is not None:
             note(plan.leap)
-        snapshot = Snapshot(model, optimizer, scaler, backup)
+        training = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
+        # The object of a bound method is whoever tests, with what it remembers of the test.
+        training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
+        loaders = {"train_loader": train_loader, "val_loader": val_loader}
+        snapshot = Snapshot(training, loaders, backup)
+        for remark in snapshot.remarks:
+            note(remark)
         place = f"on the {backup}" if backup in ("device", "host") else "in a file"
         copy = sum(p.numel() * p.element_size() for p in trained(optimizer))
         tell.say(f"backup of {size(snapshot.bytes)} {place}, and {size(copy)} on the device for the sweep")
         results = []
-        with untouched(snapshot, loaders):
+        with snapshot.untouched():
             batches = Batches("train_loader", train_loader, device if step_fn is None else None, note)
             measure.load()
             for repeat in range(plan.repeats):
@@ -255,6 +274,7 @@ def _check(
         raise RuntimeError(
             "a range test trains, which torch.inference_mode() rules out; call it outside of that"
         )
+    _check_model(model)
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{type(optimizer).__name__}.step() needs a closure, which the sweep cannot give it")
@@ -265,15 +285,20 @@ def _check(
             raise TypeError(
                 f"{name} is an iterator, whose batches cannot be put back; pass a DataLoader or a list"
             )
-        if loader is not None and not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise TypeError(f"{name} must be something to iterate over, got {type(loader).__name__}")
+        iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if loader is not None and (not iterable or isinstance(loader, (str, bytes, dict))):
+            raise TypeError(f"{name} must be batches to iterate over, got {type(loader).__name__}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-    if not hasattr(backup, "__fspath__"):
-        choice("backup", backup, ("device", "host", "file"))
-    for p in all_parameters(model, optimizer):
-        if torch.nn.parameter.is_lazy(p):
-            raise ValueError("the model has uninitialized parameters; run one batch through it first")
+    if not (hasattr(backup, "__fspath__") or (isinstance(backup, str) and backup in _BACKUPS)):
+        raise ValueError(
+            f"backup must be one of {', '.join(_BACKUPS)} or a pathlib.Path, got {describe(backup)}"
+        )
+    for tensor in (*all_parameters(model, optimizer), *model.buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                "the model has uninitialized parameters or buffers; run one batch through it first"
+            )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"{type(optimizer).__name__} has parameter groups without an lr to sweep")
     own = {id(p) for p in model.parameters()}
@@ -285,6 +310,24 @@ def _check(
         raise ValueError("no parameter of the optimizer requires a gradient: the model is frozen")
     device: torch.device = trained[0].device
     return device
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for prefix, module in model.named_modules():
+        for kind in ("_parameters", "_buffers"):
+            tensors = getattr(module, kind)
+            if not hasattr(tensors, "items"):
+                where = f"model.{prefix}.{kind}".replace("..", ".")
+                raise TypeError(f"{where} must be a dict of tensors, got {type(tensors).__name__}")
+            for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
+                if not isinstance(tensor, (torch.Tensor, type(None))):
+                    where = f"model.{prefix}.{name}".replace("..", ".")
+                    raise TypeError(
+                        f"{where} must be a tensor, as it is among the module's {kind}, got "
+                        f"{type(tensor).__name__}; make it a plain attribute"
+                    )
 
 
 def _autocast(

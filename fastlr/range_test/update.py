@@ -155,8 +155,7 @@ class Update:
             ):
                 with self._autocast():
                     loss = self._loss_of(next(batches))
-                    if self._count == 0:
-                        _check_loss(loss)
+                    _check_loss(loss)
                     part = loss / self._accumulate if self._accumulate > 1 else loss
                 scaled = part if self._scaler is None else self._scaler.scale(part)
                 scaled.backward()  # type: ignore[no-untyped-call]
@@ -218,6 +217,8 @@ def _check_loss(loss: object) -> None:
             if isinstance(loss, torch.Tensor)
             else type(loss).__name__
         )
-        raise ValueError(f"the loss must be a real scalar tensor, got {got}; take its mean()")
+        complex_loss = isinstance(loss, torch.Tensor) and loss.is_complex()
+        remedy = "take its real part, or its absolute value" if complex_loss else "take its mean()"
+        raise ValueError(f"the loss must be a real scalar tensor, got {got}; {remedy}")
     if not loss.requires_grad:
         raise ValueError("the loss does not depend on any parameter that requires a gradient")

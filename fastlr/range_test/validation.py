@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from fastlr._checks import count
+from fastlr._checks import count, describe
 from fastlr.range_test.update import Batches
 
 Metric: TypeAlias = Callable[..., "torch.Tensor | float"]
@@ -50,6 +50,8 @@ class Validation:
         every = count("val_every", every)
         if most is not None:
             most = count("val_batches", most)
+        if metric is not None and not callable(metric):
+            raise TypeError(f"metric must be callable, got {describe(metric)}")
         if metric is not None and loader is None:
             raise ValueError("metric needs a val_loader to be measured on")
         if device is None and loader is not None and metric is None:
@@ -107,14 +109,16 @@ def _samples(target: Any) -> float:
 
 def _number(value: object, name: str) -> torch.Tensor | float:
     """What a metric returned, once it is sure to be one number."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         return value.detach().reshape(())
-    if isinstance(value, (int, float, np.number)):
+    if isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
         return float(value)
     got = (
-        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(value).__name__
     )
-    raise ValueError(f"the metric {name} must return one number, got {got}; take its mean")
+    raise ValueError(f"the metric {name} must return one real number, got {got}; take its mean")
 
 
 def _accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

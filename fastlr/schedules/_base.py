@@ -257,7 +257,7 @@ class Schedule:
         from fastlr import schedules
 
         if not isinstance(data, dict):
-            raise ValueError(f"a schedule must be a dict, got {describe(data)}")
+            raise ValueError(f"a schedule must be what its to_dict() returned, got {describe(data)}")
         fields = dict(data)
         name = fields.pop("type", None)
         kind = getattr(schedules, name) if name in schedules.__all__ else None

@@ -1,0 +1,383 @@
+"""What can be reached from some objects, and how to put all of it back as it was.
+
+The walk follows attributes, slots, containers, the objects of bound methods and of partial functions. It
+stops at what cannot change (numbers, strings, functions, classes) and at what is no state of training and
+must not be wound back: modules, loggers, threads, processes, locks, sockets, and PyTorch's own machinery.
+Objects are put back in place: the same dict with the entries of before, in their order.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import copy
+import ctypes
+import enum
+import functools
+import io
+import logging
+import random
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastlr.range_test.keeping import (
+    KeptTensor,
+    Path,
+    Undo,
+    attributes_of,
+    checksum,
+    empty_slot,
+    is_mapped,
+    keep_array,
+    keep_dict,
+    keep_items,
+    slots_of,
+)
+
+# NOTE: [what is copied of loaders]
+# Of a model all is copied: that is the price of a range test. What a loader holds may be the whole data set.
+# A copy of that would double the memory it takes, for data that hardly anybody writes to. So the walk, which
+# reaches the near before the far, copies up to this many bytes of tensors and arrays, and as much again of
+# objects and containers, so that a sampler's state is not left out for large data. It watches tensors and
+# arrays that do not fit in: the first have version counters, the second a checksum, which costs about a
+# second for each GiB.
+LIMIT = 2**28
+
+# What an object costs besides its contents: an entry among those seen, its path, its dict and the undo.
+_OVERHEAD = 1024
+
+_ATOMS = frozenset(
+    {int, float, complex, bool, str, bytes, range, slice, type(None), type(Ellipsis), torch.dtype}
+    | {torch.device, torch.Size, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type}
+)
+_INERT = (
+    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType),
+    *(enum.Enum, functools._lru_cache_wrapper, np.generic, np.dtype),
+    *(logging.Filterer, threading.Thread, BaseProcess),
+)
+# With the attribute that is None when they are done.
+_IN_FLIGHT: dict[type, str] = {
+    types.GeneratorType: "gi_frame",
+    types.CoroutineType: "cr_frame",
+    types.AsyncGeneratorType: "ag_frame",
+}
+# With the bytes that an entry takes, about.
+_CONTAINERS: dict[type, int] = {
+    dict: 24,
+    set: 24,
+    list: 8,
+    collections.deque: 8,
+    array.array: 8,
+    bytearray: 1,
+}
+_CTYPES: tuple[type, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
+
+# Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
+# their attributes, such as whether they have been set up; or they run the training that the test is called
+# from, and lead from its model to all that there is. Those are left alone.
+_LIGHTNING, _FABRIC = ("lightning.pytorch", "pytorch_lightning"), ("lightning.fabric", "lightning_fabric")
+_MACHINERY = tuple(
+    f"{name}."
+    for name in (
+        *("torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch._inductor", "torch._functorch"),
+        *("torch.jit", "torch.multiprocessing", "multiprocessing", "threading", "_thread", "concurrent"),
+        *("asyncio", "subprocess", "socket", "logging", "importlib"),
+        *(f"{lightning}.{part}" for lightning in _LIGHTNING for part in ("trainer", "loops", "strategies")),
+        *(f"{fabric}.{part}" for fabric in _FABRIC for part in ("fabric", "strategies", "connector")),
+    )
+)
+_SHARED_NUMBERS = "multiprocessing.sharedctypes"
+
+
+class CannotPutBackError(TypeError):
+    """Something was met whose state could not be put back; the message names it."""
+
+
+class Reachable:
+    """What can be reached from some objects.
+
+    Args:
+        others: objects that the walk leaves out, as another has them.
+        limit: bytes of tensors and arrays to copy, and bytes of other objects; None: all.
+
+    Attributes:
+        seen: the objects walked, by their id; they live as long as this.
+        undo: what puts each of them back, besides the tensors.
+        tensors: the tensors, whose values the caller keeps.
+        watched: what is too large to be copied: asks whether it is still as it was.
+        beyond: containers that are too large to be copied, or hold too much to be walked.
+        loaders: the DataLoaders.
+        data: loaders, samplers and data sets that a walk without a limit met; it leaves them to one with.
+    """
+
+    def __init__(self, others: dict[int, object] | None = None, limit: int | None = None) -> None:
+        self.seen: dict[int, object] = {}
+        self.undo: list[tuple[Path, Undo]] = []
+        self.tensors: list[KeptTensor] = []
+        self.watched: list[tuple[Path, Callable[[], bool]]] = []
+        self.beyond: list[Path] = []
+        self.loaders: list[DataLoader[Any]] = []
+        self.data: list[tuple[Path, object]] = []
+        self._others = {} if others is None else others
+        self._limited = limit is not None
+        self._left = {"data": limit or 0, "objects": limit or 0}
+        self._queue: collections.deque[tuple[Path, Any]] = collections.deque()
+
+    def add(self, *roots: tuple[Path, object]) -> None:
+        """Walks from some objects.
+
+        Raises:
+            CannotPutBackError: the walk meets something whose state cannot be read or put back.
+            MemoryError: there is no room for the copies.
+        """
+        for path, thing in roots:
+            self._meet(thing, path, "")
+        while self._queue:
+            where, found = self._queue.popleft()
+            try:
+                self._visit(found, where, type(found))
+            except (CannotPutBackError, MemoryError):
+                raise
+            except Exception as error:
+                raise CannotPutBackError(
+                    f"{where} is a {type(found).__name__} whose state cannot be read, and so not put back "
+                    f"({type(error).__name__}: {error}); set it to None for the test"
+                ) from error
+
+    def _meet(self, thing: object, parent: Path, step: str) -> None:
+        if _is_constant(thing) or id(thing) in self.seen or id(thing) in self._others:
+            return
+        path = Path(parent, step) if step else parent
+        self.seen[id(thing)] = thing
+        self._queue.append((path, thing))
+
+    def _meet_all(self, pairs: Iterable[tuple[object, object]], path: Path, form: str = "[{!r}]") -> None:
+        pairs = [pair for pair in pairs if not _is_constant(pair[1])]
+        if not self._affords("objects", _OVERHEAD * len(pairs)):
+            self.beyond.append(path)
+            return
+        for name, value in pairs:
+            self._meet(value, path, form.format(name))
+
+    def _affords(self, kind: Literal["data", "objects"], size: int) -> bool:
+        if not self._limited:
+            return True
+        if size > self._left[kind]:
+            return False
+        self._left[kind] -= size
+        return True
+
+    def _visit(self, thing: Any, path: Path, kind: type) -> None:
+        # By type and not by isinstance(), which asks proxies and mocks for what they stand for.
+        if kind in (weakref.ProxyType, weakref.CallableProxyType) or issubclass(kind, _INERT):
+            return
+        if issubclass(kind, torch.Tensor):
+            self._tensor(thing, path)
+        elif issubclass(kind, torch.nn.Module):
+            self._module(thing, path)
+        elif issubclass(kind, weakref.ref):
+            self._meet(thing(), path, "()")  # it lives on, so that no entry of a weak dict vanishes
+        elif issubclass(kind, (DataLoader, Dataset, Sampler)) and not self._limited:
+            del self.seen[id(thing)]
+            self.data.append((path, thing))
+        elif _is_machinery(kind) and not issubclass(kind, (torch.optim.Optimizer, torch.amp.GradScaler)):
+            return
+        elif issubclass(kind, np.ndarray):
+            self._array(thing, path)
+            self._attributes(thing, path, kind)
+        elif issubclass(kind, io.IOBase):
+            self._file(thing, path, kind)
+        else:
+            if issubclass(kind, DataLoader):
+                self.loaders.append(thing)
+            known = self._container(thing, path, kind) or self._native(thing, path, kind)
+            has_attributes = self._attributes(thing, path, kind)
+            if hasattr(kind, "__next__") and not (known or has_attributes):
+                raise CannotPutBackError(
+                    f"{path} is a {kind.__name__}, and what the sweep takes from an iterator cannot be put "
+                    "back; keep what it iterates over and a position instead, or set it to None for the test"
+                )
+
+    # -- Python's own ------------------------------------------------------------------------------
+
+    def _container(self, thing: Any, path: Path, kind: type) -> bool:
+        """Whether it is a container, once its contents are kept."""
+        if issubclass(kind, (tuple, frozenset)):
+            self._meet_all(enumerate(thing), path)
+            return True
+        if not issubclass(kind, tuple(_CONTAINERS)):
+            return False
+        # By the methods of the built-in type: those of a class derived from it may do more.
+        base: Any = next(b for b in _CONTAINERS if issubclass(kind, b))
+        if not self._affords("objects", _CONTAINERS[base] * base.__len__(thing)):
+            self.beyond.append(path)
+        elif base is dict:
+            contents = self._dict(thing, path)
+            self._meet_all(contents.items(), path)
+            self._meet_all(enumerate(contents), path, ".keys()[{}]")
+        elif base in (bytearray, array.array):
+            before = base.__getitem__(thing, slice(None))
+            self.undo.append((path, functools.partial(base.__setitem__, thing, slice(None), before)))
+        else:
+            items, undo = keep_items(thing, base)
+            self.undo.append((path, undo))
+            self._meet_all(enumerate(items), path)
+        return True
+
+    def _dict(self, thing: dict[Any, Any], path: Path) -> dict[Any, Any]:
+        contents, undo = keep_dict(thing)
+        self.undo.append((path, undo))
+        return contents
+
+    def _native(self, thing: Any, path: Path, kind: type) -> bool:
+        """Whether it is an object whose state lies elsewhere than in attributes, once that is kept."""
+        if kind in _IN_FLIGHT:
+            if getattr(thing, _IN_FLIGHT[kind]) is None:
+                return True
+            raise CannotPutBackError(
+                f"{path} is a {kind.__name__} in the middle of its work, which cannot be put back; make it "
+                "where it is used, or set it to None for the test"
+            )
+        if issubclass(kind, types.MethodType):
+            self._meet(thing.__self__, path, ".__self__")
+        elif issubclass(kind, functools.partial):
+            for name in ("func", "args", "keywords"):
+                self._meet(getattr(thing, name), path, f".{name}")
+        elif issubclass(kind, random.Random):
+            if not issubclass(kind, random.SystemRandom):
+                self.undo.append((path, functools.partial(thing.setstate, thing.getstate())))
+        elif issubclass(kind, torch.Generator):
+            self.undo.append((path, functools.partial(thing.set_state, thing.get_state())))
+        elif issubclass(kind, np.random.RandomState):
+            self.undo.append((path, functools.partial(thing.set_state, thing.get_state(legacy=False))))
+        elif issubclass(kind, np.random.Generator):
+            self._meet(thing.bit_generator, path, ".bit_generator")
+        elif issubclass(kind, np.random.BitGenerator):
+            state = copy.deepcopy(thing.state)
+            self.undo.append((path, functools.partial(setattr, thing, "state", state)))
+            self._meet(getattr(thing, "seed_seq", None), path, ".seed_seq")
+        elif issubclass(kind, np.random.SeedSequence):  # it counts the children that it has spawned
+            state = thing.__reduce__()[2]
+            self.undo.append((path, lambda: thing.__setstate_cython__(state)))
+        elif issubclass(kind, _CTYPES):
+            content, address = bytes(thing), ctypes.addressof(thing)
+            self.undo.append((path, lambda: ctypes.memmove(address, content, len(content))))
+        else:
+            return False
+        return True
+
+    def _attributes(self, thing: object, path: Path, kind: type) -> bool:
+        """Whether it has attributes, once those are kept."""
+        attributes, slots = attributes_of(thing), slots_of(kind)
+        if attributes is None and not slots:
+            return False
+        if attributes is not None and id(attributes) not in self.seen:  # some objects share theirs
+            self.seen[id(attributes)] = attributes
+            contents = self._dict(attributes, path)
+            if issubclass(kind, DataLoader):
+                contents = {name: value for name, value in contents.items() if name != "_iterator"}
+            self._meet_all(contents.items(), path, ".{}")
+
+            def undo_class() -> None:
+                if type(thing) is not kind:
+                    object.__setattr__(thing, "__class__", kind)
+                if attributes_of(thing) is not attributes:
+                    object.__setattr__(thing, "__dict__", attributes)
+
+            self.undo.append((path, undo_class))
+        for slot in slots:
+            try:
+                value = slot.__get__(thing, kind)
+            except AttributeError:
+                self.undo.append((path, functools.partial(empty_slot, slot, thing)))
+                continue
+            self.undo.append((path, functools.partial(slot.__set__, thing, value)))
+            self._meet(value, path, f".{slot.__name__}")
+        return True
+
+    def _file(self, file: Any, path: Path, kind: type) -> None:
+        """Keeps a file's position, and what stands in one in memory.
+
+        A file's contents are out of reach, and a file that is only written to goes on at its end.
+        """
+        if file.closed or file is sys.stdin or file is sys.__stdin__:
+            return
+        if issubclass(kind, (io.BytesIO, io.StringIO)):
+            self.undo.append((path, functools.partial(file.__setstate__, file.__getstate__())))
+            return
+        try:
+            if not file.readable():
+                return
+            position = file.tell()
+            seekable = file.seekable()
+        except OSError:
+            seekable = False
+        if not seekable:
+            raise CannotPutBackError(
+                f"{path} is a file without a position to go back to; open it where it is read, or set it to "
+                "None for the test"
+            )
+        self.undo.append((path, lambda: file.tell() == position or file.seek(position)))
+
+    # -- NumPy's and PyTorch's -----------------------------------------------------------------------
+
+    def _array(self, values: np.ndarray[Any, Any], path: Path) -> None:
+        if is_mapped(values):
+            return  # a file, and as far away as those
+        if self._affords("data", values.nbytes):
+            self.undo.append((path, keep_array(values)))
+            if values.dtype == object:
+                self._meet_all(enumerate(values.flat), path, ".flat[{}]")
+        elif values.dtype.hasobject:
+            self.beyond.append(path)
+        elif values.flags.writeable:
+            before = checksum(values)
+            self.watched.append((path, lambda: checksum(values) == before))
+
+    def _module(self, module: torch.nn.Module, path: Path) -> None:
+        for name in ("_parameters", "_buffers", "_modules"):
+            contents = getattr(module, name)
+            if not isinstance(contents, dict):  # as those of a scripted module, which are made when asked for
+                self._meet_all(contents.items(), path, ".{}")
+            elif id(contents) not in self.seen:
+                self.seen[id(contents)] = contents
+                self._meet_all(self._dict(contents, path).items(), path, ".{}")
+        if not _is_machinery(type(module)):
+            self._attributes(module, path, type(module))
+        self.undo.append((path, functools.partial(setattr, module, "training", module.training)))
+
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> None:
+        kept = KeptTensor(tensor, path)
+        if tensor.is_inference():
+            pass  # nothing can write to it
+        elif self._affords("data", kept.bytes):
+            kept.copied = True
+        else:
+            version = kept.version
+            self.watched.append((path, lambda: kept.version == version))
+        self.tensors.append(kept)
+        self._meet(kept.gradient, path, ".grad")
+        for name, hooks in kept.hooks.items():
+            self._meet(hooks, path, f".{name}")
+        if not is_traceable_wrapper_subclass(tensor):
+            self._attributes(tensor, path, type(tensor))
+
+
+def _is_constant(thing: object) -> bool:
+    kind = type(thing)
+    return kind in _ATOMS or (kind is tuple and _ATOMS.issuperset(map(type, thing)))  # type: ignore[call-overload]
+
+
+def _is_machinery(kind: type) -> bool:
+    module = str(kind.__module__)
+    return (module + ".").startswith(_MACHINERY) and module != _SHARED_NUMBERS
