@@ -101,7 +101,7 @@ class FusedSGD(FusedOptimizer):
     def _new_plan(self) -> _core.SgdPlan:
         return _core.SgdPlan(Runtime())
 
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         values: dict[str, Any] = {
             name: number(f"{name}{where}", group[name])
             for name in ("lr", "momentum", "dampening", "weight_decay")
@@ -127,8 +127,8 @@ class FusedSGD(FusedOptimizer):
         dtype = group["momentum_dtype"]
         check("momentum_dtype", dtype is None or dtype is torch.float32, "None or torch.float32")
         if values["nesterov"]:
-            scheduled = group["momentum_schedule"] is not None
-            check("momentum", scheduled or momentum > 0.0, "> 0 with nesterov=True")
+            may_be_zero = not new or group["momentum_schedule"] is not None
+            check("momentum", may_be_zero or momentum > 0.0, "> 0 with nesterov=True")
             check("dampening", dampening == 0.0, "0 with nesterov=True")
         return values
 
