@@ -184,8 +184,14 @@ POLICIES = [
     constant, ramp, ramp, polynomial, restarts, power, power, time_based, tabulated, cycle, cycle, cycle,
     one_cycle,
 ]  # fmt: skip
-# Those of which a GPU's library may compute other last bits.
-WITH_POW = (fastlr.ExpRange, fastlr.Polynomial)
+# What compositions are refused for that count too far.
+REFUSED = ("beyond a 64-bit clock", "must ascend")
+
+
+def needs_pow(schedule: Schedule) -> bool:
+    """Whether a GPU may compute other last bits than the host."""
+    text = repr(schedule)
+    return any(word in text for word in ("ExpRange", "Polynomial", "geometric"))
 
 
 # -- what is made of them ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("seed", seeds(60))
+@pytest.mark.parametrize("seed", seeds(36))
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_run_is_pytorchs_whatever_happens_between_its_steps(rule: Rule, seed: int, backend: str) -> None:
     run = Run(seed, rule, backend)
