@@ -31,7 +31,13 @@ std::string number(double value) {
   return result;
 }
 
-std::string in_group(Py_ssize_t index) { return " of parameter group " + std::to_string(index); }
+// Which group, where that is known.
+constexpr Py_ssize_t kSomeGroup = -1;
+
+std::string in_group(Py_ssize_t index) {
+  if (index == kSomeGroup) return " of a parameter group";
+  return " of parameter group " + std::to_string(index);
+}
 
 PyObject* item(PyObject* group, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(group, key);
@@ -42,29 +48,45 @@ PyObject* item(PyObject* group, PyObject* key) {
   return value;
 }
 
-double real_item(PyObject* group, PyObject* key) {
+[[noreturn]] void refuse_item(PyObject* key, Py_ssize_t index, const char* expected,
+                              PyObject* value) {
+  PyErr_Clear();
+  const Owned shown(PyObject_Repr(value));
+  const char* text = shown ? PyUnicode_AsUTF8(shown.get()) : nullptr;
+  PyErr_Clear();
+  throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) + " must be " +
+                              expected + ", got " + (text == nullptr ? "" : text) + " (" +
+                              Py_TYPE(value)->tp_name + ")");
+}
+
+// A number, also another library's, or a tensor of one.
+double real_item(PyObject* group, Py_ssize_t index, PyObject* key) {
   PyObject* value = item(group, key);
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double result = PyFloat_AsDouble(value);
-  if (result == -1.0 && PyErr_Occurred()) throw PythonError();
+  const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
+  if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
+    refuse_item(key, index, "a number", value);
+  }
   return result;
 }
 
-// True or False, also another library's; a word is neither, and "False" would count as true.
+// True or False, also NumPy's: what a constructor and a file may bring.
 bool flag_item(PyObject* group, Py_ssize_t index, PyObject* key) {
   PyObject* value = item(group, key);
-  if (PyUnicode_Check(value)) {
-    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) +
-                                " must be True or False, got the str " + PyUnicode_AsUTF8(value));
+  if (value == Py_True || value == Py_False) return value == Py_True;
+  const std::string type = Py_TYPE(value)->tp_name;
+  if (type != "numpy.bool" && type != "numpy.bool_") {
+    refuse_item(key, index, "True or False", value);
   }
   const int result = PyObject_IsTrue(value);
   if (result < 0) throw PythonError();
   return result != 0;
 }
 
-int64_t integer_item(PyObject* group, PyObject* key) {
-  const long long result = PyLong_AsLongLong(item(group, key));
-  if (result == -1 && PyErr_Occurred()) throw PythonError();
+int64_t integer_item(PyObject* group, PyObject* key, Py_ssize_t index = kSomeGroup) {
+  PyObject* value = item(group, key);
+  const long long result = PyLong_AsLongLong(value);
+  if (result == -1 && PyErr_Occurred()) refuse_item(key, index, "an integer of 64 bits", value);
   return result;
 }
 
@@ -146,15 +168,15 @@ Driven Groups::driven_by(PyObject* group, const Keys& option) const {
 }
 
 // What the next update uses for a hyperparameter; checked against its schedule where it has one.
-double Groups::read_scheduled(PyObject* group, int option, const std::string& where,
+double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
                               const Driven& driven) const {
-  const double found = real_item(group, keys_[option].value);
+  const double found = real_item(group, index, keys_[option].value);
   if (driven.owner == nullptr) return found;
   const double expected = schedule_value(*driven.schedule, driven.clock);
   if (!(found == expected)) {
     const std::string name = rule_.option[option].name;
     throw std::runtime_error(
-        name + where + " was set to " + number(found) +
+        name + in_group(index) + " was set to " + number(found) +
         " by something else, but a schedule owns it and says " + number(expected) +
         ". Remove the other writer (a torch scheduler: give the framework "
         "fastlr.integrations.ReadOnlyScheduler(optimizer) instead), or take the value back with "
@@ -173,10 +195,10 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
     if (i < rule_.scheduled) {
       reading.driven[i] = driven_by(group, keys_[i]);
       reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
-      value = read_scheduled(group, i, where, reading.driven[i]);
+      value = read_scheduled(group, index, i, reading.driven[i]);
     } else {
       value = rule_.option[i].flag ? flag_item(group, index, keys_[i].value)
-                                   : real_item(group, keys_[i].value);
+                                   : real_item(group, index, keys_[i].value);
     }
   }
   const Clock& clock = reading.clock = read_clock(group);
@@ -228,7 +250,7 @@ void Groups::advance(PyObject* groups, int64_t updates, int64_t samples) const {
     const auto move = [group, i](PyObject* key, int64_t by) {
       if (by == 0) return;
       int64_t moved;
-      if (__builtin_add_overflow(integer_item(group, key), by, &moved)) {
+      if (__builtin_add_overflow(integer_item(group, key, i), by, &moved)) {
         throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
                                     " would pass 2**63");
       }

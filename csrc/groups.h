@@ -87,8 +87,7 @@ class Groups {
     PyObject* start;
   };
 
-  double read_scheduled(PyObject* group, int option, const std::string& where,
-                        const Driven& driven) const;
+  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
   Driven driven_by(PyObject* group, const Keys& keys) const;
   void publish(PyObject* group) const;
 

@@ -74,8 +74,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_plan(self) -> _core.Plan:
         return _core.Plan(self._rule, Runtime())
 
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         """A group's hyperparameters as plain Python values.
+
+        Args:
+            group: complete.
+            where: which one, for messages.
+            new: whether its values were chosen together. Of a group in use, what a step takes is taken, as
+                some of its values may have been written into it.
 
         Raises:
             TypeError, ValueError: one of them has a wrong type or is out of range.
@@ -117,7 +123,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
             given = filled[option.name] if given is None else given
             filled |= self._hyperparameter(option, given, clock, where)
-        filled |= self._checked(filled, where)
+        filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         super().add_param_group(filled)

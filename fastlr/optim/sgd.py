@@ -97,13 +97,14 @@ class FusedSGD(FusedOptimizer):
             torch_options,
         )
 
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         dtype = group["momentum_dtype"]
         if dtype is not None and dtype is not torch.float32:
             raise ValueError(f"momentum_dtype{where} must be None or torch.float32, got {dtype!r}")
-        values = super()._checked(group, where)
-        # At its start; momentum may be set to zero later, as in torch.
-        if values["nesterov"] and values["momentum"] == 0.0 and group["momentum_schedule"] is None:
+        values = super()._checked(group, where, new=new)
+        # Chosen together; in a group in use momentum may be set to zero, as in torch.
+        without = values["momentum"] == 0.0 and group["momentum_schedule"] is None
+        if new and values["nesterov"] and without:
             raise ValueError(f"momentum{where} must be > 0 with nesterov=True, got {group['momentum']!r}")
         return values
 
