@@ -69,15 +69,15 @@ inline void bind_plan(py::module_& m) {
       .def(
           "step",
           [](Plan& plan, py::object param_groups, py::object state, py::object found_inf,
-             py::object grad_scale, int threads, bool measures_norm) {
-            return with_python_errors([&] {
-              return py::reinterpret_steal<py::object>(
-                  plan.step(param_groups.ptr(), state.ptr(),
-                            {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm}));
+             py::object grad_scale, int threads, bool measures_norm, int64_t samples) {
+            with_python_errors([&] {
+              plan.step(param_groups.ptr(), state.ptr(),
+                        {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm, samples});
             });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
-          py::arg("threads"), py::arg("measures_norm"))
+          py::arg("threads"), py::arg("measures_norm"), py::arg("samples"))
+      .def_property("skipped", &Plan::skipped, &Plan::set_skipped)
       .def("squared_norm",
            [](Plan& plan) {
              return with_python_errors(
@@ -110,8 +110,7 @@ inline void bind_plan(py::module_& m) {
       .def(
           "sync",
           [](Plan& plan, py::list param_groups) {
-            return with_python_errors(
-                [&] { return py::reinterpret_steal<py::object>(plan.sync(param_groups.ptr())); });
+            with_python_errors([&] { plan.sync(param_groups.ptr()); });
           },
           py::arg("param_groups"))
       .def("uninitialized",

@@ -121,6 +121,12 @@ PYBIND11_MODULE(_core, m) {
 
   bind_plan(m);
 
+  m.def(
+      "update_groups",
+      [](const py::list& param_groups, const py::list& changes) {
+        with_python_errors([&] { update_groups(param_groups.ptr(), changes.ptr()); });
+      },
+      py::arg("param_groups"), py::arg("changes"));
   m.def("build_info", &build_info);
   m.attr("CUDA_REMEDY") = kCudaRemedy;
   m.def("set_simd_level", &set_simd_level, py::arg("name"));

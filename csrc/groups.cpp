@@ -6,7 +6,6 @@
 #include <string>
 
 #include "cpu/float_environment.h"
-#include "owned.h"
 
 namespace fastlr {
 namespace {
@@ -91,7 +90,7 @@ int64_t integer_item(PyObject* group, PyObject* key, Py_ssize_t index = kSomeGro
 }
 
 // From a warning in the middle of a step up to the caller of step(): the warning itself, _step,
-// step.
+// _step_once, step.
 constexpr int kFramesToCaller = 5;
 
 void warn_if_past_end(const Driven& driven, int frames) {
@@ -141,7 +140,7 @@ void Groups::check(const Options& options, const std::string& where) const {
                               conflict.expected + ", got " + number(options[conflict.option]));
 }
 
-Driven Groups::driven_by(PyObject* group, const Keys& option) const {
+Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock) const {
   Driven driven;
   PyObject* owner = item(group, option.schedule);
   if (owner == Py_None) return driven;
@@ -155,8 +154,7 @@ Driven Groups::driven_by(PyObject* group, const Keys& option) const {
                                 " of a parameter group must be a fastlr schedule or None, got a " +
                                 Py_TYPE(owner)->tp_name + "; use optimizer.set_schedule()");
   }
-  const int64_t now =
-      integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
+  const int64_t now = driven.schedule->in_samples ? clock.samples : clock.updates;
   driven.start = integer_item(group, option.start);
   if (driven.start > now) {
     throw std::invalid_argument("a schedule of a parameter group starts at " +
@@ -190,10 +188,11 @@ double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
 GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
   const std::string where = in_group(index);
   GroupReading reading{};
+  const Clock& clock = reading.clock = read_clock(group);
   for (int i = 0; i < rule_.options; ++i) {
     double& value = reading.options.value[i];
     if (i < rule_.scheduled) {
-      reading.driven[i] = driven_by(group, keys_[i]);
+      reading.driven[i] = driven_by(group, keys_[i], clock);
       reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
       value = read_scheduled(group, index, i, reading.driven[i]);
     } else {
@@ -201,7 +200,6 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
                                    : real_item(group, index, keys_[i].value);
     }
   }
-  const Clock& clock = reading.clock = read_clock(group);
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + where +
                                 " is out of range: " + std::to_string(clock.updates) +
@@ -220,46 +218,65 @@ std::vector<GroupReading> Groups::read(PyObject* groups) const {
 }
 
 void Groups::warn_past_end(PyObject* group, int frames) const {
-  for (int i = 0; i < rule_.scheduled; ++i) warn_if_past_end(driven_by(group, keys_[i]), frames);
+  const Clock clock = read_clock(group);
+  for (int i = 0; i < rule_.scheduled; ++i) {
+    warn_if_past_end(driven_by(group, keys_[i], clock), frames);
+  }
 }
 
-void Groups::publish(PyObject* group) const {
+void Groups::add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const {
+  const Clock now = read_clock(group);
+  if (clock.updates != now.updates) {
+    moves.add(group, keys().updates, checked(PyLong_FromLongLong(clock.updates)));
+  }
+  if (clock.samples != now.samples) {
+    moves.add(group, keys().samples, checked(PyLong_FromLongLong(clock.samples)));
+  }
   for (int i = 0; i < rule_.scheduled; ++i) {
-    const Driven driven = driven_by(group, keys_[i]);
+    const Driven driven = driven_by(group, keys_[i], clock);
     if (driven.owner == nullptr) continue;
-    const Owned value = checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)));
-    if (PyDict_SetItem(group, keys_[i].value, value.get()) != 0) throw PythonError();
+    item(group, keys_[i].value);
+    moves.add(group, keys_[i].value,
+              checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock))));
   }
 }
 
 void Groups::move_to(PyObject* group, const Clock& clock) const {
   const Clock now = read_clock(group);
   if (now.updates == clock.updates && now.samples == clock.samples) return;
-  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
-  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
-  if (PyDict_SetItem(group, keys().updates, updates.get()) != 0 ||
-      PyDict_SetItem(group, keys().samples, samples.get()) != 0) {
-    throw PythonError();
-  }
-  publish(group);
+  GroupMoves moves;
+  add_move(moves, group, clock);
+  moves.write();
 }
 
-void Groups::advance(PyObject* groups, int64_t updates, int64_t samples) const {
+GroupMoves Groups::moves_on(PyObject* groups, int64_t updates, int64_t samples) const {
+  GroupMoves moves;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    const auto move = [group, i](PyObject* key, int64_t by) {
-      if (by == 0) return;
-      int64_t moved;
-      if (__builtin_add_overflow(integer_item(group, key, i), by, &moved)) {
-        throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
-                                    " would pass 2**63");
-      }
-      const Owned value = checked(PyLong_FromLongLong(moved));
-      if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
-    };
-    move(keys().updates, updates);
-    move(keys().samples, samples);
-    publish(group);
+    const Clock now = {integer_item(group, keys().updates, i),
+                       integer_item(group, keys().samples, i)};
+    Clock next;
+    if (__builtin_add_overflow(now.updates, updates, &next.updates) ||
+        __builtin_add_overflow(now.samples, samples, &next.samples)) {
+      throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
+                                  " would pass 2**63");
+    }
+    add_move(moves, group, next);
+  }
+  return moves;
+}
+
+void GroupMoves::write() const {
+  for (const Entry& entry : entries_) {
+    if (PyDict_SetItem(entry.group.get(), entry.key, entry.value.get()) != 0) throw PythonError();
+  }
+}
+
+void update_groups(PyObject* groups, PyObject* changes) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    if (PyDict_Update(PyList_GET_ITEM(groups, i), PyList_GET_ITEM(changes, i)) != 0) {
+      throw PythonError();
+    }
   }
 }
 

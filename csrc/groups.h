@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "owned.h"
 #include "rule.h"
 #include "schedule.h"
 
@@ -50,6 +52,27 @@ struct GroupReading {
   Clock clock;
 };
 
+// What is about to be written into groups. Everything is made and checked before write(), which
+// allocates nothing and lets no Python code run: the groups move all together, and what goes with
+// them is safe from errors and Ctrl-C.
+class GroupMoves {
+ public:
+  // key: one that the group has.
+  void add(PyObject* group, PyObject* key, Owned value) {
+    entries_.push_back({Owned::borrow(group), key, std::move(value)});
+  }
+  void write() const;
+
+ private:
+  struct Entry {
+    Owned group;
+    PyObject* key;
+    Owned value;
+  };
+
+  std::vector<Entry> entries_;
+};
+
 // Reads and writes the parameter groups of an optimizer of one rule.
 class Groups {
  public:
@@ -71,12 +94,12 @@ class Groups {
   // warning up to the user's call.
   void warn_past_end(PyObject* group, int frames) const;
 
-  // Sets a group's clock and writes what its schedules say at it. A group that stands there already
-  // is left as it is, with whatever else was written into it: the next step says so.
+  // Sets a group's clock and what its schedules say at it. A group that stands there already is
+  // left as it is, with whatever else was written into it: the next step says so.
   void move_to(PyObject* group, const Clock& clock) const;
 
-  // Moves every group's clock and writes what its schedules say at the new one.
-  void advance(PyObject* groups, int64_t updates, int64_t samples) const;
+  // All groups' moves on from where they stand: their clocks, with what their schedules say there.
+  GroupMoves moves_on(PyObject* groups, int64_t updates, int64_t samples) const;
 
  private:
   // Keys of an option in a group's dict, made once: looking up an interned string is a pointer
@@ -88,12 +111,17 @@ class Groups {
   };
 
   double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
-  Driven driven_by(PyObject* group, const Keys& keys) const;
-  void publish(PyObject* group) const;
+  // clock: where the group stands, or is about to.
+  Driven driven_by(PyObject* group, const Keys& keys, const Clock& clock) const;
+  void add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const;
 
   const Rule& rule_;
   NativeOf native_of_;
   std::vector<Keys> keys_;  // one an option
 };
+
+// Updates every group by a dict of its own, all of them at once. The keys are strings that the
+// groups have, so that nothing can fail halfway.
+void update_groups(PyObject* groups, PyObject* changes);
 
 }  // namespace fastlr

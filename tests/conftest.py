@@ -26,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what the optimizers' tests run on, may be repeated; default: all that there are. cpu; cuda, a "
         "device of this machine; cuda-on-cpu, the CUDA sources built for the host",
     )
+    parser.addoption("--soak", action="store_true", help="the long form of tests/soak")
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether a test may take its time."""
+    return bool(request.config.getoption("--soak"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

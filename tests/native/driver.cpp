@@ -124,7 +124,8 @@ void check_steps(bool openmp) {
       if (measures) found = sum_in_lanes(sums_found);
     } else if (measures) {
       CHECK(squared_norm_cpu(tensors, layouts, threads) == expected, "%d threads", threads);
-      found = measured_step_cpu(tensors, layouts, scalars, threads, false);
+      ChunkSums memory(tensors);
+      found = measured_step_cpu(tensors, layouts, scalars, threads, false, memory);
     } else {
       step_cpu(tensors, layouts, scalars, threads, false);
     }
