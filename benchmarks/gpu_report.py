@@ -44,7 +44,7 @@ def microseconds(us: float) -> str:
 def summary(folder: Path) -> str:
     """Eager steps and captured ones beside torch's fastest of the same kind."""
     lines = [
-        f"On an {machine(folder)}: medians of a whole step, all contenders in turn in one run.",
+        f"On an {machine(folder)}: medians of a whole step and their ratios, all in turn in one run.",
         "",
         "| parameters | fastlr | torch fused + CyclicLR | | fastlr, CUDA graph | torch fused, CUDA graph | |",
         "|---|---|---|---|---|---|---|",

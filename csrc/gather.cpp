@@ -219,7 +219,8 @@ PyObject* Gathering::momentum_buffer(const Parameter& parameter) const {
 void Gathering::gather_shape(const Place& place, size_t position) {
   const Parameter& parameter = parameters_[position];
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  if (group.options.momentum != 0.0 && momentum_buffer(parameter) == nullptr) {
+  const uint32_t live = group_reader_.rule().live_slots(group.options, 0);
+  if (live != 0 && momentum_buffer(parameter) == nullptr) {
     new_momenta_.push_back({position, kNoTensor, place, {}, {}, Owned(), Owned(), Room::kNone});
   }
   parameters_read_.push_back(Owned::borrow(parameter.tensor));
@@ -317,8 +318,8 @@ void Gathering::gather(const Place& place, size_t position) {
 
   // A device moves its momentum itself, and may meet another value than the host expects.
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  const bool has_momentum =
-      group.options.momentum != 0.0 || (updated_by != kHost && group.momentum.owner != nullptr);
+  const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
+  const bool has_momentum = group_reader_.rule().live_slots(group.options, driven) != 0;
   PyObject* buffer = nullptr;
   if (!has_momentum) {
     set_layout(place, parameter, p, g, nullptr, ref);
@@ -437,7 +438,7 @@ void Gathering::read(PyObject* param_groups, PyObject* state) {
 void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
-  groups_ = read_groups(param_groups, native_of_);
+  groups_ = group_reader_.read(param_groups);
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);

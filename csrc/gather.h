@@ -34,7 +34,7 @@ class Gathering {
   // for the parameter's momentum, gradient_like(parameter, gradient), a copy of the gradient that
   // lies in memory as the parameter does, and has_no_values(tensor), whether it is nothing but a
   // shape; borrowed.
-  Gathering(PyObject* runtime, NativeOf native_of) : runtime_(runtime), native_of_(native_of) {}
+  Gathering(PyObject* runtime, const Groups& reader) : runtime_(runtime), group_reader_(reader) {}
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
   void read(PyObject* param_groups, PyObject* state);
@@ -121,7 +121,7 @@ class Gathering {
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
-  NativeOf native_of_;
+  const Groups& group_reader_;
   TensorReader reader_;
 
   // Cached.

@@ -15,35 +15,35 @@ bool is_on_host(const Gathering::Source& source) { return source.place == kHost;
 
 }  // namespace
 
-SgdPlan::SgdPlan(PyObject* runtime, NativeOf native_of)
+Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of)
     : runtime_(Owned::borrow(runtime)),
-      native_of_(native_of),
-      gathering_(runtime, native_of)
+      groups_(rule, native_of),
+      gathering_(runtime, groups_)
 #if defined(FASTLR_HAS_CUDA)
       ,
-      devices_(runtime)
+      devices_(runtime, rule)
 #endif
 {
 }
 
-void SgdPlan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
+void Plan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
   if (stepping_) {
     throw std::runtime_error(
         "step() is already running on this optimizer, in another thread or further up the stack");
   }
   struct Stepping {
-    explicit Stepping(SgdPlan& p) : plan(p) { plan.stepping_ = true; }
+    explicit Stepping(Plan& p) : plan(p) { plan.stepping_ = true; }
     ~Stepping() {
       plan.gathering_.clear();
       plan.stepping_ = false;
     }
-    SgdPlan& plan;
+    Plan& plan;
   } const stepping(*this);
   run(param_groups, state, settings);
 }
 
 // Whether the host itself updates tensors, or has the clock to itself.
-bool SgdPlan::uses_host() const {
+bool Plan::uses_host() const {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   bool alone = sources.empty();
 #if defined(FASTLR_HAS_CUDA)
@@ -52,12 +52,12 @@ bool SgdPlan::uses_host() const {
   return alone || std::any_of(sources.begin(), sources.end(), is_on_host);
 }
 
-bool SgdPlan::all_on_host() const {
+bool Plan::all_on_host() const {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   return std::all_of(sources.begin(), sources.end(), is_on_host);
 }
 
-SgdPlan::HostPart SgdPlan::prepare_on_host(float inverse_scale, bool measures_norm) const {
+Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) const {
   HostPart part;
   const std::vector<TensorRef>& tensors = gathering_.tensors();
   const bool alone = all_on_host();
@@ -76,8 +76,7 @@ SgdPlan::HostPart SgdPlan::prepare_on_host(float inverse_scale, bool measures_no
 }
 
 // Returns the squared norm of the gradients, or 0.
-double SgdPlan::step_on_host(HostPart& part, float inverse_scale, int threads,
-                             bool in_order) const {
+double Plan::step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const {
   const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
   const std::vector<StridedLayout>& layouts = gathering_.layouts();
   const WithoutGil other_threads_run;
@@ -90,11 +89,11 @@ double SgdPlan::step_on_host(HostPart& part, float inverse_scale, int threads,
   return unscaled_squares(squares, inverse_scale);
 }
 
-void SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
+void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
   gathering_.read(param_groups, state);
 #if defined(FASTLR_HAS_CUDA)
   if (host_must_catch_up()) {
-    devices_.sync(param_groups, native_of_);
+    devices_.sync(param_groups, groups_);
     gathering_.read(param_groups, state);
   }
 #endif
@@ -114,7 +113,7 @@ void SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& setti
   const bool in_order = gathering_.in_order();
   HostPart host;
   if (with_host) host = prepare_on_host(inverse_scale, settings.measures_norm);
-  const GroupMoves moves = moves_on(param_groups, 1, settings.samples, native_of_);
+  const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
   gathering_.reserve_momenta(state);
   // Their version counters, so that a backward pass through an overwritten parameter raises.
   const Owned updated = gathering_.take_parameters();
@@ -146,7 +145,7 @@ void SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& setti
 }
 
 // The host knows that an update is to be skipped.
-void SgdPlan::skip(PyObject* param_groups, const Settings& settings) {
+void Plan::skip(PyObject* param_groups, const Settings& settings) {
   if (settings.samples != 0) advance_samples(param_groups, settings.samples);
 #if defined(FASTLR_HAS_CUDA)
   devices_stepped_ = false;
@@ -156,7 +155,7 @@ void SgdPlan::skip(PyObject* param_groups, const Settings& settings) {
   if (settings.measures_norm) squared_norm_ = std::numeric_limits<double>::quiet_NaN();
 }
 
-PyObject* SgdPlan::squared_norm() {
+PyObject* Plan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
   if (devices_stepped_ && devices_.any()) {
@@ -168,47 +167,53 @@ PyObject* SgdPlan::squared_norm() {
 }
 
 // Moves the host's clocks along with what the devices were told.
-void SgdPlan::move(const GroupMoves& moves, [[maybe_unused]] PyObject* param_groups) {
+void Plan::move(const GroupMoves& moves, [[maybe_unused]] PyObject* param_groups) {
   moves.write();
 #if defined(FASTLR_HAS_CUDA)
   devices_.agree(param_groups);
 #endif
 }
 
-void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
-  const GroupMoves moves = moves_on(param_groups, 0, samples, native_of_);
+void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
+  const GroupMoves moves = groups_.moves_on(param_groups, 0, samples);
 #if defined(FASTLR_HAS_CUDA)
   if (!devices_.advance_samples(samples)) return;
 #endif
   move(moves, param_groups);
 }
 
-void SgdPlan::refuse_capture([[maybe_unused]] const char* what) {
+void Plan::check(const std::vector<double>& values, const std::string& where) const {
+  Options options{};
+  std::copy(values.begin(), values.end(), options.value);
+  groups_.check(options, where);
+}
+
+void Plan::refuse_capture([[maybe_unused]] const char* what) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.refuse_capture(what);
 #endif
 }
 
-void SgdPlan::push(PyObject* param_groups) {
-  const std::vector<GroupReading> groups = read_groups(param_groups, native_of_);
+void Plan::push(PyObject* param_groups) {
+  const std::vector<GroupReading> groups = groups_.read(param_groups);
 #if defined(FASTLR_HAS_CUDA)
   devices_.push(groups);
 #endif
 }
 
-void SgdPlan::loaded([[maybe_unused]] PyObject* uninitialized) {
+void Plan::loaded([[maybe_unused]] PyObject* uninitialized) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.set_initialized(uninitialized);
 #endif
 }
 
-void SgdPlan::sync([[maybe_unused]] PyObject* param_groups) {
+void Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_.any()) skipped_ = devices_.sync(param_groups, native_of_);
+  if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_);
 #endif
 }
 
-PyObject* SgdPlan::uninitialized() {
+PyObject* Plan::uninitialized() {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.uninitialized();
 #else
@@ -216,7 +221,7 @@ PyObject* SgdPlan::uninitialized() {
 #endif
 }
 
-bool SgdPlan::captured() const {
+bool Plan::captured() const {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.captured();
 #else
@@ -226,7 +231,7 @@ bool SgdPlan::captured() const {
 
 #if defined(FASTLR_HAS_CUDA)
 // Where the host updates tensors, or a device is new, the host's clocks are what counts.
-bool SgdPlan::host_must_catch_up() const {
+bool Plan::host_must_catch_up() const {
   if (!devices_.any() || devices_.host_is_exact()) return false;
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   return uses_host() ||

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/step_cpu.h"
@@ -25,12 +26,21 @@ namespace fastlr {
 // no Python code run: buffers and clocks take their places, and the elements are updated. An error
 // therefore means that nothing has changed (of several devices, those that were launched before it
 // have), and Ctrl-C during the update is seen when it is complete.
-class SgdPlan {
+class Plan {
  public:
   // runtime: see Gathering and NOTE: [the runtime object]; besides, read_amp(found_inf, grad_scale)
   // returns what the host makes of these: the inverse scale, or None where the update is to be
   // skipped; and will_write(parameters) is told which are about to be updated.
-  SgdPlan(PyObject* runtime, NativeOf native_of);
+  Plan(const Rule& rule, PyObject* runtime, NativeOf native_of);
+
+  const Rule& rule() const { return groups_.rule(); }
+
+  // Throws std::invalid_argument for the values of a group's options, in their order, that are out
+  // of range or in conflict; see Groups::check.
+  void check(const std::vector<double>& values, const std::string& where) const;
+
+  // Writes what schedules say at the groups' clocks.
+  void publish(PyObject* param_groups) const { groups_.moves_on(param_groups, 0, 0).write(); }
 
   // What a step is told besides what it works on.
   struct Settings {
@@ -92,7 +102,7 @@ class SgdPlan {
   double step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const;
 
   Owned runtime_;
-  NativeOf native_of_;
+  Groups groups_;
   Gathering gathering_;
   bool stepping_ = false;
   bool skipped_ = false;

@@ -16,7 +16,6 @@ from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, flag, index, number
 from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
 from fastlr.optim._groups import (
-    SCHEDULED,
     TorchOptions,
     check_owner,
     check_torch_options,
@@ -48,6 +47,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     # `grad_scale` and `found_inf`, which it deletes again: they must not exist on the class.
     _step_supports_amp_scaling = True
 
+    _rule: str  # the native rule's name
+
     _measures_grad_norm = False
     # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
     _samples_of_step = 0
@@ -60,27 +61,37 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: TorchOptions | None = None) -> None:
         check_torch_options(dict(options or {}), f"{type(self).__name__}()")
-        for name in SCHEDULED:
-            defaults |= {f"{name}_schedule": None, f"{name}_start": 0}
-        defaults |= {"updates": 0, "samples": 0, "fresh": False}
         self._plan = self._new_plan()
+        for option in self._plan.scheduled():
+            defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
+        defaults |= {"updates": 0, "samples": 0, "fresh": False}
         # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
         # stay as they are.
         if not isinstance(params, torch.Tensor):
             params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
 
-    def _new_plan(self) -> _core.SgdPlan:
-        """The native step of this optimizer's rule."""
-        raise NotImplementedError
+    def _new_plan(self) -> _core.Plan:
+        return _core.Plan(self._rule, Runtime())
 
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         """A group's hyperparameters as plain Python values.
+
+        Args:
+            group: complete.
+            where: which one, for messages.
+            new: whether its values were chosen together. Of a group in use, what a step takes is taken, as
+                some of its values may have been written into it.
 
         Raises:
             TypeError, ValueError: one of them has a wrong type or is out of range.
         """
-        raise NotImplementedError
+        values: dict[str, Any] = {}
+        for option in self._plan.options():
+            convert = flag if option.flag else number
+            values[option.name] = convert(f"{option.name}{where}", group[option.name])
+        self._plan.check([float(value) for value in values.values()], where)
+        return values
 
     # -- groups and schedules --------------------------------------------------------------------
 
@@ -108,10 +119,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
         check_torch_options({"differentiable": filled.get("differentiable")}, "")
         filled |= {"updates": clock.updates, "samples": clock.samples, "fresh": False}
-        for name in SCHEDULED:
-            owner = filled[f"{name}_schedule"]  # a group of another optimizer brings its own
-            filled |= self._hyperparameter(name, filled[name] if owner is None else owner, clock, where)
-        filled |= self._checked(filled, where)
+        for option in self._plan.scheduled():
+            given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
+            given = filled[option.name] if given is None else given
+            filled |= self._hyperparameter(option, given, clock, where)
+        filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         super().add_param_group(filled)
@@ -120,8 +132,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param_group.update(filled)
         self.param_groups[place] = param_group
 
-    def _hyperparameter(self, name: str, value: object, start: Clock, where: str) -> dict[str, Any]:
+    def _hyperparameter(
+        self, option: _core.Option, value: object, start: Clock, where: str
+    ) -> dict[str, Any]:
         """A group's entries for a hyperparameter that is a number, or a schedule with its zero."""
+        name = option.name
         if not isinstance(value, Schedule):
             remedy = ""
             if isinstance(value, torch.Tensor):
@@ -131,7 +146,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
             fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
             return {name: fixed, f"{name}_schedule": None, f"{name}_start": 0}
-        check_owner(name, value, where)
+        check_owner(option, value, where)
         zero = start.samples if value.unit == "sample" else start.updates
         return {name: value._native.value(0), f"{name}_schedule": value, f"{name}_start": zero}
 
@@ -160,16 +175,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
         indices = range(size) if group is None else (index("group", group, size),)
+        given = {"lr": lr, "momentum": momentum}
         now = self.sync()
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
             where = f" of parameter group {place}"
-            for name, value in (("lr", lr), ("momentum", momentum)):
-                if value is not None:
-                    changes[place] |= self._hyperparameter(name, value, origin, where)
+            for option in self._plan.scheduled():
+                if (value := given.get(option.name)) is not None:
+                    changes[place] |= self._hyperparameter(option, value, origin, where)
             own = self.param_groups[place]
-            self._checked({**own, **tensor_rates(own), **changes[place]}, where)
+            self._checked({**own, **tensor_rates(own, self._plan.scheduled()), **changes[place]}, where)
         self._change(changes)
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
@@ -178,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Where host or device cannot take it, an error is raised and nothing has changed.
         """
         changed = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
-        _core.advance(changed, 0, 0)
+        self._plan.publish(changed)
         self._plan.push(changed)
         _core.update_groups(self.param_groups, changed)  # all at once, so that Ctrl-C finds none half changed
         self._plan.push(self.param_groups)
@@ -229,7 +245,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
         for place, group in enumerate(self.param_groups):
-            for name in SCHEDULED:
+            for option in self._plan.scheduled():
+                name = option.name
                 schedule, start = group[f"{name}_schedule"], group[f"{name}_start"]
                 if schedule is None:
                     continue
@@ -477,7 +494,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)
-        loaded = unpack(self.param_groups, self._checked, state_dict)
+        loaded = unpack(self.param_groups, self._plan, self._checked, state_dict)
         if loaded is None:
             return None
         self._loaded = loaded

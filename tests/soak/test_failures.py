@@ -54,7 +54,7 @@ def test_what_the_runtime_raises_leaves_everything_as_it_was(
     method: str, calls: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for k in range(calls):
-        monkeypatch.setattr("fastlr.optim.sgd.Runtime", lambda k=k: Failing(method, k, error))
+        monkeypatch.setattr("fastlr.optim._base.Runtime", lambda k=k: Failing(method, k, error))
         subject = Subject(steps=0)
         monkeypatch.undo()
         before = subject.state()
@@ -71,7 +71,7 @@ def test_the_same_plan_goes_on_after_an_error(error: type[BaseException]) -> Non
     """As after a buffer that did not fit: memory was made free, and the step is repeated."""
     failing = Failing("new_momentum", 2, error)
     subject, other = Subject(steps=0), Subject(steps=0)
-    subject.optimizer._plan = fastlr._core.SgdPlan(failing)
+    subject.optimizer._plan = fastlr._core.Plan("sgd", failing)
     with pytest.raises(error, match="for the test"):
         step(subject)
     failing.new_momentum = Runtime.new_momentum
@@ -86,7 +86,7 @@ def test_a_gradient_that_cannot_be_copied_leaves_everything_as_it_was(
     k: int, on_emulated_cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On devices, gradients that lie otherwise than their parameters are copied first."""
-    monkeypatch.setattr("fastlr.optim.sgd.Runtime", lambda: Failing("gradient_like", k, MemoryError))
+    monkeypatch.setattr("fastlr.optim._base.Runtime", lambda: Failing("gradient_like", k, MemoryError))
     model = parameters([(4, 6), (3, 5)])
     for p in model:
         p.grad = torch.randn(p.shape[::-1]).t()
