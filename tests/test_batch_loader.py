@@ -978,3 +978,24 @@ def test_pytorch_ignores_a_changed_batch_size_or_takes_it_late(options: Any, cha
         if k == 2:  # the fourth batch should be larger
             loader.batch_sampler.batch_size = 8
     assert sizes.index(8) == changed_at if changed_at else 8 not in sizes
+
+
+def test_ctrl_c_right_after_an_update_leaves_loader_and_optimizer_at_one_sample() -> None:
+    """It is seen before the loader's own hook; a checkpoint that is written then is of one moment."""
+    plan = make_plan()
+    model = torch.nn.Linear(1, 1)
+    optimizer = fastlr.FusedSGD(model.parameters(), lr=plan.lr, momentum=plan.momentum)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_post_hook(interrupt)
+    loader = GrowingLoader(Numbers(), plan, micro_batch_size=4).bind(optimizer)
+    batches = iter(loader)
+    first = next(batches)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    assert optimizer.clock() == (1, first.samples)
+    assert loader.state_dict()["samples"] == loader.samples == first.samples
+    assert next(iter(loader)).position == first.samples

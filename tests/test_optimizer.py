@@ -750,3 +750,39 @@ def test_torchs_own_errors_are_kept() -> None:
         fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, start="later")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"group must be in 0 .. 0, got 1"):
         fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, group=1)
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+class Interrupting(torch.nn.Parameter):
+    """Ctrl-C comes while its hash is computed for the k-th time from now on, which is Python code."""
+
+    left = -1
+
+    def __hash__(self) -> int:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return id(self)
+
+
+@pytest.mark.parametrize("k", range(1, 4))
+def test_ctrl_c_where_a_buffer_gets_its_place_stops_the_whole_step(k: int) -> None:
+    model = [*parameters([(5,)]), Interrupting(parameters([(7,)])[0].detach())]
+    twin = [p.detach().clone().requires_grad_() for p in model]
+    set_gradients(0, model, twin)
+    before = [p.detach().clone() for p in model]
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Cosine(0.1, 0.0, 9), momentum=0.9)
+    reference = fastlr.FusedSGD(twin, lr=fastlr.Cosine(0.1, 0.0, 9), momentum=0.9)
+    model[1].left = k
+    try:
+        optimizer.step()
+    except KeyboardInterrupt:
+        assert_same(before, model)
+        assert (optimizer.clock().updates, len(optimizer.state)) == (0, 0)
+        optimizer.step()
+    reference.step()
+    assert_same(twin, model)
+    assert optimizer.clock() == reference.clock()
+    assert len(optimizer.state) == 2

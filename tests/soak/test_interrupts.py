@@ -146,7 +146,7 @@ def test_a_call_is_made_or_it_is_not(
     assert count >= 5
     ready = make()
     begins = places(lambda s=ready: call(s), until="_step_once")
-    for place in chosen(count, 10_000 if soak else 40, seed=0):
+    for place in chosen(count, 10_000 if soak else 200, seed=0):
         subject = make()
         assert interrupted(lambda s=subject: call(s), place), f"place {place} of {count}"
         # Hooks of a call that was stopped may be there until the next one.
