@@ -1,5 +1,5 @@
-# Each target sets up what it needs in .venv: `make demo`, `make test`, `make lint`, `make bench`; `make gpu` takes
-# what the machine has.
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make fuzz`, `make lint`, `make bench`;
+# `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test fuzz lint bench gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -25,6 +25,12 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest
+
+# Runs drawn at random, on all cores; FIRST=100000 draws others.
+RUNS ?= 10000
+FIRST ?= 0
+fuzz: $(VENV)/installed-test
+	cd tests && $(abspath $(BIN))/python -m fuzz --runs $(RUNS) --first $(FIRST)
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check
