@@ -88,8 +88,8 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if is_worker(config):  # tests of threads choose their number themselves
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workerinput["workercount"]))
+    if is_worker(config):  # the cores are shared; two at the least, or nothing would be split between threads
+        torch.set_num_threads(max(2, torch.get_num_threads() // config.workerinput["workercount"]))
 
 
 @pytest.hookimpl(optionalhook=True)
