@@ -26,10 +26,10 @@ demo: $(VENV)/installed-demo
 # Each test once, one process a core. What a test marked as a repetition would add is left to `make test-rest`;
 # `make test-all` runs both.
 test: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/pytest -n auto -m "not repetition"
+	$(BIN)/pytest -n auto --dist loadfile -m "not repetition"
 
 test-rest: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/pytest -n auto -m repetition
+	$(BIN)/pytest -n auto --dist loadfile -m repetition
 
 test-all: test test-rest
 

@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # Workers begin with these files, and so end at about the same time.
 LONG = ("test_cuda_static.py", "test_native.py", "test_on_gpu.py", "test_wheel.py", "test_cuda_sanitized.py")
-# A file's tests run in one process, which makes a fixture of the module once, but for these.
+# With `--dist loadfile` a file is one process's, which makes the fixtures of a module once, but for these.
 ONE_BY_ONE = ("test_cuda_sanitized.py",)
 
 
@@ -94,11 +94,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from xdist.scheduler import LoadScopeScheduling
+    """What `--dist loadfile` means here: files in the order of collection, and some of them in pieces."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
+            file = super()._split_scope(nodeid)
             return nodeid if file.endswith(ONE_BY_ONE) else file
 
     config.option.loadscopereorder = False
