@@ -3,6 +3,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
 
 #include "groups.h"
 #include "owned.h"
@@ -29,65 +33,92 @@ inline const NativeSchedule* native_of(PyObject* native) {
   return py::handle(native).cast<const NativeSchedule*>();
 }
 
+inline py::list first_options(const Plan& plan, int count) {
+  py::list options;
+  for (int i = 0; i < count; ++i) {
+    options.append(py::cast(&plan.rule().option[i], py::return_value_policy::reference));
+  }
+  return options;
+}
+
 inline void bind_plan(py::module_& m) {
-  py::class_<SgdPlan>(m, "SgdPlan", py::module_local())
+  py::class_<Option>(m, "Option", py::module_local())
+      .def_readonly("name", &Option::name)
+      .def_readonly("flag", &Option::flag)
+      .def_readonly("reason", &Option::reason)
+      .def_property_readonly("range", [](const Option& option) { return option.range.text(); })
       .def(
-          py::init([](const py::object& runtime) { return new SgdPlan(runtime.ptr(), native_of); }),
-          py::arg("runtime"))
+          "bounds", [](const Option& option, double value) { return option.range.bounds(value); },
+          py::arg("value"));
+  py::class_<Plan>(m, "Plan", py::module_local())
+      .def(py::init([](const std::string& rule, const py::object& runtime) {
+             const Rule* const found = find_rule(rule);
+             if (found == nullptr) throw std::invalid_argument("there is no rule " + rule);
+             return new Plan(*found, runtime.ptr(), native_of);
+           }),
+           py::arg("rule"), py::arg("runtime"))
+      .def("options", [](const Plan& plan) { return first_options(plan, plan.rule().options); })
+      .def("scheduled", [](const Plan& plan) { return first_options(plan, plan.rule().scheduled); })
+      .def("check", &Plan::check, py::arg("values"), py::arg("where"))
+      .def(
+          "publish",
+          [](const Plan& plan, py::list param_groups) {
+            with_python_errors([&] { plan.publish(param_groups.ptr()); });
+          },
+          py::arg("param_groups"))
       .def(
           "step",
-          [](SgdPlan& plan, py::object param_groups, py::object state, py::object found_inf,
-             py::object grad_scale, int threads, bool measures_norm) {
-            return with_python_errors([&] {
-              return py::reinterpret_steal<py::object>(
-                  plan.step(param_groups.ptr(), state.ptr(),
-                            {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm}));
+          [](Plan& plan, py::object param_groups, py::object state, py::object found_inf,
+             py::object grad_scale, int threads, bool measures_norm, int64_t samples) {
+            with_python_errors([&] {
+              plan.step(param_groups.ptr(), state.ptr(),
+                        {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm, samples});
             });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
-          py::arg("threads"), py::arg("measures_norm"))
+          py::arg("threads"), py::arg("measures_norm"), py::arg("samples"))
+      .def_property("skipped", &Plan::skipped, &Plan::set_skipped)
       .def("squared_norm",
-           [](SgdPlan& plan) {
+           [](Plan& plan) {
              return with_python_errors(
                  [&] { return py::reinterpret_steal<py::object>(plan.squared_norm()); });
            })
       .def(
           "advance_samples",
-          [](SgdPlan& plan, py::list param_groups, int64_t samples) {
+          [](Plan& plan, py::list param_groups, int64_t samples) {
             with_python_errors([&] { plan.advance_samples(param_groups.ptr(), samples); });
           },
           py::arg("param_groups"), py::arg("samples"))
       .def(
           "refuse_capture",
-          [](SgdPlan& plan, const char* what) {
+          [](Plan& plan, const char* what) {
             with_python_errors([&] { plan.refuse_capture(what); });
           },
           py::arg("what"))
       .def(
           "push",
-          [](SgdPlan& plan, py::list param_groups) {
+          [](Plan& plan, py::list param_groups) {
             with_python_errors([&] { plan.push(param_groups.ptr()); });
           },
           py::arg("param_groups"))
       .def(
           "loaded",
-          [](SgdPlan& plan, py::list uninitialized) {
+          [](Plan& plan, py::list uninitialized) {
             with_python_errors([&] { plan.loaded(uninitialized.ptr()); });
           },
           py::arg("uninitialized"))
       .def(
           "sync",
-          [](SgdPlan& plan, py::list param_groups) {
-            return with_python_errors(
-                [&] { return py::reinterpret_steal<py::object>(plan.sync(param_groups.ptr())); });
+          [](Plan& plan, py::list param_groups) {
+            with_python_errors([&] { plan.sync(param_groups.ptr()); });
           },
           py::arg("param_groups"))
       .def("uninitialized",
-           [](SgdPlan& plan) {
+           [](Plan& plan) {
              return with_python_errors(
                  [&] { return py::reinterpret_steal<py::object>(plan.uninitialized()); });
            })
-      .def("captured", &SgdPlan::captured);
+      .def("captured", &Plan::captured);
   py::class_<SquaredNorm>(m, "SquaredNorm", py::module_local())
       .def(py::init([](const py::object& runtime) { return new SquaredNorm(runtime.ptr()); }),
            py::arg("runtime"))

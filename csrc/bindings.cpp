@@ -63,10 +63,6 @@ py::array_t<double> schedule_values(const NativeSchedule& schedule, int64_t star
   return values;
 }
 
-void advance(py::list param_groups, int64_t updates, int64_t samples) {
-  with_python_errors([&] { advance_groups(param_groups.ptr(), updates, samples, native_of); });
-}
-
 py::dict build_info() {
   py::dict info;
 #if defined(__VERSION__)
@@ -125,7 +121,12 @@ PYBIND11_MODULE(_core, m) {
 
   bind_plan(m);
 
-  m.def("advance", &advance, py::arg("param_groups"), py::arg("updates"), py::arg("samples"));
+  m.def(
+      "update_groups",
+      [](const py::list& param_groups, const py::list& changes) {
+        with_python_errors([&] { update_groups(param_groups.ptr(), changes.ptr()); });
+      },
+      py::arg("param_groups"), py::arg("changes"));
   m.def("build_info", &build_info);
   m.attr("CUDA_REMEDY") = kCudaRemedy;
   m.def("set_simd_level", &set_simd_level, py::arg("name"));

@@ -219,8 +219,9 @@ PyObject* Gathering::momentum_buffer(const Parameter& parameter) const {
 void Gathering::gather_shape(const Place& place, size_t position) {
   const Parameter& parameter = parameters_[position];
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  if (group.options.momentum != 0.0 && momentum_buffer(parameter) == nullptr) {
-    new_momenta_.push_back({position, kNoTensor, place, {}, {}, Owned(), Owned()});
+  const uint32_t live = group_reader_.rule().live_slots(group.options, 0);
+  if (live != 0 && momentum_buffer(parameter) == nullptr) {
+    new_momenta_.push_back({position, kNoTensor, place, {}, {}, Owned(), Owned(), Room::kNone});
   }
   parameters_read_.push_back(Owned::borrow(parameter.tensor));
 }
@@ -317,8 +318,8 @@ void Gathering::gather(const Place& place, size_t position) {
 
   // A device moves its momentum itself, and may meet another value than the host expects.
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  const bool has_momentum =
-      group.options.momentum != 0.0 || (updated_by != kHost && group.momentum.owner != nullptr);
+  const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
+  const bool has_momentum = group_reader_.rule().live_slots(group.options, driven) != 0;
   PyObject* buffer = nullptr;
   if (!has_momentum) {
     set_layout(place, parameter, p, g, nullptr, ref);
@@ -326,7 +327,8 @@ void Gathering::gather(const Place& place, size_t position) {
     buffer = momentum_buffer(parameter);
     if (buffer == nullptr) {
       ref.first = true;
-      new_momenta_.push_back({position, tensors_.size(), place, p, g, Owned(), Owned()});
+      new_momenta_.push_back(
+          {position, tensors_.size(), place, p, g, Owned(), Owned(), Room::kNone});
     } else {
       attach_momentum(place, parameter, buffer, p, g, ref);
       kept_alive_.push_back(Owned::borrow(buffer));
@@ -436,7 +438,7 @@ void Gathering::read(PyObject* param_groups, PyObject* state) {
 void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
-  groups_ = read_groups(param_groups, native_of_);
+  groups_ = group_reader_.read(param_groups);
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
@@ -460,12 +462,46 @@ void Gathering::add_momenta() {
   }
 }
 
-void Gathering::store_momenta(PyObject* state) {
-  for (const NewMomentum& added : new_momenta_) {
-    if (PyDict_SetItem(added.state.get(), names().momentum_buffer, added.buffer.get()) != 0 ||
-        PyObject_SetItem(state, parameters_[added.parameter].tensor, added.state.get()) != 0) {
+void Gathering::reserve_momenta(PyObject* state) {
+  state_ = state;
+  for (NewMomentum& added : new_momenta_) {
+    PyObject* found = PyDict_GetItemWithError(added.state.get(), names().momentum_buffer);
+    if (found != nullptr) continue;  // None, which stands for no buffer
+    if (PyErr_Occurred() ||
+        PyDict_SetItem(added.state.get(), names().momentum_buffer, Py_None) != 0) {
       throw PythonError();
     }
+    const Parameter& parameter = parameters_[added.parameter];
+    added.room = Room::kKey;
+    if (parameter.state != nullptr) continue;
+    added.room = Room::kDict;  // a tensor's hash is Python code, which Ctrl-C can stop at any time
+    if (PyObject_SetItem(state, parameter.tensor, added.state.get()) != 0) throw PythonError();
+  }
+}
+
+void Gathering::store_momenta() {
+  for (NewMomentum& added : new_momenta_) {
+    if (PyDict_SetItem(added.state.get(), names().momentum_buffer, added.buffer.get()) != 0) {
+      throw PythonError();
+    }
+    added.room = Room::kNone;
+  }
+}
+
+void Gathering::take_back_room() {
+  for (NewMomentum& added : new_momenta_) {
+    if (added.room == Room::kKey) {
+      PyDict_DelItem(added.state.get(), names().momentum_buffer);
+    } else if (added.room == Room::kDict) {
+      PyObject* const parameter = parameters_[added.parameter].tensor;
+      // Once more where another Ctrl-C stops it: the step raises anyway.
+      if (PyObject_DelItem(state_, parameter) != 0 && !PyErr_ExceptionMatches(PyExc_KeyError)) {
+        PyErr_Clear();
+        PyObject_DelItem(state_, parameter);
+      }
+    }
+    PyErr_Clear();
+    added.room = Room::kNone;
   }
 }
 
@@ -478,6 +514,12 @@ Owned Gathering::take_parameters() {
 }
 
 void Gathering::clear() {
+  if (!new_momenta_.empty()) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);  // what stopped the step
+    take_back_room();
+    PyErr_Restore(type, value, traceback);
+  }
   groups_.clear();
   tensors_.clear();
   sources_.clear();

@@ -34,15 +34,17 @@ class Gathering {
   // for the parameter's momentum, gradient_like(parameter, gradient), a copy of the gradient that
   // lies in memory as the parameter does, and has_no_values(tensor), whether it is nothing but a
   // shape; borrowed.
-  Gathering(PyObject* runtime, NativeOf native_of) : runtime_(runtime), native_of_(native_of) {}
+  Gathering(PyObject* runtime, const Groups& reader) : runtime_(runtime), group_reader_(reader) {}
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
   void read(PyObject* param_groups, PyObject* state);
   // Allocates the momentum buffers that are missing.
   void add_momenta();
-  // Puts them into the optimizer's state.
-  void store_momenta(PyObject* state);
-  // Forgets everything but what is cached.
+  // Makes room for them in the optimizer's state, under the keys that they will have.
+  void reserve_momenta(PyObject* state);
+  // Puts them there. Allocates nothing and lets no Python code run, so that it cannot fail.
+  void store_momenta();
+  // Forgets everything but what is cached, and takes back the room where nothing was stored.
   void clear();
 
   const std::vector<GroupReading>& groups() const { return groups_; }
@@ -71,6 +73,9 @@ class Gathering {
     Py_ssize_t group_index;
     Py_ssize_t index;
   };
+  // What was added to the optimizer's state for a buffer to come: nothing, a key with the value
+  // None in the parameter's dict, or that dict.
+  enum class Room { kNone, kKey, kDict };
   // A parameter that is about to get its first momentum buffer.
   struct NewMomentum {
     size_t parameter;
@@ -79,7 +84,8 @@ class Gathering {
     TensorView param_view;
     TensorView grad_view;
     Owned buffer;
-    Owned state;  // the dict that it goes to
+    Owned state;              // the dict that it goes to
+    Room room = Room::kNone;  // that was made for it
   };
 
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
@@ -95,6 +101,7 @@ class Gathering {
   };
 
   void synchronize(PyObject* param_groups, PyObject* state);
+  void take_back_room();
   bool states_unchanged(PyObject* state) const;
   void gather_all(PyObject* param_groups, PyObject* state);
   void gather(const Place& place, size_t position);
@@ -114,7 +121,7 @@ class Gathering {
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
-  NativeOf native_of_;
+  const Groups& group_reader_;
   TensorReader reader_;
 
   // Cached.
@@ -132,6 +139,7 @@ class Gathering {
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;
   std::vector<NewMomentum> new_momenta_;
+  PyObject* state_ = nullptr;  // in which there is room for them
   std::vector<Owned> parameters_read_;
   std::vector<Owned> kept_alive_;   // gradients and buffers, until the step is done
   std::vector<Bytes> written_;      // memory that the step writes

@@ -6,30 +6,18 @@
 #include <string>
 
 #include "cpu/float_environment.h"
-#include "owned.h"
 
 namespace fastlr {
 namespace {
 
-// Keys of a group's dict, made once: looking up an interned string is a pointer comparison.
-struct Keys {
-  PyObject* lr = PyUnicode_InternFromString("lr");
-  PyObject* momentum = PyUnicode_InternFromString("momentum");
-  PyObject* dampening = PyUnicode_InternFromString("dampening");
-  PyObject* weight_decay = PyUnicode_InternFromString("weight_decay");
-  PyObject* nesterov = PyUnicode_InternFromString("nesterov");
-  PyObject* maximize = PyUnicode_InternFromString("maximize");
-  PyObject* lr_schedule = PyUnicode_InternFromString("lr_schedule");
-  PyObject* momentum_schedule = PyUnicode_InternFromString("momentum_schedule");
-  PyObject* lr_start = PyUnicode_InternFromString("lr_start");
-  PyObject* momentum_start = PyUnicode_InternFromString("momentum_start");
+struct ClockKeys {
   PyObject* updates = PyUnicode_InternFromString("updates");
   PyObject* samples = PyUnicode_InternFromString("samples");
   PyObject* native = PyUnicode_InternFromString("_native");
 };
 
-const Keys& keys() {
-  static const Keys all;
+const ClockKeys& keys() {
+  static const ClockKeys all;
   return all;
 }
 
@@ -42,7 +30,13 @@ std::string number(double value) {
   return result;
 }
 
-std::string in_group(Py_ssize_t index) { return " of parameter group " + std::to_string(index); }
+// Which group, where that is known.
+constexpr Py_ssize_t kSomeGroup = -1;
+
+std::string in_group(Py_ssize_t index) {
+  if (index == kSomeGroup) return " of a parameter group";
+  return " of parameter group " + std::to_string(index);
+}
 
 PyObject* item(PyObject* group, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(group, key);
@@ -53,105 +47,62 @@ PyObject* item(PyObject* group, PyObject* key) {
   return value;
 }
 
-double real_item(PyObject* group, PyObject* key) {
+[[noreturn]] void refuse_item(PyObject* key, Py_ssize_t index, const char* expected,
+                              PyObject* value) {
+  PyErr_Clear();
+  const Owned shown(PyObject_Repr(value));
+  const char* text = shown ? PyUnicode_AsUTF8(shown.get()) : nullptr;
+  PyErr_Clear();
+  throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) + " must be " +
+                              expected + ", got " + (text == nullptr ? "" : text) + " (" +
+                              Py_TYPE(value)->tp_name + ")");
+}
+
+// A number, also another library's, or a tensor of one.
+double real_item(PyObject* group, Py_ssize_t index, PyObject* key) {
   PyObject* value = item(group, key);
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double result = PyFloat_AsDouble(value);
-  if (result == -1.0 && PyErr_Occurred()) throw PythonError();
+  const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
+  if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
+    refuse_item(key, index, "a number", value);
+  }
   return result;
 }
 
-// True or False, also another library's; a word is neither, and "False" would count as true.
+// True or False, also NumPy's: what a constructor and a file may bring.
 bool flag_item(PyObject* group, Py_ssize_t index, PyObject* key) {
   PyObject* value = item(group, key);
-  if (PyUnicode_Check(value)) {
-    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) +
-                                " must be True or False, got the str " + PyUnicode_AsUTF8(value));
+  if (value == Py_True || value == Py_False) return value == Py_True;
+  const std::string type = Py_TYPE(value)->tp_name;
+  if (type != "numpy.bool" && type != "numpy.bool_") {
+    refuse_item(key, index, "True or False", value);
   }
   const int result = PyObject_IsTrue(value);
   if (result < 0) throw PythonError();
   return result != 0;
 }
 
-int64_t integer_item(PyObject* group, PyObject* key) {
-  const long long result = PyLong_AsLongLong(item(group, key));
-  if (result == -1 && PyErr_Occurred()) throw PythonError();
+int64_t integer_item(PyObject* group, PyObject* key, Py_ssize_t index = kSomeGroup) {
+  PyObject* value = item(group, key);
+  const long long result = PyLong_AsLongLong(value);
+  if (result == -1 && PyErr_Occurred()) refuse_item(key, index, "an integer of 64 bits", value);
   return result;
 }
 
-Driven driven_by(PyObject* group, PyObject* schedule_key, PyObject* start_key, NativeOf native_of) {
-  Driven driven;
-  PyObject* owner = item(group, schedule_key);
-  if (owner == Py_None) return driven;
-  const Owned native(PyObject_GetAttr(owner, keys().native));
-  driven.owner = owner;
-  driven.native = native.get();  // lives as long as its owner, which the group holds
-  driven.schedule = native ? native_of(native.get()) : nullptr;
-  if (driven.schedule == nullptr) {
-    PyErr_Clear();
-    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(schedule_key)) +
-                                " of a parameter group must be a fastlr schedule or None, got a " +
-                                Py_TYPE(owner)->tp_name + "; use optimizer.set_schedule()");
-  }
-  const int64_t now =
-      integer_item(group, driven.schedule->in_samples ? keys().samples : keys().updates);
-  driven.start = integer_item(group, start_key);
-  if (driven.start > now) {
-    throw std::invalid_argument("a schedule of a parameter group starts at " +
-                                std::to_string(driven.start) + ", after the clock, which is at " +
-                                std::to_string(now) + "; put it in place with set_schedule()");
-  }
-  driven.clock = now - driven.start;
-  return driven;
-}
-
 // From a warning in the middle of a step up to the caller of step(): the warning itself, _step,
-// step.
+// _step_once, step.
 constexpr int kFramesToCaller = 5;
 
-void warn_past_end(const Driven& driven, int frames) {
+void warn_if_past_end(const Driven& driven, int frames) {
   if (driven.owner == nullptr || driven.clock <= driven.schedule->end) return;
   checked(PyObject_CallMethod(driven.owner, "_warn_past_end", "Li",
                               static_cast<long long>(driven.clock), frames));
 }
 
-// What the next update uses for a hyperparameter; checked against its schedule where it has one.
-double read_scheduled(PyObject* group, Py_ssize_t index, const char* name, PyObject* key,
-                      const Driven& driven) {
-  const double found = real_item(group, key);
-  if (driven.owner == nullptr) return found;
-  const double expected = schedule_value(*driven.schedule, driven.clock);
-  if (!(found == expected)) {
-    throw std::runtime_error(
-        std::string(name) + in_group(index) + " was set to " + number(found) +
-        " by something else, but a schedule owns it and says " + number(expected) +
-        ". Remove the other writer (a torch scheduler: give the framework "
-        "fastlr.integrations.ReadOnlyScheduler(optimizer) instead), or take the value back with "
-        "optimizer.set_schedule(" +
-        name + "=" + number(found) + ").");
-  }
-  warn_past_end(driven, kFramesToCaller);
-  return expected;
-}
-
-void publish(PyObject* group, PyObject* key, PyObject* schedule_key, PyObject* start_key,
-             NativeOf native_of) {
-  const Driven driven = driven_by(group, schedule_key, start_key, native_of);
-  if (driven.owner == nullptr) return;
-  const Owned value = checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)));
-  if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
-}
-
-void publish(PyObject* group, NativeOf native_of) {
-  const Keys& k = keys();
-  publish(group, k.lr, k.lr_schedule, k.lr_start, native_of);
-  publish(group, k.momentum, k.momentum_schedule, k.momentum_start, native_of);
-}
-
-void require(bool condition, const char* name, Py_ssize_t index, const char* range, double value) {
-  if (condition) return;
-  throw std::invalid_argument(std::string(name) + in_group(index) + " must be " + range + ", got " +
-                              number(value));
+PyObject* interned(const std::string& text) {
+  PyObject* const key = PyUnicode_InternFromString(text.c_str());
+  if (key == nullptr) throw PythonError();
+  return key;  // for as long as the process lives, as all interned strings
 }
 
 }  // namespace
@@ -166,80 +117,166 @@ Clock read_clock(PyObject* group) {
   return {integer_item(group, keys().updates), integer_item(group, keys().samples)};
 }
 
-void warn_past_end(PyObject* group, NativeOf native_of, int frames) {
-  const Keys& k = keys();
-  warn_past_end(driven_by(group, k.lr_schedule, k.lr_start, native_of), frames);
-  warn_past_end(driven_by(group, k.momentum_schedule, k.momentum_start, native_of), frames);
+Groups::Groups(const Rule& rule, NativeOf native_of) : rule_(rule), native_of_(native_of) {
+  for (int i = 0; i < rule.options; ++i) {
+    const std::string name = rule.option[i].name;
+    const bool scheduled = i < rule.scheduled;
+    keys_.push_back({interned(name), scheduled ? interned(name + "_schedule") : nullptr,
+                     scheduled ? interned(name + "_start") : nullptr});
+  }
 }
 
-GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of) {
-  const Keys& k = keys();
-  GroupReading reading;
-  SgdOptions& options = reading.options;
-  reading.lr = driven_by(group, k.lr_schedule, k.lr_start, native_of);
-  reading.momentum = driven_by(group, k.momentum_schedule, k.momentum_start, native_of);
-  options.lr = read_scheduled(group, index, "lr", k.lr, reading.lr);
-  options.momentum = read_scheduled(group, index, "momentum", k.momentum, reading.momentum);
-  options.dampening = real_item(group, k.dampening);
-  options.weight_decay = real_item(group, k.weight_decay);
-  options.nesterov = flag_item(group, index, k.nesterov);
-  options.maximize = flag_item(group, index, k.maximize);
+void Groups::check(const Options& options, const std::string& where) const {
+  for (int i = 0; i < rule_.options; ++i) {
+    const Option& option = rule_.option[i];
+    const double value = options[i];
+    if (option.flag || option.range.holds(value)) continue;
+    throw std::invalid_argument(option.name + where + " must be " + option.range.text() + ", got " +
+                                number(value) + (value >= option.range.high ? option.reason : ""));
+  }
+  const Conflict conflict = rule_.conflict(options);
+  if (conflict.option < 0) return;
+  throw std::invalid_argument(rule_.option[conflict.option].name + where + " must be " +
+                              conflict.expected + ", got " + number(options[conflict.option]));
+}
+
+Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock) const {
+  Driven driven;
+  PyObject* owner = item(group, option.schedule);
+  if (owner == Py_None) return driven;
+  const Owned native(PyObject_GetAttr(owner, keys().native));
+  driven.owner = owner;
+  driven.native = native.get();  // lives as long as its owner, which the group holds
+  driven.schedule = native ? native_of_(native.get()) : nullptr;
+  if (driven.schedule == nullptr) {
+    PyErr_Clear();
+    throw std::invalid_argument(std::string(PyUnicode_AsUTF8(option.schedule)) +
+                                " of a parameter group must be a fastlr schedule or None, got a " +
+                                Py_TYPE(owner)->tp_name + "; use optimizer.set_schedule()");
+  }
+  const int64_t now = driven.schedule->in_samples ? clock.samples : clock.updates;
+  driven.start = integer_item(group, option.start);
+  if (driven.start > now) {
+    throw std::invalid_argument("a schedule of a parameter group starts at " +
+                                std::to_string(driven.start) + ", after the clock, which is at " +
+                                std::to_string(now) + "; put it in place with set_schedule()");
+  }
+  driven.clock = now - driven.start;
+  return driven;
+}
+
+// What the next update uses for a hyperparameter; checked against its schedule where it has one.
+double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
+                              const Driven& driven) const {
+  const double found = real_item(group, index, keys_[option].value);
+  if (driven.owner == nullptr) return found;
+  const double expected = schedule_value(*driven.schedule, driven.clock);
+  if (!(found == expected)) {
+    const std::string name = rule_.option[option].name;
+    throw std::runtime_error(
+        name + in_group(index) + " was set to " + number(found) +
+        " by something else, but a schedule owns it and says " + number(expected) +
+        ". Remove the other writer (a torch scheduler: give the framework "
+        "fastlr.integrations.ReadOnlyScheduler(optimizer) instead), or take the value back with "
+        "optimizer.set_schedule(" +
+        name + "=" + number(found) + ").");
+  }
+  warn_if_past_end(driven, kFramesToCaller);
+  return expected;
+}
+
+GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
+  const std::string where = in_group(index);
+  GroupReading reading{};
   const Clock& clock = reading.clock = read_clock(group);
+  for (int i = 0; i < rule_.options; ++i) {
+    double& value = reading.options.value[i];
+    if (i < rule_.scheduled) {
+      reading.driven[i] = driven_by(group, keys_[i], clock);
+      reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
+      value = read_scheduled(group, index, i, reading.driven[i]);
+    } else {
+      value = rule_.option[i].flag ? flag_item(group, index, keys_[i].value)
+                                   : real_item(group, index, keys_[i].value);
+    }
+  }
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
-    throw std::invalid_argument("the clock" + in_group(index) +
+    throw std::invalid_argument("the clock" + where +
                                 " is out of range: " + std::to_string(clock.updates) +
                                 " updates, " + std::to_string(clock.samples) + " samples");
   }
-  const auto finite = [](double x) { return std::isfinite(x); };
-  require(finite(options.lr) && options.lr >= 0.0, "lr", index, "finite and >= 0", options.lr);
-  require(options.momentum >= 0.0 && options.momentum < 1.0, "momentum", index, "in [0, 1)",
-          options.momentum);
-  require(finite(options.dampening), "dampening", index, "finite", options.dampening);
-  require(finite(options.weight_decay) && options.weight_decay >= 0.0, "weight_decay", index,
-          "finite and >= 0", options.weight_decay);
-  require(!options.nesterov || options.dampening == 0.0, "dampening", index, "0 with nesterov=True",
-          options.dampening);
+  check(reading.options, where);
   return reading;
 }
 
-std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of) {
+std::vector<GroupReading> Groups::read(PyObject* groups) const {
   std::vector<GroupReading> readings;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
-    readings.push_back(read_group(PyList_GET_ITEM(groups, i), i, native_of));
+    readings.push_back(read(PyList_GET_ITEM(groups, i), i));
   }
   return readings;
 }
 
-void move_to(PyObject* group, const Clock& clock, NativeOf native_of) {
-  const Keys& k = keys();
-  const Clock now = read_clock(group);
-  if (now.updates == clock.updates && now.samples == clock.samples) return;
-  const Owned updates = checked(PyLong_FromLongLong(clock.updates));
-  const Owned samples = checked(PyLong_FromLongLong(clock.samples));
-  if (PyDict_SetItem(group, k.updates, updates.get()) != 0 ||
-      PyDict_SetItem(group, k.samples, samples.get()) != 0) {
-    throw PythonError();
+void Groups::warn_past_end(PyObject* group, int frames) const {
+  const Clock clock = read_clock(group);
+  for (int i = 0; i < rule_.scheduled; ++i) {
+    warn_if_past_end(driven_by(group, keys_[i], clock), frames);
   }
-  publish(group, native_of);
 }
 
-void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of) {
-  const Keys& k = keys();
+void Groups::add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const {
+  const Clock now = read_clock(group);
+  if (clock.updates != now.updates) {
+    moves.add(group, keys().updates, checked(PyLong_FromLongLong(clock.updates)));
+  }
+  if (clock.samples != now.samples) {
+    moves.add(group, keys().samples, checked(PyLong_FromLongLong(clock.samples)));
+  }
+  for (int i = 0; i < rule_.scheduled; ++i) {
+    const Driven driven = driven_by(group, keys_[i], clock);
+    if (driven.owner == nullptr) continue;
+    item(group, keys_[i].value);
+    moves.add(group, keys_[i].value,
+              checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock))));
+  }
+}
+
+void Groups::move_to(PyObject* group, const Clock& clock) const {
+  const Clock now = read_clock(group);
+  if (now.updates == clock.updates && now.samples == clock.samples) return;
+  GroupMoves moves;
+  add_move(moves, group, clock);
+  moves.write();
+}
+
+GroupMoves Groups::moves_on(PyObject* groups, int64_t updates, int64_t samples) const {
+  GroupMoves moves;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
     PyObject* group = PyList_GET_ITEM(groups, i);
-    const auto move = [group, i](PyObject* key, int64_t by) {
-      if (by == 0) return;
-      int64_t moved;
-      if (__builtin_add_overflow(integer_item(group, key), by, &moved)) {
-        throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
-                                    " would pass 2**63");
-      }
-      const Owned value = checked(PyLong_FromLongLong(moved));
-      if (PyDict_SetItem(group, key, value.get()) != 0) throw PythonError();
-    };
-    move(k.updates, updates);
-    move(k.samples, samples);
-    publish(group, native_of);
+    const Clock now = {integer_item(group, keys().updates, i),
+                       integer_item(group, keys().samples, i)};
+    Clock next;
+    if (__builtin_add_overflow(now.updates, updates, &next.updates) ||
+        __builtin_add_overflow(now.samples, samples, &next.samples)) {
+      throw std::invalid_argument("the clock of parameter group " + std::to_string(i) +
+                                  " would pass 2**63");
+    }
+    add_move(moves, group, next);
+  }
+  return moves;
+}
+
+void GroupMoves::write() const {
+  for (const Entry& entry : entries_) {
+    if (PyDict_SetItem(entry.group.get(), entry.key, entry.value.get()) != 0) throw PythonError();
+  }
+}
+
+void update_groups(PyObject* groups, PyObject* changes) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    if (PyDict_Update(PyList_GET_ITEM(groups, i), PyList_GET_ITEM(changes, i)) != 0) {
+      throw PythonError();
+    }
   }
 }
 

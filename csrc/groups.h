@@ -4,9 +4,12 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
-#include "rules/sgd.h"
+#include "owned.h"
+#include "rule.h"
 #include "schedule.h"
 
 namespace fastlr {
@@ -43,28 +46,82 @@ struct Driven {
 };
 
 struct GroupReading {
-  SgdOptions options;  // for the next update
-  Driven lr;
-  Driven momentum;
+  Options options;  // for the next update
+  Driven driven[kMaxScheduled];
+  uint32_t driven_options;  // a bit for each that has an owner
   Clock clock;
 };
 
-// Throws std::invalid_argument for a value out of range, and std::runtime_error where something
-// else wrote a value that a schedule owns.
-GroupReading read_group(PyObject* group, Py_ssize_t index, NativeOf native_of);
+// What is about to be written into groups. Everything is made and checked before write(), which
+// allocates nothing and lets no Python code run: the groups move all together, and what goes with
+// them is safe from errors and Ctrl-C.
+class GroupMoves {
+ public:
+  // key: one that the group has.
+  void add(PyObject* group, PyObject* key, Owned value) {
+    entries_.push_back({Owned::borrow(group), key, std::move(value)});
+  }
+  void write() const;
 
-// All of them, which must be dicts in a list.
-std::vector<GroupReading> read_groups(PyObject* groups, NativeOf native_of);
+ private:
+  struct Entry {
+    Owned group;
+    PyObject* key;
+    Owned value;
+  };
 
-// Warns, once each, that schedules of a group have ended before its clock. frames: from the warning
-// up to the user's call.
-void warn_past_end(PyObject* group, NativeOf native_of, int frames);
+  std::vector<Entry> entries_;
+};
 
-// Sets a group's clock and writes what its schedules say at it. A group that stands there already
-// is left as it is, with whatever else was written into it: the next step says so.
-void move_to(PyObject* group, const Clock& clock, NativeOf native_of);
+// Reads and writes the parameter groups of an optimizer of one rule.
+class Groups {
+ public:
+  Groups(const Rule& rule, NativeOf native_of);
 
-// Moves every group's clock and writes what its schedules say at the new one.
-void advance_groups(PyObject* groups, int64_t updates, int64_t samples, NativeOf native_of);
+  const Rule& rule() const { return rule_; }
+
+  // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
+  // group 0", for messages.
+  void check(const Options& options, const std::string& where) const;
+
+  // Throws as check() does, and std::runtime_error where something else wrote a value that a
+  // schedule owns.
+  GroupReading read(PyObject* group, Py_ssize_t index) const;
+  // All of them, which must be dicts in a list.
+  std::vector<GroupReading> read(PyObject* groups) const;
+
+  // Warns, once each, that schedules of a group have ended before its clock. frames: from the
+  // warning up to the user's call.
+  void warn_past_end(PyObject* group, int frames) const;
+
+  // Sets a group's clock and what its schedules say at it. A group that stands there already is
+  // left as it is, with whatever else was written into it: the next step says so.
+  void move_to(PyObject* group, const Clock& clock) const;
+
+  // All groups' moves on from where they stand: their clocks, with what their schedules say there.
+  GroupMoves moves_on(PyObject* groups, int64_t updates, int64_t samples) const;
+
+ private:
+  // Keys of an option in a group's dict, made once: looking up an interned string is a pointer
+  // comparison.
+  struct Keys {
+    PyObject* value;
+    PyObject* schedule;
+    PyObject* start;
+  };
+
+  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
+  // clock: where the group stands, or is about to.
+  Driven driven_by(PyObject* group, const Keys& keys, const Clock& clock) const;
+  void add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const;
+
+  const Rule& rule_;
+  NativeOf native_of_;
+  std::vector<Keys> keys_;  // one an option
+};
+
+// Updates every group by a dict of its own, all of them at once. The keys are strings that the
+// groups have, so that nothing can fail halfway.
+void update_groups(PyObject* groups, PyObject* changes);
 
 }  // namespace fastlr

@@ -8,6 +8,8 @@
 // object has its own.
 #if defined(__CUDACC__)
 #define FASTLR_HD __host__ __device__ static inline
+#define FASTLR_HD_MEMBER __host__ __device__
 #else
 #define FASTLR_HD static inline
+#define FASTLR_HD_MEMBER
 #endif

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cpu/float_environment.h"
-#include "cpu/step_cpu.h"
 #include "squares.h"
 
 namespace fastlr {
@@ -16,35 +15,35 @@ bool is_on_host(const Gathering::Source& source) { return source.place == kHost;
 
 }  // namespace
 
-SgdPlan::SgdPlan(PyObject* runtime, NativeOf native_of)
+Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of)
     : runtime_(Owned::borrow(runtime)),
-      native_of_(native_of),
-      gathering_(runtime, native_of)
+      groups_(rule, native_of),
+      gathering_(runtime, groups_)
 #if defined(FASTLR_HAS_CUDA)
       ,
-      devices_(runtime)
+      devices_(runtime, rule)
 #endif
 {
 }
 
-PyObject* SgdPlan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
+void Plan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
   if (stepping_) {
     throw std::runtime_error(
         "step() is already running on this optimizer, in another thread or further up the stack");
   }
   struct Stepping {
-    explicit Stepping(SgdPlan& p) : plan(p) { plan.stepping_ = true; }
+    explicit Stepping(Plan& p) : plan(p) { plan.stepping_ = true; }
     ~Stepping() {
       plan.gathering_.clear();
       plan.stepping_ = false;
     }
-    SgdPlan& plan;
+    Plan& plan;
   } const stepping(*this);
-  return run(param_groups, state, settings);
+  run(param_groups, state, settings);
 }
 
 // Whether the host itself updates tensors, or has the clock to itself.
-bool SgdPlan::uses_host() const {
+bool Plan::uses_host() const {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   bool alone = sources.empty();
 #if defined(FASTLR_HAS_CUDA)
@@ -53,40 +52,48 @@ bool SgdPlan::uses_host() const {
   return alone || std::any_of(sources.begin(), sources.end(), is_on_host);
 }
 
-// Returns the squared norm of the gradients, or 0.
-double SgdPlan::step_on_host(float inverse_scale, const Settings& settings, bool in_order) {
+bool Plan::all_on_host() const {
   const std::vector<Gathering::Source>& sources = gathering_.sources();
-  std::vector<TensorRef> among_others;
-  const std::vector<TensorRef>* tensors = &gathering_.tensors();
-  if (!std::all_of(sources.begin(), sources.end(), is_on_host)) {
-    for (size_t i = 0; i < sources.size(); ++i) {
-      if (is_on_host(sources[i])) among_others.push_back((*tensors)[i]);
-    }
-    tensors = &among_others;
+  return std::all_of(sources.begin(), sources.end(), is_on_host);
+}
+
+Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) const {
+  HostPart part;
+  const std::vector<TensorRef>& tensors = gathering_.tensors();
+  const bool alone = all_on_host();
+  for (size_t i = 0; i < tensors.size() && !alone; ++i) {
+    if (is_on_host(gathering_.sources()[i])) part.among_others.push_back(tensors[i]);
   }
-  std::vector<GroupScalars> scalars;
   {
     const DefaultFloatEnvironment environment;
     for (const GroupReading& group : gathering_.groups()) {
-      scalars.push_back({sgd_scalars<float>(group.options, inverse_scale),
-                         sgd_scalars<double>(group.options, inverse_scale)});
+      part.scalars.push_back({sgd_scalars<float>(group.options, inverse_scale),
+                              sgd_scalars<double>(group.options, inverse_scale)});
     }
   }
+  if (measures_norm) part.sums.emplace(alone ? tensors : part.among_others);
+  return part;
+}
+
+// Returns the squared norm of the gradients, or 0.
+double Plan::step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const {
+  const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
   const std::vector<StridedLayout>& layouts = gathering_.layouts();
   const WithoutGil other_threads_run;
-  if (!settings.measures_norm) {
-    step_cpu(*tensors, layouts, scalars, settings.threads, in_order);
+  if (!part.sums) {
+    step_cpu(tensors, layouts, part.scalars, threads, in_order);
     return 0.0;
   }
-  const double squares = measured_step_cpu(*tensors, layouts, scalars, settings.threads, in_order);
+  const double squares =
+      measured_step_cpu(tensors, layouts, part.scalars, threads, in_order, *part.sums);
   return unscaled_squares(squares, inverse_scale);
 }
 
-PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
+void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
   gathering_.read(param_groups, state);
 #if defined(FASTLR_HAS_CUDA)
   if (host_must_catch_up()) {
-    devices_.sync(param_groups, native_of_);
+    devices_.sync(param_groups, groups_);
     gathering_.read(param_groups, state);
   }
 #endif
@@ -97,21 +104,20 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   if (with_host && has_amp) {
     const Owned answer = checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO",
                                                      settings.found_inf, settings.grad_scale));
-    if (answer.get() == Py_None) {
-#if defined(FASTLR_HAS_CUDA)
-      devices_stepped_ = false;
-#endif
-      squared_norm_.reset();
-      if (settings.measures_norm) squared_norm_ = std::numeric_limits<double>::quiet_NaN();
-      return Py_NewRef(Py_None);
-    }
+    if (answer.get() == Py_None) return skip(param_groups, settings);
     inverse_scale = static_cast<float>(PyFloat_AsDouble(answer.get()));
     if (PyErr_Occurred()) throw PythonError();
   }
 
   gathering_.add_momenta();
   const bool in_order = gathering_.in_order();
-  Owned updated = gathering_.take_parameters();
+  HostPart host;
+  if (with_host) host = prepare_on_host(inverse_scale, settings.measures_norm);
+  const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
+  gathering_.reserve_momenta(state);
+  // Their version counters, so that a backward pass through an overwritten parameter raises.
+  const Owned updated = gathering_.take_parameters();
+  checked(PyObject_CallMethod(runtime_.get(), "will_write", "O", updated.get()));
 
   bool captured = false;
 #if defined(FASTLR_HAS_CUDA)
@@ -124,19 +130,32 @@ PyObject* SgdPlan::run(PyObject* param_groups, PyObject* state, const Settings& 
   if (!items.empty() || devices_.any()) {
     captured = devices_.step(items, gathering_.layouts(), gathering_.groups(), settings.found_inf,
                              settings.grad_scale, with_host, in_order, settings.measures_norm);
+    if (settings.samples != 0) devices_.advance_samples(settings.samples);
     devices_stepped_ = true;
   }
 #endif
-  const double squares = with_host ? step_on_host(inverse_scale, settings, in_order) : 0.0;
+  gathering_.store_momenta();
+  if (!captured) move(moves, param_groups);
+  skipped_ = false;
   squared_norm_.reset();
+  if (settings.measures_norm) squared_norm_ = 0.0;
+  if (!with_host) return;
+  const double squares = step_on_host(host, inverse_scale, settings.threads, in_order);
   if (settings.measures_norm) squared_norm_ = squares;
-
-  gathering_.store_momenta(state);
-  if (!captured) advance(param_groups, 1, 0);
-  return updated.release();
 }
 
-PyObject* SgdPlan::squared_norm() {
+// The host knows that an update is to be skipped.
+void Plan::skip(PyObject* param_groups, const Settings& settings) {
+  if (settings.samples != 0) advance_samples(param_groups, settings.samples);
+#if defined(FASTLR_HAS_CUDA)
+  devices_stepped_ = false;
+#endif
+  skipped_ = true;
+  squared_norm_.reset();
+  if (settings.measures_norm) squared_norm_ = std::numeric_limits<double>::quiet_NaN();
+}
+
+PyObject* Plan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
   if (devices_stepped_ && devices_.any()) {
@@ -148,50 +167,53 @@ PyObject* SgdPlan::squared_norm() {
 }
 
 // Moves the host's clocks along with what the devices were told.
-void SgdPlan::advance(PyObject* param_groups, int64_t updates, int64_t samples) {
-  advance_groups(param_groups, updates, samples, native_of_);
+void Plan::move(const GroupMoves& moves, [[maybe_unused]] PyObject* param_groups) {
+  moves.write();
 #if defined(FASTLR_HAS_CUDA)
   devices_.agree(param_groups);
 #endif
 }
 
-void SgdPlan::advance_samples(PyObject* param_groups, int64_t samples) {
+void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
+  const GroupMoves moves = groups_.moves_on(param_groups, 0, samples);
 #if defined(FASTLR_HAS_CUDA)
   if (!devices_.advance_samples(samples)) return;
 #endif
-  advance(param_groups, 0, samples);
+  move(moves, param_groups);
 }
 
-void SgdPlan::refuse_capture([[maybe_unused]] const char* what) {
+void Plan::check(const std::vector<double>& values, const std::string& where) const {
+  Options options{};
+  std::copy(values.begin(), values.end(), options.value);
+  groups_.check(options, where);
+}
+
+void Plan::refuse_capture([[maybe_unused]] const char* what) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.refuse_capture(what);
 #endif
 }
 
-void SgdPlan::push(PyObject* param_groups) {
-  const std::vector<GroupReading> groups = read_groups(param_groups, native_of_);
+void Plan::push(PyObject* param_groups) {
+  const std::vector<GroupReading> groups = groups_.read(param_groups);
 #if defined(FASTLR_HAS_CUDA)
   devices_.push(groups);
 #endif
 }
 
-void SgdPlan::loaded([[maybe_unused]] PyObject* uninitialized) {
+void Plan::loaded([[maybe_unused]] PyObject* uninitialized) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.set_initialized(uninitialized);
 #endif
 }
 
-PyObject* SgdPlan::sync([[maybe_unused]] PyObject* param_groups) {
+void Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_.any()) {
-    const bool skipped = devices_.sync(param_groups, native_of_);
-    return Py_NewRef(skipped ? Py_True : Py_False);
-  }
+  if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_);
 #endif
-  return Py_NewRef(Py_None);
 }
 
-PyObject* SgdPlan::uninitialized() {
+PyObject* Plan::uninitialized() {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.uninitialized();
 #else
@@ -199,7 +221,7 @@ PyObject* SgdPlan::uninitialized() {
 #endif
 }
 
-bool SgdPlan::captured() const {
+bool Plan::captured() const {
 #if defined(FASTLR_HAS_CUDA)
   return devices_.captured();
 #else
@@ -209,7 +231,7 @@ bool SgdPlan::captured() const {
 
 #if defined(FASTLR_HAS_CUDA)
 // Where the host updates tensors, or a device is new, the host's clocks are what counts.
-bool SgdPlan::host_must_catch_up() const {
+bool Plan::host_must_catch_up() const {
   if (!devices_.any() || devices_.host_is_exact()) return false;
   const std::vector<Gathering::Source>& sources = gathering_.sources();
   return uses_host() ||

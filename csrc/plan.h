@@ -5,7 +5,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <vector>
 
+#include "cpu/step_cpu.h"
 #include "gather.h"
 #include "owned.h"
 
@@ -15,12 +18,29 @@
 
 namespace fastlr {
 
-class SgdPlan {
+// NOTE: [all or nothing]
+// Memory can run out in a step, and Ctrl-C and errors can come up wherever Python code runs: in
+// what the runtime object does, and in the hash of a tensor. So whatever can fail comes first:
+// reading and checking, buffers and the room for them in the optimizer's state, the clocks' next
+// values, the memory of the step itself. Then come the devices; and last what cannot fail and lets
+// no Python code run: buffers and clocks take their places, and the elements are updated. An error
+// therefore means that nothing has changed (of several devices, those that were launched before it
+// have), and Ctrl-C during the update is seen when it is complete.
+class Plan {
  public:
   // runtime: see Gathering and NOTE: [the runtime object]; besides, read_amp(found_inf, grad_scale)
   // returns what the host makes of these: the inverse scale, or None where the update is to be
-  // skipped.
-  SgdPlan(PyObject* runtime, NativeOf native_of);
+  // skipped; and will_write(parameters) is told which are about to be updated.
+  Plan(const Rule& rule, PyObject* runtime, NativeOf native_of);
+
+  const Rule& rule() const { return groups_.rule(); }
+
+  // Throws std::invalid_argument for the values of a group's options, in their order, that are out
+  // of range or in conflict; see Groups::check.
+  void check(const std::vector<double>& values, const std::string& where) const;
+
+  // Writes what schedules say at the groups' clocks.
+  void publish(PyObject* param_groups) const { groups_.moves_on(param_groups, 0, 0).write(); }
 
   // What a step is told besides what it works on.
   struct Settings {
@@ -28,13 +48,16 @@ class SgdPlan {
     PyObject* grad_scale;
     int threads;         // of the host, the most to use
     bool measures_norm;  // so that squared_norm() tells the gradients'
+    int64_t samples;     // by which the samples clock moves, also where the update is skipped
   };
 
-  // One update of all parameters that have a gradient. Everything is checked, and new momentum
-  // buffers are allocated, before the first byte is written; then state and clocks move.
-  // param_groups, state: the optimizer's own. Returns the updated parameters, a new list, or None
-  // where the host knows that the update is to be skipped.
-  PyObject* step(PyObject* param_groups, PyObject* state, const Settings& settings);
+  // One update of all parameters that have a gradient; see NOTE: [all or nothing]. param_groups,
+  // state: the optimizer's own.
+  void step(PyObject* param_groups, PyObject* state, const Settings& settings);
+
+  // Whether the last step was skipped, as far as the host knows.
+  bool skipped() const { return skipped_; }
+  void set_skipped(bool skipped) { skipped_ = skipped; }
 
   // The sum of the squares of all elements of the last step's gradients, without GradScaler's
   // scale; NaN where the update was skipped. Waits for the devices. A float, or None where the last
@@ -53,9 +76,8 @@ class SgdPlan {
   // After state was loaded: every buffer holds something but those of the listed parameters.
   void loaded(PyObject* uninitialized);
 
-  // Waits for the devices and brings the groups' clocks up to date with theirs. Returns whether the
-  // last step was skipped, None where there is no device.
-  PyObject* sync(PyObject* param_groups);
+  // Waits for the devices and brings the groups' clocks, and skipped(), up to date with theirs.
+  void sync(PyObject* param_groups);
   // A new list of the parameters on devices whose momentum buffers hold nothing yet, as every
   // update so far was skipped. Waits for the devices.
   PyObject* uninitialized();
@@ -64,15 +86,26 @@ class SgdPlan {
   bool captured() const;
 
  private:
-  PyObject* run(PyObject* param_groups, PyObject* state, const Settings& settings);
-  void advance(PyObject* param_groups, int64_t updates, int64_t samples);
+  // The host's part of a step, with all the memory that it takes.
+  struct HostPart {
+    std::vector<TensorRef> among_others;  // where only some of the tensors are the host's
+    std::vector<GroupScalars> scalars;
+    std::optional<ChunkSums> sums;
+  };
+
+  void run(PyObject* param_groups, PyObject* state, const Settings& settings);
+  void skip(PyObject* param_groups, const Settings& settings);
+  void move(const GroupMoves& moves, PyObject* param_groups);
   bool uses_host() const;
-  double step_on_host(float inverse_scale, const Settings& settings, bool in_order);
+  bool all_on_host() const;
+  HostPart prepare_on_host(float inverse_scale, bool measures_norm) const;
+  double step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const;
 
   Owned runtime_;
-  NativeOf native_of_;
+  Groups groups_;
   Gathering gathering_;
   bool stepping_ = false;
+  bool skipped_ = false;
   std::optional<double> squared_norm_;  // the host's share, of the last step that Python made
 
 #if defined(FASTLR_HAS_CUDA)

@@ -181,7 +181,11 @@ FASTLR_HD double restarts_value(const Segment& s, int64_t t) {
 }
 
 FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t clock) {
-  int64_t local = (clock - s.origin) / s.tick;
+  // Unsigned, as what is read from a later clock on has a negative origin. Where that passes the
+  // last clock that 64 bits can hold, it stands still.
+  const uint64_t since = static_cast<uint64_t>(clock) - static_cast<uint64_t>(s.origin);
+  const uint64_t units = since / static_cast<uint64_t>(s.tick);
+  int64_t local = units < kEndless ? static_cast<int64_t>(units) : kEndless - 1;
   if (local > s.limit) local = s.limit;
   const double t = static_cast<double>(local);
   double value = s.start;

@@ -94,7 +94,7 @@ def cycle(
         shape = {"linear": s, "parabolic": s * (2 - s), "sinusoidal": (1 - exact.cos(exact.pi * s)) / 2}
         height = (exact.mpf(second) - first) * shape[window]
     if decay == "halving":
-        return first + height / 2**number
+        return first + exact.ldexp(height, -number)
     if decay == "height":
         return first + height * exact.mpf(gamma) ** t
     if decay == "both bounds":

@@ -200,12 +200,28 @@ def test_other_keywords_are_unexpected() -> None:
             build(parameters([(3,)]), decay=0.1)
 
 
-def test_a_word_written_into_a_group_as_a_flag_is_caught_by_the_step() -> None:
-    for name in ("maximize", "nesterov"):
-        optimizer = sgd()
-        optimizer.param_groups[1][name] = "False"
-        with pytest.raises(ValueError, match=f"{name} of parameter group 1 must be True or False.* False"):
-            optimizer.step()
+WRITTEN = {
+    "lr": ("a number", ["0.1", None, True, 1j]),
+    "momentum": ("a number", ["0.1", False]),
+    "dampening": ("a number", [None, torch.zeros(2)]),
+    "weight_decay": ("a number", ["0.1", True]),
+    "maximize": ("True or False", ["False", 1, None, torch.tensor(True)]),
+    "nesterov": ("True or False", ["False", 0.0]),
+    "updates": ("an integer of 64 bits", ["3", 1.5, 2**63]),
+    "samples": ("an integer of 64 bits", [None, -(2**63) - 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, (_, values) in WRITTEN.items() for value in values]
+)
+def test_what_is_written_into_a_group_is_checked_by_the_step(name: str, value: Any) -> None:
+    optimizer = fastlr.FusedSGD([{"params": parameters([(3,)])}, {"params": parameters([(2,)])}], lr=0.1)
+    optimizer.param_groups[1][name] = value
+    got = re.escape(f"{value!r} ({type(value).__name__})")
+    place = "(parameter group 1|a parameter group)"
+    with pytest.raises(ValueError, match=f"{name} of {place} must be {WRITTEN[name][0]}, got {got}"):
+        optimizer.step()
 
 
 def test_a_momentum_of_one_is_refused_with_the_reason() -> None:

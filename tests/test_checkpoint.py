@@ -185,6 +185,22 @@ def test_a_fixed_value_comes_back_in_place_of_the_schedule_that_it_replaced() ->
         assert optimizer.param_groups[0]["lr_schedule"] is None
 
 
+def test_a_momentum_of_0_written_beside_nesterov_is_saved_and_loaded() -> None:
+    ours, theirs = twins([(9,)])
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    fused = fastlr.FusedSGD(ours, **options)
+    reference = torch.optim.SGD(theirs, foreach=False, **options)
+    train(2, (theirs, reference.step), (ours, fused.step))
+    fused.param_groups[0]["momentum"] = reference.param_groups[0]["momentum"] = 0.0
+    train(2, (theirs, reference.step), (ours, fused.step), start=2)
+    fused.load_state_dict(through_file(fused.state_dict()))
+    fused.set_schedule(lr=0.2)
+    fused.set_schedule(momentum=0.8)
+    reference.param_groups[0] |= {"lr": 0.2, "momentum": 0.8}
+    train(2, (theirs, reference.step), (ours, fused.step), start=4)
+    assert_same(theirs, ours)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64], ids=str)
 def test_buffers_keep_their_type_and_are_copies(dtype: torch.dtype) -> None:
     one, other = parameters([(9,)], dtype), parameters([(9,)], dtype)

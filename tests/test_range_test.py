@@ -819,8 +819,10 @@ def test_repeats_that_are_no_repeats_are_said():
 def test_a_ctrl_c_while_everything_is_put_back_waits_until_it_is():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        snapshot._in_one_go(lambda: (signal.raise_signal(signal.SIGINT), done.append(True)))
-    assert done == [True]
+        snapshot._undone(
+            lambda: done.append(False), lambda: (signal.raise_signal(signal.SIGINT), done.append(True))
+        )
+    assert done == [False, True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

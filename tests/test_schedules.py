@@ -407,6 +407,9 @@ def test_per_epoch_of_joined_tables() -> None:
     assert shifted.values(0, 18).tolist() == [1.0] * 4 + [1.0] * 3 + [0.8] * 3 + [0.6] * 3 + [0.4] * 5
 
 
+FAR_EPOCHS = fastlr.MultiStep(1.0, [5, 2**62 + 3], 0.5, unit="epoch")
+
+
 @pytest.mark.parametrize(
     ("schedule", "clock", "expected"),
     [
@@ -424,6 +427,9 @@ def test_per_epoch_of_joined_tables() -> None:
         (fastlr.LinearRamp(0.0, 1.0, 2**40, unit="epoch").in_updates(2**30), 2**62, 2.0**-8),
         (fastlr.Constant(0.5, unit="epoch").in_updates(LAST_CLOCK), LAST_CLOCK, 0.5),
         (fastlr.StepDecay(1.0, LAST_CLOCK, 0.5), LAST_CLOCK, 0.5),
+        (fastlr.Shifted(fastlr.Tabulated([0.5, 0.25]), LAST_CLOCK), LAST_CLOCK, 0.25),
+        (fastlr.Shifted(fastlr.MultiStep(1.0, [2**62], 0.5), 2**62), 2**62, 0.5),
+        (fastlr.Shifted(FAR_EPOCHS, 4).in_updates(2), LAST_CLOCK, 0.25),
     ],
 )  # fmt: skip
 def test_clocks_beyond_int64_are_never_computed(schedule: Schedule, clock: int, expected: float) -> None:

@@ -1,6 +1,7 @@
 #include "step_cpu.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
@@ -65,6 +66,15 @@ SimdLevel& chosen_level() {
 // microseconds).
 constexpr int64_t kSerialElements = 16384;
 
+// NOTE: [after a fork]
+// A forked process has the data of its parent's OpenMP threads and not the threads: GCC's runtime
+// waits for them forever. Whether there were any cannot be asked, so that forked processes step on
+// the calling thread, with the same results.
+bool in_forked_process = false;
+
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_process = true; });
+
 bool has_openmp() {
 #if defined(_OPENMP)
   return GOMP_parallel != nullptr;
@@ -81,7 +91,8 @@ void in_parallel(int64_t elements, int threads, Share share) {
     const DefaultFloatEnvironment environment;
     share(part, parts);
   };
-  if (threads <= 1 || elements < kSerialElements || !has_openmp()) return run_share(0, 1);
+  const bool alone = threads <= 1 || elements < kSerialElements || in_forked_process;
+  if (alone || !has_openmp()) return run_share(0, 1);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   run_share(omp_get_thread_num(), omp_get_num_threads());
@@ -134,14 +145,9 @@ const StridedLayout* layout_of(const TensorRef& tensor, const std::vector<Stride
 // sum over all chunks of what it adds to the lanes.
 template <typename Visit>
 double sum_over_chunks(const std::vector<TensorRef>& tensors,
-                       const std::vector<StridedLayout>& layouts, int threads, Visit visit) {
-  std::vector<int64_t> first_chunks;
-  int64_t chunks = 0;
-  for (const TensorRef& tensor : tensors) {
-    first_chunks.push_back(chunks);
-    chunks += chunks_of(tensor.numel);
-  }
-  std::vector<double> sums(static_cast<size_t>(chunks));
+                       const std::vector<StridedLayout>& layouts, int threads, ChunkSums& memory,
+                       Visit visit) {
+  std::vector<double>& sums = memory.sums;
   const int64_t total = elements_of(tensors);
   in_parallel(total, threads, [&](int part, int parts) {
     for_each_chunk(tensors, total, part, parts, kChunkElements, [&](const Chunk& share) {
@@ -151,7 +157,7 @@ double sum_over_chunks(const std::vector<TensorRef>& tensors,
         const int64_t end = std::min(begin + kChunkElements, share.end);
         double lanes[kLanes] = {};
         visit(tensor, layout, begin, end, lanes);
-        sums[first_chunks[share.tensor] + begin / kChunkElements] =
+        sums[memory.first_chunks[share.tensor] + begin / kChunkElements] =
             sum_of_lanes(lanes, end - begin);
       }
     });
@@ -159,10 +165,19 @@ double sum_over_chunks(const std::vector<TensorRef>& tensors,
   const DefaultFloatEnvironment environment;
   double lanes[kLanes] = {};
   for (size_t i = 0; i < sums.size(); ++i) lanes[i % kLanes] += sums[i];
-  return sum_of_lanes(lanes, chunks);
+  return sum_of_lanes(lanes, static_cast<int64_t>(sums.size()));
 }
 
 }  // namespace
+
+ChunkSums::ChunkSums(const std::vector<TensorRef>& tensors) {
+  int64_t chunks = 0;
+  for (const TensorRef& tensor : tensors) {
+    first_chunks.push_back(chunks);
+    chunks += chunks_of(tensor.numel);
+  }
+  sums.resize(static_cast<size_t>(chunks));
+}
 
 void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
               const std::vector<GroupScalars>& groups, int threads, bool in_order) {
@@ -179,17 +194,19 @@ void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLa
 
 double measured_step_cpu(const std::vector<TensorRef>& tensors,
                          const std::vector<StridedLayout>& layouts,
-                         const std::vector<GroupScalars>& groups, int threads, bool in_order) {
+                         const std::vector<GroupScalars>& groups, int threads, bool in_order,
+                         ChunkSums& sums) {
   const ChunkKernel kernel = chosen_level().kernel;
   return sum_over_chunks(
-      tensors, layouts, in_order ? 1 : threads,
+      tensors, layouts, in_order ? 1 : threads, sums,
       [&](const TensorRef& tensor, const StridedLayout* layout, int64_t begin, int64_t end,
           double* lanes) { kernel(tensor, layout, groups[tensor.group], begin, end, lanes); });
 }
 
 double squared_norm_cpu(const std::vector<TensorRef>& tensors,
                         const std::vector<StridedLayout>& layouts, int threads) {
-  return sum_over_chunks(tensors, layouts, threads, chosen_level().squares);
+  ChunkSums sums(tensors);
+  return sum_over_chunks(tensors, layouts, threads, sums, chosen_level().squares);
 }
 
 }  // namespace fastlr

@@ -13,10 +13,20 @@ namespace fastlr {
 void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
               const std::vector<GroupScalars>& groups, int threads, bool in_order);
 
-// The same, and returns the sum of the squares of the gradients that it read.
+// Memory for the sums of each chunk of some tensors.
+struct ChunkSums {
+  explicit ChunkSums(const std::vector<TensorRef>& tensors);
+
+  std::vector<int64_t> first_chunks;  // of each tensor
+  std::vector<double> sums;
+};
+
+// The same as step_cpu(), and returns the sum of the squares of the gradients that it read. Neither
+// allocates anything.
 double measured_step_cpu(const std::vector<TensorRef>& tensors,
                          const std::vector<StridedLayout>& layouts,
-                         const std::vector<GroupScalars>& groups, int threads, bool in_order);
+                         const std::vector<GroupScalars>& groups, int threads, bool in_order,
+                         ChunkSums& sums);
 
 // The sum of the squares of all elements of the tensors' `grad`; nothing else of them is read.
 double squared_norm_cpu(const std::vector<TensorRef>& tensors,

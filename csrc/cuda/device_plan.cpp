@@ -3,27 +3,24 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
 namespace fastlr {
 namespace {
 
-bool same(const SgdOptions& a, const SgdOptions& b) {
-  return a.lr == b.lr && a.momentum == b.momentum && a.dampening == b.dampening &&
-         a.weight_decay == b.weight_decay && a.nesterov == b.nesterov && a.maximize == b.maximize;
+bool same(const Options& a, const Options& b) {
+  return std::equal(std::begin(a.value), std::end(a.value), std::begin(b.value));
 }
 
 // What the device must be told: the numbers that no schedule owns.
-SgdOptions unscheduled(const GroupReading& group) {
-  SgdOptions options = group.options;
-  if (group.lr.owner != nullptr) options.lr = 0.0;
-  if (group.momentum.owner != nullptr) options.momentum = 0.0;
+Options unscheduled(const GroupReading& group) {
+  Options options = group.options;
+  for (int i = 0; i < kMaxScheduled; ++i) {
+    if (group.driven[i].owner != nullptr) options.value[i] = 0.0;
+  }
   return options;
-}
-
-bool may_have_momentum(const GroupReading& group) {
-  return group.momentum.owner != nullptr || group.options.momentum != 0.0;
 }
 
 }  // namespace
@@ -36,13 +33,16 @@ Clocks DevicePlan::clocks(const float* found_inf) const {
           reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
 }
 
-void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
+void DevicePlan::check_groups(const Rule& rule, const std::vector<GroupReading>& groups) const {
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
-    if (may_have_momentum(groups[i]) && seen_[i].lacks_momentum_in_graph) {
-      throw std::runtime_error("parameter group " + std::to_string(i) +
-                               " got a momentum, but a CUDA graph captured its step without one, "
-                               "so that it has no momentum buffers; capture the graph anew with a "
-                               "new optimizer.");
+    const uint32_t live = rule.live_slots(groups[i].options, groups[i].driven_options);
+    for (int slot = 0; slot < rule.slots; ++slot) {
+      if ((live & seen_[i].slots_not_in_graph) >> slot & 1u) {
+        throw std::runtime_error("parameter group " + std::to_string(i) + " now needs a " +
+                                 rule.slot[slot] +
+                                 ", but a CUDA graph captured its step without one; capture the "
+                                 "graph anew with a new optimizer.");
+      }
     }
   }
   if (captured_ && groups.size() > capacity_) {
@@ -52,30 +52,80 @@ void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
   }
 }
 
-void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
-                            bool force) {
-  const bool clocks_changed = force || seen_.size() != groups.size() ||
-                              !std::equal(groups.begin(), groups.end(), seen_.begin(),
-                                          [](const GroupReading& group, const Seen& seen) {
-                                            return group.clock.updates == seen.clock.updates &&
-                                                   group.clock.samples == seen.clock.samples;
-                                          });
-  const bool schedules_changed = seen_.size() != groups.size() ||
-                                 !std::equal(groups.begin(), groups.end(), seen_.begin(),
-                                             [](const GroupReading& group, const Seen& seen) {
-                                               return group.lr.native == seen.lr.get() &&
-                                                      group.momentum.native == seen.momentum.get();
-                                             });
-  const bool numbers_changed =
-      schedules_changed || !std::equal(groups.begin(), groups.end(), seen_.begin(),
-                                       [](const GroupReading& group, const Seen& seen) {
-                                         return same(unscheduled(group), seen.options) &&
-                                                group.lr.start == seen.lr_start &&
-                                                group.momentum.start == seen.momentum_start;
-                                       });
-  if (!clocks_changed && !numbers_changed) return;
+// What has changed since `seen_`.
+DevicePlan::Changes DevicePlan::changes(const std::vector<GroupReading>& groups) const {
+  Changes changes{};
+  if (seen_.size() != groups.size()) return {true, true, true};
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const GroupReading& group = groups[i];
+    const Seen& seen = seen_[i];
+    changes.clocks = changes.clocks || group.clock.updates != seen.clock.updates ||
+                     group.clock.samples != seen.clock.samples;
+    changes.numbers = changes.numbers || !same(unscheduled(group), seen.options);
+    for (int k = 0; k < kMaxScheduled; ++k) {
+      const Driven& driven = group.driven[k];
+      changes.schedules = changes.schedules || driven.native != seen.native[k].get();
+      changes.numbers = changes.numbers || driven.start != seen.start[k];
+    }
+  }
+  changes.numbers = changes.numbers || changes.schedules;
+  return changes;
+}
+
+// Replaces the table of schedules: the segments of all, then the values of all their tables.
+void DevicePlan::upload_schedules(const DeviceScope& scope,
+                                  const std::vector<GroupReading>& groups) {
+  std::vector<Segment> segments;
+  std::vector<double> values;
+  for (const GroupReading& group : groups) {
+    for (const Driven& driven : group.driven) {
+      if (driven.schedule == nullptr) continue;
+      const NativeSchedule& schedule = *driven.schedule;
+      segments.insert(segments.end(), schedule.segments.begin(), schedule.segments.end());
+      values.insert(values.end(), schedule.table.begin(), schedule.table.end());
+    }
+  }
+  schedules_ = Table();
+  values_at_ = segments.size() * sizeof(Segment);
+  const size_t value_bytes = values.size() * sizeof(double);
+  if (values_at_ == 0) return;
+  schedules_ = Table(scope, values_at_ + value_bytes);
+  schedules_.write(scope, 0, segments.data(), values_at_);
+  if (value_bytes != 0) schedules_.write(scope, values_at_, values.data(), value_bytes);
+}
+
+// The groups' table entries, with schedules as upload_schedules() has placed them.
+std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& groups) const {
+  const Segment* segments_at = reinterpret_cast<const Segment*>(schedules_.data());
+  const double* values_at = reinterpret_cast<const double*>(schedules_.data() + values_at_);
+  std::vector<DeviceGroup> entries;
+  for (const GroupReading& group : groups) {
+    DeviceGroup entry{};
+    entry.options = unscheduled(group);
+    for (int k = 0; k < kMaxScheduled; ++k) {
+      const Driven& driven = group.driven[k];
+      if (driven.schedule == nullptr) continue;
+      DeviceSchedule& placed = entry.schedule[k];
+      placed.segments = segments_at;
+      placed.table = values_at;
+      placed.count = static_cast<int64_t>(driven.schedule->segments.size());
+      placed.start = driven.start;
+      placed.end = driven.schedule->end;
+      placed.in_samples = driven.schedule->in_samples;
+      segments_at += driven.schedule->segments.size();
+      values_at += driven.schedule->table.size();
+    }
+    entries.push_back(entry);
+  }
+  return entries;
+}
+
+void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
+                            const std::vector<GroupReading>& groups, bool force) {
+  const Changes changed = changes(groups);
+  if (!force && !changed.clocks && !changed.numbers) return;
   scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-  check_groups(groups);
+  check_groups(rule, groups);
 
   const bool grows = groups.size() > capacity_;
   DeviceState state{};
@@ -93,72 +143,12 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
     state_.write(scope, static_cast<const char*>(at) - state_.data(), from, bytes);
   };
 
-  if (schedules_changed) {
-    size_t segments = 0, values = 0;
-    for (const GroupReading& group : groups) {
-      for (const Driven* driven : {&group.lr, &group.momentum}) {
-        if (driven->schedule == nullptr) continue;
-        segments += driven->schedule->segments.size();
-        values += driven->schedule->table.size();
-      }
-    }
-    schedules_ = Table();
-    const size_t bytes = segments * sizeof(Segment) + values * sizeof(double);
-    if (bytes != 0) {
-      schedules_ = Table(scope, bytes);
-      std::vector<char> image(bytes);
-      size_t segments_at = 0, values_at = segments * sizeof(Segment);
-      for (const GroupReading& group : groups) {
-        for (const Driven* driven : {&group.lr, &group.momentum}) {
-          if (driven->schedule == nullptr) continue;
-          const NativeSchedule& schedule = *driven->schedule;
-          const size_t segment_bytes = schedule.segments.size() * sizeof(Segment);
-          const size_t value_bytes = schedule.table.size() * sizeof(double);
-          std::memcpy(image.data() + segments_at, schedule.segments.data(), segment_bytes);
-          if (value_bytes != 0) {
-            std::memcpy(image.data() + values_at, schedule.table.data(), value_bytes);
-          }
-          segments_at += segment_bytes;
-          values_at += value_bytes;
-        }
-      }
-      schedules_.write(scope, 0, image.data(), bytes);
-    }
-  }
+  if (changed.schedules) upload_schedules(scope, groups);
   if (schedules_) schedules_.used_by(scope);
-  if (schedules_changed || grows) state_.hold("schedules", schedules_);
-
-  if (numbers_changed || grows) {
-    size_t segments = 0;
-    for (const GroupReading& group : groups) {
-      for (const Driven* driven : {&group.lr, &group.momentum}) {
-        if (driven->schedule != nullptr) segments += driven->schedule->segments.size();
-      }
-    }
-    const Segment* segments_at = reinterpret_cast<const Segment*>(schedules_.data());
-    const double* values_at = reinterpret_cast<const double*>(segments_at + segments);
-    const auto place = [&](const Driven& driven) {
-      DeviceSchedule placed{};
-      if (driven.schedule == nullptr) return placed;
-      placed.segments = segments_at;
-      placed.table = values_at;
-      placed.count = static_cast<int64_t>(driven.schedule->segments.size());
-      placed.start = driven.start;
-      placed.end = driven.schedule->end;
-      placed.in_samples = driven.schedule->in_samples;
-      segments_at += driven.schedule->segments.size();
-      values_at += driven.schedule->table.size();
-      return placed;
-    };
-    std::vector<DeviceGroup> entries;
-    for (const GroupReading& group : groups) {
-      DeviceGroup entry{};
-      entry.options = unscheduled(group);
-      entry.lr = place(group.lr);
-      entry.momentum = place(group.momentum);
-      entries.push_back(entry);
-    }
-    write(to.groups, entries.data(), entries.size() * sizeof(DeviceGroup));
+  if (changed.schedules || grows) state_.hold("schedules", schedules_);
+  if (changed.numbers || grows) {
+    const std::vector<DeviceGroup> groups_there = entries(groups);
+    write(to.groups, groups_there.data(), groups_there.size() * sizeof(DeviceGroup));
   }
   state.groups = static_cast<int32_t>(groups.size());
   if (grows || !ready()) {
@@ -166,26 +156,26 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
   } else if (groups.size() != seen_.size()) {
     write(&to.state->groups, &state.groups, sizeof state.groups);
   }
-  if (clocks_changed || grows) {
-    std::vector<GroupClock> entries(groups.size());
+  if (force || changed.clocks || grows) {
+    std::vector<GroupClock> clocks_there(groups.size());
     for (size_t i = 0; i < groups.size(); ++i) {
-      entries[i].updates = groups[i].clock.updates;
-      entries[i].samples = groups[i].clock.samples;
+      clocks_there[i].updates = groups[i].clock.updates;
+      clocks_there[i].samples = groups[i].clock.samples;
     }
-    write(to.clocks, entries.data(), entries.size() * sizeof(GroupClock));
+    write(to.clocks, clocks_there.data(), clocks_there.size() * sizeof(GroupClock));
   }
   cuda::launch_clock(scope.device(), scope.stream(), to, 0, 0, false);
 
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
-    const bool lacks_momentum = i < seen_.size() && seen_[i].lacks_momentum_in_graph;
-    seen[i] = {unscheduled(groups[i]),
-               Owned::borrow(groups[i].lr.native),
-               Owned::borrow(groups[i].momentum.native),
-               groups[i].lr.start,
-               groups[i].momentum.start,
-               groups[i].clock,
-               lacks_momentum};
+    seen[i].options = unscheduled(groups[i]);
+    for (int k = 0; k < kMaxScheduled; ++k) {
+      seen[i].native[k] = Owned::borrow(groups[i].driven[k].native);
+      seen[i].start[k] = groups[i].driven[k].start;
+    }
+    seen[i].clock = groups[i].clock;
+    seen[i].live_slots = rule.live_slots(groups[i].options, groups[i].driven_options);
+    if (i < seen_.size()) seen[i].slots_not_in_graph = seen_[i].slots_not_in_graph;
   }
   seen_ = std::move(seen);
 }
@@ -201,9 +191,7 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
                         GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
-    for (Seen& seen : seen_) {
-      if (!seen.momentum && seen.options.momentum == 0.0) seen.lacks_momentum_in_graph = true;
-    }
+    for (Seen& seen : seen_) seen.slots_not_in_graph |= ~seen.live_slots;
     tensors_.captured_in(graph);
   }
   if (launches_.empty()) return launch_clock(scope, 1, 0, found_inf, std::move(graph));

@@ -16,12 +16,12 @@ namespace fastlr {
 class DevicePlan {
  public:
   // Throws for groups that the graphs of this device cannot take.
-  void check_groups(const std::vector<GroupReading>& groups) const;
+  void check_groups(const Rule& rule, const std::vector<GroupReading>& groups) const;
 
   // Brings the tables of groups, clocks and schedules up to date with the host's.
   // force: the host's clocks count, even where they have not changed since they last agreed.
-  void set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
-                  bool force = false);
+  void set_groups(const DeviceScope& scope, const Rule& rule,
+                  const std::vector<GroupReading>& groups, bool force = false);
 
   // Plans the launches of a step and brings the table of tensors up to date. in_order: tensors
   // share memory, so each has a launch of its own. measures_norm: of the gradients.
@@ -53,15 +53,22 @@ class DevicePlan {
  private:
   // What a group's table entry was made from.
   struct Seen {
-    SgdOptions options;  // without what schedules say
-    Owned lr;
-    Owned momentum;
-    int64_t lr_start;
-    int64_t momentum_start;
-    Clock clock;
-    bool lacks_momentum_in_graph;  // a graph has captured it without
+    Options options{};  // without what schedules say
+    Owned native[kMaxScheduled];
+    int64_t start[kMaxScheduled] = {};
+    Clock clock{};
+    uint32_t live_slots = 0;
+    uint32_t slots_not_in_graph = 0;  // a graph has captured it without these
+  };
+  struct Changes {
+    bool clocks;
+    bool schedules;
+    bool numbers;
   };
 
+  Changes changes(const std::vector<GroupReading>& groups) const;
+  void upload_schedules(const DeviceScope& scope, const std::vector<GroupReading>& groups);
+  std::vector<DeviceGroup> entries(const std::vector<GroupReading>& groups) const;
   Clocks clocks(const float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
@@ -69,9 +76,10 @@ class DevicePlan {
 
   bool captured_ = false;
 
-  size_t capacity_ = 0;  // groups that the table of groups has room for
-  Table state_;          // DeviceState, GroupClock[capacity], DeviceGroup[capacity]
-  Table schedules_;      // Segment[], double[]
+  size_t capacity_ = 0;   // groups that the table of groups has room for
+  Table state_;           // DeviceState, GroupClock[capacity], DeviceGroup[capacity]
+  Table schedules_;       // Segment[], double[] ...
+  size_t values_at_ = 0;  // ... which begin here
   std::vector<Seen> seen_;
 
   TensorTable tensors_;

@@ -144,7 +144,7 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
   for (auto& [device, device_plan] : plans_) {
     if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
     capturing += scope->capturing();
-    device_plan.set_groups(*scope, groups);
+    device_plan.set_groups(*scope, rule_, groups);
     flag_momenta(*scope, device, items);
     for (Flags& flags : flags_) {
       if (flags.device == device) flags.memory.used_by(*scope);
@@ -212,10 +212,10 @@ void Devices::refuse_capture(const char* what) {
 void Devices::push(const std::vector<GroupReading>& groups) {
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-    device_plan.check_groups(groups);
+    device_plan.check_groups(rule_, groups);
   });
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
-    device_plan.set_groups(scope, groups, true);
+    device_plan.set_groups(scope, rule_, groups, true);
   });
   host_is_exact_ = true;
 }
@@ -261,7 +261,7 @@ std::optional<double> Devices::squared_norm() {
   return sum;
 }
 
-bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
+bool Devices::sync(PyObject* param_groups, const Groups& groups) {
   const std::vector<DevicePlan::Reading> readings = read("the clock", true);
   const std::vector<GroupClock>& clocks = readings.front().clocks;
   bool invalid_scale = false;
@@ -279,16 +279,16 @@ bool Devices::sync(PyObject* param_groups, NativeOf native_of) {
     }
   }
   for (size_t i = 0; i < clocks.size(); ++i) {
-    move_to(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
-            {clocks[i].updates, clocks[i].samples}, native_of);
+    groups.move_to(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
+                   {clocks[i].updates, clocks[i].samples});
   }
   agree(param_groups);
   host_is_exact_ = true;
   constexpr int kFramesToCaller = 4;  // the warning itself, sync, the property or method
   for (size_t i = 0; i < clocks.size(); ++i) {
     if (!clocks[i].past_end) continue;
-    warn_past_end(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)), native_of,
-                  kFramesToCaller);
+    groups.warn_past_end(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
+                         kFramesToCaller);
   }
   if (invalid_scale) {
     throw std::invalid_argument(

@@ -24,7 +24,7 @@ struct DeviceItem {
 class Devices {
  public:
   // runtime: see NOTE: [the runtime object]; borrowed.
-  explicit Devices(PyObject* runtime) : runtime_(runtime) {}
+  Devices(PyObject* runtime, const Rule& rule) : runtime_(runtime), rule_(rule) {}
 
   bool any() const;
   bool knows(int device) const;
@@ -56,7 +56,7 @@ class Devices {
   void set_initialized(PyObject* uninitialized);
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
-  bool sync(PyObject* param_groups, NativeOf native_of);
+  bool sync(PyObject* param_groups, const Groups& groups);
   // The sum of the squares of the last step's gradients, NaN where it was skipped; nothing where it
   // did not measure them.
   std::optional<double> squared_norm();
@@ -87,6 +87,7 @@ class Devices {
   std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale);
 
   PyObject* runtime_;
+  const Rule& rule_;
   std::map<int, DevicePlan> plans_;
   std::vector<Flags> flags_;
   std::unordered_map<PyObject*, Flag> flag_of_;  // by parameter

@@ -32,9 +32,8 @@ struct DeviceSchedule {
 };
 
 struct DeviceGroup {
-  SgdOptions options;
-  DeviceSchedule lr;
-  DeviceSchedule momentum;
+  Options options;
+  DeviceSchedule schedule[kMaxScheduled];  // of the first options
 };
 static_assert(std::is_trivially_copyable<DeviceGroup>::value, "uploaded as bytes");
 
@@ -42,6 +41,7 @@ static_assert(std::is_trivially_copyable<DeviceGroup>::value, "uploaded as bytes
 struct GroupClock {
   int64_t updates;
   int64_t samples;
+  Options options;  // of the next update; not in registers, where an index needs a stack
   GroupScalars next;
   bool past_end;  // an update was applied after a schedule's end
 };
@@ -81,16 +81,17 @@ FASTLR_HD double scheduled(const DeviceSchedule& schedule, const GroupClock& clo
 // Moves a group's clock and evaluates what the next update uses.
 FASTLR_HD void advance_clock(const DeviceGroup& group, GroupClock& clock, int64_t updates,
                              int64_t samples) {
-  if (updates != 0 && (past_end(group.lr, clock) || past_end(group.momentum, clock))) {
-    clock.past_end = true;
+  for (const DeviceSchedule& schedule : group.schedule) {
+    if (updates != 0 && past_end(schedule, clock)) clock.past_end = true;
   }
   clock.updates += updates;
   clock.samples += samples;
-  SgdOptions options = group.options;
-  options.lr = scheduled(group.lr, clock, options.lr);
-  options.momentum = scheduled(group.momentum, clock, options.momentum);
-  clock.next.in_float = sgd_scalars<float>(options, 1.0f);
-  clock.next.in_double = sgd_scalars<double>(options, 1.0f);
+  clock.options = group.options;
+  for (int i = 0; i < kMaxScheduled; ++i) {
+    clock.options.value[i] = scheduled(group.schedule[i], clock, group.options[i]);
+  }
+  clock.next.in_float = sgd_scalars<float>(clock.options, 1.0f);
+  clock.next.in_double = sgd_scalars<double>(clock.options, 1.0f);
 }
 
 }  // namespace fastlr

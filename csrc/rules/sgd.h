@@ -9,21 +9,40 @@
 #pragma once
 
 #include "../numeric.h"
+#include "../rule.h"
 
 namespace fastlr {
 
-// A group's hyperparameters for one update, as the user knows them.
-struct SgdOptions {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
+struct Sgd {
+  static constexpr const char* kName = "sgd";
+
+  enum { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize };
+  static constexpr Option kOptions[] = {
+      {"lr", false, kNotNegative, ""},
+      {"momentum", false, kBelowOne,
+       "; from 1 on gradients are never forgotten and the buffer grows without bound"},
+      {"dampening", false, kAnyNumber, ""},
+      {"weight_decay", false, kNotNegative, ""},
+      {"nesterov", true, kAnyNumber, ""},
+      {"maximize", true, kAnyNumber, ""},
+  };
+  static constexpr int kScheduled = 2;
+  static constexpr const char* kSlots[] = {"momentum_buffer"};
+
+  static Conflict conflict(const Options& options) {
+    if (options[kNesterov] != 0.0 && options[kDampening] != 0.0) {
+      return {kDampening, "0 with nesterov=True"};
+    }
+    return {-1, nullptr};
+  }
+
+  static uint32_t live_slots(const Options& options, uint32_t driven) {
+    return options[kMomentum] != 0.0 || (driven >> kMomentum & 1u) != 0 ? 1u : 0u;
+  }
 };
 
-// The same in the form and type the update needs; derived values are formed in double, then
-// rounded.
+// A group's hyperparameters in the form and type the update needs; derived values are formed in
+// double, then rounded.
 template <typename T>
 struct SgdScalars {
   T neg_lr;
@@ -47,17 +66,17 @@ FASTLR_HD void set_inverse_scale(SgdScalars<T>& s, float inverse_scale) {
 }
 
 template <typename T>
-FASTLR_HD SgdScalars<T> sgd_scalars(const SgdOptions& options, float inverse_scale) {
+FASTLR_HD SgdScalars<T> sgd_scalars(const Options& options, float inverse_scale) {
   SgdScalars<T> s;
-  s.neg_lr = static_cast<T>(-options.lr);
-  s.momentum = static_cast<T>(options.momentum);
-  s.one_minus_dampening = static_cast<T>(1.0 - options.dampening);
-  s.weight_decay = static_cast<T>(options.weight_decay);
+  s.neg_lr = static_cast<T>(-options[Sgd::kLr]);
+  s.momentum = static_cast<T>(options[Sgd::kMomentum]);
+  s.one_minus_dampening = static_cast<T>(1.0 - options[Sgd::kDampening]);
+  s.weight_decay = static_cast<T>(options[Sgd::kWeightDecay]);
   set_inverse_scale(s, inverse_scale);
-  s.has_momentum = options.momentum != 0.0;
-  s.has_weight_decay = options.weight_decay != 0.0;
-  s.nesterov = options.nesterov;
-  s.maximize = options.maximize;
+  s.has_momentum = options[Sgd::kMomentum] != 0.0;
+  s.has_weight_decay = options[Sgd::kWeightDecay] != 0.0;
+  s.nesterov = options[Sgd::kNesterov] != 0.0;
+  s.maximize = options[Sgd::kMaximize] != 0.0;
   return s;
 }
 

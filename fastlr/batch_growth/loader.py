@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 from torch.utils.data import IterableDataset, default_collate
 
@@ -25,6 +25,14 @@ _REFUSED = {
     "generator": "the order comes from seed",
     "in_order": "batches in another order would not be the plan's",
 }
+
+
+class _Move(NamedTuple):
+    """What completing an update changes: noted before the optimizer's clock moves, taken up after it."""
+
+    start: int  # of the next update
+    epoch: int  # to be gone through next, or under way
+    clock: int  # the optimizer's samples clock, when it has moved
 
 
 class GrowingLoader:
@@ -171,6 +179,7 @@ class GrowingLoader:
         self._epoch: Epoch | None = None  # that is under way
         self._regrown = False  # whether what is read still has the plan before the last grow()
         self._given: tuple[Batch, Update] | None = None  # what the training loop has at present
+        self._move: _Move | None = None  # that has begun
         self._iteration = getattr(self, "_iteration", 0) + 1
 
     def _set_plan(self, plan: BatchPlan) -> None:
@@ -213,30 +222,46 @@ class GrowingLoader:
                 f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "
                 "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(batch.position) yourself"
             )
+        self._catch_up()
         for hook in self._hooks:
             hook.remove()
         self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._complete),
+            optimizer.register_step_post_hook(self._after_step),
         ]
         if 0 < self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
             optimizer.advance_samples(self._samples)  # what is left out before the first update
         return self
 
+    # NOTE: [two clocks, one move]
+    # The optimizer's step moves its samples clock itself, together with everything else, and this loader
+    # follows in a hook. Ctrl-C between the two, where it is seen when it came during the update, must not
+    # leave them apart: a checkpoint written then would repeat the update. So the loader notes where it is
+    # going to stand before the optimizer moves, and whoever asks next sees by the optimizer's clock that it
+    # has. Assignments in a row are safe: Ctrl-C is seen at calls and loops only.
+
     def _before_step(self, *_: Any) -> None:
-        if self._given is not None and not self._given[0].ends_update:
+        self._catch_up()
+        if self._given is None or self._optimizer is None:
+            return
+        if not self._given[0].ends_update:
             raise RuntimeError(
                 f"optimizer.step() in the middle of the update at sample {self._samples:,}: step only where "
                 "batch.ends_update is True"
             )
+        start = self._start_after(self._given[1])
+        self._begin_move(start)
+        self._optimizer._samples_of_step = start - self._samples
 
-    def _complete(self, *_: Any) -> None:
+    def _after_step(self, *_: Any) -> None:
+        self._end_move()
+
+    def _complete(self) -> None:
         """Counts the update whose last micro-batch the training loop has, if it has one."""
-        if self._given is None or not self._given[0].ends_update:
-            return
-        update, self._given = self._given[1], None
-        self._move_to(self._start_after(update))
+        self._catch_up()
+        if self._given is not None and self._given[0].ends_update:
+            self._move_to(self._start_after(self._given[1]))
 
     def _start_after(self, update: Update) -> int:
         """Where the next update begins; unlike ``update``, the plan may have grown since."""
@@ -244,11 +269,32 @@ class GrowingLoader:
 
     def _move_to(self, start: int) -> None:
         """Stands before the update that begins at ``start``, samples that are left out behind it."""
+        self._begin_move(start)
         if self._optimizer is not None:
             self._optimizer.advance_samples(start - self._samples)
-        self._samples = start
+        self._end_move()
+
+    def _begin_move(self, start: int) -> None:
+        epoch, clock = self._next_epoch, 0
         if self._epoch is not None:
-            self._next_epoch = min(start // self.plan.dataset_size, self._epoch.index + 1)
+            epoch = min(start // self.plan.dataset_size, self._epoch.index + 1)
+        if self._optimizer is not None:
+            clock = self._optimizer.clock().samples + start - self._samples
+        self._move = _Move(start, epoch, clock)
+
+    def _end_move(self) -> None:
+        if self._move is None:
+            return
+        self._samples, self._next_epoch, _ = self._move
+        self._given = self._move = None
+
+    def _catch_up(self) -> None:
+        """Follows the optimizer where Ctrl-C has kept this loader from it."""
+        if self._move is None or self._optimizer is None:
+            return
+        if self._optimizer.clock().samples == self._move.clock:
+            self._end_move()
+        self._move = None
 
     def _check_clock(self) -> None:
         """Raises RuntimeError where the bound optimizer's schedules stand elsewhere than this loader."""
@@ -278,6 +324,7 @@ class GrowingLoader:
     @property
     def samples(self) -> int:
         """Samples of the run, over all ranks, that completed updates have consumed."""
+        self._catch_up()
         return self._samples
 
     def __iter__(self) -> Iterator[Batch]:
@@ -322,6 +369,7 @@ class GrowingLoader:
         An iterator of which all batches of the epoch were taken was not left, though it may be dropped
         without being asked for one more: that is how frameworks use an epoch whose length they know.
         """
+        self._catch_up()
         if self._epoch is not None and (self._epoch.left or self._given is not None):
             self._epoch.left = self._count_left(self._epoch.index)
         self._given = self._epoch = None
@@ -380,6 +428,7 @@ class GrowingLoader:
             ValueError: it cannot be shared between the ranks or cut into equal micro-batches.
         """
         batch_size = _count("batch_size", batch_size)
+        self._catch_up()
         at = self._samples
         if self._given is not None:
             at = self._start_after(self._given[1])
@@ -407,6 +456,7 @@ class GrowingLoader:
         numbers, between two epochs or right after ``opt.step()``. In the middle of an update that is its
         beginning; then a model with dropout or BatchNorm would go through a part of it twice.
         """
+        self._catch_up()
         return {
             "epoch": self._next_epoch,
             "samples": self._samples,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
-from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
@@ -17,7 +16,6 @@ from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, flag, index, number
 from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
 from fastlr.optim._groups import (
-    SCHEDULED,
     TorchOptions,
     check_owner,
     check_torch_options,
@@ -49,8 +47,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     # `grad_scale` and `found_inf`, which it deletes again: they must not exist on the class.
     _step_supports_amp_scaling = True
 
-    _last_step_skipped = False
+    _rule: str  # the native rule's name
+
     _measures_grad_norm = False
+    # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
+    _samples_of_step = 0
     _loaded: Loaded
 
     # NOTE: [what a checkpoint holds]
@@ -60,27 +61,37 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: TorchOptions | None = None) -> None:
         check_torch_options(dict(options or {}), f"{type(self).__name__}()")
-        for name in SCHEDULED:
-            defaults |= {f"{name}_schedule": None, f"{name}_start": 0}
-        defaults |= {"updates": 0, "samples": 0, "fresh": False}
         self._plan = self._new_plan()
+        for option in self._plan.scheduled():
+            defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
+        defaults |= {"updates": 0, "samples": 0, "fresh": False}
         # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
         # stay as they are.
         if not isinstance(params, torch.Tensor):
             params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
 
-    def _new_plan(self) -> _core.SgdPlan:
-        """The native step of this optimizer's rule."""
-        raise NotImplementedError
+    def _new_plan(self) -> _core.Plan:
+        return _core.Plan(self._rule, Runtime())
 
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         """A group's hyperparameters as plain Python values.
+
+        Args:
+            group: complete.
+            where: which one, for messages.
+            new: whether its values were chosen together. Of a group in use, what a step takes is taken, as
+                some of its values may have been written into it.
 
         Raises:
             TypeError, ValueError: one of them has a wrong type or is out of range.
         """
-        raise NotImplementedError
+        values: dict[str, Any] = {}
+        for option in self._plan.options():
+            convert = flag if option.flag else number
+            values[option.name] = convert(f"{option.name}{where}", group[option.name])
+        self._plan.check([float(value) for value in values.values()], where)
+        return values
 
     # -- groups and schedules --------------------------------------------------------------------
 
@@ -108,10 +119,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
         check_torch_options({"differentiable": filled.get("differentiable")}, "")
         filled |= {"updates": clock.updates, "samples": clock.samples, "fresh": False}
-        for name in SCHEDULED:
-            owner = filled[f"{name}_schedule"]  # a group of another optimizer brings its own
-            filled |= self._hyperparameter(name, filled[name] if owner is None else owner, clock, where)
-        filled |= self._checked(filled, where)
+        for option in self._plan.scheduled():
+            given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
+            given = filled[option.name] if given is None else given
+            filled |= self._hyperparameter(option, given, clock, where)
+        filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         super().add_param_group(filled)
@@ -120,8 +132,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param_group.update(filled)
         self.param_groups[place] = param_group
 
-    def _hyperparameter(self, name: str, value: object, start: Clock, where: str) -> dict[str, Any]:
+    def _hyperparameter(
+        self, option: _core.Option, value: object, start: Clock, where: str
+    ) -> dict[str, Any]:
         """A group's entries for a hyperparameter that is a number, or a schedule with its zero."""
+        name = option.name
         if not isinstance(value, Schedule):
             remedy = ""
             if isinstance(value, torch.Tensor):
@@ -131,7 +146,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
             fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
             return {name: fixed, f"{name}_schedule": None, f"{name}_start": 0}
-        check_owner(name, value, where)
+        check_owner(option, value, where)
         zero = start.samples if value.unit == "sample" else start.updates
         return {name: value._native.value(0), f"{name}_schedule": value, f"{name}_start": zero}
 
@@ -160,16 +175,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
         indices = range(size) if group is None else (index("group", group, size),)
+        given = {"lr": lr, "momentum": momentum}
         now = self.sync()
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
             where = f" of parameter group {place}"
-            for name, value in (("lr", lr), ("momentum", momentum)):
-                if value is not None:
-                    changes[place] |= self._hyperparameter(name, value, origin, where)
+            for option in self._plan.scheduled():
+                if (value := given.get(option.name)) is not None:
+                    changes[place] |= self._hyperparameter(option, value, origin, where)
             own = self.param_groups[place]
-            self._checked({**own, **tensor_rates(own), **changes[place]}, where)
+            self._checked({**own, **tensor_rates(own, self._plan.scheduled()), **changes[place]}, where)
         self._change(changes)
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
@@ -178,11 +194,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Where host or device cannot take it, an error is raised and nothing has changed.
         """
         changed = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
-        _core.advance(changed, 0, 0)
+        self._plan.publish(changed)
         self._plan.push(changed)
-        for group, change in zip(self.param_groups, changes, strict=True):
-            group.update(change)
-        _core.advance(self.param_groups, 0, 0)
+        _core.update_groups(self.param_groups, changed)  # all at once, so that Ctrl-C finds none half changed
         self._plan.push(self.param_groups)
 
     # -- clocks ----------------------------------------------------------------------------------
@@ -205,9 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: a ``grad_scale`` had no inverse in float32, so that updates were skipped.
             RuntimeError: called while a CUDA graph is captured, or devices disagree.
         """
-        skipped = self._plan.sync(self.param_groups)
-        if skipped is not None:
-            self._last_step_skipped = skipped
+        self._plan.sync(self.param_groups)
         return self.clock()
 
     def set_clock(self, *, updates: int | None = None, samples: int | None = None) -> None:
@@ -233,7 +245,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
         for place, group in enumerate(self.param_groups):
-            for name in SCHEDULED:
+            for option in self._plan.scheduled():
+                name = option.name
                 schedule, start = group[f"{name}_schedule"], group[f"{name}_start"]
                 if schedule is None:
                     continue
@@ -249,14 +262,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     def keep_devices(self) -> Callable[[], None]:
         """For code that puts ``param_groups`` and ``state`` back as they were: what to call afterwards.
 
-        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well.
+        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well; and native
+        code keeps whether the last step was skipped.
         """
         self.sync()
-        empty = self._plan.uninitialized()
+        empty, skipped = self._plan.uninitialized(), self._plan.skipped
 
         def put_back() -> None:
             self._plan.loaded(empty)
             self._plan.push(self.param_groups)
+            self._plan.skipped = skipped
 
         return put_back
 
@@ -278,7 +293,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Asks the device as :meth:`sync` does.
         """
         self.sync()
-        return self._last_step_skipped
+        return self._plan.skipped
 
     # -- the gradients' norm ---------------------------------------------------------------------
 
@@ -342,6 +357,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return self._uncompiled_step(closure)
+        try:
+            return self._step_once(closure)
+        except BaseException:
+            # GradScaler takes these back only after a step that returns, and multiplies what is left into
+            # the next scale.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            self._samples_of_step = 0
+            raise
+
+    step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
+
+    def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         if not self.state and self._only_initializes_state():
             return None
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
@@ -356,36 +384,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
-
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
-        try:
-            return self._apply(closure)
-        except BaseException:
-            # GradScaler takes these back only after a step that returns, and multiplies what is left into
-            # the next scale.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
-
-    def _apply(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
-        updated = self._plan.step(
+        samples, self._samples_of_step = self._samples_of_step, 0
+        self._plan.step(
             self.param_groups,
             self.state,
             getattr(self, "found_inf", None),
             getattr(self, "grad_scale", None),
             torch.get_num_threads(),
             self._measures_grad_norm,
+            samples,
         )
-        self._last_step_skipped = updated is None
-        if updated is not None:
-            increment_version(updated)  # so that a backward through an overwritten parameter raises
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -404,7 +419,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _only_initializes_state(self) -> bool:
         if any(group["lr"] != 0.0 for group in self.param_groups):
             return False  # the function sets it to 0; this spares other steps the walk up the stack
-        frame = sys._getframe(1).f_back
+        frame = sys._getframe(2).f_back
         while frame is not None and frame.f_code.co_name != self._INITIALIZES_STATE:
             frame = frame.f_back
         if frame is None:
@@ -418,9 +433,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _drop_initialized_state(self) -> None:
         for group in self.param_groups:
-            group["fresh"] = False
             for p in group["params"]:
                 self.state.pop(p, None)
+        # Last, and the one that is asked at the very end: what Ctrl-C leaves over the next step drops.
+        for group in reversed(self.param_groups):
+            group["fresh"] = False
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -430,15 +447,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         Waits for CUDA devices, as :meth:`sync`.
         """
         self.sync()
-
-        def packed(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            pack(self.param_groups, set(self._plan.uninitialized()), state_dict)
-
-        handle = self.register_state_dict_post_hook(packed, prepend=True)
+        _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
         try:
+            self.register_state_dict_post_hook(self._pack, prepend=True)
             return super().state_dict()
         finally:
-            handle.remove()
+            _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
+
+    def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        pack(self.param_groups, set(self._plan.uninitialized()), state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those
@@ -458,20 +475,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         self._plan.refuse_capture("load_state_dict()")
-
-        def unpacked(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-            loaded = unpack(self.param_groups, self._checked, state_dict)
-            if loaded is None:
-                return None
-            self._loaded = loaded
-            return loaded.state_dict
-
-        handle = self.register_load_state_dict_pre_hook(unpacked)
+        _remove_hook(self._optimizer_load_state_dict_pre_hooks, self._unpack)
         try:
+            self.register_load_state_dict_pre_hook(self._unpack)
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
             loaded = self.__dict__.pop("_loaded", None)
+            _remove_hook(self._optimizer_load_state_dict_pre_hooks, self._unpack)
         if loaded is not None and loaded.clockless:
             warnings.warn(
                 f"the file has no clock, as it is another optimizer's: {'; '.join(loaded.clockless)}. "
@@ -479,6 +489,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        self.__dict__.pop("_loaded", None)
+        loaded = unpack(self.param_groups, self._plan, self._checked, state_dict)
+        if loaded is None:
+            return None
+        self._loaded = loaded
+        return loaded.state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
@@ -493,13 +511,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = self._new_plan()
             return
         self._plan.push(state["param_groups"])  # first, as a captured graph may refuse them
-        own = self.state
-        super().__setstate__(state)
-        loaded = self._loaded.momenta if "_loaded" in self.__dict__ else {}
+        loaded = dict(self._loaded.momenta) if "_loaded" in self.__dict__ else {}
         empty = []
         if self._plan.captured():
             # The graph goes on with its own buffers, also with those that the file has nothing for.
-            for p, entry in own.items():
+            for p, entry in self.state.items():
                 buffer = entry.get("momentum_buffer")
                 if buffer is not None and p not in loaded:
                     empty.append(p)
@@ -507,9 +523,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 elif buffer is not None and _same_layout(buffer, loaded[p]):
                     loaded[p] = buffer.copy_(loaded[p])
         for p, buffer in loaded.items():
-            self.state[p]["momentum_buffer"] = buffer
+            state["state"].setdefault(p, {})["momentum_buffer"] = buffer
+        super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new
         self._plan.loaded(empty)
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+
+
+def _remove_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:
+    """By what it calls: also one that an earlier call left there, as Ctrl-C stopped it."""
+    for key in [key for key, registered in hooks.items() if registered == hook]:
+        del hooks[key]

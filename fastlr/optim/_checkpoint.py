@@ -9,7 +9,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, plain
-from fastlr.optim._groups import SCHEDULED, check_owner, clock_of, tensor_rates
+from fastlr.optim._groups import check_owner, clock_of, tensor_rates
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
@@ -53,6 +53,7 @@ class Loaded(NamedTuple):
 
 def unpack(
     own_groups: list[dict[str, Any]],
+    plan: _core.Plan,
     checked: Callable[[dict[str, Any], str], dict[str, Any]],
     state_dict: dict[str, Any],
 ) -> Loaded | None:
@@ -60,6 +61,7 @@ def unpack(
 
     Args:
         own_groups: the optimizer's groups; they stay as they are.
+        plan: its native step.
         checked: see ``FusedOptimizer._checked``.
     """
     _check_form(state_dict)
@@ -68,6 +70,7 @@ def unpack(
     if sizes[0] != sizes[1]:
         return None
 
+    scheduled = plan.scheduled()
     groups: list[dict[str, Any]] = []
     momenta: dict[torch.Tensor, torch.Tensor] = {}
     clockless: list[str] = []
@@ -77,10 +80,11 @@ def unpack(
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
         group = {**own, "fresh": False, **saved}
-        group |= tensor_rates(group)
-        for key in ("updates", "samples", *(f"{name}_start" for name in SCHEDULED)):
+        group |= tensor_rates(group, scheduled)
+        for key in ("updates", "samples", *(f"{option.name}_start" for option in scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)
-        for name in SCHEDULED:
+        for option in scheduled:
+            name = option.name
             if f"{name}_schedule" in saved:
                 owner = saved[f"{name}_schedule"]
                 schedule = None if owner is None else Schedule.from_dict(owner)
@@ -90,7 +94,7 @@ def unpack(
                 group[f"{name}_start"] = min(own[f"{name}_start"], at)
             group[f"{name}_schedule"] = schedule
             if schedule is not None:
-                check_owner(name, schedule, where)
+                check_owner(option, schedule, where)
         if group["momentum_dtype"] == "float32":
             group["momentum_dtype"] = torch.float32
         group |= checked(group, where)
@@ -108,9 +112,10 @@ def unpack(
                 )
             momenta[parameter] = Runtime.new_momentum(parameter, group).copy_(buffer)
     found = [group["lr"] for group in groups]
-    _core.advance(groups, 0, 0)  # what schedules own follows from the clock, not from the file
+    plan.publish(groups)  # what schedules own follows from the clock, not from the file
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        for name in SCHEDULED:
+        for option in scheduled:
+            name = option.name
             schedule = group[f"{name}_schedule"]
             if schedule is None or (unit := clock_of(schedule)) in saved:
                 continue

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypedDict
 
 import torch
 
+from fastlr import _core
 from fastlr._checks import flag
 from fastlr.schedules import Schedule
 
-# Hyperparameters that a schedule can drive. For each, a group holds the value that the next step uses
-# under its name, its owner under "<name>_schedule" (a Schedule or None), and the clock at which the
-# schedule's zero lies under "<name>_start".
-SCHEDULED = ("lr", "momentum")
+# NOTE: [what drives an option]
+# For each option that a schedule can drive, a group holds the value that the next step uses under its
+# name, its owner under "<name>_schedule" (a Schedule or None), and the clock at which the schedule's zero
+# lies under "<name>_start".
 
 
 def clock_of(schedule: Schedule) -> str:
@@ -20,23 +22,23 @@ def clock_of(schedule: Schedule) -> str:
     return "samples" if schedule.unit == "sample" else "updates"
 
 
-def tensor_rates(group: dict[str, Any]) -> dict[str, float]:
+def tensor_rates(group: dict[str, Any], scheduled: Iterable[_core.Option]) -> dict[str, float]:
     """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
-    rates = {name: group[name] for name in SCHEDULED}
+    rates = {option.name: group[option.name] for option in scheduled}
     return {k: v.item() for k, v in rates.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
 
 
-def check_owner(name: str, schedule: Schedule, where: str) -> None:
-    """Raises ValueError for a schedule that cannot drive a hyperparameter."""
+def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
+    """Raises ValueError for a schedule that cannot drive an option."""
     if schedule.unit == "epoch":
         raise ValueError(
-            f"{name}{where} counts epochs, which an optimizer cannot see; convert it with "
+            f"{option.name}{where} counts epochs, which an optimizer cannot see; convert it with "
             "schedule.in_updates(updates_per_epoch)"
         )
-    if name == "momentum" and not schedule.peak < 1.0:
+    if not option.bounds(schedule.peak):
         raise ValueError(
-            f"momentum{where} must stay in [0, 1), but its schedule peaks at {schedule.peak!r}; from 1 on "
-            "gradients are never forgotten and the buffer grows without bound"
+            f"{option.name}{where} must stay {option.range}, but its schedule peaks at {schedule.peak!r}"
+            f"{option.reason}"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import increment_version
 
 
 class Runtime:
@@ -29,6 +30,11 @@ class Runtime:
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """A copy of the gradient that lies in memory as the parameter does."""
         return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+    # will_write(parameters) counts their versions up, so that a backward pass through an overwritten one
+    # raises. PyTorch's public function is a line of Python around this one, where Ctrl-C can come up after
+    # the versions are counted and before anything is written.
+    will_write = staticmethod(getattr(torch._C, "_increment_version", increment_version))
 
     @staticmethod
     def has_no_values(tensor: torch.Tensor) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from typing_extensions import Self, Unpack
 
-from fastlr import _core
-from fastlr._checks import flag, number
+from fastlr._checks import flag
 from fastlr.optim._base import FusedOptimizer, Params
 from fastlr.optim._groups import TorchOptions
-from fastlr.optim._runtime import Runtime
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
@@ -71,6 +68,8 @@ class FusedSGD(FusedOptimizer):
     (0.0, Clock(updates=100, samples=0))
     """
 
+    _rule = "sgd"
+
     def __init__(
         self,
         params: Params,
@@ -98,38 +97,15 @@ class FusedSGD(FusedOptimizer):
             torch_options,
         )
 
-    def _new_plan(self) -> _core.SgdPlan:
-        return _core.SgdPlan(Runtime())
-
-    def _checked(self, group: dict[str, Any], where: str) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            name: number(f"{name}{where}", group[name])
-            for name in ("lr", "momentum", "dampening", "weight_decay")
-        }
-        values |= {name: flag(f"{name}{where}", group[name]) for name in ("nesterov", "maximize")}
-
-        def check(name: str, valid: bool, expected: str, reason: str = "") -> None:
-            if not valid:
-                raise ValueError(f"{name}{where} must be {expected}, got {group[name]!r}{reason}")
-
-        lr, momentum, dampening, weight_decay = list(values.values())[:4]
-        check("lr", math.isfinite(lr) and lr >= 0.0, "finite and >= 0")
-        check(
-            "momentum",
-            0.0 <= momentum < 1.0,
-            "in [0, 1)",
-            "; from 1 on gradients are never forgotten and the buffer grows without bound"
-            if momentum >= 1.0
-            else "",
-        )
-        check("dampening", math.isfinite(dampening), "finite")
-        check("weight_decay", math.isfinite(weight_decay) and weight_decay >= 0.0, "finite and >= 0")
+    def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         dtype = group["momentum_dtype"]
-        check("momentum_dtype", dtype is None or dtype is torch.float32, "None or torch.float32")
-        if values["nesterov"]:
-            scheduled = group["momentum_schedule"] is not None
-            check("momentum", scheduled or momentum > 0.0, "> 0 with nesterov=True")
-            check("dampening", dampening == 0.0, "0 with nesterov=True")
+        if dtype is not None and dtype is not torch.float32:
+            raise ValueError(f"momentum_dtype{where} must be None or torch.float32, got {dtype!r}")
+        values = super()._checked(group, where, new=new)
+        # Chosen together; in a group in use momentum may be set to zero, as in torch.
+        without = values["momentum"] == 0.0 and group["momentum_schedule"] is None
+        if new and values["nesterov"] and without:
+            raise ValueError(f"momentum{where} must be > 0 with nesterov=True, got {group['momentum']!r}")
         return values
 
 

@@ -8,9 +8,9 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -174,20 +174,27 @@ class Snapshot:
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Whatever happens inside, afterwards everything is bit for bit as before.
-
-        The backup is made on entering.
-        """
-        with ExitStack() as undo:
-            undo.callback(self.close)
+    def untouched(self, work: Callable[[], object]) -> None:
+        """Makes the backup and does the work; whatever happens, everything is bit for bit as before then."""
+        try:
             self.write()
-            undo.callback(_in_one_go, self.restore)
+        except BaseException:
+            self.close()
+            raise
+
+        def with_new_workers() -> None:
             for loader in self._data.loaders:
                 # Workers that outlive an epoch have random numbers of their own: the test gets others.
                 vars(loader)["_iterator"] = None
-            yield
+            work()
+
+        _undone(with_new_workers, self._undo)
+
+    def _undo(self) -> None:
+        try:
+            self.restore()
+        finally:
+            self.close()
 
 
 def _require_unchanged(unchanged: Callable[[], bool]) -> None:
@@ -212,33 +219,52 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _in_one_go(work: Callable[[], object]) -> None:
-    """Does the work; a Ctrl-C in the middle of it waits until it is done."""
+def _undone(work: Callable[[], object], undo: Callable[[], object]) -> None:
+    """Does the work and undoes it, whatever happens; a Ctrl-C then waits until that is done.
+
+    There is no gap between the two: Ctrl-C is seen at calls only, and none comes between the end of the work
+    and the line from which on it waits. A context manager would have one, as leaving it is a call.
+    """
     previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        work()
-        return
-    interrupts: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    raise_as_before = previous if callable(previous) else signal.default_int_handler
+    # In other threads there is no Ctrl-C; and what is no function, such as SIG_IGN, raises nothing.
+    main = callable(previous) and threading.current_thread() is threading.main_thread()
+    waiting: list[int] | None = []  # None: it is raised at once
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if waiting is None:
+            raise_as_before(number, frame)
+        else:
+            waiting.append(number)
+
     try:
+        if main:
+            signal.signal(signal.SIGINT, handle)
+        early, waiting = waiting, None
+        if early:
+            signal.raise_signal(signal.SIGINT)
         work()
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if interrupts:
-            signal.raise_signal(signal.SIGINT)
+        waiting = []
+        try:
+            undo()
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, previous)
+            if waiting:
+                signal.raise_signal(signal.SIGINT)
 
 
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Whatever happens inside, afterwards the global generators stand where they stood."""
+def same_random_numbers(work: Callable[[], object]) -> None:
+    """Does the work; whatever happens, afterwards the global generators stand where they stood."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
-    try:
-        yield
-    finally:
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    _undone(work, put_back)

@@ -153,43 +153,54 @@ def range_test(
 
     notes: list[str] = []
     main = ranks() == 1 or torch.distributed.get_rank() == 0
-    # Random numbers first: the bar draws some of Python's.
-    with same_random_numbers(), shown_progress(num_steps * plan.repeats, progress and main) as tell:
+    results: list[RangeTestResult] = []
 
-        def note(text: str) -> None:
-            notes.append(text)
-            tell.say(text)
+    def tested() -> None:
+        with shown_progress(num_steps * plan.repeats, progress and main) as tell:
 
-        if plan.leap is not None:
-            note(plan.leap)
-        training = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
-        # The object of a bound method is whoever tests, with what it remembers of the test.
-        training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
-        loaders = {"train_loader": train_loader, "val_loader": val_loader}
-        snapshot = Snapshot(training, loaders, backup)
-        for remark in snapshot.remarks:
-            note(remark)
-        place = f"on the {backup}" if backup in ("device", "host") else "in a file"
-        copy = sum(p.numel() * p.element_size() for p in trained(optimizer))
-        tell.say(f"backup of {size(snapshot.bytes)} {place}, and {size(copy)} on the device for the sweep")
-        results = []
-        with snapshot.untouched():
-            batches = Batches("train_loader", train_loader, device if step_fn is None else None, note)
-            measure.load()
-            for repeat in range(plan.repeats):
-                if repeat > 0:
-                    snapshot.rewind()
-                record = _swept(
-                    model, optimizer, scaler, plan, batches, batch_loss, context, measure, tell.advance
+            def note(text: str) -> None:
+                notes.append(text)
+                tell.say(text)
+
+            if plan.leap is not None:
+                note(plan.leap)
+            training = {"model": model, "optimizer": optimizer, "scaler": scaler}
+            called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
+            # The object of a bound method is whoever tests, with what it remembers of the test.
+            training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
+            loaders = {"train_loader": train_loader, "val_loader": val_loader}
+            snapshot = Snapshot(training, loaders, backup)
+            for remark in snapshot.remarks:
+                note(remark)
+            place = f"on the {backup}" if backup in ("device", "host") else "in a file"
+            copy = sum(p.numel() * p.element_size() for p in trained(optimizer))
+            tell.say(
+                f"backup of {size(snapshot.bytes)} {place}, and {size(copy)} on the device for the sweep"
+            )
+
+            def sweeps() -> None:
+                batches = Batches("train_loader", train_loader, device if step_fn is None else None, note)
+                measure.load()
+                for repeat in range(plan.repeats):
+                    if repeat > 0:
+                        snapshot.rewind()
+                    record = _swept(
+                        model, optimizer, scaler, plan, batches, batch_loss, context, measure, tell.advance
+                    )
+                    results.append(plan.result(record, measure.name if measure.wanted else None))
+
+            snapshot.untouched(sweeps)
+            if any(
+                len(result.losses) and np.array_equal(result.losses, results[0].losses)
+                for result in results[1:]
+            ):
+                note(
+                    "repeats went over the same batches and say nothing about chance; let the loader shuffle"
                 )
-                results.append(plan.result(record, measure.name if measure.wanted else None))
-    for i, result in enumerate(results):
-        if i and len(result.losses) and np.array_equal(result.losses, results[0].losses):
-            note("repeats went over the same batches and say nothing about chance; let the loader shuffle")
-            break
+
+    same_random_numbers(tested)  # the bar draws some of Python's
     if notes:
-        results = [r._replaced(notes=tuple(notes)) for r in results]
+        return RangeTestResult.from_repeats([r._replaced(notes=tuple(notes)) for r in results])
     return RangeTestResult.from_repeats(results)
 
 

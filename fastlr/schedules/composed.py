@@ -178,6 +178,8 @@ class Scaled(Schedule):
 class Shifted(Schedule):
     """A schedule read ``by`` clock units further on: its value at clock t is the schedule's at t + by.
 
+    Where t + by is beyond a 64-bit clock, it stands still.
+
     Args:
         schedule: what is read.
         by: clock units of the schedule, >= 0.

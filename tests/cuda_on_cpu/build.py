@@ -33,8 +33,8 @@ KERNELS = ("cuda/step_cuda.cu", "cuda/step_cuda_large.cu")
 PLAN = (
     *("cuda/device_memory.cpp", "cuda/device_norm.cpp", "cuda/device_plan.cpp", "cuda/devices.cpp"),
     *("cuda/launches.cpp", "cuda/tensor_table.cpp"),
-    *("gather.cpp", "groups.cpp", "layout.cpp", "placement.cpp", "plan.cpp", "squared_norm.cpp"),
-    "tensor_view.cpp",
+    *("gather.cpp", "groups.cpp", "layout.cpp", "placement.cpp", "plan.cpp", "rules.cpp"),
+    *("squared_norm.cpp", "tensor_view.cpp"),
 )
 
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "rules/sgd.h"
+#include "native/cases.h"
 #include "schedule.h"
 
 namespace fastlr {

@@ -243,7 +243,7 @@ class Optimizer {
     std::vector<GroupClock> clocks;
     for (const Group& group : groups_) {
       const DeviceSchedule lr = place(group.lr), momentum = place(group.momentum);
-      entries.push_back({group.options, lr, momentum});
+      entries.push_back({in_order(group.options), {lr, momentum}});
       GroupClock clock;
       std::memset(&clock, 0xff, sizeof clock);  // `next` comes from evaluate()
       clock.updates = group.updates;

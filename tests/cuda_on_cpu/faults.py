@@ -59,9 +59,10 @@ TICKET = "is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;"
 ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);\n"
 ALIGNED = "aligned(g + head) && (!s.has_momentum || aligned(m + head)) && n > head"
 MOVE = "  clock.updates += updates;\n  clock.samples += samples;\n"
-EVALUATE = """  SgdOptions options = group.options;
-  options.lr = scheduled(group.lr, clock, options.lr);
-  options.momentum = scheduled(group.momentum, clock, options.momentum);
+EVALUATE = """  clock.options = group.options;
+  for (int i = 0; i < kMaxScheduled; ++i) {
+    clock.options.value[i] = scheduled(group.schedule[i], clock, group.options[i]);
+  }
 """
 RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
 STATE = ("plain", "comparison of state")
@@ -230,10 +231,10 @@ FAULTS = {
     ),
     # What the device holds for an optimizer.
     "the same schedule begins where it began before": Fault(
-        DEVICE_PLAN, "group.lr.start == seen.lr_start &&", "true &&", *TEST
+        DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 0 && driven.start != seen.start[k])", *TEST
     ),
     "the same schedule of momentum begins where it began before": Fault(
-        DEVICE_PLAN, "group.momentum.start == seen.momentum_start", "true", *TEST
+        DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 1 && driven.start != seen.start[k])", *TEST
     ),
     "other threads wait for the device too": Fault(
         DEVICE_MEMORY, "  const WithoutGil other_threads_run;\n  cuda::download", "  cuda::download", *TEST

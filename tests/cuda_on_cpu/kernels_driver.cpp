@@ -330,7 +330,7 @@ void check_large_tensor() {
     layout.shape[1] = tensor.numel;
     layout.param[1] = layout.grad[1] = 1;
     DeviceGroup group{};
-    group.options.lr = 0.5;
+    group.options.value[Sgd::kLr] = 0.5;
     GroupClock clock{};
     DeviceState state{};
     state.groups = 1;

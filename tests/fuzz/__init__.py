@@ -6,5 +6,6 @@ import os
 
 
 def seeds(default: int) -> range:
-    """The seeds to run: as many as the environment asks for."""
-    return range(int(os.environ.get("FASTLR_FUZZ_RUNS", default)))
+    """The seeds to run: as many as the environment asks for, from ``FASTLR_FUZZ_FIRST`` on."""
+    first = int(os.environ.get("FASTLR_FUZZ_FIRST", 0))
+    return range(first, first + int(os.environ.get("FASTLR_FUZZ_RUNS", default)))

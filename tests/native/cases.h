@@ -108,6 +108,21 @@ inline std::vector<Geometry> geometries() {
   return all;
 }
 
+// A group's options by name, as the references know them.
+struct SgdOptions {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+};
+
+inline Options in_order(const SgdOptions& o) {
+  return {{o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov ? 1.0 : 0.0,
+           o.maximize ? 1.0 : 0.0}};
+}
+
 template <typename C>
 void reference(const SgdOptions& o, float inverse_scale, bool first, C& param, C grad,
                C& momentum) {

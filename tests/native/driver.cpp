@@ -106,8 +106,8 @@ void check_steps(bool openmp) {
     const float inverse_scale = threads == 1 ? 0.125f : 1.0f;
     std::vector<GroupScalars> scalars;
     for (const SgdOptions& o : options)
-      scalars.push_back(
-          {sgd_scalars<float>(o, inverse_scale), sgd_scalars<double>(o, inverse_scale)});
+      scalars.push_back({sgd_scalars<float>(in_order(o), inverse_scale),
+                         sgd_scalars<double>(in_order(o), inverse_scale)});
     std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
     for (const auto& c : cases) {
@@ -124,7 +124,8 @@ void check_steps(bool openmp) {
       if (measures) found = sum_in_lanes(sums_found);
     } else if (measures) {
       CHECK(squared_norm_cpu(tensors, layouts, threads) == expected, "%d threads", threads);
-      found = measured_step_cpu(tensors, layouts, scalars, threads, false);
+      ChunkSums memory(tensors);
+      found = measured_step_cpu(tensors, layouts, scalars, threads, false, memory);
     } else {
       step_cpu(tensors, layouts, scalars, threads, false);
     }

@@ -13,7 +13,7 @@ from cuda_on_cpu import build, recording
 from gpu import Gpu, Step, Turn
 
 from fastlr import _core
-from fastlr.optim import sgd
+from fastlr.optim import _base
 
 
 class Cuda(Gpu):
@@ -46,9 +46,9 @@ class Emulated:
         self.cuda.set_seed(0)
         self.cuda.route_host_to_cuda(1)
         self._streams = recording.Streams()
-        self._on_cpu = (_core.SgdPlan, _core.SquaredNorm, sgd.Runtime)
+        self._on_cpu = (_core.Plan, _core.SquaredNorm, _base.Runtime)
         self._emulated: tuple[Any, ...] = (
-            self.cuda.SgdPlan,
+            self.cuda.Plan,
             self.cuda.SquaredNorm,
             lambda: self._streams,
         )
@@ -56,7 +56,7 @@ class Emulated:
 
     @staticmethod
     def _use(parts: tuple[Any, ...]) -> None:
-        _core.SgdPlan, _core.SquaredNorm, sgd.Runtime = parts  # type: ignore[misc]
+        _core.Plan, _core.SquaredNorm, _base.Runtime = parts  # type: ignore[misc]
 
     @contextlib.contextmanager
     def on_cpu(self) -> Iterator[None]:

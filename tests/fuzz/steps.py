@@ -1,0 +1,747 @@
+"""Training runs at random: whatever people do to a fused optimizer between two steps.
+
+Beside every optimizer runs its counterpart of torch.optim on the CPU, on twins of the parameters: reals of
+the type that is computed in, which are rounded to the parameter's type after each step, and complex ones as
+pairs of reals. ``python -m fuzz.steps 17`` in this folder's parent shows what happens in the run of seed 17.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+import reference
+import torch
+
+import fastlr
+from fastlr import Schedule
+from fuzz import schedules
+from fuzz.memory import (
+    DTYPES,
+    EXACT,
+    SHAPES,
+    Memory,
+    as_reals,
+    computed_in,
+    gradient_laid_out,
+    laid_out,
+    random_values,
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer, what it is compared with, and what its groups may hold.
+
+    Attributes:
+        fused: the class, ``cyclic``: the one in CyclicLR's words, and ``torch``: their counterpart.
+        scheduled: the hyperparameters that schedules can drive, with the largest value drawn.
+        options: the others, with what draws them.
+        settled: makes drawn options agree with each other, and ``fits``: whether a step takes them together.
+        wrong: values that no step takes.
+        slot_type: the option for the type that slots are kept in.
+    """
+
+    fused: type[fastlr.optim.FusedOptimizer]
+    cyclic: type[fastlr.optim.FusedOptimizer] | None
+    torch: type[torch.optim.Optimizer]
+    scheduled: dict[str, float]
+    options: dict[str, Callable[[Random], Any]]
+    settled: Callable[[dict[str, Any]], None]
+    wrong: dict[str, list[Any]]
+    slot_type: str
+
+
+def _settled_sgd(values: dict[str, Any]) -> None:
+    if values["nesterov"]:
+        values["dampening"] = 0.0
+        if isinstance(values["momentum"], (int, float)) and values["momentum"] == 0.0:
+            values["momentum"] = 0.9
+
+
+_NO_NUMBERS = [float("nan"), float("inf"), "0.1", None, True, 1 + 2j]
+
+SGD = Rule(
+    fused=fastlr.FusedSGD,
+    cyclic=fastlr.FusedCyclicSGD,
+    torch=torch.optim.SGD,
+    scheduled={"lr": 0.3, "momentum": 0.97},
+    options={
+        "dampening": lambda rng: rng.choice([0.0, 0.0, 0.3, -0.5]),
+        "weight_decay": lambda rng: rng.choice([0.0, 5e-4, 0.1]),
+        "nesterov": lambda rng: rng.random() < 0.3,
+        "maximize": lambda rng: rng.random() < 0.2,
+    },
+    settled=_settled_sgd,
+    wrong={
+        "lr": [-1e-9, *_NO_NUMBERS],
+        "momentum": [-0.1, 1.0, *_NO_NUMBERS],
+        "dampening": _NO_NUMBERS,
+        "weight_decay": [-1e-9, *_NO_NUMBERS],
+        "nesterov": ["False", "True", 1, None],
+        "maximize": ["False", "", 0, torch.tensor(True)],
+    },
+    slot_type="momentum_dtype",
+)
+RULES = {"sgd": SGD}
+
+
+@dataclass
+class Pair:
+    """A parameter and its twin.
+
+    Attributes:
+        memory: what the parameter is a view of; None: a copy's own.
+        first: the step at which it gets its first gradient.
+        slot_dtype: of the state that it has, None: it has none.
+    """
+
+    ours: torch.nn.Parameter
+    theirs: torch.nn.Parameter
+    memory: Memory | None
+    first: int
+    slot_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ours.dtype
+
+
+@dataclass
+class Group:
+    """What a parameter group should hold.
+
+    Attributes:
+        owners: of each scheduled hyperparameter: a number, or (schedule, its zero).
+        words: what the class in CyclicLR's words is told in place of them.
+    """
+
+    pairs: list[Pair]
+    options: dict[str, Any]
+    owners: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, Any] = field(default_factory=dict)
+
+    def given(self) -> dict[str, Any]:
+        """A parameter group as an optimizer is given it."""
+        owners = {name: o[0] if isinstance(o, tuple) else o for name, o in self.owners.items()}
+        return {**self.options, **(self.words or owners), "params": [pair.ours for pair in self.pairs]}
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+class Run:
+    """A run, made and done from a seed.
+
+    Args:
+        rule: one of RULES.
+        backend: "cpu", "cuda", ...: what updates the parameters.
+    """
+
+    def __init__(self, seed: int, rule: Rule, backend: str = "cpu") -> None:
+        self.rng, self.rule, self.backend = Random(f"steps {seed}"), rule, backend
+        self.log: list[str] = []
+        self.updates = self.samples = self.steps = 0
+        self.skipped: bool | None = False
+        self.norm: float | None = None
+        self.measures = False
+        self.groups: list[Group] = []
+        torch.set_num_threads(self.rng.choice([1, 1, 2]))
+        self.cyclic = rule.cyclic is not None and self.rng.random() < 0.3
+        for _ in range(self.rng.choice([1, 1, 2, 3])):
+            self.groups.append(self.new_group())
+        self.optimizer = self.build(self.groups)
+        self.note(f"built {self.optimizer}")
+        self.reference = self.build_reference()
+
+    def note(self, what: str) -> None:
+        self.log.append(what)
+
+    # -- what there is ---------------------------------------------------------------------------------
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for group in self.groups for pair in group.pairs]
+
+    def new_pairs(self) -> list[Pair]:
+        rng = self.rng
+        if rng.random() < 0.1:
+            return self.pairs_of_one_memory()
+        dtype = rng.choice(DTYPES)
+        shape = (16390,) if rng.random() < 0.03 else rng.choice(SHAPES)
+        values = random_values(rng, shape, dtype)
+        view, memory = laid_out(rng, values)
+        twin = as_reals(values).to(computed_in(dtype)).clone()
+        return [self.pair(view, twin, memory)]
+
+    def pairs_of_one_memory(self) -> list[Pair]:
+        """Two parameters that share elements, which are updated one after another."""
+        rng = self.rng
+        values = random_values(rng, (40,), rng.choice(EXACT))
+        memory, twin = Memory(values.to(torch.get_default_device(), copy=True)), as_reals(values).clone()
+        made = []
+        for low, high in ((0, rng.randint(20, 40)), (rng.randint(0, 20), 40)):
+            view = memory.view((high - low,), (1,), low)
+            made.append(self.pair(view, twin[low:high], memory))
+        return made
+
+    def pair(self, view: torch.Tensor, twin: torch.Tensor, memory: Memory) -> Pair:
+        first = self.steps + self.rng.choice([0, 0, 0, 1, 4, 10**9])
+        return Pair(torch.nn.Parameter(view), torch.nn.Parameter(twin), memory, first)
+
+    def new_group(self) -> Group:
+        rng = self.rng
+        pairs = [pair for _ in range(rng.choice([1, 2, 3, 5])) for pair in self.new_pairs()]
+        options = {name: drawn(rng) for name, drawn in self.rule.options.items()}
+        slot_type = rng.choice([None, None, torch.float32])
+        group = Group(pairs, {**options, self.rule.slot_type: slot_type})
+        self.set_owners(group)
+        return group
+
+    def set_owners(self, group: Group) -> None:
+        group.owners = {name: self.new_owner(top, self.clock) for name, top in self.rule.scheduled.items()}
+        if self.cyclic:
+            group.words, cycled = self.words()
+            group.owners |= cycled
+        self.settle(group)
+        if group.words.get("momentum") is not None:
+            group.words["momentum"] = group.owners["momentum"]
+
+    def words(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments in CyclicLR's words, and the schedules that they stand for."""
+        rng = self.rng
+        arguments, policy, kind = schedules.cycle_arguments(rng, self.rule.scheduled["lr"])
+        arguments["inverted"] = False
+        if self.backend == "cuda":  # whose pow() has other last bits
+            arguments["interpolation"], policy, kind = "linear", fastlr.Triangular, "none"
+            arguments = {name: v for name, v in arguments.items() if name not in ("gamma", "decay_base")}
+        words = {name: value for name, value in arguments.items() if name not in ("base", "max", "inverted")}
+        modes = {"none": "triangular", "halving": "triangular2"}
+        words |= {
+            "base_lr": arguments["base"],
+            "max_lr": arguments["max"],
+            "mode": modes.get(kind, "exp_range"),
+        }
+        lr = policy(**arguments), self.updates
+        if rng.random() < 0.5:
+            momentum = rng.choice([0.0, rng.uniform(0.0, 0.97)])
+            words |= {"cycle_momentum": False, "base_momentum": None, "max_momentum": None}
+            return {**words, "momentum": momentum}, {"lr": lr, "momentum": momentum}
+        low, high = sorted((rng.uniform(0.1, 0.97), rng.uniform(0.1, 0.97)))
+        words |= {"cycle_momentum": True, "base_momentum": low, "max_momentum": high, "momentum": None}
+        against = {**arguments, "base": low, "max": high, "inverted": True}
+        against |= {"decay_base": False} if "decay_base" in against else {}
+        return words, {"lr": lr, "momentum": (policy(**against), self.updates)}
+
+    def settle(self, group: Group) -> None:
+        values = {
+            **group.options,
+            **{n: o[0] if isinstance(o, tuple) else o for n, o in group.owners.items()},
+        }
+        before = dict(values)
+        self.rule.settled(values)
+        for name, value in values.items():
+            if value is not before[name]:
+                (group.owners if name in group.owners else group.options)[name] = value
+
+    def new_owner(self, top: float, start: Callable[[Schedule], int]) -> Any:
+        rng = self.rng
+        if rng.random() < 0.4:
+            return rng.choice([0.0, rng.uniform(0, top), rng.uniform(0, top), top])
+        while True:
+            unit = rng.choice(["update", "update", "sample"])
+            try:
+                drawn = schedules.draw(rng, unit, top, depth=rng.choice([0, 1, 3])).schedule
+                drawn(0)
+            except ValueError as error:
+                if not any(reason in str(error) for reason in schedules.REFUSED):
+                    raise
+                continue
+            if drawn.peak < 1.0 and not (self.backend == "cuda" and schedules.needs_pow(drawn)):
+                return drawn, start(drawn)
+
+    def clock(self, schedule: Schedule) -> int:
+        return self.samples if schedule.unit == "sample" else self.updates
+
+    def value(self, owner: Any) -> float:
+        """What the next step uses."""
+        if not isinstance(owner, tuple):
+            return float(owner)
+        schedule, start = owner
+        return schedule(self.clock(schedule) - start)
+
+    def build(self, groups: list[Group]) -> fastlr.optim.FusedOptimizer:
+        """An optimizer of the groups, by arguments or by groups."""
+        made = [group.given() for group in groups]
+        kind = self.rule.cyclic if self.cyclic else self.rule.fused
+        assert kind is not None
+        if len(made) == 1 and self.rng.random() < 0.5:
+            return kind(**made[0])
+        return kind(made, **({"base_lr": 0.01, "max_lr": 0.02} if self.cyclic else {}))
+
+    def build_reference(self) -> torch.optim.Optimizer:
+        groups = [
+            {**self.reference_options(group), "params": [pair.theirs for pair in group.pairs]}
+            for group in self.groups
+        ]
+        return self.rule.torch(groups, lr=0.1, foreach=False)
+
+    def reference_options(self, group: Group) -> dict[str, Any]:
+        return {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in group.options.items()
+            if name != self.rule.slot_type
+        }
+
+    def tell_reference(self) -> None:
+        for group, theirs in zip(self.groups, self.reference.param_groups, strict=True):
+            theirs.update(self.reference_options(group))
+            theirs.update({name: self.value(owner) for name, owner in group.owners.items()})
+
+    # -- one step --------------------------------------------------------------------------------------
+
+    def set_gradients(self, inverse: float = 1.0) -> None:
+        for pair in self.pairs:
+            pair.ours.grad = pair.theirs.grad = None
+            if self.steps < pair.first or self.rng.random() < 0.15:
+                continue
+            gradient = random_values(self.rng, pair.ours.shape, pair.dtype)
+            pair.ours.grad = gradient_laid_out(self.rng, gradient, pair.ours)
+            exact = pair.ours.grad.detach().cpu().resolve_conj().contiguous()
+            pair.theirs.grad = as_reals(exact).to(pair.theirs.dtype, copy=True) * inverse
+
+    def step(self) -> None:
+        rng, optimizer = self.rng, self.optimizer
+        found, scale = rng.choice(
+            [(None, None)] * 4 + [(0.0, None), (1.0, None), (0.0, 1024.0), (0.0, 7 / 3), (1.0, 4.0)]
+        )
+        inverse = 1.0 if scale is None else float(np.float32(1.0 / scale_as_float32(scale)))
+        self.set_gradients(inverse)
+        if found is not None:
+            optimizer.found_inf = torch.tensor(found)
+        if scale is not None:
+            optimizer.grad_scale = torch.tensor(scale)
+        self.note(f"step, found_inf={found}, grad_scale={scale}")
+        kept = [pair.ours.grad.clone() if pair.ours.grad is not None else None for pair in self.pairs]
+        if rng.random() < 0.2:
+            assert optimizer.step(lambda: 7.0) == 7.0
+        else:
+            optimizer.step()
+        for name in ("found_inf", "grad_scale"):
+            optimizer.__dict__.pop(name, None)
+        for before, pair in zip(kept, self.pairs, strict=True):
+            assert before is None or same_bits(before, pair.ours.grad), "a gradient was written"
+        self.steps += 1
+        self.skipped = bool(found)
+        self.norm = None
+        if self.measures:
+            self.norm = float("nan") if found else inverse * self.expected_norm()
+        if not found:
+            self.step_reference()
+        if rng.random() < 0.4:
+            more = rng.choice([0, 1, 32])
+            optimizer.advance_samples(more)
+            self.samples += more
+
+    def step_reference(self) -> None:
+        self.tell_reference()
+        self.reference.step()
+        self.updates += 1
+        for group in self.groups:
+            for pair in group.pairs:
+                pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
+                slots = {n: s for n, s in self.reference.state.get(pair.theirs, {}).items() if s is not None}
+                if slots and pair.slot_dtype is None:
+                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
+                for slot in slots.values():
+                    slot.copy_(rounded(slot, pair.slot_dtype))
+
+    def expected_norm(self) -> float:
+        gradients = [
+            as_reals(p.ours.grad.cpu().resolve_conj()) for p in self.pairs if p.ours.grad is not None
+        ]
+        return math.sqrt(reference.squared_norm([g.double().numpy() for g in gradients]))
+
+    # -- what must hold --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        optimizer = self.optimizer
+        assert optimizer.sync() == optimizer.clock() == (self.updates, self.samples)
+        if self.skipped is not None:
+            assert optimizer.last_step_skipped == self.skipped
+            norm = optimizer.last_grad_norm
+            assert (norm is None) == (self.norm is None)
+            if norm is not None and not (math.isnan(norm) and math.isnan(self.norm)):
+                assert norm == self.norm or abs(norm - self.norm) <= 1e-6 * self.norm, (norm, self.norm)
+        for group, own in zip(self.groups, optimizer.param_groups, strict=True):
+            for name, owner in group.owners.items():
+                schedule, start = owner if isinstance(owner, tuple) else (None, own[f"{name}_start"])
+                assert own[f"{name}_schedule"] == schedule
+                assert own[f"{name}_start"] == start
+                assert float(own[name]) == self.value(owner), name
+            for name, value in group.options.items():
+                assert own[name] == value, name
+        for number, pair in enumerate(self.pairs):
+            assert_twins(f"parameter {number}", pair.ours.detach(), pair.theirs.detach(), pair.dtype)
+            if pair.memory is not None:
+                pair.memory.check()
+        self.check_slots()
+
+    def check_slots(self) -> None:
+        states = [opt.state_dict()["state"] for opt in (self.optimizer, self.reference)]
+        ours, theirs = (
+            {(k, name): s for k, slots in state.items() for name, s in slots.items() if s is not None}
+            for state in states
+        )
+        assert ours.keys() == theirs.keys(), "other parameters have state"
+        for place, slot in ours.items():
+            pair = self.pairs[place[0]]
+            assert_twins(str(place), slot, theirs[place], slot_type(pair))
+
+    # -- what people do between steps --------------------------------------------------------------------
+
+    def set_by_hand(self) -> None:
+        group = self.rng.randrange(len(self.groups))
+        own, model = self.optimizer.param_groups[group], self.groups[group]
+        free = [name for name, owner in model.owners.items() if not isinstance(owner, tuple)]
+        name = self.rng.choice([*free, *self.rule.options])
+        if name in model.owners:
+            drawn = self.rng.choice([0.0, self.rng.uniform(0.0, self.rule.scheduled[name])])
+            kinds = [float, np.float64, np.float32, torch.tensor]
+        else:
+            drawn = self.rule.options[name](self.rng)
+            kinds = [type(drawn)] + ([np.bool_] if isinstance(drawn, bool) else [np.float64])
+        before = copy.copy(model.options), copy.copy(model.owners)
+        value = self.rng.choice(kinds)(drawn)
+        (model.owners if name in model.owners else model.options)[name] = value
+        if not _takes_sgd(model):
+            model.options, model.owners = before
+            return
+        self.note(f"group {group}: {name} = {value!r}")
+        own[name] = value
+
+    def set_schedule(self) -> None:
+        rng = self.rng
+        group = rng.choice([None, rng.randrange(len(self.groups))])
+        start = rng.choice(["now", "zero"])
+        names = rng.sample(list(self.rule.scheduled), rng.choice([1, 1, 2]))
+        zero = self.clock if start == "now" else lambda schedule: 0
+        owners = {name: self.new_owner(self.rule.scheduled[name], zero) for name in names}
+        targets = self.groups if group is None else [self.groups[group]]
+        if not all(_takes_sgd(Group([], g.options, {**g.owners, **owners})) for g in targets):
+            return
+        given = {name: o[0] if isinstance(o, tuple) else o for name, o in owners.items()}
+        self.note(f"set_schedule({given}, group={group}, start={start!r})")
+        self.optimizer.set_schedule(**given, group=group, start=start)
+        for target in targets:
+            target.owners.update(owners)
+
+    def set_clock(self) -> None:
+        owners = [o for group in self.groups for o in group.owners.values() if isinstance(o, tuple)]
+        at = {"updates": self.updates, "samples": self.samples}
+        for unit in self.rng.sample(list(at), self.rng.choice([1, 2])):
+            at[unit] = self.rng.choice([0, self.rng.randrange(60), self.rng.randrange(10**6)])
+        self.note(f"set_clock({at})")
+        if any(start > at[f"{schedule.unit}s"] for schedule, start in owners):
+            with refused(ValueError, "begins"):
+                self.optimizer.set_clock(**at)
+            return
+        self.optimizer.set_clock(**at)
+        self.updates, self.samples = at["updates"], at["samples"]
+
+    def add_group(self) -> None:
+        if len(self.groups) > 3:
+            return
+        group = self.new_group()
+        self.note(f"add_param_group of {len(group.pairs)} with {group.owners}")
+        self.optimizer.add_param_group(group.given())
+        self.groups.append(group)
+        theirs = {**self.reference_options(group), "params": [pair.theirs for pair in group.pairs]}
+        self.reference.add_param_group(theirs)
+
+    def measure(self) -> None:
+        self.measures = not self.measures
+        self.note(f"measure_grad_norm = {self.measures}")
+        self.optimizer.measure_grad_norm = self.measures
+
+    def toggle_requires_grad(self) -> None:
+        pair = self.rng.choice(self.pairs)
+        self.note("requires_grad toggled")
+        pair.ours.requires_grad_(not pair.ours.requires_grad)
+
+    def replace_data(self) -> None:
+        number = self.rng.randrange(len(self.pairs))
+        pair = self.pairs[number]
+        values = pair.ours.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if self.rng.random() < 0.3:
+            values = random_values(self.rng, values.shape, values.dtype)
+        pair.ours.grad = None
+        pair.ours.data, pair.memory = laid_out(self.rng, values)
+        pair.theirs.data = as_reals(values).to(pair.theirs.dtype, copy=True)
+        self.note(f"data of parameter {number} replaced, strides {pair.ours.stride()}")
+
+    def operate_on_state(self) -> None:
+        """Buffers replaced, moved, cleared, deleted; dicts replaced."""
+        pairs = [pair for pair in self.pairs if self.optimizer.state.get(pair.ours) and pair.slot_dtype]
+        if not pairs:
+            return
+        pair, state = self.rng.choice(pairs), self.optimizer.state
+        kind = self.rng.choice(["moved", "written", "deleted", "None", "new", "dict", "all dicts"])
+        self.note(f"state of parameter {[p is pair for p in self.pairs].index(True)}: {kind}")
+        theirs = self.reference.state[pair.theirs]
+        for name in [name for name, slot in theirs.items() if slot is not None]:
+            slot = state[pair.ours][name]
+            if kind == "moved":
+                slot.data = slot.data.clone()
+            elif kind == "written":
+                slot.zero_()
+                theirs[name].zero_()
+            elif kind in ("deleted", "None"):
+                theirs[name] = state[pair.ours][name] = None
+                if kind == "deleted":
+                    del state[pair.ours][name]
+                pair.slot_dtype = None
+            elif kind == "new":
+                values = random_values(self.rng, slot.shape, slot.dtype)
+                state[pair.ours][name] = laid_out(self.rng, values)[0]
+                theirs[name].copy_(as_reals(values))
+        if kind == "dict":
+            state[pair.ours] = dict(state[pair.ours])
+        elif kind == "all dicts":
+            self.optimizer.state = type(state)(dict)
+            for key, value in reversed(list(state.items())):
+                self.optimizer.state[key] = dict(value)
+
+    def copy(self) -> None:
+        way = self.rng.choice(["deepcopy", "pickle"])
+        self.note(way)
+        made = (
+            copy.deepcopy(self.optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(self.optimizer))
+        )
+        self.optimizer = made
+        for group, own in zip(self.groups, made.param_groups, strict=True):
+            for pair, parameter in zip(group.pairs, own["params"], strict=True):
+                pair.ours, pair.memory = parameter, None
+                pair.theirs.data = pair.theirs.data.clone()
+        self.skipped = None
+
+    def save_and_load(self) -> None:
+        """Into an optimizer of other arguments."""
+        saved = through_file(self.optimizer.state_dict())
+        was_cyclic = self.cyclic
+        self.cyclic = self.rule.cyclic is not None and self.rng.random() < 0.3
+        others = [Group(group.pairs, dict(group.options)) for group in self.groups]
+        for other in others:
+            other.options = {name: drawn(self.rng) for name, drawn in self.rule.options.items()}
+            other.options[self.rule.slot_type] = self.rng.choice([None, torch.float32])
+            self.set_owners(other)
+        into = self.build(others)
+        if self.rng.random() < 0.3:
+            into, self.cyclic = self.optimizer, was_cyclic
+        self.note(f"saved and loaded into {'itself' if into is self.optimizer else into}")
+        kept = copy.deepcopy(saved)
+        into.load_state_dict(saved)
+        assert str(kept) == str(saved)
+        if into is not self.optimizer:
+            self.skipped, self.measures = None, False
+        self.optimizer = into
+        for group in self.groups:
+            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
+            for pair in group.pairs:
+                if pair.slot_dtype is not None:
+                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
+                    for slot in self.reference.state[pair.theirs].values():
+                        slot.copy_(rounded(slot, pair.slot_dtype))
+
+    def load_the_references(self) -> None:
+        """The file of PyTorch's own optimizer knows no schedules: they stay, and the clock with them."""
+        if any(pair.dtype.is_complex for pair in self.pairs):
+            return
+        self.note("loaded the file of PyTorch's optimizer")
+        self.tell_reference()
+        self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
+        for group in self.groups:
+            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
+            for pair in group.pairs:
+                if pair.slot_dtype is not None:
+                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
+
+    def go_back(self) -> None:
+        """To a checkpoint, after more steps."""
+        saved = through_file(self.optimizer.state_dict())
+        values = [pair.ours.detach().clone() for pair in self.pairs]
+        twins = [pair.theirs.detach().clone() for pair in self.pairs]
+        theirs = copy.deepcopy(self.reference.state_dict())
+        model = copy.deepcopy([(g.options, g.owners, [p.slot_dtype for p in g.pairs]) for g in self.groups])
+        at = self.updates, self.samples
+        for _ in range(self.rng.choice([1, 3])):
+            self.step()
+        self.note("back to the file before that")
+        self.optimizer.load_state_dict(saved)
+        self.reference.load_state_dict(theirs)
+        self.updates, self.samples = at
+        for pair, value, twin in zip(self.pairs, values, twins, strict=True):
+            pair.ours.data.copy_(value)
+            pair.theirs.data.copy_(twin)
+        for group, (options, owners, dtypes) in zip(self.groups, model, strict=True):
+            group.options, group.owners = options, owners
+            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
+            for pair, dtype in zip(group.pairs, dtypes, strict=True):
+                pair.slot_dtype = dtype and (options[self.rule.slot_type] or pair.dtype)
+                if dtype is not None:
+                    for slot in self.reference.state[pair.theirs].values():
+                        slot.copy_(rounded(slot, pair.slot_dtype))
+
+    def fail(self) -> None:
+        """A step that raises, and what was wrong put back: nothing has moved."""
+        self.set_gradients()
+        place = self.rng.randrange(len(self.groups))
+        own = self.optimizer.param_groups[place]
+        kinds: list[Callable[[], str | None]] = [lambda: self.spoil_group(own)] * 3
+        kinds += [self.spoil_gradient, self.spoil_slot]
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        with self.spoilt(self.rng.choice(kinds)) as what:
+            if what is None:
+                return
+            self.note(f"step fails: {what}")
+            named = what.split(" ")[0]
+            with refused((ValueError, RuntimeError), "starts" if named.endswith("_start") else named):
+                self.optimizer.step()
+        for before, now in zip(groups, self.optimizer.param_groups, strict=True):
+            assert before.keys() == now.keys()
+            assert all(now[key] is before[key] for key in before)
+        self.skipped = None
+
+    @contextmanager
+    def spoilt(self, spoil: Callable[[], Any]) -> Iterator[str | None]:
+        found = spoil()
+        if found is None:
+            yield None
+            return
+        what, put_back = found
+        try:
+            yield what
+        finally:
+            put_back()
+
+    def spoil_group(self, own: dict[str, Any]) -> Any:
+        wrong = dict(self.rule.wrong)
+        for name in self.rule.scheduled:
+            if own[f"{name}_schedule"] is not None:
+                wrong[name] = [*wrong[name], own[name] + 0.01]
+                wrong[f"{name}_start"] = [own["updates"] + own["samples"] + 1]
+            wrong[f"{name}_schedule"] = ["Cosine", 0.1]
+        wrong["updates"] = ["3", None, 2**63]
+        wrong["samples"] = [2**63, 1.5]
+        name = self.rng.choice(list(wrong))
+        before, value = own[name], self.rng.choice(wrong[name])
+        own[name] = value
+        return f"{name} = {value!r}", lambda: own.__setitem__(name, before)
+
+    def spoil_gradient(self) -> Any:
+        pair = self.rng.choice(self.pairs)
+        if pair.dtype.is_complex or not pair.ours.numel():
+            return None
+        before = pair.ours.grad
+        pair.ours.grad = torch.zeros(pair.ours.shape, dtype=pair.dtype).to_sparse()
+        return "gradient that is sparse", lambda: setattr(pair.ours, "grad", before)
+
+    def spoil_slot(self) -> Any:
+        state = self.optimizer.state
+        stateful = [pair for pair in self.pairs if state.get(pair.ours) and pair.ours.grad is not None]
+        used = [p for g in self.groups if self.value(g.owners["momentum"]) != 0.0 for p in g.pairs]
+        stateful = [pair for pair in stateful if any(pair is other for other in used)]
+        if not stateful:
+            return None
+        entry = state[self.rng.choice(stateful).ours]
+        name, slot = next(iter(entry.items()))
+        if slot is None:
+            return None
+        wrong = [torch.zeros(3, 3, 3), slot.to(torch.int32) if not slot.is_complex() else slot.real.clone()]
+        entry[name] = self.rng.choice(wrong)
+        return f"{name} of {entry[name].shape} and {entry[name].dtype}", lambda: entry.__setitem__(name, slot)
+
+    ACTIONS = (
+        *(set_by_hand, set_by_hand, set_schedule, set_schedule, set_clock, add_group, measure),
+        *(toggle_requires_grad, replace_data, replace_data, operate_on_state, operate_on_state, copy),
+        *(save_and_load, save_and_load, load_the_references, go_back, fail, fail, fail),
+    )
+
+    def go(self) -> None:
+        """The whole run; what it did stands in ``log``."""
+        self.check()
+        for _ in range(self.rng.choice([3, 8, 14])):
+            for _ in range(self.rng.choice([1, 1, 2, 4])):
+                self.step()
+                self.check()
+            action = self.rng.choice(self.ACTIONS)
+            action(self)
+            self.check()
+
+
+def _takes_sgd(group: Group) -> bool:
+    return not group.options["nesterov"] or group.options["dampening"] == 0.0
+
+
+def scale_as_float32(scale: float) -> float:
+    return float(np.float32(scale))
+
+
+def slot_type(pair: Pair) -> torch.dtype:
+    assert pair.slot_dtype is not None
+    real = pair.dtype.is_complex and not pair.slot_dtype.is_complex
+    return pair.slot_dtype.to_complex() if real else pair.slot_dtype
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """To the type, or its reals, and back."""
+    assert dtype is not None
+    return values.to(dtype.to_real() if dtype.is_complex else dtype).to(values.dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool(same.all())
+
+
+def assert_twins(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal to the bit, any NaN being like another."""
+    assert ours.dtype == dtype, f"{what} has {ours.dtype}, not {dtype}"
+    ours = as_reals(ours.cpu())
+    theirs = theirs.to(ours.dtype)
+    assert ours.shape == theirs.shape, what
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"
+
+
+@contextmanager
+def refused(kinds: type[Exception] | tuple[type[Exception], ...], message: str) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        if message not in str(error):
+            raise
+    else:
+        raise AssertionError("not refused")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        run = Run(int(argument), SGD)
+        try:
+            run.go()
+        finally:
+            print(*run.log, sep="\n")

@@ -1,0 +1,163 @@
+"""A training killed at random moments, also while it writes its checkpoint, ends as one that was not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TRAIN = Path(__file__).parent / "train.py"
+
+# Starts one training after the other: "<file> <arguments>" on stdin, answered by the process id, and by the
+# exit code when it is known. The first runs in this process itself, so that everything is imported once.
+SERVER = """
+import os, runpy, sys
+import fastlr, torch
+
+torch.set_num_threads(1)
+first = True
+for line in sys.stdin:
+    sys.argv = line.split()
+    if first:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        print(os.getpid(), 0, sep="\\n", flush=True)
+        first = False
+        continue
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        finally:
+            os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Trainings:
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, folder: Path, kind: str, workers: int) -> int:
+        folder.mkdir(exist_ok=True)
+        print(TRAIN, folder, kind, workers, file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def exit_code(self) -> int:
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(timeout=60)
+        self._server.stdout.close()
+
+
+@pytest.fixture
+def trainings() -> Iterator[Trainings]:
+    running = Trainings()
+    yield running
+    running.close()
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def kill_in_a_write(pid: int, path: Path, rng: random.Random, length: float) -> None:
+    """While the file is being written, if it ever is."""
+    skip = rng.choice((0, 1, 2, 3))  # so many are left alone
+    there = False
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        was, there = there, path.exists()
+        if there and not was:
+            if skip == 0:
+                break
+            skip -= 1
+        if not Path(f"/proc/{pid}/stat").exists():
+            return
+    time.sleep(rng.uniform(0.0, length))
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes by Linux's /proc")
+@pytest.mark.parametrize(
+    ("kind", "workers", "kills"),
+    [("plan", 0, (6, 60)), ("cyclic", 0, (0, 30)), ("plan", 1, (0, 10))],
+    ids=["plan", "cyclic", "worker-process"],
+)
+def test_killed_at_random_moments(
+    trainings: Trainings, kind: str, workers: int, kills: tuple[int, int], tmp_path: Path, soak: bool
+) -> None:
+    if not kills[soak]:
+        pytest.skip("only with --soak")
+    trainings.start(tmp_path / "whole", kind, workers)
+    assert trainings.exit_code() == 0
+    expected = torch.load(tmp_path / "whole" / "end.pt", weights_only=True)
+    begun = time.monotonic()
+    trainings.start(tmp_path / "timed", kind, workers)
+    assert trainings.exit_code() == 0
+    duration = time.monotonic() - begun
+    assert_equal(torch.load(tmp_path / "timed" / "end.pt", weights_only=True), expected)
+
+    rng = random.Random(0)
+    made = in_write = resumed = runs = finished = 0
+    while made < kills[soak]:
+        folder = tmp_path / f"run-{finished}"
+        new = folder / "checkpoint.pt.new"
+        resumed += (folder / "checkpoint.pt").exists()
+        pid = trainings.start(folder, kind, workers)
+        runs += 1
+        if rng.random() < 0.5:
+            kill_in_a_write(pid, new, rng, length=0.002)
+        else:
+            time.sleep(rng.uniform(0.0, duration))
+            with contextlib.suppress(ProcessLookupError):  # it is through
+                os.kill(pid, signal.SIGKILL)
+        code = trainings.exit_code()
+        assert code in (0, -signal.SIGKILL)
+        if code == 0:
+            assert_equal(torch.load(folder / "end.pt", weights_only=True), expected, f"run {runs}")
+            finished += 1
+            continue
+        made += 1
+        if new.exists():
+            in_write += 1
+            new.unlink()
+        if (folder / "checkpoint.pt").exists():
+            torch.load(folder / "checkpoint.pt", weights_only=True)  # whole
+    trainings.start(folder, kind, workers)
+    assert trainings.exit_code() == 0
+    assert_equal(torch.load(folder / "end.pt", weights_only=True), expected)
+    print(
+        f"{kind}, {workers} workers: {made} kills, {in_write} of them inside a write, {resumed} starts from "
+        f"a checkpoint, {finished + 1} trainings ended, all as the uninterrupted one"
+    )
+    assert resumed
+    assert in_write or not soak
