@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,21 +52,75 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", backends, indirect=True)
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def is_pointless(item: pytest.Item) -> bool:
+    """CUDA does not use the CPU's threads, and for a run drawn at random one of the emulator's orders is
+    enough."""
+    parameters = parameters_of(item)
+    backend = parameters.get("backend", "cpu")
+    if backend.startswith("cuda-on-cpu") and "seed" in parameters:
+        return parameters["seed"] % len(SEEDS) != int(backend[-1])
+    return parameters.get("threads", 1) > 1 and backend != "cpu"
+
+
+def repeats_with_another_seed(item: pytest.Item) -> bool:
+    """Each test on the emulated CUDA has one order that counts, drawn by its name, so that all are in use."""
+    parameters = parameters_of(item)
+    backend = parameters.get("backend", "cpu")
+    if not backend.startswith("cuda-on-cpu") or "seed" in parameters:
+        return False
+    name = item.nodeid.replace(backend, "", 1).encode()
+    return backend != f"cuda-on-cpu-{SEEDS[zlib.crc32(name) % len(SEEDS)]}"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what would only repeat a test: CUDA does not use the CPU's threads, and for a run drawn at
-    random one of the emulator's orders is enough."""
+    config.hook.pytest_deselected(items=[item for item in items if is_pointless(item)])
+    items[:] = [item for item in items if not is_pointless(item)]
+    for item in items:
+        if repeats_with_another_seed(item):
+            item.add_marker(pytest.mark.repetition)
+    if is_worker(config):
+        items.sort(key=lambda item: item.path.name not in LONG)
 
-    def repeats(item: pytest.Item) -> bool:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        backend = parameters.get("backend", "cpu")
-        in_another_order = backend.startswith("cuda-on-cpu") and "seed" in parameters
-        if in_another_order and parameters["seed"] % len(SEEDS) != int(backend[-1]):
-            return True
-        return parameters.get("threads", 1) > 1 and backend != "cpu"
 
-    kept = [item for item in items if not repeats(item)]
-    config.hook.pytest_deselected(items=[item for item in items if repeats(item)])
-    items[:] = kept
+# -- several processes (pytest-xdist) ------------------------------------------------------------
+
+# Workers begin with these files, and so end at about the same time.
+LONG = ("test_cuda_static.py", "test_native.py", "test_on_gpu.py", "test_wheel.py", "test_cuda_sanitized.py")
+# With `--dist loadfile` a file is one process's, which makes the fixtures of a module once, but for these.
+ONE_BY_ONE = ("test_cuda_sanitized.py",)
+
+
+def is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_worker(config):  # the cores are shared; two at the least, or nothing would be split between threads
+        torch.set_num_threads(max(2, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What `--dist loadfile` means here: files in the order of collection, and some of them in pieces."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if file.endswith(ONE_BY_ONE) else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+# -- fixtures ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def result(out: Path, name: str) -> dict[str, Any]:
 
 def test_a_stage_that_goes_wrong_costs_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     child, late = tmp_path / "child.py", tmp_path / "late"
-    child.write_text(f"import pathlib, time; time.sleep(4); pathlib.Path({str(late)!r}).touch()")
+    child.write_text(f"import pathlib, time; time.sleep(3); pathlib.Path({str(late)!r}).touch()")
     hanging = (
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, {str(child)!r}]); "
         "print('begun', flush=True); time.sleep(60)"
@@ -60,7 +60,7 @@ def test_a_stage_that_goes_wrong_costs_the_others_nothing(tmp_path: Path, capsys
     table = capsys.readouterr().out.split("headline\n")[1]
     assert all(name in table for name in expected)
     assert on_gpu.main(["--out", str(out), "--stages", "a,f"], stages) == 0
-    time.sleep(4)
+    time.sleep(2)
     assert not late.exists()  # what a stage has started is gone with it
 
 
@@ -111,6 +111,7 @@ def test_a_profile_is_read(tmp_path: Path):
     assert read_profile(settings(tmp_path), made).problems == ["==ERROR== ERR_NVGPUCTRPERM - no permission"]
 
 
+@pytest.mark.repetition
 def test_every_stage_runs_on_the_emulated_cuda(tmp_path: Path):
     out = tmp_path / "gpu"
     done = toolchain.run(

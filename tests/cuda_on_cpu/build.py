@@ -7,11 +7,13 @@ import importlib.util
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 from native import toolchain
 
 HERE = Path(__file__).parent
@@ -53,24 +55,42 @@ def compile_all(build: Path, items: list[tuple[Path, list[str]]]) -> list[Path]:
         return list(pool.map(compile_one, items))
 
 
-def build_extension(cache: Path) -> Path:
-    """The extension, built where the cache has none for these sources."""
-    sources = [p for p in sorted([*toolchain.CSRC.rglob("*"), *HERE.iterdir()]) if p.is_file()]
+def built_here(cache: Path) -> Path:
+    """The cache's folder for the sources and flags as they are; what was built from others goes."""
+    folders = (toolchain.CSRC, HERE, toolchain.NATIVE)
+    sources = sorted(p for folder in folders for p in folder.rglob("*") if p.suffix != ".pyc" and p.is_file())
     digest = hashlib.sha256(repr((FLAGS, sys.version)).encode())
     for path in sources:
         digest.update(path.read_bytes())
-    library = cache / digest.hexdigest()[:16] / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
-    shutil.rmtree(cache, ignore_errors=True)
-    library.parent.mkdir(parents=True)
+    folder = cache / digest.hexdigest()[:16]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")):
+        if not folder.exists():
+            shutil.rmtree(cache, ignore_errors=True)
+            folder.mkdir(parents=True)
+    return folder
+
+
+def make_once(output: Path, make: Callable[[Path], object]) -> Path:
+    """A file that `make` writes; of all threads and processes that want it one does, the others wait."""
+    output.parent.mkdir(exist_ok=True)
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            unfinished = output.with_suffix(".unfinished")
+            make(unfinished)
+            unfinished.rename(output)
+    return output
+
+
+def build_extension(cache: Path) -> Path:
+    """The extension, built where the cache has none for these sources."""
+    library = built_here(cache) / "extension" / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = [*FLAGS, *python_flags(), "-O2"]
     items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
     items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
     items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
     items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_LEVEL=baseline"]))
-    link(compile_all(library.parent, items), library)
-    return library
+    return make_once(library, lambda output: link(compile_all(library.parent, items), output))
 
 
 def python_flags() -> list[str]:
@@ -82,9 +102,7 @@ def python_flags() -> list[str]:
 
 
 def link(objects: list[Path], library: Path) -> None:
-    unfinished = library.with_suffix(".unfinished")
-    toolchain.run_or_fail(compiler(), "-shared", *objects, "-ldl", "-o", unfinished)
-    unfinished.rename(library)
+    toolchain.run_or_fail(compiler(), "-shared", *objects, "-ldl", "-o", library)
 
 
 def relink_extension(library: Path, csrc: Path, source: str, folder: Path) -> Path:

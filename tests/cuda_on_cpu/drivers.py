@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 
 from native import toolchain
@@ -48,42 +49,26 @@ def compile_object(name: str, csrc: Path, output: Path) -> Path:
     return output
 
 
-class Drivers:
-    """Links drivers from objects that are compiled once.
+@cache
+def need_sanitizer(kind: str) -> None:
+    """Skips where there is no such one."""
+    with tempfile.TemporaryDirectory() as folder:
+        toolchain.need_sanitizer(build.compiler(), SANITIZERS[kind], Path(folder))
 
-    Args:
-        folder: an empty one, where everything is built.
-        pool: compiles the objects, from now on.
-    """
 
-    def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
-        def probe(kind: str) -> None:
-            (folder / kind).mkdir()
-            toolchain.need_sanitizer(build.compiler(), SANITIZERS[kind], folder / kind)
+def link(kind: str, output: Path, replaced: dict[str, Path] | None = None) -> Path:
+    """Links a program of PROGRAMS, with some of its objects replaced. The others are compiled once, by
+    whoever needs one first."""
+    need_sanitizer(kind)
+    shared = build.built_here(build.CACHE) / "drivers"
 
-        self._folder = folder
-        self._extension = pool.submit(build.build_extension, build.CACHE)
-        self._usable = {kind: pool.submit(probe, kind) for kind in SANITIZERS}
-        self._objects = {
-            name: pool.submit(compile_object, name, toolchain.CSRC, folder / f"{name}.o") for name in OBJECTS
-        }
+    def unchanged(name: str) -> Path:
+        return build.make_once(shared / f"{name}.o", partial(compile_object, name, toolchain.CSRC))
 
-    def link(self, kind: str, output: Path, replaced: dict[str, Path] | None = None) -> Path:
-        """Links a program of PROGRAMS, with some of its objects replaced; skips where there is no such
-        sanitizer."""
-        self._usable[kind].result()
-        own = replaced or {}
-        objects = [own[name] if name in own else self._objects[name].result() for name in PROGRAMS[kind]]
-        toolchain.run_or_fail(build.compiler(), *SANITIZERS[kind], *objects, "-pthread", "-o", output)
-        return output
-
-    def extension(self) -> Path:
-        """That of module.cpp, with the sources as they are."""
-        return self._extension.result()
-
-    def unchanged(self, kind: str) -> Path:
-        """The driver of the sources as they are."""
-        return self.link(kind, self._folder / kind / "driver")
+    own = replaced or {}
+    objects = [own[name] if name in own else unchanged(name) for name in PROGRAMS[kind]]
+    toolchain.run_or_fail(build.compiler(), *SANITIZERS[kind], *objects, "-pthread", "-o", output)
+    return output
 
 
 def run(program: Path) -> subprocess.CompletedProcess[str]:

@@ -269,18 +269,19 @@ def noticed_by(done: subprocess.CompletedProcess[str]) -> str:
     )
 
 
-def run_faulty(name: str, made: drivers.Drivers, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_faulty(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Builds the driver from a faulty copy, in a folder that does not exist yet, and runs it."""
     fault = FAULTS[name]
     if fault.build == EXTENSION:
-        library = build.relink_extension(made.extension(), plant(fault, folder), fault.file, folder)
+        unchanged = build.build_extension(build.CACHE)
+        library = build.relink_extension(unchanged, plant(fault, folder), fault.file, folder)
         command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", EXTENSION_TESTS)
         environment = {**os.environ, build.LIBRARY: str(library)}
         return toolchain.run(*command, cwd=Path(__file__).parents[1], env=environment, timeout=300)
     part = "launches" if fault.file == LAUNCHES else "kernels"
     replaced = next(n for n in drivers.PROGRAMS[fault.build] if n.split("-")[0] == part)
     path = drivers.compile_object(replaced, plant(fault, folder), folder / "faulty.o")
-    return drivers.run(made.link(fault.build, folder / "driver", {replaced: path}))
+    return drivers.run(drivers.link(fault.build, folder / "driver", {replaced: path}))
 
 
 def main(names: list[str]) -> int:
@@ -288,8 +289,7 @@ def main(names: list[str]) -> int:
     unexpected = 0
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
         folder = Path(temporary)
-        made = drivers.Drivers(folder, pool)
-        running = [pool.submit(run_faulty, name, made, folder / str(i)) for i, name in enumerate(chosen)]
+        running = [pool.submit(run_faulty, name, folder / str(i)) for i, name in enumerate(chosen)]
         print(f"{'fault':48} {'build':9} noticed by")
         for name, future in zip(chosen, running, strict=True):
             fault, found = FAULTS[name], noticed_by(future.result())
