@@ -129,8 +129,8 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   }
   if (!items.empty() || devices_.any()) {
     captured = devices_.step(items, gathering_.layouts(), gathering_.groups(), settings.found_inf,
-                             settings.grad_scale, with_host, in_order, settings.measures_norm);
-    if (settings.samples != 0) devices_.advance_samples(settings.samples);
+                             settings.grad_scale, with_host, in_order, settings.measures_norm,
+                             settings.samples);
     devices_stepped_ = true;
   }
 #endif

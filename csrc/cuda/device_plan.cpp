@@ -188,20 +188,21 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>
 }
 
 void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
-                        GraphObjects graph) {
+                        int64_t samples, GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
     for (Seen& seen : seen_) seen.slots_not_in_graph |= ~seen.live_slots;
     tensors_.captured_in(graph);
   }
-  if (launches_.empty()) return launch_clock(scope, 1, 0, found_inf, std::move(graph));
   use_clocks(scope, std::move(graph));
-  const WithoutGil waiting_for_room_in_the_stream;
+  const WithoutGil waiting_for_room_in_the_stream;  // and no Python code from here on
   for (cuda::Launch& launch : launches_) {
     launch.clocks = clocks(found_inf);
     launch.grad_scale = grad_scale;
     cuda::launch_step(scope.device(), scope.stream(), launch);
   }
+  if (launches_.empty()) launch_clock(scope, 1, 0, found_inf);
+  if (samples != 0) launch_clock(scope, 0, samples, nullptr);
 }
 
 // To be called before each launch.
@@ -215,14 +216,14 @@ void DevicePlan::use_clocks(const DeviceScope& scope, GraphObjects graph) {
 }
 
 void DevicePlan::launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                              const float* found_inf, GraphObjects graph) {
-  use_clocks(scope, std::move(graph));
+                              const float* found_inf) {
   cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples,
                      measures_norm_);
 }
 
 void DevicePlan::advance_samples(const DeviceScope& scope, int64_t samples) {
-  launch_clock(scope, 0, samples, nullptr, {});
+  use_clocks(scope, {});
+  launch_clock(scope, 0, samples, nullptr);
 }
 
 void DevicePlan::agree(size_t group, const Clock& clock) {

@@ -28,10 +28,12 @@ class DevicePlan {
   void prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
                const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm);
 
-  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. graph: what
-  // else these launches refer to, for the graph that captures them.
+  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. samples: by
+  // which the clock of samples moves, also where the update is skipped. graph: what else these
+  // launches refer to, for the graph that captures them. Where Python code raises an error, nothing
+  // was launched.
   void launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
-              GraphObjects graph);
+              int64_t samples, GraphObjects graph);
 
   // Moves the clock of samples.
   void advance_samples(const DeviceScope& scope, int64_t samples);
@@ -72,7 +74,7 @@ class DevicePlan {
   Clocks clocks(const float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                    const float* found_inf, GraphObjects graph);
+                    const float* found_inf);
 
   bool captured_ = false;
 

@@ -134,7 +134,8 @@ void Devices::flag_momenta(const DeviceScope& scope, int device,
 
 bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
                    const std::vector<GroupReading>& groups, PyObject* found_inf,
-                   PyObject* grad_scale, bool with_host, bool in_order, bool measures_norm) {
+                   PyObject* grad_scale, bool with_host, bool in_order, bool measures_norm,
+                   int64_t samples) {
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
   }
@@ -178,7 +179,7 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
         if (item.momentum != nullptr) graph.add(Owned::borrow(item.momentum));
       }
     }
-    device_plan.launch(*scope, inf.data(), scale.data(), std::move(graph));
+    device_plan.launch(*scope, inf.data(), scale.data(), samples, std::move(graph));
   }
   if ((found_inf != Py_None || grad_scale != Py_None) && !with_host) host_is_exact_ = false;
   return capturing != 0;

@@ -36,10 +36,11 @@ class Devices {
   // One step on every device that there is, or that an item names; prepared everywhere before it is
   // launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host takes part in
   // the step and has read found_inf. in_order: tensors share memory. measures_norm: so that
-  // squared_norm() tells the gradients'. Returns whether the step was captured instead of run.
+  // squared_norm() tells the gradients'. samples: by which the clock of samples moves, also where
+  // the update is skipped. Returns whether the step was captured instead of run.
   bool step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
             const std::vector<GroupReading>& groups, PyObject* found_inf, PyObject* grad_scale,
-            bool with_host, bool in_order, bool measures_norm);
+            bool with_host, bool in_order, bool measures_norm, int64_t samples);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);
