@@ -47,15 +47,25 @@ PyObject* item(PyObject* group, PyObject* key) {
   return value;
 }
 
+// Of a new str or nullptr.
+std::string text_of(PyObject* made) {
+  const Owned text(made);
+  const char* utf8 = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
+  PyErr_Clear();
+  return utf8 == nullptr ? "something that cannot be shown" : utf8;
+}
+
 [[noreturn]] void refuse_item(PyObject* key, Py_ssize_t index, const char* expected,
                               PyObject* value) {
-  PyErr_Clear();
-  const Owned shown(PyObject_Repr(value));
-  const char* text = shown ? PyUnicode_AsUTF8(shown.get()) : nullptr;
-  PyErr_Clear();
+  // What a tensor says, which its device may have told it, says more than its repr.
+  const bool says_why = PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_RuntimeError);
+  PyObject *type, *error, *traceback;
+  PyErr_Fetch(&type, &error, &traceback);
+  const Owned owned_type(type), owned_error(error), owned_traceback(traceback);
+  const std::string why = says_why ? ": " + text_of(PyObject_Str(error)) : "";
   throw std::invalid_argument(std::string(PyUnicode_AsUTF8(key)) + in_group(index) + " must be " +
-                              expected + ", got " + (text == nullptr ? "" : text) + " (" +
-                              Py_TYPE(value)->tp_name + ")");
+                              expected + ", got " + text_of(PyObject_Repr(value)) + " (" +
+                              Py_TYPE(value)->tp_name + ")" + why);
 }
 
 // A number, also another library's, or a tensor of one.

@@ -94,7 +94,7 @@ def laid_out(rng: Random, values: torch.Tensor, kind: str | None = None) -> tupl
 
 def gradient_laid_out(rng: Random, gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """The gradient of those values as autograd, hooks and people lay gradients out."""
-    kind = rng.choice(["same", "same", "same", "contiguous", "any", "any", "expanded", "lazy"])
+    kind = rng.choice(["same", "same", "alike", "alike", "contiguous", "any", "any", "expanded", "lazy"])
     gradient = gradient.to(parameter.device)
     if kind == "expanded" and gradient.numel():
         return gradient.flatten()[:1].view([1] * gradient.dim()).expand(gradient.shape)
@@ -102,4 +102,8 @@ def gradient_laid_out(rng: Random, gradient: torch.Tensor, parameter: torch.Tens
         return gradient.conj().clone(memory_format=torch.contiguous_format).resolve_conj().conj()
     if kind == "any":
         return laid_out(rng, gradient)[0]
+    if kind == "alike":  # with the parameter's gaps too
+        reach = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+        base = torch.full((max(reach, 0) + 1,), float("nan"), dtype=gradient.dtype, device=gradient.device)
+        return base.as_strided(parameter.shape, parameter.stride()).copy_(gradient)
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient) if kind == "same" else gradient

@@ -67,8 +67,9 @@ class Hiding:
         if "torch" in self.draws:
             torch.rand(1)
         if self.uses < 2:
-            for kind, state in zip(self.kinds, self.states, strict=True):
-                HIDDEN[kind][1](state)
+            with torch.enable_grad():  # some need it, and a metric is measured without
+                for kind, state in zip(self.kinds, self.states, strict=True):
+                    HIDDEN[kind][1](state)
         self.uses += 1
 
 
