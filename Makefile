@@ -1,5 +1,5 @@
-# Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make lint`, `make bench`;
-# `make gpu` takes what the machine has.
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make fuzz`,
+# `make soak`, `make lint`, `make bench`; `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test test-rest test-all lint bench gpu clean
+.PHONY: demo test test-rest test-all fuzz soak lint bench gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -32,6 +32,16 @@ test-rest: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest -n auto --dist loadfile -m repetition
 
 test-all: test test-rest
+
+# The long form of tests/soak; prints what each part did.
+soak: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/pytest tests/soak --soak -rP --backend cpu
+
+# Runs drawn at random, on all cores; FIRST=100000 draws others.
+RUNS ?= 10000
+FIRST ?= 0
+fuzz: $(VENV)/installed-test
+	cd tests && $(abspath $(BIN))/python -m fuzz --runs $(RUNS) --first $(FIRST)
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check

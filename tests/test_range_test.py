@@ -1077,3 +1077,25 @@ def test_inference_mode_is_refused():
 def test_an_optimizer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="torch optimizer, got list"):
         fastlr.range_test(torch.nn.Linear(1, 1), [], cross_entropy, [BATCH])
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_an_error_of_the_loader_is_passed_on_where_the_weights_are_nan_too(repeats):
+    class Failing(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            if self.passes == 2:
+                raise OSError("the disk is gone")
+            return super().__iter__()
+
+    model = torch.nn.Linear(FEATURES, CLASSES)
+    opt = fastlr.FusedSGD(model.parameters(), momentum=0.9)
+    loader = Failing([(torch.randn(8, FEATURES), torch.arange(8) % CLASSES)] * 4)
+
+    def loss_fn(output, target):
+        return (output * 1e30).square().mean()
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        fastlr.range_test(model, opt, loss_fn, loader, num_steps=10, repeats=repeats, progress=False)

@@ -429,6 +429,18 @@ def test_classes_with_ways_of_their_own_are_put_back():
     assert job.model.counted.looks == 0
 
 
+@pytest.mark.parametrize("left", [0, 8], ids=["freed", "cut"])
+@pytest.mark.parametrize("backup", ["device", "host", "file"])
+@pytest.mark.parametrize("place", ["model", "data"])
+def test_a_tensor_whose_storage_was_freed_before_is_put_back(place, backup, left):
+    hiding = Hiding({"tensor": (lambda: torch.ones(3, 2000), lambda t: t.resize_(9000).fill_(2))})
+    hiding.states[0].untyped_storage().resize_(left)
+    job = Job(**{place: hiding})
+    before = job.fingerprint()
+    job.range_test(backup=backup)
+    assert differences(before, job.fingerprint()) == []
+
+
 LEAVES = st.sampled_from(list(HIDDEN))
 TREES = st.recursive(
     LEAVES,

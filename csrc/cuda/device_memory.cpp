@@ -71,7 +71,12 @@ void DeviceScope::leave() {
   if (!guard_) return;
   PyObject *type, *value, *traceback;  // an error on its way out must survive the call
   PyErr_Fetch(&type, &value, &traceback);
-  const Owned left(PyObject_CallMethod(runtime_, "leave", "O", guard_.get()));
+  Owned left(PyObject_CallMethod(runtime_, "leave", "O", guard_.get()));
+  if (!left && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+    PyErr_Clear();
+    left = Owned(PyObject_CallMethod(runtime_, "leave", "O", guard_.get()));
+    PyErr_SetInterrupt();  // again, where it can be raised
+  }
   if (!left) PyErr_WriteUnraisable(runtime_);
   guard_ = Owned();
   PyErr_Restore(type, value, traceback);

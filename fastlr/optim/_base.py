@@ -341,8 +341,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every parameter that has a gradient, then moves the clock and the schedules.
 
-        Everything is checked before the first byte is written. A step in which no parameter has a
-        gradient counts as applied.
+        Everything is checked before the first byte is written. After an error or Ctrl-C nothing has changed,
+        or everything has (of parameters on several CUDA devices, those of some may have). A step in which
+        no parameter has a gradient counts as applied.
 
         Args:
             closure: reevaluates the model with gradients enabled and returns the loss.
@@ -353,7 +354,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a hyperparameter is out of range, or a tensor cannot be updated; the message
                 names it.
-            RuntimeError: something else wrote a value that a schedule owns.
+            RuntimeError: something else wrote a value that a schedule owns, or another thread is in a step of
+                this optimizer.
         """
         if torch.compiler.is_compiling():
             return self._uncompiled_step(closure)

@@ -53,10 +53,13 @@ class KeptTensor:
 
     @property
     def values(self) -> torch.Tensor:
-        """What is to be copied: of an expanded tensor each value once."""
+        """What is to be copied: of an expanded tensor each value once; of one whose storage is too small for
+        it, that storage."""
         if self._alias is None:
             return self._tensor.detach()
         values = self._alias
+        if _reach(values) > self._size:  # freed, as sharding does, or cut: what there still is
+            return torch.empty(0, dtype=torch.uint8, device=values.device).set_(values.untyped_storage())
         for dimension, (n, stride) in enumerate(zip(values.shape, values.stride(), strict=True)):
             if stride == 0 and n > 1:
                 values = values.narrow(dimension, 0, 1)
@@ -113,6 +116,14 @@ class KeptTensor:
 
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """How many bytes of its storage a tensor needs."""
+    if tensor.numel() == 0:
+        return 0
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(tensor.storage_offset()) + sum(steps) + 1) * tensor.element_size()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -175,7 +175,7 @@ class Snapshot:
             self._file.unlink(missing_ok=True)
 
     def untouched(self, work: Callable[[], object]) -> None:
-        """Makes the backup and does the work; whatever happens, everything is bit for bit as before then."""
+        """Makes the backup and does the work; whatever happens, afterwards all is bit for bit as before."""
         try:
             self.write()
         except BaseException:

@@ -240,7 +240,7 @@ def _swept(
         except Exception:
             # Code may well choke on what a loss of inf or NaN, or an update with such gradients, left behind.
             # The losses up to here and the weights tell; if they are sound, the error is the user's.
-            if record is None:
+            if record is None or batches.failed:
                 raise
             record.read(alone=True)
             if record.stopped is None and not update.sound():

@@ -20,7 +20,12 @@ class Batches:
         loader: begun again where it runs out, which is said once.
         device: where pairs go; None: batches are left as they come.
         say: tells a sentence; None: nobody is told.
+
+    Attributes:
+        failed: whether the loader raised, which is not the weights' fault.
     """
+
+    failed = False
 
     def __init__(
         self,
@@ -33,7 +38,10 @@ class Batches:
         self._endless = self._run()
 
     def __next__(self) -> Any:
-        return next(self._endless)
+        self.failed = True
+        batch = next(self._endless)
+        self.failed = False
+        return batch
 
     def once(self) -> Iterator[Any]:
         """One pass."""

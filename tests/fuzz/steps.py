@@ -230,11 +230,9 @@ class Run:
             arguments = {name: v for name, v in arguments.items() if name not in ("gamma", "decay_base")}
         words = {name: value for name, value in arguments.items() if name not in ("base", "max", "inverted")}
         modes = {"none": "triangular", "halving": "triangular2"}
-        words |= {
-            "base_lr": arguments["base"],
-            "max_lr": arguments["max"],
-            "mode": modes.get(kind, "exp_range"),
-        }
+        # All of them, as what a group does not say is taken from the constructor's arguments.
+        words = {"gamma": 1.0, "decay_base": False, **words, "mode": modes.get(kind, "exp_range")}
+        words |= {"base_lr": arguments["base"], "max_lr": arguments["max"]}
         lr = policy(**arguments), self.updates
         if rng.random() < 0.5:
             momentum = rng.choice([0.0, rng.uniform(0.0, 0.97)])

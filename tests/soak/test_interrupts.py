@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -88,6 +89,7 @@ def step(subject: Subject) -> None:
 def scaled_step(subject: Subject) -> None:
     subject.optimizer.grad_scale, subject.optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     subject.optimizer.step()
+    del subject.optimizer.grad_scale, subject.optimizer.found_inf
 
 
 def state_dict(subject: Subject) -> None:
@@ -286,3 +288,29 @@ def test_real_signals(soak: bool) -> None:
         assert optimizer.clock() == alone.clock()
         assert optimizer.param_groups[0]["lr"] == alone.param_groups[0]["lr"]
     assert caught == signals
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["first step", "step"])
+def test_a_step_on_a_device_is_made_or_it_is_not(
+    steps: int, on_emulated_cuda: ModuleType, soak: bool
+) -> None:
+    """Its kernels are launched one after another; host and device agree afterwards on what was."""
+
+    def state(subject: Subject) -> list[Any]:
+        subject.optimizer.sync()
+        return subject.state()
+
+    whole = Subject(steps)
+    before = state(whole)
+    step(whole)
+    after = state(whole)
+    del before[1], after[1]
+    counted = Subject(steps)
+    count = places(lambda: step(counted))
+    for place in chosen(count, 10_000 if soak else 10, seed=0):
+        subject = Subject(steps)
+        interrupted(lambda s=subject: step(s), place)
+        found = state(subject)
+        # Versions may be counted up for a step that was stopped on its way to the device.
+        del found[1]
+        assert same(found, after) or same(found, before), f"half a step after place {place} of {count}"

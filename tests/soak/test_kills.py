@@ -48,12 +48,14 @@ for line in sys.stdin:
 
 class Trainings:
     def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._server: subprocess.Popen[str] | None = None
 
     def start(self, folder: Path, kind: str, workers: int) -> int:
         folder.mkdir(exist_ok=True)
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         print(TRAIN, folder, kind, workers, file=self._server.stdin, flush=True)
         return int(self._server.stdout.readline())
 
@@ -61,6 +63,8 @@ class Trainings:
         return int(self._server.stdout.readline())
 
     def close(self) -> None:
+        if self._server is None:
+            return
         self._server.stdin.close()
         self._server.wait(timeout=60)
         self._server.stdout.close()
