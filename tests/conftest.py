@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,8 +101,12 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if is_worker(config):  # the cores are shared; two at the least, or nothing would be split between threads
-        torch.set_num_threads(max(2, torch.get_num_threads() // config.workerinput["workercount"]))
+    if not is_worker(config):
+        return
+    # The cores are shared; two at the least, or nothing would be split between threads.
+    torch.set_num_threads(max(2, torch.get_num_threads() // config.workerinput["workercount"]))
+    # Workers begin without Ctrl-C, which tests raise, and so would the processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

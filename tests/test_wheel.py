@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -54,11 +55,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
     assert any(n.name == "LICENSE" for n in info)
 
 
-def test_wheel_needs_only_torch_and_numpy(wheel: zipfile.ZipFile):
+def test_wheel_needs_only_torch_numpy_and_what_torch_needs_too(wheel: zipfile.ZipFile):
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(name).decode())
     always = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert {re.match(r"[\w-]+", r)[0] for r in always} == {"torch", "numpy"}
+    assert {re.match(r"[\w-]+", r)[0] for r in always} == {"torch", "numpy", "typing-extensions"}
+    assert "typing-extensions" in " ".join(importlib.metadata.requires("torch"))
     assert metadata["Requires-Python"] == ">=3.10"
 
 
