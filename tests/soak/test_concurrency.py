@@ -92,32 +92,6 @@ def test_a_shared_optimizer_refuses_a_second_step_at_a_time(soak: bool) -> None:
     assert optimizer.param_groups[0]["lr"] == alone.param_groups[0]["lr"]
 
 
-def test_a_state_dict_of_another_thread_is_whole(soak: bool) -> None:
-    """Clock, rate and the set of buffers belong together, whenever it is taken."""
-    model = parameters([(200_000,), (5,)])
-    set_gradients(0, model)
-    optimizer = optimizer_of(model)
-    schedule = optimizer.param_groups[0]["lr_schedule"]
-    done = threading.Event()
-    seen = []
-
-    def step() -> None:
-        for _ in range(400 if soak else 60):
-            optimizer.step()
-        done.set()
-
-    def save() -> None:
-        while not done.is_set():
-            seen.append(optimizer.state_dict())
-
-    in_threads(step, save)
-    for state in seen:
-        group = state["param_groups"][0]
-        assert group["lr"] == schedule(group["updates"])
-        assert len(state["state"]) == (2 if group["updates"] else 0) or group["updates"] <= 1
-        assert all(entry.get("momentum_buffer") is not None for entry in state["state"].values())
-
-
 # A step with threads, a fork, a step of the child; prints the child's weights' digest and its own.
 FORK = """
 import os, sys
