@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from native import toolchain
 
 import fastlr
 from fastlr import _files, plotting
@@ -174,7 +175,9 @@ while True:
 def test_a_kill_leaves_a_whole_file(tmp_path):
     path = tmp_path / "range.json"
     for delay in (0.0, 0.004, 0.011, 0.017):
-        with subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE, cwd=toolchain.TESTS
+        ) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from native import toolchain
 
 import fastlr
 
@@ -55,7 +56,7 @@ def test_every_way_gives_the_class(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_first_import_of_a_process(name: str, statement: str) -> None:
     code = f"{statement.format(name)}; import fastlr; assert found is fastlr.{name}, found"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=toolchain.TESTS)
 
 
 def built(kind: Any) -> Any:

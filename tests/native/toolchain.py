@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 NATIVE = Path(__file__).parent
+TESTS = NATIVE.parent  # where processes are started: the root's `fastlr` is not the one that is installed
 
 ADDRESS_SANITIZER = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD_SANITIZER = ("-fsanitize=thread",)

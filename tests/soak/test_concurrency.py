@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients
+from native import toolchain
 
 import fastlr
 
@@ -133,6 +134,7 @@ def test_a_forked_process_steps_on(norm: str, soak: bool) -> None:
         pytest.skip("only with --soak")
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", FORK, norm],
+        cwd=toolchain.TESTS,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

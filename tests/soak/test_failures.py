@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import parameters
+from native import toolchain
 
 import fastlr
 from fastlr.optim._runtime import Runtime
@@ -202,5 +203,7 @@ print(all(bool((p == 0.5).all()) for p in model), optimizer.clock().updates, len
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_memory_that_runs_out_for_a_buffer() -> None:
-    done = subprocess.run([sys.executable, "-c", NO_ROOM], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM], capture_output=True, text=True, timeout=120, cwd=toolchain.TESTS
+    )
     assert done.stdout.splitlines() == ["RuntimeError True", "True 0 0", "True 1 2"], done.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native import toolchain
 
 # Files of at most so many bytes stand for the full disk: writing on raises, as SIGXFSZ is ignored.
 PROGRAM = """
@@ -78,6 +79,7 @@ def test_the_old_file_stays_whole(what: str, limit: int, says: str, tmp_path: Pa
     path = tmp_path / f"result.{what}"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), what, str(limit)],
+        cwd=toolchain.TESTS,
         capture_output=True,
         text=True,
         timeout=120,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from native import toolchain
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -54,7 +55,11 @@ class Trainings:
         folder.mkdir(exist_ok=True)
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-c", SERVER],
+                cwd=toolchain.TESTS,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
         print(TRAIN, folder, kind, workers, file=self._server.stdin, flush=True)
         return int(self._server.stdout.readline())
