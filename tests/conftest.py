@@ -102,6 +102,9 @@ def is_worker(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     if not is_worker(config):
+        # For processes that begin from now on: a thread that spins while it waits takes the core from the one
+        # that it waits for, as soon as there are more of them than cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return
     # The cores are shared; two at the least, or nothing would be split between threads.
     torch.set_num_threads(max(2, torch.get_num_threads() // config.workerinput["workercount"]))

@@ -34,6 +34,12 @@ def test_fault_is_noticed(tmp_path: Path, fault: str):
     assert faults.noticed_by(done) == faults.FAULTS[fault].noticed, done.stdout + done.stderr
 
 
+def test_every_fault_can_be_planted(tmp_path: Path):
+    """Those that are repetitions too, so that whoever changes the code hears of it at once."""
+    for k, fault in enumerate(faults.FAULTS.values()):
+        faults.plant(fault, tmp_path / str(k))
+
+
 @pytest.mark.parametrize("old", ["no such text", "__syncthreads();"], ids=["absent", "not-unique"])
 def test_a_fault_must_match_once(tmp_path: Path, old: str):
     fault = faults.Fault(faults.KERNELS, old, "", "plain", "race")

@@ -241,7 +241,7 @@ FAULTS = {
     ),
     "a graph's clocks go with the optimizer": Fault(DEVICE_PLAN, "  graph.add(state_);\n", "", *TEST),
     "a graph's schedules go with the optimizer": Fault(
-        DEVICE_PLAN, '  if (schedules_changed || grows) state_.hold("schedules", schedules_);\n', "", *TEST
+        DEVICE_PLAN, '  if (changed.schedules || grows) state_.hold("schedules", schedules_);\n', "", *TEST
     ),
 }
 
