@@ -102,11 +102,11 @@ inline void bind_plan(py::module_& m) {
           },
           py::arg("param_groups"))
       .def(
-          "loaded",
-          [](Plan& plan, py::list uninitialized) {
-            with_python_errors([&] { plan.loaded(uninitialized.ptr()); });
+          "load",
+          [](Plan& plan, py::list param_groups, py::list uninitialized) {
+            with_python_errors([&] { plan.load(param_groups.ptr(), uninitialized.ptr()); });
           },
-          py::arg("uninitialized"))
+          py::arg("param_groups"), py::arg("uninitialized"))
       .def(
           "sync",
           [](Plan& plan, py::list param_groups) {

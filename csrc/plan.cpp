@@ -201,9 +201,10 @@ void Plan::push(PyObject* param_groups) {
 #endif
 }
 
-void Plan::loaded([[maybe_unused]] PyObject* uninitialized) {
+void Plan::load(PyObject* param_groups, [[maybe_unused]] PyObject* uninitialized) {
+  const std::vector<GroupReading> groups = groups_.read(param_groups);
 #if defined(FASTLR_HAS_CUDA)
-  devices_.set_initialized(uninitialized);
+  devices_.load(groups, uninitialized);
 #endif
 }
 

@@ -73,8 +73,9 @@ class Plan {
   // Hands schedules, hyperparameters and clocks to the devices at once, so that captured graphs
   // follow them.
   void push(PyObject* param_groups);
-  // After state was loaded: every buffer holds something but those of the listed parameters.
-  void loaded(PyObject* uninitialized);
+  // The same for groups that come with new state: every buffer holds something but those of the
+  // listed parameters.
+  void load(PyObject* param_groups, PyObject* uninitialized);
 
   // Waits for the devices and brings the groups' clocks, and skipped(), up to date with theirs.
   void sync(PyObject* param_groups);

@@ -11,7 +11,8 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -614,6 +615,100 @@ def test_other_threads_run_while_one_waits_for_the_device(cuda: ModuleType):
         cuda.let_streams_go()
         waiting.join()
         assert len(answers) == 1
+
+
+def test_what_moves_while_one_waits_for_the_device_is_not_moved_back(cuda: ModuleType):
+    model = parameters([(3,)])
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Exponential(0.1, 0.5), momentum=0.9)
+    train(3, (model, optimizer.step))
+    cuda.reset_statistics()
+    cuda.hold_streams()
+    waiting = threading.Thread(target=optimizer.sync)
+    waiting.start()
+    while waiting.is_alive() and cuda.statistics()["stream_synchronizations"] == 0:
+        time.sleep(0.001)
+    train(1, (model, optimizer.step), start=3)  # after the clock was read
+    optimizer.advance_samples(5)
+    cuda.let_streams_go()
+    waiting.join()
+    assert optimizer.clock() == (4, 5)
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**4
+    train(1, (model, optimizer.step), start=4)
+    assert optimizer.sync() == (5, 5)
+
+
+def change_schedule(optimizer: fastlr.FusedSGD) -> None:
+    optimizer.set_schedule(lr=fastlr.Tabulated([0.1 + 1e-6 * i for i in range(20_000)]), momentum=0.5)
+
+
+def change_clock(optimizer: fastlr.FusedSGD) -> None:
+    optimizer.set_clock(updates=7)
+
+
+def load_own_file(optimizer: fastlr.FusedSGD) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0] |= {"updates": 9, "weight_decay": 0.25}
+    optimizer.load_state_dict(saved)
+
+
+def outgrow_the_table(optimizer: fastlr.FusedSGD) -> None:
+    optimizer.step()  # where there are 70 groups
+
+
+CHANGES = (change_schedule, change_clock, load_own_file, outgrow_the_table)
+
+
+@pytest.mark.parametrize("method", ["new_bytes", "upload", "enter", "stream"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_device_goes_on_as_before_after_an_error(
+    streams: Streams, change: Callable[[fastlr.FusedSGD], None], method: str
+):
+    """Whichever call fails of those that take memory or let Python code run."""
+
+    def made() -> tuple[list[torch.nn.Parameter], fastlr.FusedSGD]:
+        model = parameters([(5,)] * 71)
+        lr = fastlr.Cosine(0.1, 0.0, 50)
+        optimizer = fastlr.FusedSGD(model[:1], lr=lr, momentum=0.9, weight_decay=0.01)
+        train(2, (model[:1], optimizer.step))
+        if change is outgrow_the_table:
+            for p in model[1:]:
+                optimizer.add_param_group({"params": [p], "lr": fastlr.Cosine(0.2, 0.0, 50)})
+        set_gradients(2, model)
+        return model, optimizer
+
+    @contextmanager
+    def failing(fail_at: int | None = None) -> Iterator[list[int]]:
+        """Counts the method's calls, and lets one of them fail."""
+        calls = [0]
+        original = getattr(streams, method)
+
+        def call(*arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] - 1 == fail_at:
+                raise MemoryError("for the test")
+            return original(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streams, method, call, raising=False)
+            yield calls
+
+    _, clean = made()
+    with failing() as calls:
+        change(clean)
+    for fail_at in range(calls[0]):
+        (model, optimizer), (twin, control) = made(), made()
+        with failing(fail_at), pytest.raises(MemoryError, match="for the test"):
+            change(optimizer)
+        for step in range(2, 6):
+            train(1, (twin, control.step), (model, optimizer.step), start=step)
+        assert optimizer.sync() == control.sync(), fail_at
+        assert optimizer.param_groups[0]["lr"] == control.param_groups[0]["lr"]
+        assert_same(twin, model)
+        for one in (optimizer, control):
+            change(one)
+        train(2, (twin, control.step), (model, optimizer.step), start=6)
+        assert optimizer.sync() == control.sync(), fail_at
+        assert_same(twin, model)
 
 
 @pytest.mark.parametrize("driven", ["lr", "momentum"])

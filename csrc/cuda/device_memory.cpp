@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <stdexcept>
 
 #include "../tensor_view.h"
@@ -18,6 +19,10 @@ struct Kept {
   std::vector<Owned> objects;
   Kept* next;
 };
+
+// CUDA takes its own copy of so much and returns at once. Of more it may copy what fits into its
+// buffers and wait for the stream to make room.
+constexpr size_t kAtOnce = 64 << 10;
 
 // Of graphs that have gone; waiting for a thread that holds the GIL and may call CUDA.
 std::atomic<Kept*> released{nullptr};
@@ -101,13 +106,8 @@ void Table::used_by(const DeviceScope& scope) {
 }
 
 void Table::write(const DeviceScope& scope, size_t offset, const void* from, size_t bytes) const {
+  if (bytes <= kAtOnce) return write_at_once(scope, offset, from, bytes);
   scope.refuse_capture("memory of the device would be written");
-  // CUDA takes its own copy of so much and returns at once. Of more it may copy what fits into its
-  // buffers and wait for the stream to make room.
-  constexpr size_t kAtOnce = 64 << 10;
-  if (bytes <= kAtOnce) {
-    return cuda::upload(scope.device(), scope.stream(), data_ + offset, from, bytes);
-  }
   char* const readable = static_cast<char*>(const_cast<void*>(from));
   const Owned view =
       checked(PyMemoryView_FromMemory(readable, static_cast<Py_ssize_t>(bytes), PyBUF_READ));
@@ -115,13 +115,23 @@ void Table::write(const DeviceScope& scope, size_t offset, const void* from, siz
        view.get());
 }
 
+void Table::write_at_once(const DeviceScope& scope, size_t offset, const void* from,
+                          size_t bytes) const {
+  scope.refuse_capture("memory of the device would be written");
+  for (size_t at = 0; at < bytes; at += kAtOnce) {
+    cuda::upload(scope.device(), scope.stream(), data_ + offset + at,
+                 static_cast<const char*>(from) + at, std::min(kAtOnce, bytes - at));
+  }
+}
+
 void Table::hold(const char* name, const Table& other) const {
   PyObject* const held = other ? other.tensor() : Py_None;
   if (PyObject_SetAttrString(tensor_.get(), name, held) != 0) throw PythonError();
 }
 
-void download(const DeviceScope& scope, void* to, const void* from, size_t bytes) {
-  const WithoutGil other_threads_run;
+void download(const DeviceScope& scope, void* to, const void* from, size_t bytes, bool others_run) {
+  std::optional<WithoutGil> other_threads_run;
+  if (others_run) other_threads_run.emplace();
   cuda::download(scope.device(), scope.stream(), to, from, bytes);
 }
 

@@ -71,6 +71,9 @@ class Table {
   // Copies to the bytes from `offset` on; `from` may be reused on return. Waits for nothing.
   void write(const DeviceScope& scope, size_t offset, const void* from, size_t bytes) const;
 
+  // The same without taking any memory, for less than a megabyte: of more CUDA might wait.
+  void write_at_once(const DeviceScope& scope, size_t offset, const void* from, size_t bytes) const;
+
   // Keeps another one, or none, for as long as its own memory, which points there.
   void hold(const char* name, const Table& other) const;
 
@@ -86,8 +89,8 @@ class Table {
   std::vector<cuda::Stream> streams_;
 };
 
-// Copies from the device and waits for it, while other threads run.
-void download(const DeviceScope& scope, void* to, const void* from, size_t bytes);
+// Copies from the device and waits for it. others_run: other threads meanwhile.
+void download(const DeviceScope& scope, void* to, const void* from, size_t bytes, bool others_run);
 
 // Python objects that a graph being captured refers to. It keeps them alive: after keep() they go
 // when the graph and its last replay have gone, whatever became of the optimizer.

@@ -25,12 +25,20 @@ Options unscheduled(const GroupReading& group) {
 
 }  // namespace
 
-Clocks DevicePlan::clocks(const float* found_inf) const {
-  char* const data = state_.data();
+size_t DevicePlan::state_bytes(size_t capacity) {
+  return sizeof(DeviceState) + capacity * (sizeof(GroupClock) + sizeof(DeviceGroup));
+}
+
+Clocks DevicePlan::clocks(const Table& table, size_t capacity, const float* found_inf) {
+  char* const data = table.data();
   return {reinterpret_cast<DeviceState*>(data),
           reinterpret_cast<const DeviceGroup*>(data + sizeof(DeviceState) +
-                                               capacity_ * sizeof(GroupClock)),
+                                               capacity * sizeof(GroupClock)),
           reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
+}
+
+Clocks DevicePlan::clocks(const float* found_inf) const {
+  return clocks(state_, capacity_, found_inf);
 }
 
 void DevicePlan::check_groups(const Rule& rule, const std::vector<GroupReading>& groups) const {
@@ -72,9 +80,9 @@ DevicePlan::Changes DevicePlan::changes(const std::vector<GroupReading>& groups)
   return changes;
 }
 
-// Replaces the table of schedules: the segments of all, then the values of all their tables.
-void DevicePlan::upload_schedules(const DeviceScope& scope,
-                                  const std::vector<GroupReading>& groups) {
+// A table of the groups' schedules: the segments of all, then the values of all their tables.
+DevicePlan::Schedules DevicePlan::upload_schedules(const DeviceScope& scope,
+                                                   const std::vector<GroupReading>& groups) {
   std::vector<Segment> segments;
   std::vector<double> values;
   for (const GroupReading& group : groups) {
@@ -85,19 +93,24 @@ void DevicePlan::upload_schedules(const DeviceScope& scope,
       values.insert(values.end(), schedule.table.begin(), schedule.table.end());
     }
   }
-  schedules_ = Table();
-  values_at_ = segments.size() * sizeof(Segment);
+  Schedules schedules;
+  if (segments.empty()) return schedules;
+  schedules.values_at = segments.size() * sizeof(Segment);
   const size_t value_bytes = values.size() * sizeof(double);
-  if (values_at_ == 0) return;
-  schedules_ = Table(scope, values_at_ + value_bytes);
-  schedules_.write(scope, 0, segments.data(), values_at_);
-  if (value_bytes != 0) schedules_.write(scope, values_at_, values.data(), value_bytes);
+  schedules.table = Table(scope, schedules.values_at + value_bytes);
+  schedules.table.write(scope, 0, segments.data(), schedules.values_at);
+  if (value_bytes != 0) {
+    schedules.table.write(scope, schedules.values_at, values.data(), value_bytes);
+  }
+  return schedules;
 }
 
 // The groups' table entries, with schedules as upload_schedules() has placed them.
-std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& groups) const {
-  const Segment* segments_at = reinterpret_cast<const Segment*>(schedules_.data());
-  const double* values_at = reinterpret_cast<const double*>(schedules_.data() + values_at_);
+std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& groups,
+                                             const Schedules& schedules) {
+  const char* const data = schedules.table.data();
+  const Segment* segments_at = reinterpret_cast<const Segment*>(data);
+  const double* values_at = reinterpret_cast<const double*>(data + schedules.values_at);
   std::vector<DeviceGroup> entries;
   for (const GroupReading& group : groups) {
     DeviceGroup entry{};
@@ -120,52 +133,8 @@ std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& gr
   return entries;
 }
 
-void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
-                            const std::vector<GroupReading>& groups, bool force) {
-  const Changes changed = changes(groups);
-  if (!force && !changed.clocks && !changed.numbers) return;
-  scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-  check_groups(rule, groups);
-
-  const bool grows = groups.size() > capacity_;
-  DeviceState state{};
-  if (grows) {
-    cuda::preload(scope.device());
-    if (ready()) state = read(scope, false).state;
-    // Room for many: what a graph has captured cannot move to a larger table.
-    capacity_ = std::max<size_t>(64, 2 * groups.size());
-    state_ =
-        Table(scope, sizeof(DeviceState) + capacity_ * (sizeof(GroupClock) + sizeof(DeviceGroup)));
-  }
-  state_.used_by(scope);
-  const Clocks to = clocks(nullptr);
-  const auto write = [&](const void* at, const void* from, size_t bytes) {
-    state_.write(scope, static_cast<const char*>(at) - state_.data(), from, bytes);
-  };
-
-  if (changed.schedules) upload_schedules(scope, groups);
-  if (schedules_) schedules_.used_by(scope);
-  if (changed.schedules || grows) state_.hold("schedules", schedules_);
-  if (changed.numbers || grows) {
-    const std::vector<DeviceGroup> groups_there = entries(groups);
-    write(to.groups, groups_there.data(), groups_there.size() * sizeof(DeviceGroup));
-  }
-  state.groups = static_cast<int32_t>(groups.size());
-  if (grows || !ready()) {
-    write(to.state, &state, sizeof state);
-  } else if (groups.size() != seen_.size()) {
-    write(&to.state->groups, &state.groups, sizeof state.groups);
-  }
-  if (force || changed.clocks || grows) {
-    std::vector<GroupClock> clocks_there(groups.size());
-    for (size_t i = 0; i < groups.size(); ++i) {
-      clocks_there[i].updates = groups[i].clock.updates;
-      clocks_there[i].samples = groups[i].clock.samples;
-    }
-    write(to.clocks, clocks_there.data(), clocks_there.size() * sizeof(GroupClock));
-  }
-  cuda::launch_clock(scope.device(), scope.stream(), to, 0, 0, false);
-
+std::vector<DevicePlan::Seen> DevicePlan::seen_of(const Rule& rule,
+                                                  const std::vector<GroupReading>& groups) const {
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
     seen[i].options = unscheduled(groups[i]);
@@ -177,6 +146,69 @@ void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
     seen[i].live_slots = rule.live_slots(groups[i].options, groups[i].driven_options);
     if (i < seen_.size()) seen[i].slots_not_in_graph = seen_[i].slots_not_in_graph;
   }
+  return seen;
+}
+
+// Whatever needs memory, or lets Python code run, comes before the first write to a table that is
+// in use: where it fails, the device goes on as before.
+void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
+                            const std::vector<GroupReading>& groups, bool force) {
+  const Changes changed = changes(groups);
+  if (!force && !changed.clocks && !changed.numbers) return;
+  scope.refuse_capture("a schedule, hyperparameter or clock has changed");
+  check_groups(rule, groups);
+
+  const bool grows = groups.size() > capacity_;
+  DeviceState state{};
+  Table grown;
+  size_t capacity = capacity_;
+  if (grows) {
+    cuda::preload(scope.device());
+    if (ready()) state = read(scope, false, false).state;
+    // Room for many: what a graph has captured cannot move to a larger table.
+    capacity = std::max<size_t>(64, 2 * groups.size());
+    grown = Table(scope, state_bytes(capacity));
+  }
+  state.groups = static_cast<int32_t>(groups.size());
+  Schedules replaced;
+  if (changed.schedules) replaced = upload_schedules(scope, groups);
+  Schedules& schedules = changed.schedules ? replaced : schedules_;
+  std::vector<DeviceGroup> entries_there;
+  if (changed.numbers || grows) entries_there = entries(groups, schedules);
+  std::vector<GroupClock> clocks_there;
+  if (force || changed.clocks || grows) {
+    clocks_there.resize(groups.size());
+    for (size_t i = 0; i < groups.size(); ++i) {
+      clocks_there[i].updates = groups[i].clock.updates;
+      clocks_there[i].samples = groups[i].clock.samples;
+    }
+  }
+  std::vector<Seen> seen = seen_of(rule, groups);
+  const bool writes_state = grows || !ready();
+  Table& table = grows ? grown : state_;
+  table.used_by(scope);
+  if (schedules.table) schedules.table.used_by(scope);
+  if (changed.schedules || grows) table.hold("schedules", schedules.table);
+
+  const Clocks to = clocks(table, capacity, nullptr);
+  const auto write = [&](const void* at, const void* from, size_t bytes) {
+    table.write_at_once(scope, static_cast<const char*>(at) - table.data(), from, bytes);
+  };
+  if (!entries_there.empty()) {
+    write(to.groups, entries_there.data(), entries_there.size() * sizeof(DeviceGroup));
+  }
+  if (writes_state) {
+    write(to.state, &state, sizeof state);
+  } else if (groups.size() != seen_.size()) {
+    write(&to.state->groups, &state.groups, sizeof state.groups);
+  }
+  if (!clocks_there.empty()) {
+    write(to.clocks, clocks_there.data(), clocks_there.size() * sizeof(GroupClock));
+  }
+  cuda::launch_clock(scope.device(), scope.stream(), to, 0, 0, false);
+  if (grows) state_ = std::move(grown);
+  if (changed.schedules) schedules_ = std::move(replaced);
+  capacity_ = capacity;
   seen_ = std::move(seen);
 }
 
@@ -208,7 +240,7 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
 // To be called before each launch.
 void DevicePlan::use_clocks(const DeviceScope& scope, GraphObjects graph) {
   state_.used_by(scope);
-  if (schedules_) schedules_.used_by(scope);
+  if (schedules_.table) schedules_.table.used_by(scope);
   if (!scope.capturing()) return;
   captured_ = true;
   graph.add(state_);
@@ -230,12 +262,13 @@ void DevicePlan::agree(size_t group, const Clock& clock) {
   if (group < seen_.size()) seen_[group].clock = clock;
 }
 
-DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invalid_scale) {
+DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invalid_scale,
+                                     bool others_run) {
   Reading reading;
   reading.clocks.resize(seen_.size());
   const size_t clock_bytes = reading.clocks.size() * sizeof(GroupClock);
   std::vector<char> image(sizeof(DeviceState) + clock_bytes);
-  download(scope, image.data(), state_.data(), image.size());
+  download(scope, image.data(), state_.data(), image.size(), others_run);
   std::memcpy(&reading.state, image.data(), sizeof(DeviceState));
   std::memcpy(reading.clocks.data(), image.data() + sizeof(DeviceState), clock_bytes);
   if (reset_invalid_scale && reading.state.invalid_scale != 0) {

@@ -41,12 +41,13 @@ class DevicePlan {
   // The host's clocks have moved along with the device's.
   void agree(size_t group, const Clock& clock);
 
-  // Waits for the device. reset_invalid_scale: so that it is reported once.
+  // Waits for the device. reset_invalid_scale: so that it is reported once. others_run: other
+  // threads meanwhile.
   struct Reading {
     DeviceState state;
     std::vector<GroupClock> clocks;
   };
-  Reading read(const DeviceScope& scope, bool reset_invalid_scale);
+  Reading read(const DeviceScope& scope, bool reset_invalid_scale, bool others_run);
 
   bool captured() const { return captured_; }
   // Whether its clocks are set: not where the first step failed before.
@@ -68,9 +69,19 @@ class DevicePlan {
     bool numbers;
   };
 
+  struct Schedules {
+    Table table;           // Segment[], double[] ...
+    size_t values_at = 0;  // ... which begin here
+  };
+
   Changes changes(const std::vector<GroupReading>& groups) const;
-  void upload_schedules(const DeviceScope& scope, const std::vector<GroupReading>& groups);
-  std::vector<DeviceGroup> entries(const std::vector<GroupReading>& groups) const;
+  static Schedules upload_schedules(const DeviceScope& scope,
+                                    const std::vector<GroupReading>& groups);
+  static std::vector<DeviceGroup> entries(const std::vector<GroupReading>& groups,
+                                          const Schedules& schedules);
+  std::vector<Seen> seen_of(const Rule& rule, const std::vector<GroupReading>& groups) const;
+  static size_t state_bytes(size_t capacity);
+  static Clocks clocks(const Table& table, size_t capacity, const float* found_inf);
   Clocks clocks(const float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
@@ -78,10 +89,9 @@ class DevicePlan {
 
   bool captured_ = false;
 
-  size_t capacity_ = 0;   // groups that the table of groups has room for
-  Table state_;           // DeviceState, GroupClock[capacity], DeviceGroup[capacity]
-  Table schedules_;       // Segment[], double[] ...
-  size_t values_at_ = 0;  // ... which begin here
+  size_t capacity_ = 0;  // groups that the table of groups has room for
+  Table state_;          // DeviceState, GroupClock[capacity], DeviceGroup[capacity]
+  Schedules schedules_;
   std::vector<Seen> seen_;
 
   TensorTable tensors_;

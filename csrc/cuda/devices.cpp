@@ -125,17 +125,18 @@ void Devices::flag_momenta(const DeviceScope& scope, int device,
   Table memory(scope, values.size() * sizeof(int32_t));
   memory.write(scope, 0, values.data(), values.size() * sizeof(int32_t));
   int32_t* address = reinterpret_cast<int32_t*>(memory.data());
+  flags_.push_back({device, std::move(memory), values.size()});
   for (const DeviceItem* item : without) {
     flag_of_[item->parameter] = {device, address++,
                                  checked(PyWeakref_NewRef(item->momentum, nullptr))};
   }
-  flags_.push_back({device, std::move(memory), values.size()});
 }
 
 bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
                    const std::vector<GroupReading>& groups, PyObject* found_inf,
                    PyObject* grad_scale, bool with_host, bool in_order, bool measures_norm,
                    int64_t samples) {
+  ++moves_;
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
   }
@@ -186,6 +187,7 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
 }
 
 bool Devices::advance_samples(int64_t samples) {
+  ++moves_;
   size_t capturing = 0;
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     capturing += scope.capturing();
@@ -195,6 +197,7 @@ bool Devices::advance_samples(int64_t samples) {
 }
 
 void Devices::agree(PyObject* param_groups) {
+  ++moves_;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     const Clock clock = read_clock(PyList_GET_ITEM(param_groups, i));
     for (auto& entry : plans_) entry.second.agree(static_cast<size_t>(i), clock);
@@ -210,36 +213,50 @@ void Devices::refuse_capture(const char* what) {
   });
 }
 
-void Devices::push(const std::vector<GroupReading>& groups) {
+void Devices::check(const std::vector<GroupReading>& groups) {
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     scope.refuse_capture("a schedule, hyperparameter or clock has changed");
     device_plan.check_groups(rule_, groups);
   });
+}
+
+void Devices::push(const std::vector<GroupReading>& groups) {
+  ++moves_;
+  check(groups);
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     device_plan.set_groups(scope, rule_, groups, true);
   });
   host_is_exact_ = true;
 }
 
-void Devices::set_initialized(PyObject* uninitialized) {
+void Devices::load(const std::vector<GroupReading>& groups, PyObject* uninitialized) {
+  ++moves_;
   std::unordered_set<PyObject*> empty;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(uninitialized); ++i) {
     empty.insert(PyList_GET_ITEM(uninitialized, i));
   }
-  on_each_device([&](const DeviceScope& scope, int device, DevicePlan&) {
-    for (const Flags& flags : flags_) {
-      if (flags.device != device) continue;
-      std::vector<int32_t> values(flags.count, 1);
-      for_each_flag(flags, [&](PyObject* parameter, const Flag&, size_t i) {
-        values[i] = empty.count(parameter) == 0;
+  check(groups);
+  on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
+    std::vector<std::vector<int32_t>> values(flags_.size());
+    for (size_t k = 0; k < flags_.size(); ++k) {
+      if (flags_[k].device != device) continue;
+      values[k].assign(flags_[k].count, 1);
+      for_each_flag(flags_[k], [&](PyObject* parameter, const Flag&, size_t i) {
+        values[k][i] = empty.count(parameter) == 0;
       });
-      flags.memory.write(scope, 0, values.data(), flags.count * sizeof(int32_t));
+    }
+    device_plan.set_groups(scope, rule_, groups, true);
+    for (size_t k = 0; k < flags_.size(); ++k) {
+      flags_[k].memory.write_at_once(scope, 0, values[k].data(),
+                                     values[k].size() * sizeof(int32_t));
     }
   });
+  host_is_exact_ = true;
 }
 
 // Waits for every device. what: is asked of them, for messages.
-std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_invalid_scale) {
+std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_invalid_scale,
+                                               bool others_run) {
   std::vector<DevicePlan::Reading> readings;
   on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
     if (scope.capturing()) {
@@ -248,14 +265,14 @@ std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_inva
           device_name({device < 0 ? dlpack::kCpu : dlpack::kCuda, device}) +
           " waits for the device, which a CUDA graph cannot capture; do it outside the capture.");
     }
-    readings.push_back(device_plan.read(scope, reset_invalid_scale));
+    readings.push_back(device_plan.read(scope, reset_invalid_scale, others_run));
   });
   return readings;
 }
 
 std::optional<double> Devices::squared_norm() {
   double sum = 0.0;
-  for (const DevicePlan::Reading& reading : read("the gradients' norm", false)) {
+  for (const DevicePlan::Reading& reading : read("the gradients' norm", false, true)) {
     if (reading.state.norm_measured == 0) return std::nullopt;
     sum += reading.state.squared_norm;
   }
@@ -263,7 +280,16 @@ std::optional<double> Devices::squared_norm() {
 }
 
 bool Devices::sync(PyObject* param_groups, const Groups& groups) {
-  const std::vector<DevicePlan::Reading> readings = read("the clock", true);
+  // What other threads have moved while this one waited would be moved back. After a few tries they
+  // wait as well.
+  constexpr int kTries = 3;
+  std::vector<DevicePlan::Reading> readings;
+  uint64_t before;
+  int tries = 0;
+  do {
+    before = moves_;
+    readings = read("the clock", true, ++tries < kTries);
+  } while (moves_ != before);
   const std::vector<GroupClock>& clocks = readings.front().clocks;
   bool invalid_scale = false;
   for (const DevicePlan::Reading& reading : readings) {
@@ -306,7 +332,8 @@ PyObject* Devices::uninitialized() {
     for (size_t at = 0; at < flags_.size(); ++at) {
       if (flags_[at].device != device) continue;
       std::vector<int32_t> values(flags_[at].count);
-      download(scope, values.data(), flags_[at].memory.data(), values.size() * sizeof(int32_t));
+      download(scope, values.data(), flags_[at].memory.data(), values.size() * sizeof(int32_t),
+               true);
       for_each_flag(flags_[at], [&](PyObject* parameter, const Flag& flag, size_t i) {
         if (values[i] != 0 || referent(flag.buffer) == nullptr) return;
         if (PyList_Append(list.get(), parameter) != 0) throw PythonError();

@@ -51,10 +51,12 @@ class Devices {
   // Throws while a CUDA graph is being captured: `what` would change what it refers to.
   void refuse_capture(const char* what);
 
-  // Hands schedules, hyperparameters and clocks to every device.
+  // Hands schedules, hyperparameters and clocks to every device. Where one cannot take them, an
+  // error is thrown before any is told.
   void push(const std::vector<GroupReading>& groups);
-  // After state was loaded: whether each parameter's buffer holds anything.
-  void set_initialized(PyObject* uninitialized);
+  // The same, and whether each parameter's buffer holds anything: all but those of these
+  // parameters.
+  void load(const std::vector<GroupReading>& groups, PyObject* uninitialized);
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
   bool sync(PyObject* param_groups, const Groups& groups);
@@ -79,13 +81,15 @@ class Devices {
   };
 
   DevicePlan& plan(int device);
+  void check(const std::vector<GroupReading>& groups);
   const Flags& flags_of(const Flag& flag) const;
   template <typename Visit>
   void for_each_flag(const Flags& flags, Visit visit);
   void flag_momenta(const DeviceScope& scope, int device, const std::vector<DeviceItem>& items);
   template <typename Visit>
   void on_each_device(Visit visit);
-  std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale);
+  std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale,
+                                        bool others_run);
 
   PyObject* runtime_;
   const Rule& rule_;
@@ -93,6 +97,7 @@ class Devices {
   std::vector<Flags> flags_;
   std::unordered_map<PyObject*, Flag> flag_of_;  // by parameter
   bool host_is_exact_ = true;
+  uint64_t moves_ = 0;  // counts what has moved, or is about to move, a clock
 };
 
 }  // namespace fastlr

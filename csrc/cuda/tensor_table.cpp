@@ -28,12 +28,12 @@ void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
   if (!changed) return;
   scope.refuse_capture(uploaded_.empty() ? "this is the optimizer's first step"
                                          : "parameters or their state have changed or moved");
+  uploaded_.clear();  // until the upload is under way
   if (tensors_captured_ || tensors_.size() < entry_bytes + layout_bytes) {
     tensors_ = Table(scope, entry_bytes + layout_bytes);
     tensors_captured_ = false;
   }
   tensors_.used_by(scope);
-  uploaded_.clear();  // until the upload is under way
   tensors_.write(scope, 0, cut.tensors.data(), entry_bytes);
   if (layout_bytes != 0) tensors_.write(scope, entry_bytes, cut.layouts.data(), layout_bytes);
   uploaded_ = std::move(cut.tensors);

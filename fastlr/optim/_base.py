@@ -197,7 +197,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan.publish(changed)
         self._plan.push(changed)
         _core.update_groups(self.param_groups, changed)  # all at once, so that Ctrl-C finds none half changed
-        self._plan.push(self.param_groups)
 
     # -- clocks ----------------------------------------------------------------------------------
 
@@ -269,8 +268,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         empty, skipped = self._plan.uninitialized(), self._plan.skipped
 
         def put_back() -> None:
-            self._plan.loaded(empty)
-            self._plan.push(self.param_groups)
+            self._plan.load(self.param_groups, empty)
             self._plan.skipped = skipped
 
         return put_back
@@ -512,22 +510,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__setstate__(state)
             self._plan = self._new_plan()
             return
-        self._plan.push(state["param_groups"])  # first, as a captured graph may refuse them
         loaded = dict(self._loaded.momenta) if "_loaded" in self.__dict__ else {}
-        empty = []
-        if self._plan.captured():
-            # The graph goes on with its own buffers, also with those that the file has nothing for.
-            for p, entry in self.state.items():
-                buffer = entry.get("momentum_buffer")
-                if buffer is not None and p not in loaded:
-                    empty.append(p)
-                    loaded[p] = buffer
-                elif buffer is not None and _same_layout(buffer, loaded[p]):
-                    loaded[p] = buffer.copy_(loaded[p])
+        # A graph goes on with its own buffers, also with those that the file has nothing for.
+        own = self.state if self._plan.captured() else {}
+        kept = {p: b for p, entry in own.items() if (b := entry.get("momentum_buffer")) is not None}
+        empty = [p for p in kept if p not in loaded]
+        self._plan.load(state["param_groups"], empty)  # first, as a captured graph may refuse them
+        for p, buffer in kept.items():
+            if p not in loaded:
+                loaded[p] = buffer
+            elif _same_layout(buffer, loaded[p]):
+                loaded[p] = buffer.copy_(loaded[p])
         for p, buffer in loaded.items():
             state["state"].setdefault(p, {})["momentum_buffer"] = buffer
         super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new
-        self._plan.loaded(empty)
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

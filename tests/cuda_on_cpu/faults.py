@@ -237,11 +237,14 @@ FAULTS = {
         DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 1 && driven.start != seen.start[k])", *TEST
     ),
     "other threads wait for the device too": Fault(
-        DEVICE_MEMORY, "  const WithoutGil other_threads_run;\n  cuda::download", "  cuda::download", *TEST
+        DEVICE_MEMORY, "  if (others_run) other_threads_run.emplace();\n", "", *TEST
     ),
     "a graph's clocks go with the optimizer": Fault(DEVICE_PLAN, "  graph.add(state_);\n", "", *TEST),
     "a graph's schedules go with the optimizer": Fault(
-        DEVICE_PLAN, '  if (changed.schedules || grows) state_.hold("schedules", schedules_);\n', "", *TEST
+        DEVICE_PLAN,
+        '  if (changed.schedules || grows) table.hold("schedules", schedules.table);\n',
+        "",
+        *TEST,
     ),
 }
 
