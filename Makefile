@@ -59,7 +59,7 @@ bench: $(VENV)/installed-test
 OUT ?= report/gpu
 BACKEND ?= cuda
 gpu:
-	cd tests && $(PYTHON) -m on_gpu --out $(abspath $(OUT)) --backend $(BACKEND) $(if $(STAGES),--stages $(STAGES)) \
+	PYTHONPATH="$(CURDIR)/tests" $(PYTHON) -m on_gpu --out "$(OUT)" --backend $(BACKEND) --stages "$(STAGES)" \
 	  $(if $(SMALL),--small)
 
 clean:

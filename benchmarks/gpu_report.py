@@ -27,8 +27,16 @@ def stage(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def is_result(path: Path) -> bool:
+    """Whether a folder's d-speed.json was measured on a GPU, and wholly."""
+    found = json.loads(path.read_text())
+    figures = found.get("figures", {})
+    measured = {result["set"] for result in figures.get("results", [])}
+    return found["status"] == "passed" and figures.get("backend") == "cuda" and measured > {"GPT-2 small"}
+
+
 def machine(folder: Path) -> str:
-    found = stage(folder, "a-environment")["figures"]
+    found = stage(folder, "d-speed")["figures"]
     return f"{found['gpu']}, PyTorch {found['torch']}, Python {found['python']}"
 
 
@@ -79,18 +87,15 @@ def everything(folder: Path) -> str:
         share = f"{times['copy']['us'] / times['fastlr, graph']['us']:.0%}" if "copy" in times else ""
         lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
     lines += ["", "| stage | | seconds | |", "|---|---|---|---|"]
-    for path in sorted(folder.glob("?-*.json")):
-        found = json.loads(path.read_text())
-        if path.stem != "d-speed":
-            lines.append(
-                f"| {found['stage']} | {found['status']} | {found['seconds']:.0f} | {found['headline']} |"
-            )
+    for row in json.loads((folder / "summary.json").read_text()):
+        if row["stage"] != "d-speed":
+            lines.append(f"| {row['stage']} | {row['status']} | {row['seconds']:.0f} | {row['headline']} |")
     return "\n".join(lines)
 
 
 def tables() -> dict[str, str]:
     """What belongs between the marks of each of FILES."""
-    folders = sorted(path.parent for path in RESULTS.glob("*/d-speed.json"))
+    folders = sorted(path.parent for path in RESULTS.glob("*/d-speed.json") if is_result(path))
     if not folders:
         return dict.fromkeys(FILES, NOT_MEASURED)
     return {

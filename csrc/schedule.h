@@ -69,7 +69,7 @@ struct Segment {
 static_assert(std::is_trivially_copyable<Segment>::value,
               "segments are copied to devices as bytes");
 
-// (1 - cos(pi * part)) / 2, the rise of half a cosine, to about half a unit in the last place also
+// (1 - cos(pi * part)) / 2, the rise of half a cosine, to about a unit in the last place also
 // where it is close to zero: no cosine is subtracted from 1, nor the library's used, so that host
 // and devices agree to the bit. The series of the cosine, in part ** 2, up to part = 1/2, and from
 // there on mirrored.
@@ -101,8 +101,8 @@ FASTLR_HD double cosine_rise(double part) {
 }
 
 // base ** exponent for base > 0 and exponent >= 0, by squaring. Numbers are kept as the sum of two,
-// 106 bits, so that the result is base ** exponent rounded once, or nearly: pow() of a device and
-// of the host differ in the last bits.
+// 106 bits, so that a result above 1e-290 is base ** exponent rounded once, or nearly: pow() of a
+// device and of the host differ in the last bits.
 FASTLR_HD double integer_power(double base, int64_t exponent) {
   struct Sum {
     double high, low;

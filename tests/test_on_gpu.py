@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +13,19 @@ from typing import Any
 import pytest
 from native import toolchain
 from on_gpu import __main__ as on_gpu
-from on_gpu.stages import STAGES, Found, Settings, Skip, Stage, read_junit, read_profile, read_sanitizer
+from on_gpu import sources
+from on_gpu.stages import (
+    STAGES,
+    Found,
+    Settings,
+    Skip,
+    Stage,
+    read_junit,
+    read_profile,
+    read_report,
+    read_sanitizer,
+    read_speed,
+)
 
 
 def stage(name: str, code: str, limit: float = 30.0) -> Stage:
@@ -71,7 +85,7 @@ def test_stages_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]
 
 
 def settings(out: Path) -> Settings:
-    return Settings(sys.executable, out, out / "site", "cuda", small=False)
+    return Settings(sys.executable, out, out / "site", "cuda", small=False, path=os.defpath)
 
 
 def test_skipped_tests_must_be_explained(tmp_path: Path):
@@ -93,9 +107,14 @@ def test_a_sanitizers_summary_is_read(tmp_path: Path):
     made = stage("f-memcheck", "")
     log = made.file(settings(tmp_path), ".log")
     log.write_text("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 2 errors\n")
-    assert read_sanitizer(settings(tmp_path), made).headline == "ERROR SUMMARY: 2 errors; "
+    found = read_sanitizer(settings(tmp_path), made)
+    assert found.headline == "ERROR SUMMARY: 2 errors; "
+    assert found.problems == ["it wrote no report", "ERROR SUMMARY: 2 errors"]
+    made.file(settings(tmp_path), ".found.json").write_text('{"headline": "1 of 1", "checks": []}')
+    log.write_text("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n")
+    assert read_sanitizer(settings(tmp_path), made).problems == []
     log.write_text("killed")
-    assert read_sanitizer(settings(tmp_path), made).problems == ["the sanitizer told no summary"]
+    assert "the sanitizer told no summary" in read_sanitizer(settings(tmp_path), made).problems
 
 
 def test_a_profile_is_read(tmp_path: Path):
@@ -106,14 +125,78 @@ def test_a_profile_is_read(tmp_path: Path):
         '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         '"0","step_kernel","launch__registers_per_thread","register/thread","72"\n'
     )
-    assert read_profile(settings(tmp_path), made).headline == "registers 72 register/thread"
+    found = read_profile(settings(tmp_path), made)
+    assert found.headline == "registers 72 register/thread"
+    assert "DRAM throughput" in found.problems[0]  # which was asked for, and is not there
     log.write_text("==ERROR== ERR_NVGPUCTRPERM - no permission\n")
     assert read_profile(settings(tmp_path), made).problems == ["==ERROR== ERR_NVGPUCTRPERM - no permission"]
 
 
+NOTHING = [
+    ("d-speed", read_speed, None, "it wrote no report"),
+    ("d-speed", read_speed, {"sets": ["a", "b"], "results": [{"set": "a"}]}, "not measured: b"),
+    ("d-speed", read_speed, {"sets": ["a"], "results": []}, "nothing was measured"),
+    ("g-training", read_report, None, "it wrote no report"),
+    ("e-tests", read_junit, None, "it wrote no report"),
+]
+
+
+@pytest.mark.parametrize(("name", "read", "figures", "problem"), NOTHING)
+def test_a_stage_that_shows_nothing_has_failed(
+    tmp_path: Path, name: str, read: Any, figures: Any, problem: str
+):
+    made = stage(name, "")
+    if figures is not None:
+        content = {"headline": "", "checks": [], "figures": figures}
+        made.file(settings(tmp_path), ".found.json").write_text(json.dumps(content))
+    assert problem in read(settings(tmp_path), made).problems
+
+
+def test_files_of_an_earlier_run_do_not_count(tmp_path: Path):
+    made = Stage("g-training", 30.0, stage("g", "").command, read_report)
+    for name in ("g-training.found.json", "g-training.json"):
+        (tmp_path / name).write_text('{"headline": "6 of 6", "checks": []}')
+    assert on_gpu.main(["--out", str(tmp_path)], [made]) == 1
+    assert result(tmp_path, "g-training")["problems"] == ["it wrote no report"]
+    assert result(tmp_path, "g-training")["headline"] == ""
+
+
+def test_builds_of_other_sources_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="nothing is built here: run stage b"):
+        on_gpu.check_build(settings(tmp_path))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / sources.FILE).write_text(sources.digest())
+    on_gpu.check_build(settings(tmp_path))
+    monkeypatch.setattr(sources, "digest", lambda: "others")
+    with pytest.raises(ValueError, match="of other sources: run stage b"):
+        on_gpu.check_build(settings(tmp_path))
+
+
+def test_skipped_stages_alone_show_nothing(tmp_path: Path):
+    assert on_gpu.main(["--out", str(tmp_path)], [Stage("e-lacks", 1.0, missing, lambda *_: Found())]) == 1
+
+
+def test_a_run_that_is_ended_ends_its_stage(tmp_path: Path):
+    late = tmp_path / "late"
+    code = f"import pathlib, time; time.sleep(4); pathlib.Path({str(late)!r}).touch()"
+    program = (
+        "import sys; from on_gpu import __main__ as m; from on_gpu.stages import Stage, Found; "
+        f"m.main(['--out', {str(tmp_path)!r}], "
+        f"[Stage('a-x', 60.0, lambda *_: [sys.executable, '-c', {code!r}], lambda *_: Found())])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=toolchain.TESTS) as process:
+        while not (tmp_path / "a-x.log").exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.terminate()
+        assert process.wait(10) != 0
+    time.sleep(4.5)
+    assert not late.exists()
+
+
 @pytest.mark.repetition
 def test_every_stage_runs_on_the_emulated_cuda(tmp_path: Path):
-    out = tmp_path / "gpu"
+    out = tmp_path / "with blanks" / "gpu"
     done = toolchain.run(
         *("make", "gpu", "BACKEND=cuda-on-cpu", "SMALL=1", f"OUT={out}", f"PYTHON={sys.executable}"),
         cwd=toolchain.ROOT,

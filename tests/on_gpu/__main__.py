@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import sources
 from .report import write_json
 from .stages import ROOT, STAGES, Found, Settings, Skip, Stage
 
@@ -37,20 +39,29 @@ class Outcome:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Finds the fastlr that stage b has built, or else the one that is installed."""
-    tools = [str(Path(settings.python).parent), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-    paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    if settings.site.exists():
-        paths.insert(0, str(settings.site))
+    """Finds the fastlr that stage b has built."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONOPTIMIZE"}  # checks are assertions
+    caches = settings.site.parent / "caches"
     return {
-        **os.environ,
-        "PATH": os.pathsep.join(tools),
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        **inherited,
+        "PATH": settings.path,
+        "PYTHONPATH": os.pathsep.join([str(settings.site), str(ROOT / "benchmarks")]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         # Plug-ins that happen to be installed warn, and a warning is an error to the tests.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
     }
+
+
+def check_build(settings: Settings) -> None:
+    """Raises ValueError where what is built is not of the present sources."""
+    built = settings.site / sources.FILE
+    if not built.exists():
+        raise ValueError("nothing is built here: run stage b too")
+    if built.read_text() != sources.digest():
+        raise ValueError("what is built here is of other sources: run stage b too")
 
 
 def run_for(command: list[str], log: Path, limit: float, env: dict[str, str]) -> tuple[str, int]:
@@ -74,22 +85,32 @@ def run_for(command: list[str], log: Path, limit: float, env: dict[str, str]) ->
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it has left behind, too
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)  # one that the driver does not let go must not stop the others
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}", status
+        names = {s.value: s.name for s in signal.Signals}
+        return f"ended by {names.get(-status, f'signal {-status}')}", status
     return (f"exit status {status}" if status else ""), status
 
 
 def run_stage(stage: Stage, settings: Settings) -> Outcome:
     begin = time.perf_counter()
     log = stage.file(settings, ".log")
+    for left_over in settings.out.glob(f"{stage.name}.*"):
+        left_over.unlink()
     try:
         command = stage.command(settings, stage)
     except Skip as reason:
         outcome = Outcome(stage.name, "skipped", 0.0, "", [str(reason)])
         write_json(stage.file(settings, ".json"), vars(outcome))
         return outcome
-    wrong, status = run_for(command, log, stage.limit, environment(settings))
+    try:
+        if stage.needs_build:
+            check_build(settings)
+        wrong, status = run_for(command, log, stage.limit, environment(settings))
+    except ValueError as error:
+        wrong, status = str(error), 1
+        log.write_text(f"{wrong}\n")
     try:
         found = stage.read(settings, stage)
     except Exception as error:  # a file that was cut off
@@ -97,7 +118,8 @@ def run_stage(stage: Stage, settings: Settings) -> Outcome:
     problems = [*([wrong] if wrong else []), *found.problems]
     seconds = round(time.perf_counter() - begin, 1)
     outcome = Outcome(stage.name, "failed" if problems else "passed", seconds, found.headline, problems)
-    content: dict[str, Any] = {**vars(outcome), "exit_status": status, **found.details}
+    own = {**vars(outcome), "exit_status": status, "sources": sources.digest()}
+    content: dict[str, Any] = {**found.details, **own}
     write_json(stage.file(settings, ".json"), content)
     if problems:
         print(f"\n-- {log}")
@@ -112,6 +134,9 @@ def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int
     parser.add_argument("--stages", default="", help="letters, such as c,d; default: all")
     parser.add_argument("--small", action="store_true", help="less of everything")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a log holds
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the running stage is ended too
     letters = set(arguments.stages.replace(",", " ").split())
     known = {stage.letter for stage in stages}
     if not letters <= known:
@@ -122,6 +147,9 @@ def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int
         site=ROOT / "build" / "gpu" / arguments.backend,
         backend=arguments.backend,
         small=arguments.small,
+        path=os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+        ),
     )
     settings.out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
@@ -136,7 +164,8 @@ def main(argv: list[str] | None = None, stages: Sequence[Stage] = STAGES) -> int
     for outcome in outcomes:
         print(outcome.row())
     print(f"results in {settings.out}")
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    statuses = [outcome.status for outcome in outcomes]
+    return int("failed" in statuses or "passed" not in statuses)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from cuda_on_cpu import build
 from native import toolchain
 
-from . import report
+from . import report, sources
 
 
 def main() -> int:
@@ -46,6 +46,7 @@ def main() -> int:
     told = toolchain.run_or_fail(sys.executable, "-c", code, env=environment)
     made.figures["build_info"] = json.loads(told)
     print(told)
+    (options.site / sources.FILE).write_text(sources.digest())
     made.headline = f"built in {made.figures['seconds']} s"
     made.save()
     return 0

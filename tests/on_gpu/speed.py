@@ -23,6 +23,7 @@ def main() -> int:
     made = report.Report(options.result)
     sets = {"tiny": [(64,)] * 5} if options.small else PARAMETER_SETS | SINGLE
     made.figures = environment(options.backend)
+    made.figures["sets"] = list(sets)
     made.figures["results"] = []
     device = open_device(options.backend)
     for name, shapes in sets.items():

@@ -36,6 +36,16 @@ class Settings:
     site: Path
     backend: str
     small: bool
+    path: str  # where programs are looked for
+
+    def has(self, program: str) -> bool:
+        return shutil.which(program, path=self.path) is not None
+
+    def need(self, *modules: str) -> None:
+        """Raises Skip where this Python lacks one of them."""
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if missing:
+            raise Skip(f"{self.python} has no {', '.join(missing)}")
 
 
 @dataclass
@@ -62,12 +72,14 @@ class Stage:
         limit: seconds.
         command: what to run in the folder ``tests``; raises Skip.
         read: what it found, after it has ended, however it did.
+        needs_build: whether it looks at what stage b has built.
     """
 
     name: str
     limit: float
     command: Callable[[Settings, Stage], list[str]]
     read: Callable[[Settings, Stage], Found]
+    needs_build: bool = False
 
     @property
     def letter(self) -> str:
@@ -82,6 +94,7 @@ class Stage:
 
 def program(module: str, *arguments: str) -> Callable[[Settings, Stage], list[str]]:
     def command(settings: Settings, stage: Stage) -> list[str]:
+        settings.need("torch", "numpy", "pytest")
         return [
             *(settings.python, "-m", f"on_gpu.{module}"),
             *("--result", str(stage.file(settings, ".found.json")), "--backend", settings.backend),
@@ -95,7 +108,7 @@ def program(module: str, *arguments: str) -> Callable[[Settings, Stage], list[st
 def read_report(settings: Settings, stage: Stage) -> Found:
     path = stage.file(settings, ".found.json")
     if not path.exists():
-        return Found()
+        return Found("", ["it wrote no report"])
     content = json.loads(path.read_text())
     path.unlink()
     problems = [f"{c['check']}: {c.get('error')}" for c in content["checks"] if not c["passed"]]
@@ -103,10 +116,10 @@ def read_report(settings: Settings, stage: Stage) -> Found:
 
 
 def install(settings: Settings, stage: Stage) -> list[str]:
-    missing = [m for m in ("scikit_build_core", "pybind11", "pip") if importlib.util.find_spec(m) is None]
-    if missing:
-        raise Skip(f"{settings.python} has no {', '.join(missing)}")
-    if settings.backend == "cuda" and shutil.which("nvcc") is None:
+    settings.need("scikit_build_core", "pybind11", "pip")
+    if not settings.has("cmake") and importlib.util.find_spec("cmake") is None:
+        raise Skip("there is no cmake")
+    if settings.backend == "cuda" and not settings.has("nvcc"):
         raise Skip("there is no nvcc on PATH, nor in /usr/local/cuda/bin")
     return program("install", "--site", str(settings.site))(settings, stage)
 
@@ -131,8 +144,7 @@ EXPLAINED = re.compile(
 
 
 def pytest(settings: Settings, stage: Stage) -> list[str]:
-    if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
-        raise Skip(f"{settings.python} has no pytest or no hypothesis")
+    settings.need("torch", "pytest", "hypothesis")
     tests = ("test_amp.py",) if settings.small else TESTS
     # Tests that need files of the repository only are not asked; plug-ins of the machine may warn.
     plugins = ["-p", "no:cacheprovider"] if settings.backend == "cuda" else []
@@ -148,7 +160,7 @@ def pytest(settings: Settings, stage: Stage) -> list[str]:
 def read_junit(settings: Settings, stage: Stage) -> Found:
     path = stage.file(settings, ".junit.xml")
     if not path.exists():
-        return Found()
+        return Found("", ["it wrote no report"])
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     found = Found(details={"counts": counts, "failures": []})
     for case in ElementTree.parse(path).getroot().iter("testcase"):
@@ -167,6 +179,8 @@ def read_junit(settings: Settings, stage: Stage) -> Found:
             counts["passed"] += 1
     if counts["failed"]:
         found.problems.append(f"{counts['failed']} tests failed")
+    if not counts["passed"]:
+        found.problems.append("no test passed")
     found.headline = ", ".join(f"{count} {name}" for name, count in counts.items())
     return found
 
@@ -176,12 +190,23 @@ def read_junit(settings: Settings, stage: Stage) -> Found:
 SANITIZED = 99  # compute-sanitizer's exit status where it has found something
 
 
+def read_speed(settings: Settings, stage: Stage) -> Found:
+    found = read_report(settings, stage)
+    figures = found.details.get("figures", {})
+    measured = {result["set"] for result in figures.get("results", [])}
+    if left_out := [name for name in figures.get("sets", []) if name not in measured]:
+        found.problems.append(f"not measured: {', '.join(left_out)}")
+    if not measured:
+        found.problems.append("nothing was measured")
+    return found
+
+
 def sanitizer(tool: str) -> Callable[[Settings, Stage], list[str]]:
     def command(settings: Settings, stage: Stage) -> list[str]:
         run = program("launch_everything")(settings, stage)
         if settings.backend != "cuda":
             return run  # its stand-in watches nothing: that the program runs is all that is shown
-        if shutil.which("compute-sanitizer") is None:
+        if not settings.has("compute-sanitizer"):
             raise Skip("compute-sanitizer is not installed")
         return ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZED), *run]
 
@@ -193,7 +218,10 @@ def read_sanitizer(settings: Settings, stage: Stage) -> Found:
     log = stage.file(settings, ".log").read_text(errors="replace")
     summary = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*", log)
     if summary:
-        found.headline = f"{summary[-1].strip('= ')}; {found.headline}"
+        told = summary[-1].strip("= ")
+        if any(int(number) for number in re.findall(r"\d+", told)):
+            found.problems.append(told)
+        found.headline = f"{told}; {found.headline}"
     elif settings.backend == "cuda":
         found.problems.append("the sanitizer told no summary")
     else:
@@ -214,7 +242,7 @@ METRICS = {
 def profiler(settings: Settings, stage: Stage) -> list[str]:
     if settings.backend != "cuda":
         raise Skip("there is no hardware to profile")
-    if shutil.which("ncu") is None:
+    if not settings.has("ncu"):
         raise Skip("ncu is not installed")
     return [
         *("ncu", "--csv", "--clock-control", "none", "--metrics", ",".join(METRICS)),
@@ -235,20 +263,22 @@ def read_profile(settings: Settings, stage: Stage) -> Found:
         for row in rows
         if row["Metric Name"] in METRICS
     }
+    missing = [name for name in METRICS.values() if not re.search(r"\d", figures.get(name, ""))]
+    problems = [f"ncu told nothing of {', '.join(missing)}"] if missing else []
     headline = ", ".join(f"{name} {value}" for name, value in figures.items())
-    return Found(headline, [], {"figures": figures})
+    return Found(headline, problems, {"figures": figures})
 
 
 STAGES = [
     Stage("a-environment", 60, program("environment"), read_report),
     Stage("b-build", 240, install, read_report),
-    Stage("c-smoke", 90, program("smoke"), read_report),
-    Stage("d-speed", 120, program("speed"), read_report),
-    Stage("e-tests", 240, pytest, read_junit),
+    Stage("c-smoke", 90, program("smoke"), read_report, needs_build=True),
+    Stage("d-speed", 120, program("speed"), read_speed, needs_build=True),
+    Stage("e-tests", 240, pytest, read_junit, needs_build=True),
     *(
-        Stage(f"f-{tool}", 60, sanitizer(tool), read_sanitizer)
+        Stage(f"f-{tool}", 60, sanitizer(tool), read_sanitizer, needs_build=True)
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     ),
-    Stage("g-training", 120, program("training"), read_report),
-    Stage("h-profile", 60, profiler, read_profile),
+    Stage("g-training", 120, program("training"), read_report, needs_build=True),
+    Stage("h-profile", 60, profiler, read_profile, needs_build=True),
 ]
