@@ -46,6 +46,8 @@ inline void bind_plan(py::module_& m) {
       .def_readonly("name", &Option::name)
       .def_readonly("flag", &Option::flag)
       .def_readonly("reason", &Option::reason)
+      .def_readonly("tuple", &Option::tuple)
+      .def_readonly("place", &Option::place)
       .def_property_readonly("range", [](const Option& option) { return option.range.text(); })
       .def(
           "bounds", [](const Option& option, double value) { return option.range.bounds(value); },
@@ -59,6 +61,14 @@ inline void bind_plan(py::module_& m) {
            py::arg("rule"), py::arg("runtime"))
       .def("options", [](const Plan& plan) { return first_options(plan, plan.rule().options); })
       .def("scheduled", [](const Plan& plan) { return first_options(plan, plan.rule().scheduled); })
+      .def("slots",
+           [](const Plan& plan) {
+             return std::vector<std::string>(plan.rule().slot,
+                                             plan.rule().slot + plan.rule().slots);
+           })
+      .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
+      .def("live_slots", &Plan::live_slots, py::arg("values"))
+      .def("initial_state", &Plan::initial_state, py::arg("values"))
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))
       .def(
           "publish",
@@ -102,22 +112,11 @@ inline void bind_plan(py::module_& m) {
           },
           py::arg("param_groups"))
       .def(
-          "load",
-          [](Plan& plan, py::list param_groups, py::list uninitialized) {
-            with_python_errors([&] { plan.load(param_groups.ptr(), uninitialized.ptr()); });
-          },
-          py::arg("param_groups"), py::arg("uninitialized"))
-      .def(
           "sync",
           [](Plan& plan, py::list param_groups) {
             with_python_errors([&] { plan.sync(param_groups.ptr()); });
           },
           py::arg("param_groups"))
-      .def("uninitialized",
-           [](Plan& plan) {
-             return with_python_errors(
-                 [&] { return py::reinterpret_steal<py::object>(plan.uninitialized()); });
-           })
       .def("captured", &Plan::captured);
   py::class_<SquaredNorm>(m, "SquaredNorm", py::module_local())
       .def(py::init([](const py::object& runtime) { return new SquaredNorm(runtime.ptr()); }),

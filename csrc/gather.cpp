@@ -12,7 +12,8 @@ namespace {
 
 struct Names {
   PyObject* params = PyUnicode_InternFromString("params");
-  PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
+  PyObject* step = PyUnicode_InternFromString("step");
+  PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
 };
 
 const Names& names() {
@@ -77,6 +78,15 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 
 }  // namespace
 
+Gathering::Gathering(PyObject* runtime, const Groups& reader)
+    : runtime_(runtime), group_reader_(reader) {
+  for (int k = 0; k < reader.rule().slots; ++k) {
+    PyObject* const key = PyUnicode_InternFromString(reader.rule().slot[k]);
+    if (key == nullptr) throw PythonError();
+    keys_.push_back(key);  // for as long as the process lives, as all interned strings
+  }
+}
+
 TensorView Gathering::read_tensor(PyObject* tensor, const char* what, const Place& place) {
   TensorView view;
   if (reader_.read(tensor, view)) return view;
@@ -118,16 +128,16 @@ void Gathering::classify(Parameter& parameter, const TensorView& view, const Pla
   parameter.dtype = view.dtype;
 }
 
-void Gathering::set_layout(const Place& place, const Parameter& parameter, const TensorView& p,
-                           const TensorView& g, const TensorView* m, TensorRef& ref) {
-  ref.numel = parameter.order.numel * (is_complex(p.dtype) ? 2 : 1);
+void Gathering::set_layout(const Place& place, const Parameter& parameter, const Views& views,
+                           const SlotViews& slots, bool slots_alike, TensorRef& ref) {
+  ref.numel = parameter.order.numel * (is_complex(views.p.dtype) ? 2 : 1);
   ref.layout = -1;
   if (parameter.order.numel <= 1) return;
-  if (parameter.order.dense && same_order(p, g) && (m == nullptr || same_order(p, *m))) return;
+  if (parameter.order.dense && views.alike && slots_alike) return;
   StridedLayout layout;
-  if (!strided_layout(p, g, m, layout)) {
+  if (!strided_layout(views.p, views.g, slots, layout)) {
     refuse(describe(place) + " has more than " + std::to_string(kMaxDims) +
-           " dimensions and lies in another order than its gradient or momentum.");
+           " dimensions and lies in another order than its gradient or state.");
   }
   ref.layout = static_cast<int32_t>(layouts_.size());
   layouts_.push_back(layout);
@@ -145,52 +155,112 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
   written_.emplace_back(begin, begin + extent * (type.bits / 8));
 }
 
-void Gathering::attach_momentum(const Place& place, const Parameter& parameter, PyObject* buffer,
-                                const TensorView& p, const TensorView& g, TensorRef& ref) {
-  TensorView m = read_tensor(buffer, "momentum_buffer", place);
-  if (!same_shape(p, m)) {
-    refuse("the momentum_buffer of " + describe(place) + " has shape " + shape_of(buffer) + ".");
-  }
+// Reads and checks one tensor of state. Returns how far its elements reach.
+int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, const char* name,
+                               PyObject* tensor, const Views& views, const TensorRef& ref,
+                               TensorView& m, bool& alike, StorageType& type) {
+  const TensorView &p = views.p, &g = views.g;
+  const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
+  m = read_tensor(tensor, name, place);
+  if (!same_shape(p, m)) refuse(the_slot() + " has shape " + shape_of(tensor) + ".");
   if (!same(p.device, m.device)) {
     refuse(
-        "the momentum_buffer of " + describe(place) + " is on " + device_name(m.device) +
-        " and the parameter on " + device_name(p.device) +
+        the_slot() + " is on " + device_name(m.device) + " and the parameter on " +
+        device_name(p.device) +
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
-  const bool fits = storage_type(m.dtype, ref.momentum_type) &&
-                    is_complex(m.dtype) == is_complex(p.dtype) &&
-                    (ref.momentum_type == ref.type || ref.momentum_type == StorageType::kFloat32);
+  const bool fits = storage_type(m.dtype, type) && is_complex(m.dtype) == is_complex(p.dtype) &&
+                    (type == ref.type || type == StorageType::kFloat32);
   if (!fits) {
-    refuse("the momentum_buffer of " + describe(place) + " has " + type_name(m.dtype) +
-           "; a parameter of " + type_name(p.dtype) +
+    refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
            " takes its own type or float32. Load the optimizer's state_dict again to convert it.");
   }
-  if (is_complex(m.dtype) && is_lazy(buffer)) {
-    refuse("the momentum_buffer of " + describe(place) +
-           " is a lazily conjugated view; replace it by momentum_buffer.resolve_conj().");
+  if (is_complex(m.dtype) && is_lazy(tensor)) {
+    refuse(the_slot() + " is a lazily conjugated view; replace it by " + name + ".resolve_conj().");
   }
   if (m.data == nullptr && parameter.order.numel > 0) {
-    refuse("the momentum_buffer of " + describe(place) + " has no memory of its own.");
+    refuse(the_slot() + " has no memory of its own.");
   }
-  ref.momentum = m.data;
-  set_layout(place, parameter, p, g, &m, ref);
   int64_t extent = parameter.order.extent;
-  if (!same_order(p, m)) {
+  alike = same_order(p, m);
+  if (!alike) {
     const MemoryOrder order = memory_order(m);
     if (order.overlapping) {
-      refuse("the momentum_buffer of " + describe(place) +
-             " has elements that share memory; replace it by a clone() of it.");
+      refuse(the_slot() + " has elements that share memory; replace it by a clone() of it.");
     }
     extent = order.extent;
   }
-  const int64_t gradient_extent =
-      same_order(p, g) ? parameter.order.extent : memory_order(g).extent;
-  if (!apart(m, extent, g, gradient_extent) && (!same(m.dtype, g.dtype) || share_elements(m, g))) {
-    refuse("the gradient of " + describe(place) +
-           " shares memory with its own momentum_buffer; give it a clone() of the gradient.");
+  if (!apart(m, extent, g, views.extent) && (!same(m.dtype, g.dtype) || share_elements(m, g))) {
+    refuse("the gradient of " + describe(place) + " shares memory with its own " + name +
+           "; give it a clone() of the gradient.");
   }
-  will_write(m.data, extent, m.dtype);
+  if (!apart(m, extent, p, parameter.order.extent) &&
+      (!same(m.dtype, p.dtype) || share_elements(m, p))) {
+    refuse(the_slot() + " shares memory with the parameter; replace it by a clone() of it.");
+  }
+  return extent;
+}
+
+// Reads and checks where a parameter's age is kept, and on the host the age.
+void Gathering::attach_step(const Place& place, PyObject* step, const TensorView& p,
+                            TensorRef& ref) {
+  TensorView view = read_tensor(step, "step", place);
+  StorageType type;
+  if (!storage_type(view.dtype, type) || type != StorageType::kFloat32 || is_complex(view.dtype) ||
+      memory_order(view).numel != 1 || view.data == nullptr || !same(view.device, p.device)) {
+    refuse("the step of " + describe(place) + " must be one float32 on " + device_name(p.device) +
+           ", got " + type_name(view.dtype) + " of shape " + shape_of(step) + " on " +
+           device_name(view.device) + ". Load the optimizer's state_dict again to convert it.");
+  }
+  ref.step = static_cast<float*>(view.data);
+  if (view.device.type != dlpack::kCpu || updated_on(p, place) != kHost) return;
+  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f)) {
+    refuse("the step of " + describe(place) + " must be a number of updates, got " +
+           std::to_string(*ref.step) + ".");
+  }
+  ref.age = static_cast<int64_t>(*ref.step);
+}
+
+void Gathering::attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
+                             const Views& views, TensorRef& ref) {
+  const Rule& rule = group_reader_.rule();
+  std::array<TensorView, kMaxSlots> slot_views;
+  std::array<int64_t, kMaxSlots> extents{};
+  SlotViews slots{};
+  bool all_alike = true;
+  for (int k = 0; k < rule.slots; ++k) {
+    if (entries[k] == nullptr) continue;
+    StorageType type;
+    TensorView& m = slot_views[k];
+    bool alike;
+    extents[k] =
+        attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike, type);
+    all_alike = all_alike && alike;
+    for (int other = 0; other < k; ++other) {
+      if (slots[other] == nullptr) continue;
+      const auto both = [&] {
+        return std::string("the ") + rule.slot[k] + " and the " + rule.slot[other] + " of " +
+               describe(place);
+      };
+      if (type != ref.state_type) {
+        refuse(both() + " have " + type_name(m.dtype) + " and " + type_name(slots[other]->dtype) +
+               ". Load the optimizer's state_dict again to convert them to one type.");
+      }
+      if (!apart(m, extents[k], *slots[other], extents[other]) &&
+          share_elements(m, *slots[other])) {
+        refuse(both() + " share memory; replace one by a clone() of it.");
+      }
+    }
+    ref.state_type = type;
+    ref.slot[k] = m.data;
+    slots[k] = &m;
+  }
+  set_layout(place, parameter, views, slots, all_alike, ref);
+  for (int k = 0; k < rule.slots; ++k) {
+    if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
+  }
+  if (entries[kMaxSlots] != nullptr) attach_step(place, entries[kMaxSlots], views.p, ref);
 }
 
 int Gathering::updated_on(const TensorView& p, const Place& place) const {
@@ -206,40 +276,61 @@ int Gathering::updated_on(const TensorView& p, const Place& place) const {
   refuse(describe(place) + " is on " + device_name(p.device) + ", but " + reason + ".");
 }
 
-// The parameter's buffer, borrowed, or nullptr.
-PyObject* Gathering::momentum_buffer(const Parameter& parameter) const {
+// An entry of the parameter's state, borrowed, or nullptr.
+PyObject* Gathering::find(const Parameter& parameter, PyObject* key) const {
   if (parameter.state == nullptr) return nullptr;
-  PyObject* buffer = PyDict_GetItemWithError(parameter.state, names().momentum_buffer);
-  if (buffer == nullptr && PyErr_Occurred()) throw PythonError();
-  return buffer == Py_None ? nullptr : buffer;
+  PyObject* found = PyDict_GetItemWithError(parameter.state, key);
+  if (found == nullptr && PyErr_Occurred()) throw PythonError();
+  return found == Py_None ? nullptr : found;
+}
+
+// The live entries of the parameter's state. Returns a bit for each that is missing.
+uint32_t Gathering::find_state(const Parameter& parameter, uint32_t live, bool with_step,
+                               Entries& found) const {
+  uint32_t missing = 0;
+  found = {};
+  for (size_t k = 0; k < keys_.size(); ++k) {
+    if ((live >> k & 1u) == 0) continue;
+    found[k] = find(parameter, keys_[k]);
+    missing |= (found[k] == nullptr ? 1u : 0u) << k;
+  }
+  if (!with_step) return missing;
+  found[kMaxSlots] = find(parameter, names().step);
+  return missing | (found[kMaxSlots] == nullptr ? 1u : 0u) << kMaxSlots;
 }
 
 // A step of a parameter without values, as memory estimators and deferred initialisation make it:
-// it gets a buffer of its kind, and nothing is computed.
+// it gets state of its kind, and nothing is computed.
 void Gathering::gather_shape(const Place& place, size_t position) {
   const Parameter& parameter = parameters_[position];
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  const uint32_t live = group_reader_.rule().live_slots(group.options, 0);
-  if (live != 0 && momentum_buffer(parameter) == nullptr) {
-    new_momenta_.push_back({position, kNoTensor, place, {}, {}, Owned(), Owned(), Room::kNone});
+  const Rule& rule = group_reader_.rule();
+  Entries entries;
+  const uint32_t missing =
+      find_state(parameter, rule.live_slots(group.options, 0), rule.counts_steps, entries);
+  if (missing != 0) {
+    new_state_.push_back({position, kNoTensor, place, missing, 0, {}, entries, {}, Owned()});
   }
   parameters_read_.push_back(Owned::borrow(parameter.tensor));
 }
 
+// Notes how the gradient lies.
+void Gathering::see_gradient(const Parameter& parameter, Views& views) const {
+  views.alike = same_order(views.p, views.g);
+  views.extent = views.alike ? parameter.order.extent : memory_order(views.g).extent;
+}
+
 // Refuses a gradient that has elements in common with its own parameter, as the order of reads and
-// writes would decide the result; all of them, each at its own place, are fine. Returns how far the
-// gradient's elements reach.
-int64_t Gathering::check_gradient_memory(const Place& place, const Parameter& parameter,
-                                         const TensorView& p, const TensorView& g) const {
-  const bool alike = same_order(p, g);
-  const int64_t extent = alike ? parameter.order.extent : memory_order(g).extent;
-  const bool same_places = alike && p.data == g.data;
-  if (!same_places && !apart(p, parameter.order.extent, g, extent) && share_elements(p, g)) {
+// writes would decide the result; all of them, each at its own place, are fine.
+void Gathering::check_gradient_memory(const Place& place, const Parameter& parameter,
+                                      const Views& views) const {
+  const TensorView &p = views.p, &g = views.g;
+  const bool same_places = views.alike && p.data == g.data;
+  if (!same_places && !apart(p, parameter.order.extent, g, views.extent) && share_elements(p, g)) {
     refuse("the gradient of " + describe(place) +
            " shares memory with the parameter, at other places than its own elements'; give it a "
            "clone() of the gradient.");
   }
-  return extent;
 }
 
 void Gathering::gather(const Place& place, size_t position) {
@@ -248,7 +339,8 @@ void Gathering::gather(const Place& place, size_t position) {
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
-  TensorView p;
+  Views views;
+  TensorView &p = views.p, &g = views.g;
   const bool readable = reader_.read(tensor, p);
   if (!readable || p.data == nullptr) {
     PyErr_Clear();
@@ -267,7 +359,7 @@ void Gathering::gather(const Place& place, size_t position) {
         " without memory of its own (a DTensor, FakeTensor or other wrapper); give the optimizer "
         "the local tensors.");
   }
-  TensorView g = read_tensor(grad.get(), "gradient", place);
+  g = read_tensor(grad.get(), "gradient", place);
   if (!same(p.dtype, g.dtype)) {
     refuse("the gradient of " + describe(place) + " has " + type_name(g.dtype) +
            " and the parameter " + type_name(p.dtype) + "; convert the gradient.");
@@ -288,24 +380,27 @@ void Gathering::gather(const Place& place, size_t position) {
            " is a lazily conjugated or negated view; give the optimizer a parameter made from "
            "resolve_conj().resolve_neg().");
   }
-  if (may_be_lazy(g, parameter.order.numel, parameter.order.dense && same_order(p, g)) &&
+  see_gradient(parameter, views);
+  if (may_be_lazy(g, parameter.order.numel, parameter.order.dense && views.alike) &&
       is_lazy(grad.get())) {
     grad = checked(PyObject_CallMethod(grad.get(), "resolve_conj", nullptr));
     grad = checked(PyObject_CallMethod(grad.get(), "resolve_neg", nullptr));
     g = read_tensor(grad.get(), "gradient", place);
+    see_gradient(parameter, views);
   }
 
-  const int64_t gradient_extent = check_gradient_memory(place, parameter, p, g);
-  if (gradient_extent != 0) {
+  check_gradient_memory(place, parameter, views);
+  if (views.extent != 0) {
     const char* const begin = static_cast<const char*>(g.data);
     gradients_at_.push_back(
-        {{begin, begin + gradient_extent * (g.dtype.bits / 8)}, static_cast<const char*>(p.data)});
+        {{begin, begin + views.extent * (g.dtype.bits / 8)}, static_cast<const char*>(p.data)});
   }
 
-  if (may_copy_ && updated_by != kHost && parameter.order.dense && !same_order(p, g)) {
+  if (may_copy_ && updated_by != kHost && parameter.order.dense && !views.alike) {
     copied_ = true;
     grad = checked(PyObject_CallMethod(runtime_, "gradient_like", "OO", tensor, grad.get()));
     g = read_tensor(grad.get(), "gradient", place);
+    see_gradient(parameter, views);
   }
 
   TensorRef ref{};
@@ -313,29 +408,29 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
-  ref.momentum_type = ref.type;
+  ref.state_type = ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
-  // A device moves its momentum itself, and may meet another value than the host expects.
+  // A device moves its schedules itself, and may meet another value than the host expects.
+  const Rule& rule = group_reader_.rule();
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
-  const bool has_momentum = group_reader_.rule().live_slots(group.options, driven) != 0;
-  PyObject* buffer = nullptr;
-  if (!has_momentum) {
-    set_layout(place, parameter, p, g, nullptr, ref);
+  const uint32_t live = rule.live_slots(group.options, driven);
+  const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
+  Entries entries;
+  const uint32_t missing = find_state(parameter, live, with_step, entries);
+  const bool has_slots = (missing & live) == 0;
+  ref.age = has_slots ? 1 : 0;
+  sources_.push_back({tensor, updated_by, {}, nullptr});
+  if (missing == 0) {
+    attach_state(place, parameter, entries, views, ref);
+    set_source(sources_.back(), entries);
   } else {
-    buffer = momentum_buffer(parameter);
-    if (buffer == nullptr) {
-      ref.first = true;
-      new_momenta_.push_back(
-          {position, tensors_.size(), place, p, g, Owned(), Owned(), Room::kNone});
-    } else {
-      attach_momentum(place, parameter, buffer, p, g, ref);
-      kept_alive_.push_back(Owned::borrow(buffer));
-    }
+    const int64_t age = !rule.counts_steps && has_slots ? 1 : 0;
+    new_state_.push_back(
+        {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
   }
   tensors_.push_back(ref);
-  sources_.push_back({tensor, updated_by, buffer});
   parameters_read_.push_back(Owned::borrow(tensor));
   kept_alive_.push_back(std::move(grad));
 }
@@ -447,52 +542,82 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   }
 }
 
-void Gathering::add_momenta() {
-  for (NewMomentum& added : new_momenta_) {
+// Notes the state that a tensor of the step works on.
+void Gathering::set_source(Source& source, const Entries& entries) {
+  std::copy_n(entries.begin(), kMaxSlots, source.slot);
+  source.step = entries[kMaxSlots];
+  for (PyObject* entry : entries) {
+    if (entry != nullptr) kept_alive_.push_back(Owned::borrow(entry));
+  }
+}
+
+void Gathering::add_state() {
+  const Rule& rule = group_reader_.rule();
+  for (NewState& added : new_state_) {
     const Parameter& parameter = parameters_[added.parameter];
-    added.buffer = checked(
-        PyObject_CallMethod(runtime_, "new_momentum", "OO", parameter.tensor, added.place.group));
+    const GroupReading& group = groups_[static_cast<size_t>(added.place.group_index)];
+    Entries entries = added.there;
+    for (int k = 0; k < kMaxEntries; ++k) {
+      if ((added.missing >> k & 1u) == 0) continue;
+      if (k == kMaxSlots) {
+        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "OL", parameter.tensor,
+                                                    static_cast<long long>(added.age)));
+      } else {
+        PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
+        if (dtype == nullptr) throw PythonError();
+        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_state", "OOd", parameter.tensor,
+                                                    dtype, rule.initial_state(group.options)));
+      }
+      entries[k] = added.made[k].get();
+    }
     if (added.tensor != kNoTensor) {
-      attach_momentum(added.place, parameter, added.buffer.get(), added.param_view, added.grad_view,
-                      tensors_[added.tensor]);
-      sources_[added.tensor].momentum = added.buffer.get();
+      attach_state(added.place, parameter, entries, added.views, tensors_[added.tensor]);
+      set_source(sources_[added.tensor], entries);
     }
     added.state =
         parameter.state != nullptr ? Owned::borrow(parameter.state) : checked(PyDict_New());
   }
 }
 
-void Gathering::reserve_momenta(PyObject* state) {
+PyObject* Gathering::key_of(int entry) const {
+  return entry == kMaxSlots ? names().step : keys_[static_cast<size_t>(entry)];
+}
+
+void Gathering::reserve_state(PyObject* state) {
   state_ = state;
-  for (NewMomentum& added : new_momenta_) {
-    PyObject* found = PyDict_GetItemWithError(added.state.get(), names().momentum_buffer);
-    if (found != nullptr) continue;  // None, which stands for no buffer
-    if (PyErr_Occurred() ||
-        PyDict_SetItem(added.state.get(), names().momentum_buffer, Py_None) != 0) {
-      throw PythonError();
+  for (NewState& added : new_state_) {
+    for (int k = 0; k < kMaxEntries; ++k) {
+      if (!added.made[k]) continue;
+      PyObject* found = PyDict_GetItemWithError(added.state.get(), key_of(k));
+      if (found != nullptr) continue;  // None, which stands for no tensor
+      if (PyErr_Occurred() || PyDict_SetItem(added.state.get(), key_of(k), Py_None) != 0) {
+        throw PythonError();
+      }
+      added.room |= 1u << k;
     }
     const Parameter& parameter = parameters_[added.parameter];
-    added.room = Room::kKey;
     if (parameter.state != nullptr) continue;
-    added.room = Room::kDict;  // a tensor's hash is Python code, which Ctrl-C can stop at any time
+    added.has_room = true;  // a tensor's hash is Python code, which Ctrl-C can stop at any time
     if (PyObject_SetItem(state, parameter.tensor, added.state.get()) != 0) throw PythonError();
   }
 }
 
-void Gathering::store_momenta() {
-  for (NewMomentum& added : new_momenta_) {
-    if (PyDict_SetItem(added.state.get(), names().momentum_buffer, added.buffer.get()) != 0) {
-      throw PythonError();
+void Gathering::store_state() {
+  for (NewState& added : new_state_) {
+    for (int k = 0; k < kMaxEntries; ++k) {
+      if (!added.made[k]) continue;
+      if (PyDict_SetItem(added.state.get(), key_of(k), added.made[k].get()) != 0) {
+        throw PythonError();
+      }
     }
-    added.room = Room::kNone;
+    added.room = 0;
+    added.has_room = false;
   }
 }
 
 void Gathering::take_back_room() {
-  for (NewMomentum& added : new_momenta_) {
-    if (added.room == Room::kKey) {
-      PyDict_DelItem(added.state.get(), names().momentum_buffer);
-    } else if (added.room == Room::kDict) {
+  for (NewState& added : new_state_) {
+    if (added.has_room) {
       PyObject* const parameter = parameters_[added.parameter].tensor;
       // Once more where another Ctrl-C stops it: the step raises anyway.
       if (PyObject_DelItem(state_, parameter) != 0 && !PyErr_ExceptionMatches(PyExc_KeyError)) {
@@ -500,8 +625,12 @@ void Gathering::take_back_room() {
         PyObject_DelItem(state_, parameter);
       }
     }
+    for (int k = 0; k < kMaxEntries && !added.has_room; ++k) {
+      if ((added.room >> k & 1u) != 0) PyDict_DelItem(added.state.get(), key_of(k));
+    }
     PyErr_Clear();
-    added.room = Room::kNone;
+    added.room = 0;
+    added.has_room = false;
   }
 }
 
@@ -514,7 +643,7 @@ Owned Gathering::take_parameters() {
 }
 
 void Gathering::clear() {
-  if (!new_momenta_.empty()) {
+  if (!new_state_.empty()) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);  // what stopped the step
     take_back_room();
@@ -524,7 +653,7 @@ void Gathering::clear() {
   tensors_.clear();
   sources_.clear();
   layouts_.clear();
-  new_momenta_.clear();
+  new_state_.clear();
   parameters_read_.clear();
   kept_alive_.clear();
   written_.clear();

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,24 +27,25 @@ class Gathering {
   // What a tensor of this step comes from.
   struct Source {
     PyObject* parameter;
-    int place;           // where it is updated
-    PyObject* momentum;  // its buffer, or nullptr
+    int place;                  // where it is updated
+    PyObject* slot[kMaxSlots];  // its state, nullptr where it is not live ...
+    PyObject* step;             // ... and where its age is kept, or nullptr
   };
 
-  // runtime: an object with the methods new_momentum(parameter, group), which returns a new tensor
-  // for the parameter's momentum, gradient_like(parameter, gradient), a copy of the gradient that
-  // lies in memory as the parameter does, and has_no_values(tensor), whether it is nothing but a
-  // shape; borrowed.
-  Gathering(PyObject* runtime, const Groups& reader) : runtime_(runtime), group_reader_(reader) {}
+  // runtime: an object with the methods new_state(parameter, dtype, value), which returns a new
+  // tensor of this value for the parameter's state, new_step(parameter, age), one of a single
+  // number, gradient_like(parameter, gradient), a copy of the gradient that lies in memory as the
+  // parameter does, and has_no_values(tensor), whether it is nothing but a shape; borrowed.
+  Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
   void read(PyObject* param_groups, PyObject* state);
-  // Allocates the momentum buffers that are missing.
-  void add_momenta();
-  // Makes room for them in the optimizer's state, under the keys that they will have.
-  void reserve_momenta(PyObject* state);
-  // Puts them there. Allocates nothing and lets no Python code run, so that it cannot fail.
-  void store_momenta();
+  // Allocates the state that is missing.
+  void add_state();
+  // Makes room for it in the optimizer's state, under the keys that it will have.
+  void reserve_state(PyObject* state);
+  // Puts it there. Allocates nothing and lets no Python code run, so that it cannot fail.
+  void store_state();
   // Forgets everything but what is cached, and takes back the room where nothing was stored.
   void clear();
 
@@ -73,19 +75,29 @@ class Gathering {
     Py_ssize_t group_index;
     Py_ssize_t index;
   };
-  // What was added to the optimizer's state for a buffer to come: nothing, a key with the value
-  // None in the parameter's dict, or that dict.
-  enum class Room { kNone, kKey, kDict };
-  // A parameter that is about to get its first momentum buffer.
-  struct NewMomentum {
+  // A parameter and its gradient as this step finds them.
+  struct Views {
+    TensorView p;
+    TensorView g;
+    bool alike;      // in one order
+    int64_t extent;  // elements of g from the first to one past the last in memory
+  };
+  // The tensors that the optimizer's state has, or is to have, for one parameter: slots, then step.
+  static constexpr int kMaxEntries = kMaxSlots + 1;
+  using Entries = std::array<PyObject*, kMaxEntries>;
+  // A parameter that is about to get some of its state.
+  struct NewState {
     size_t parameter;
-    size_t tensor;  // kNoTensor: the parameter is nothing but a shape, and so is the buffer
+    size_t tensor;  // kNoTensor: the parameter is nothing but a shape, and so is its state
     Place place;
-    TensorView param_view;
-    TensorView grad_view;
-    Owned buffer;
-    Owned state;              // the dict that it goes to
-    Room room = Room::kNone;  // that was made for it
+    uint32_t missing;  // a bit for each entry
+    int64_t age;       // of what is there, where `step` is missing
+    Views views;
+    Entries there;
+    std::array<Owned, kMaxEntries> made;
+    Owned state;            // the dict that they go to
+    uint32_t room = 0;      // a bit for each key that was added to it, with the value None ...
+    bool has_room = false;  // ... and whether it was added to the optimizer's state
   };
 
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
@@ -107,22 +119,32 @@ class Gathering {
   void gather(const Place& place, size_t position);
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
-  PyObject* momentum_buffer(const Parameter& parameter) const;
-  int64_t check_gradient_memory(const Place& place, const Parameter& parameter, const TensorView& p,
-                                const TensorView& g) const;
+  PyObject* find(const Parameter& parameter, PyObject* key) const;
+  uint32_t find_state(const Parameter& parameter, uint32_t live, bool with_step,
+                      Entries& found) const;
+  void see_gradient(const Parameter& parameter, Views& views) const;
+  void check_gradient_memory(const Place& place, const Parameter& parameter,
+                             const Views& views) const;
   bool reads_what_another_writes(const Read& read) const;
   TensorView read_tensor(PyObject* tensor, const char* what, const Place& place);
   void classify(Parameter& parameter, const TensorView& view, const Place& place) const;
   int updated_on(const TensorView& p, const Place& place) const;
-  void attach_momentum(const Place& place, const Parameter& parameter, PyObject* buffer,
-                       const TensorView& p, const TensorView& g, TensorRef& ref);
-  void set_layout(const Place& place, const Parameter& parameter, const TensorView& p,
-                  const TensorView& g, const TensorView* m, TensorRef& ref);
+  void attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
+                    const Views& views, TensorRef& ref);
+  int64_t attach_slot(const Place& place, const Parameter& parameter, const char* name,
+                      PyObject* tensor, const Views& views, const TensorRef& ref, TensorView& view,
+                      bool& alike, StorageType& type);
+  void attach_step(const Place& place, PyObject* step, const TensorView& p, TensorRef& ref);
+  void set_source(Source& source, const Entries& entries);
+  PyObject* key_of(int entry) const;
+  void set_layout(const Place& place, const Parameter& parameter, const Views& views,
+                  const SlotViews& slots, bool slots_alike, TensorRef& ref);
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
   const Groups& group_reader_;
   TensorReader reader_;
+  std::vector<PyObject*> keys_;  // of the rule's slots, in a parameter's state
 
   // Cached.
   std::vector<Parameter> parameters_;
@@ -138,10 +160,10 @@ class Gathering {
   std::vector<TensorRef> tensors_;
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;
-  std::vector<NewMomentum> new_momenta_;
-  PyObject* state_ = nullptr;  // in which there is room for them
+  std::vector<NewState> new_state_;
+  PyObject* state_ = nullptr;  // in which there is room for it
   std::vector<Owned> parameters_read_;
-  std::vector<Owned> kept_alive_;   // gradients and buffers, until the step is done
+  std::vector<Owned> kept_alive_;   // gradients and state, until the step is done
   std::vector<Bytes> written_;      // memory that the step writes
   std::vector<Read> gradients_at_;  // and reads as gradients
   // Gradients are copied before the step, for a faster one, unless an update changes them.

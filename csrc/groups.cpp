@@ -69,8 +69,7 @@ std::string text_of(PyObject* made) {
 }
 
 // A number, also another library's, or a tensor of one.
-double real_item(PyObject* group, Py_ssize_t index, PyObject* key) {
-  PyObject* value = item(group, key);
+double real(PyObject* value, Py_ssize_t index, PyObject* key) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
   if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
@@ -80,8 +79,7 @@ double real_item(PyObject* group, Py_ssize_t index, PyObject* key) {
 }
 
 // True or False, also NumPy's: what a constructor and a file may bring.
-bool flag_item(PyObject* group, Py_ssize_t index, PyObject* key) {
-  PyObject* value = item(group, key);
+bool flag(PyObject* value, Py_ssize_t index, PyObject* key) {
   if (value == Py_True || value == Py_False) return value == Py_True;
   const std::string type = Py_TYPE(value)->tp_name;
   if (type != "numpy.bool" && type != "numpy.bool_") {
@@ -131,7 +129,9 @@ Groups::Groups(const Rule& rule, NativeOf native_of) : rule_(rule), native_of_(n
   for (int i = 0; i < rule.options; ++i) {
     const std::string name = rule.option[i].name;
     const bool scheduled = i < rule.scheduled;
-    keys_.push_back({interned(name), scheduled ? interned(name + "_schedule") : nullptr,
+    const char* const tuple = rule.option[i].tuple;
+    keys_.push_back({interned(name), interned(tuple == nullptr ? name : tuple),
+                     scheduled ? interned(name + "_schedule") : nullptr,
                      scheduled ? interned(name + "_start") : nullptr});
   }
 }
@@ -148,6 +148,21 @@ void Groups::check(const Options& options, const std::string& where) const {
   if (conflict.option < 0) return;
   throw std::invalid_argument(rule_.option[conflict.option].name + where + " must be " +
                               conflict.expected + ", got " + number(options[conflict.option]));
+}
+
+// What stands in a group for an option, borrowed.
+PyObject* Groups::value_of(PyObject* group, Py_ssize_t index, int option) const {
+  PyObject* const value = item(group, keys_[option].value);
+  const Option& what = rule_.option[option];
+  if (what.tuple == nullptr) return value;
+  int size = 0;
+  for (int i = 0; i < rule_.options; ++i) size += keys_[i].value == keys_[option].value;
+  const bool sequence = PyTuple_Check(value) || PyList_Check(value);
+  if (sequence && PySequence_Fast_GET_SIZE(value) == size) {
+    return PySequence_Fast_GET_ITEM(value, what.place);
+  }
+  const std::string expected = "a tuple of " + std::to_string(size) + " numbers";
+  refuse_item(keys_[option].value, index, expected.c_str(), value);
 }
 
 Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock) const {
@@ -178,7 +193,7 @@ Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock
 // What the next update uses for a hyperparameter; checked against its schedule where it has one.
 double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
                               const Driven& driven) const {
-  const double found = real_item(group, index, keys_[option].value);
+  const double found = real(value_of(group, index, option), index, keys_[option].name);
   if (driven.owner == nullptr) return found;
   const double expected = schedule_value(*driven.schedule, driven.clock);
   if (!(found == expected)) {
@@ -206,8 +221,9 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
       reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
       value = read_scheduled(group, index, i, reading.driven[i]);
     } else {
-      value = rule_.option[i].flag ? flag_item(group, index, keys_[i].value)
-                                   : real_item(group, index, keys_[i].value);
+      PyObject* const found = value_of(group, index, i);
+      value = rule_.option[i].flag ? flag(found, index, keys_[i].name)
+                                   : real(found, index, keys_[i].name);
     }
   }
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
@@ -245,9 +261,23 @@ void Groups::add_move(GroupMoves& moves, PyObject* group, const Clock& clock) co
   for (int i = 0; i < rule_.scheduled; ++i) {
     const Driven driven = driven_by(group, keys_[i], clock);
     if (driven.owner == nullptr) continue;
-    item(group, keys_[i].value);
-    moves.add(group, keys_[i].value,
-              checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock))));
+    value_of(group, kSomeGroup, i);  // is there
+    Owned value = checked(PyFloat_FromDouble(schedule_value(*driven.schedule, driven.clock)));
+    if (rule_.option[i].tuple == nullptr) {
+      moves.add(group, keys_[i].value, std::move(value));
+      continue;
+    }
+    // Two schedules may drive one tuple: the second replaces what the first has made.
+    PyObject* const before = moves.last(group, keys_[i].value);
+    PyObject* const tuple = before == nullptr ? item(group, keys_[i].value) : before;
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(tuple);
+    Owned changed = checked(PyTuple_New(size));
+    for (Py_ssize_t k = 0; k < size; ++k) {
+      PyObject* const entry =
+          k == rule_.option[i].place ? value.get() : PySequence_Fast_GET_ITEM(tuple, k);
+      PyTuple_SET_ITEM(changed.get(), k, Py_NewRef(entry));
+    }
+    moves.add(group, keys_[i].value, std::move(changed));
   }
 }
 
@@ -274,6 +304,14 @@ GroupMoves Groups::moves_on(PyObject* groups, int64_t updates, int64_t samples) 
     add_move(moves, group, next);
   }
   return moves;
+}
+
+PyObject* GroupMoves::last(PyObject* group, PyObject* key) const {
+  for (auto entry = entries_.rbegin(); entry != entries_.rend(); ++entry) {
+    if (entry->group.get() != group) break;
+    if (entry->key == key) return entry->value.get();
+  }
+  return nullptr;
 }
 
 void GroupMoves::write() const {

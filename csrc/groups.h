@@ -61,6 +61,8 @@ class GroupMoves {
   void add(PyObject* group, PyObject* key, Owned value) {
     entries_.push_back({Owned::borrow(group), key, std::move(value)});
   }
+  // What is to be written there, borrowed, or nullptr.
+  PyObject* last(PyObject* group, PyObject* key) const;
   void write() const;
 
  private:
@@ -105,11 +107,13 @@ class Groups {
   // Keys of an option in a group's dict, made once: looking up an interned string is a pointer
   // comparison.
   struct Keys {
-    PyObject* value;
+    PyObject* name;
+    PyObject* value;  // the name, or that of the tuple
     PyObject* schedule;
     PyObject* start;
   };
 
+  PyObject* value_of(PyObject* group, Py_ssize_t index, int option) const;
   double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
   // clock: where the group stands, or is about to.
   Driven driven_by(PyObject* group, const Keys& keys, const Clock& clock) const;

@@ -9,7 +9,9 @@
 #if defined(__CUDACC__)
 #define FASTLR_HD __host__ __device__ static inline
 #define FASTLR_HD_MEMBER __host__ __device__
+#define FASTLR_HD_INLINED __host__ __device__ static inline
 #else
 #define FASTLR_HD static inline
 #define FASTLR_HD_MEMBER
+#define FASTLR_HD_INLINED static inline __attribute__((always_inline))
 #endif

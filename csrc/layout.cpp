@@ -93,7 +93,7 @@ bool share_elements(const TensorView& a, const TensorView& b) {
   return found;
 }
 
-bool strided_layout(const TensorView& p, const TensorView& g, const TensorView* m,
+bool strided_layout(const TensorView& p, const TensorView& g, const SlotViews& slots,
                     StridedLayout& out) {
   const int pair = is_complex(p.dtype) ? 2 : 1;
   std::vector<int32_t> dims;
@@ -109,12 +109,15 @@ bool strided_layout(const TensorView& p, const TensorView& g, const TensorView* 
     out.shape[k] = p.shape[d];
     out.param[k] = p.strides[d] * pair;
     out.grad[k] = g.strides[d] * pair;
-    out.momentum[k] = m == nullptr ? 0 : m->strides[d] * pair;
+    for (int i = 0; i < kMaxSlots; ++i) {
+      out.slot[i][k] = slots[i] == nullptr ? 0 : slots[i]->strides[d] * pair;
+    }
   }
   if (pair == 2) {
     const int32_t k = out.ndim++;
     out.shape[k] = 2;
-    out.param[k] = out.grad[k] = out.momentum[k] = 1;
+    out.param[k] = out.grad[k] = 1;
+    for (auto& strides : out.slot) strides[k] = 1;
   }
   return true;
 }

@@ -1,6 +1,8 @@
 // How tensors lie in memory: their element type, whether they are dense, and common strides.
 #pragma once
 
+#include <array>
+
 #include "tensor_view.h"
 #include "tensors.h"
 
@@ -51,10 +53,11 @@ MemoryOrder memory_order(const TensorView& view);
 // element is looked at.
 bool share_elements(const TensorView& a, const TensorView& b);
 
-// The strides of a parameter, its gradient and its momentum (or nullptr) over one index space,
-// sorted so that the parameter's memory is walked forwards; complex numbers become a dimension of
-// two. False where there are too many dimensions.
-bool strided_layout(const TensorView& p, const TensorView& g, const TensorView* m,
+// The strides of a parameter, its gradient and its slots of state, of which some may be nullptr,
+// over one index space, sorted so that the parameter's memory is walked forwards; complex numbers
+// become a dimension of two. False where there are too many dimensions.
+using SlotViews = std::array<const TensorView*, kMaxSlots>;
+bool strided_layout(const TensorView& p, const TensorView& g, const SlotViews& slots,
                     StridedLayout& out);
 
 }  // namespace fastlr

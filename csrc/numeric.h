@@ -122,4 +122,51 @@ FASTLR_HD void store(BFloat16& to, float x) { to = to_bfloat16(x); }
 FASTLR_HD float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTLR_HD double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+// NOTE: [selects]
+// GCC vectorises a loop with a condition that is the same for all elements where it can make two
+// loops of it, or a select; and it makes no select of a call, as a fused multiply-add is one to it,
+// nor always of a flag. So rules select operands instead of results: an operation that is not
+// wanted becomes one that changes no bit, a factor of 1, and nothing as the addend, which unlike
+// zero leaves a negative zero as it is. Or they select by a mask, which is arithmetic.
+template <typename T>
+constexpr T kNothing = T(-0.0);
+
+template <typename T>
+struct Mask;
+template <>
+struct Mask<float> {
+  uint32_t bits;
+};
+template <>
+struct Mask<double> {
+  uint64_t bits;
+};
+
+template <typename T>
+FASTLR_HD Mask<T> mask_of(bool condition) {
+  return {condition ? static_cast<decltype(Mask<T>::bits)>(-1) : 0};
+}
+
+// a where the mask is of true, else b.
+template <typename T>
+FASTLR_HD T select(Mask<T> mask, T a, T b) {
+  decltype(mask.bits) of_a, of_b;
+  memcpy(&of_a, &a, sizeof of_a);
+  memcpy(&of_b, &b, sizeof of_b);
+  const decltype(mask.bits) of_result = of_b ^ ((of_a ^ of_b) & mask.bits);
+  T result;
+  memcpy(&result, &of_result, sizeof result);
+  return result;
+}
+
+// Rounded correctly.
+FASTLR_HD float square_root(float x) { return __builtin_sqrtf(x); }
+FASTLR_HD double square_root(double x) { return __builtin_sqrt(x); }
+
+// The larger of two numbers, NaN where one of them is, as torch.maximum.
+template <typename T>
+FASTLR_HD T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
 }  // namespace fastlr

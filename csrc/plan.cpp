@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cpu/float_environment.h"
@@ -12,6 +14,12 @@ namespace fastlr {
 namespace {
 
 bool is_on_host(const Gathering::Source& source) { return source.place == kHost; }
+
+Options options_of(const std::vector<double>& values) {
+  Options options{};
+  std::copy(values.begin(), values.end(), options.value);
+  return options;
+}
 
 }  // namespace
 
@@ -59,33 +67,50 @@ bool Plan::all_on_host() const {
 
 Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) const {
   HostPart part;
-  const std::vector<TensorRef>& tensors = gathering_.tensors();
+  const std::vector<TensorRef>& all = gathering_.tensors();
   const bool alone = all_on_host();
-  for (size_t i = 0; i < tensors.size() && !alone; ++i) {
-    if (is_on_host(gathering_.sources()[i])) part.among_others.push_back(tensors[i]);
+  for (size_t i = 0; i < all.size() && !alone; ++i) {
+    if (is_on_host(gathering_.sources()[i])) part.among_others.push_back(all[i]);
   }
-  {
-    const DefaultFloatEnvironment environment;
-    for (const GroupReading& group : gathering_.groups()) {
-      part.scalars.push_back({sgd_scalars<float>(group.options, inverse_scale),
-                              sgd_scalars<double>(group.options, inverse_scale)});
+  const std::vector<TensorRef>& tensors = alone ? all : part.among_others;
+  const DefaultFloatEnvironment environment;
+  // Most tensors are of the group and the age of the one before them.
+  using GroupAge = std::pair<int32_t, int64_t>;
+  std::map<GroupAge, int32_t> formed;
+  GroupAge last{-1, 0};
+  int32_t index = 0;
+  part.scalars_of.reserve(tensors.size());
+  for (const TensorRef& tensor : tensors) {
+    if (const GroupAge wanted{tensor.group, tensor.age}; wanted != last) {
+      last = wanted;
+      const auto next = static_cast<int32_t>(part.scalars.size());
+      const auto [found, is_new] = formed.try_emplace(wanted, next);
+      index = found->second;
+      if (is_new) {
+        rule().scalars(gathering_.groups()[static_cast<size_t>(tensor.group)].options, tensor.age,
+                       inverse_scale, part.scalars.emplace_back());
+      }
     }
+    part.scalars_of.push_back(index);
   }
-  if (measures_norm) part.sums.emplace(alone ? tensors : part.among_others);
+  if (measures_norm) part.sums.emplace(tensors);
   return part;
 }
 
 // Returns the squared norm of the gradients, or 0.
 double Plan::step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const {
   const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
-  const std::vector<StridedLayout>& layouts = gathering_.layouts();
+  const HostStep step{rule(), tensors, gathering_.layouts(), part.scalars, part.scalars_of};
   const WithoutGil other_threads_run;
-  if (!part.sums) {
-    step_cpu(tensors, layouts, part.scalars, threads, in_order);
-    return 0.0;
+  double squares = 0.0;
+  if (part.sums) {
+    squares = measured_step_cpu(step, threads, in_order, *part.sums);
+  } else {
+    step_cpu(step, threads, in_order);
   }
-  const double squares =
-      measured_step_cpu(tensors, layouts, part.scalars, threads, in_order, *part.sums);
+  for (const TensorRef& tensor : tensors) {
+    if (tensor.step != nullptr) *tensor.step = static_cast<float>(tensor.age + 1);
+  }
   return unscaled_squares(squares, inverse_scale);
 }
 
@@ -109,32 +134,25 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
     if (PyErr_Occurred()) throw PythonError();
   }
 
-  gathering_.add_momenta();
+  gathering_.add_state();
   const bool in_order = gathering_.in_order();
   HostPart host;
   if (with_host) host = prepare_on_host(inverse_scale, settings.measures_norm);
   const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
-  gathering_.reserve_momenta(state);
+  gathering_.reserve_state(state);
   // Their version counters, so that a backward pass through an overwritten parameter raises.
   const Owned updated = gathering_.take_parameters();
   checked(PyObject_CallMethod(runtime_.get(), "will_write", "O", updated.get()));
 
   bool captured = false;
 #if defined(FASTLR_HAS_CUDA)
-  std::vector<DeviceItem> items;
-  for (size_t i = 0; i < gathering_.sources().size(); ++i) {
-    const Gathering::Source& source = gathering_.sources()[i];
-    if (is_on_host(source)) continue;
-    items.push_back({source.place, gathering_.tensors()[i], source.parameter, source.momentum});
-  }
-  if (!items.empty() || devices_.any()) {
-    captured = devices_.step(items, gathering_.layouts(), gathering_.groups(), settings.found_inf,
-                             settings.grad_scale, with_host, in_order, settings.measures_norm,
-                             settings.samples);
+  if (!all_on_host() || devices_.any()) {
+    captured = devices_.step(gathering_, settings.found_inf, settings.grad_scale, with_host,
+                             in_order, settings.measures_norm, settings.samples);
     devices_stepped_ = true;
   }
 #endif
-  gathering_.store_momenta();
+  gathering_.store_state();
   if (!captured) move(moves, param_groups);
   skipped_ = false;
   squared_norm_.reset();
@@ -183,9 +201,20 @@ void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
 }
 
 void Plan::check(const std::vector<double>& values, const std::string& where) const {
-  Options options{};
-  std::copy(values.begin(), values.end(), options.value);
-  groups_.check(options, where);
+  groups_.check(options_of(values), where);
+}
+
+std::vector<std::string> Plan::live_slots(const std::vector<double>& values) const {
+  const uint32_t live = rule().live_slots(options_of(values), 0);
+  std::vector<std::string> names;
+  for (int k = 0; k < rule().slots; ++k) {
+    if ((live >> k & 1u) != 0) names.push_back(rule().slot[k]);
+  }
+  return names;
+}
+
+double Plan::initial_state(const std::vector<double>& values) const {
+  return rule().initial_state(options_of(values));
 }
 
 void Plan::refuse_capture([[maybe_unused]] const char* what) {
@@ -201,24 +230,9 @@ void Plan::push(PyObject* param_groups) {
 #endif
 }
 
-void Plan::load(PyObject* param_groups, [[maybe_unused]] PyObject* uninitialized) {
-  const std::vector<GroupReading> groups = groups_.read(param_groups);
-#if defined(FASTLR_HAS_CUDA)
-  devices_.load(groups, uninitialized);
-#endif
-}
-
 void Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
   if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_);
-#endif
-}
-
-PyObject* Plan::uninitialized() {
-#if defined(FASTLR_HAS_CUDA)
-  return devices_.uninitialized();
-#else
-  return checked(PyList_New(0)).release();
 #endif
 }
 

@@ -21,11 +21,11 @@ namespace fastlr {
 // NOTE: [all or nothing]
 // Memory can run out in a step, and Ctrl-C and errors can come up wherever Python code runs: in
 // what the runtime object does, and in the hash of a tensor. So whatever can fail comes first:
-// reading and checking, buffers and the room for them in the optimizer's state, the clocks' next
+// reading and checking, new state and the room for it in the optimizer's, the clocks' next
 // values, the memory of the step itself. Then come the devices; and last what cannot fail and lets
-// no Python code run: buffers and clocks take their places, and the elements are updated. An error
-// therefore means that nothing has changed (of several devices, those that were launched before it
-// have), and Ctrl-C during the update is seen when it is complete.
+// no Python code run: new state and clocks take their places, and the elements are updated. An
+// error therefore means that nothing has changed (of several devices, those that were launched
+// before it have), and Ctrl-C during the update is seen when it is complete.
 class Plan {
  public:
   // runtime: see Gathering and NOTE: [the runtime object]; besides, read_amp(found_inf, grad_scale)
@@ -38,6 +38,10 @@ class Plan {
   // Throws std::invalid_argument for the values of a group's options, in their order, that are out
   // of range or in conflict; see Groups::check.
   void check(const std::vector<double>& values, const std::string& where) const;
+
+  // The slots of state that an update with these values reads, by name, and what new ones hold.
+  std::vector<std::string> live_slots(const std::vector<double>& values) const;
+  double initial_state(const std::vector<double>& values) const;
 
   // Writes what schedules say at the groups' clocks.
   void publish(PyObject* param_groups) const { groups_.moves_on(param_groups, 0, 0).write(); }
@@ -73,15 +77,9 @@ class Plan {
   // Hands schedules, hyperparameters and clocks to the devices at once, so that captured graphs
   // follow them.
   void push(PyObject* param_groups);
-  // The same for groups that come with new state: every buffer holds something but those of the
-  // listed parameters.
-  void load(PyObject* param_groups, PyObject* uninitialized);
 
   // Waits for the devices and brings the groups' clocks, and skipped(), up to date with theirs.
   void sync(PyObject* param_groups);
-  // A new list of the parameters on devices whose momentum buffers hold nothing yet, as every
-  // update so far was skipped. Waits for the devices.
-  PyObject* uninitialized();
 
   // Whether a CUDA graph has captured a step.
   bool captured() const;
@@ -90,7 +88,8 @@ class Plan {
   // The host's part of a step, with all the memory that it takes.
   struct HostPart {
     std::vector<TensorRef> among_others;  // where only some of the tensors are the host's
-    std::vector<GroupScalars> scalars;
+    std::vector<AnyScalars> scalars;      // one for each age in each group
+    std::vector<int32_t> scalars_of;      // each tensor's
     std::optional<ChunkSums> sums;
   };
 

@@ -10,8 +10,9 @@
 
 namespace fastlr {
 
-constexpr int kMaxOptions = 8;
+constexpr int kMaxOptions = 10;
 constexpr int kMaxScheduled = 4;
+constexpr int kMaxSlots = 3;
 
 // A group's hyperparameters for one update, in the order of its rule's options; flags are 0 or 1.
 struct Options {
@@ -36,12 +37,15 @@ struct Range {
 constexpr Range kAnyNumber{-INFINITY, INFINITY, false, false};
 constexpr Range kNotNegative{0.0, INFINITY, false, false};
 constexpr Range kBelowOne{0.0, 1.0, false, true};
+constexpr Range kUpToOne{0.0, 1.0, false, false};
 
 struct Option {
   const char* name;
   bool flag;
-  Range range;         // of a number
-  const char* reason;  // of the upper bound, or ""; follows the value that is beyond it
+  Range range;                  // of a number
+  const char* reason = "";      // of the upper bound; follows the value that is beyond it
+  const char* tuple = nullptr;  // the group's tuple that it stands in ...
+  int place = 0;                // ... and where
 };
 
 // Two options that do not go together.
@@ -50,24 +54,57 @@ struct Conflict {
   const char* expected;  // "> 0 with nesterov=True"
 };
 
+// A group's scalars as a rule forms them: a GroupScalars of step.h, of which only the rule's own
+// kernels know more than the size.
+struct AnyScalars {
+  alignas(8) unsigned char bytes[208];
+};
+
+constexpr FASTLR_HD_MEMBER bool is_live(uint32_t live, int slot) {
+  return (live >> slot & 1u) != 0;
+}
+
 // NOTE: [rules]
-// The core loops over options; what they are called, where they lie and what they do, only the
-// rule's own header in rules/ knows, and its Python class. Those that a schedule may drive come
-// first.
+// The core loops over options and slots; what they are called, where they lie and what they do,
+// only the rule's own header in rules/ knows, and its Python class. Options that a schedule may
+// drive come first.
+//
+// NOTE: [age]
+// How many applied updates a parameter's state has seen, 0 for none: torch's "step". Scalars follow
+// from a group's options and an age. The state of a rule that does not count keeps none on the
+// host: there it is 0 without a tensor in each live slot and 1 with them.
 struct Rule {
   const char* name;
+  int index;  // in the list of rules
   const Option* option;
   int options;
   int scheduled;            // how many of them a schedule may drive
   const char* const* slot;  // what its state is called, as torch's optimizers call it
   int slots;
+  bool counts_steps;  // torch's optimizer has a "step" in its state
   Conflict (*conflict)(const Options& options);
   // A bit for each slot of state that an update with these options reads or writes, or may do so at
   // another clock of the schedules. driven: a bit for each option that one drives.
   uint32_t (*live_slots)(const Options& options, uint32_t driven);
+  // What every element of new state is.
+  double (*initial_state)(const Options& options);
+  // For the next update of a parameter of this age. inverse_scale: see Around in step.h.
+  void (*scalars)(const Options& options, int64_t age, float inverse_scale, AnyScalars& out);
+};
+
+// What a rule has that says nothing else.
+struct RuleDefaults {
+  static constexpr bool kCountsSteps = true;
+  static constexpr int kResidentBlocks = 3;  // see NOTE: [registers] in cuda/kernels.cuh
+  static Conflict conflict(const Options&) { return {-1, nullptr}; }
+  static double initial_state(const Options&) { return 0.0; }
+  // Whether weight decay shrinks the parameter instead of adding to the gradient.
+  FASTLR_HD_MEMBER static bool decouples(const Options&) { return false; }
 };
 
 // The rule of this name, or nullptr.
 const Rule* find_rule(const std::string& name);
+// One of them, for what all kernels do alike.
+const Rule& any_rule();
 
 }  // namespace fastlr

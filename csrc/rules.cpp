@@ -1,21 +1,33 @@
-// The update rules that there are.
+// What the core is told of each rule.
+#include "rules.h"
+
 #include "rule.h"
-#include "rules/sgd.h"
+#include "step.h"
 
 namespace fastlr {
 namespace {
 
 template <typename R>
-constexpr Rule rule_of() {
+constexpr Rule rule_of(int index) {
   constexpr int kOptions = sizeof R::kOptions / sizeof R::kOptions[0];
   static_assert(kOptions <= kMaxOptions && R::kScheduled <= kMaxScheduled, "room for its options");
-  constexpr int kSlots = sizeof R::kSlots / sizeof R::kSlots[0];
-  return {R::kName,  R::kOptions, kOptions,     R::kScheduled,
-          R::kSlots, kSlots,      &R::conflict, &R::live_slots};
+  static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
+  static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
+  return {R::kName,      index,          R::kOptions,       kOptions,
+          R::kScheduled, R::kSlots,      R::kSlotCount,     R::kCountsSteps,
+          &R::conflict,  &R::live_slots, &R::initial_state, &form_scalars<R>};
 }
 
+enum {
+#define FASTLR_INDEX(rule) kIndexOf##rule,
+  FASTLR_FOR_EACH_RULE(FASTLR_INDEX)
+#undef FASTLR_INDEX
+};
+
 constexpr Rule kRules[] = {
-    rule_of<Sgd>(),
+#define FASTLR_RULE(rule) rule_of<rule>(kIndexOf##rule),
+    FASTLR_FOR_EACH_RULE(FASTLR_RULE)
+#undef FASTLR_RULE
 };
 
 std::string bound(double value) {
@@ -42,5 +54,7 @@ const Rule* find_rule(const std::string& name) {
   }
   return nullptr;
 }
+
+const Rule& any_rule() { return kRules[0]; }
 
 }  // namespace fastlr

@@ -23,13 +23,13 @@ struct Gradients {
     if (!storage_type(view.dtype, ref.type)) return false;
     const MemoryOrder order = memory_order(view);
     if (view.data == nullptr && order.numel != 0) return false;
-    ref.momentum_type = ref.type;
+    ref.state_type = ref.type;
     ref.grad = view.data;
     ref.numel = order.numel * (is_complex(view.dtype) ? 2 : 1);
     ref.layout = -1;
     if (!order.dense) {
       StridedLayout layout;
-      if (!strided_layout(view, view, nullptr, layout)) return false;
+      if (!strided_layout(view, view, {}, layout)) return false;
       ref.layout = static_cast<int32_t>(layouts.size());
       layouts.push_back(layout);
     }

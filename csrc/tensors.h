@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "rule.h"
+
 namespace fastlr {
 
 enum class StorageType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -14,13 +16,14 @@ enum class StorageType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 struct TensorRef {
   void* param;
   const void* grad;
-  void* momentum;  // nullptr when the group has no momentum
+  void* slot[kMaxSlots];  // nullptr where one is not live
+  float* step;            // where its age is kept, or nullptr: see NOTE: [age]
+  int64_t age;            // on the host
   int64_t numel;
   int32_t group;
-  int32_t layout;  // index of its StridedLayout, or -1: all three dense in the same order
+  int32_t layout;  // index of its StridedLayout, or -1: all of them dense in the same order
   StorageType type;
-  StorageType momentum_type;
-  bool first;  // never updated before: momentum is written without being read
+  StorageType state_type;
 };
 static_assert(std::is_trivially_copyable<TensorRef>::value, "tables of it are copied as bytes");
 
@@ -32,7 +35,7 @@ struct StridedLayout {
   int64_t shape[kMaxDims];
   int64_t param[kMaxDims];
   int64_t grad[kMaxDims];
-  int64_t momentum[kMaxDims];
+  int64_t slot[kMaxSlots][kMaxDims];
 };
 
 // The elements begin .. end of one tensor.

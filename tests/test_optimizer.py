@@ -546,7 +546,7 @@ def test_a_step_inside_a_step_is_an_error() -> None:
 
     class Nested(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.empty_like:
+            if func is torch.zeros_like:
                 optimizer.step()
             return func(*args, **(kwargs or {}))
 
@@ -724,7 +724,7 @@ def test_damaged_groups_are_caught_by_the_step(change: dict[str, Any], message: 
 
 def test_wrong_types_and_contradictions_are_named() -> None:
     model = parameters([(4,)])
-    with pytest.raises(TypeError, match="weight_decay of parameter group 0 must be a number, got None"):
+    with pytest.raises(TypeError, match=r"weight_decay of parameter group 0 must be a number .*, got None"):
         fastlr.FusedSGD(model, weight_decay=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a group takes lr or base_lr, not both"):
         fastlr.FusedCyclicSGD([{"params": model, "lr": 0.1, "base_lr": 0.2}], 0.1, 0.5)

@@ -4,17 +4,22 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <type_traits>
+#include <utility>
 
+#include "../rules.h"
 #include "../squares.h"
 #include "../step.h"
+#include "kernels.h"
 
 namespace fastlr {
 namespace {
 
 // Elements staged at a time where the stored type is not the compute type or not in one common
-// order: three blocks of doubles are 12 KiB, which stays in a first-level cache.
+// order: five blocks of doubles are 20 KiB, which stays in a first-level cache.
 constexpr int64_t kBlock = 512;
 
 template <typename C, typename T>
@@ -61,126 +66,208 @@ template <typename C>
 // Blocks follow each other in the lanes, so each begins at the first.
 static_assert(kBlock % kLanes == 0, "a block ends with the last lane");
 
-template <typename C>
-[[gnu::noinline]] void update_in_place(const SgdScalars<C>& s, bool first, C* p, const C* g, C* m,
-                                       int64_t n) {
-  update_chunk(s, first, p, g, m, n);
-}
-
-template <typename C>
-void measured_update_in_place(const SgdScalars<C>& s, bool first, C* p, const C* g, C* m, int64_t n,
-                              double* lanes) {
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    add_squares(lanes, g + i, count);
-    update_in_place(s, first, p + i, g + i, m == nullptr ? m : m + i, count);
+// n elements in their compute type. kLive, kPlain, kCoupled: as in their scalars: GCC vectorises no
+// loop with many conditions, also where they are the same for all elements. Iterations
+// are independent even where p and g are the same memory. The slots are arguments one by one, as
+// the compiler does not see through arrays of pointers.
+template <typename R, uint32_t kLive, bool kPlain, bool kCoupled, typename T, size_t... kSlot,
+          typename... Slot>
+void update_live(const Scalars<R, T>& scalars, T* p, const T* g, int64_t n,
+                 std::index_sequence<kSlot...>, Slot*... slot) {
+  const Scalars<R, T> s = scalars;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T values[] = {is_live(kLive, kSlot) ? slot[i] : T(0)...};
+    T value = p[i];
+    update_element(s, kLive, kPlain, kCoupled, value, g[i], values);
+    p[i] = value;
+    ((is_live(kLive, kSlot) ? void(slot[i] = values[kSlot]) : void()), ...);
   }
 }
 
-template <typename P, typename M>
-void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g, M* m, int64_t n,
-                  double* lanes) {
-  using C = compute_t<P>;
-  C p_block[kBlock], g_block[kBlock], m_block[kBlock];
+template <typename R, typename T, size_t... kSlot, size_t... kSet>
+void update_elements(const Scalars<R, T>& s, T* p, const T* g,
+                     const std::array<T*, R::kSlotCount>& slots, int64_t n,
+                     std::index_sequence<kSlot...> all, std::index_sequence<kSet...>) {
+  const auto update = [&](auto live) {
+    constexpr uint32_t kLive = decltype(live)::value;
+    if (s.around.live != kLive) return;
+    if (s.around.plain) {
+      update_live<R, kLive, true, false>(s, p, g, n, all, slots[kSlot]...);
+    } else if (s.around.coupled) {
+      update_live<R, kLive, false, true>(s, p, g, n, all, slots[kSlot]...);
+    } else {
+      update_live<R, kLive, false, false>(s, p, g, n, all, slots[kSlot]...);
+    }
+  };
+  (update(std::integral_constant<uint32_t, R::kLiveSets[kSet]>()), ...);
+}
+
+template <typename R, typename T>
+void update_elements(const Scalars<R, T>& s, T* p, const T* g,
+                     const std::array<T*, R::kSlotCount>& slots, int64_t n) {
+  constexpr size_t kSets = sizeof R::kLiveSets / sizeof R::kLiveSets[0];
+  update_elements(s, p, g, slots, n, std::make_index_sequence<R::kSlotCount>(),
+                  std::make_index_sequence<kSets>());
+}
+
+// Where a tensor is stored in its compute type.
+template <typename R, typename T>
+[[gnu::noinline]] void update_in_place(const Scalars<R, T>& s, T* p, const T* g,
+                                       std::array<T*, R::kSlotCount> slots, int64_t n,
+                                       double* lanes) {
+  if (lanes == nullptr) return update_elements(s, p, g, slots, n);
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_dense(p_block, p + i, count);
-    load_dense(g_block, g + i, count);
-    if (s.has_momentum && !first) load_dense(m_block, m + i, count);
-    if (lanes != nullptr) add_squares(lanes, g_block, count);
-    update_chunk(s, first, p_block, g_block, m_block, count);
-    store_dense(p + i, p_block, count);
-    if (s.has_momentum) store_dense(m + i, m_block, count);
+    add_squares(lanes, g + i, count);
+    update_elements(s, p + i, g + i, slots, count);
+    for (T*& slot : slots) {
+      if (slot != nullptr) slot += count;
+    }
+  }
+}
+
+// Blocks of a tensor in its compute type.
+template <typename R, typename C>
+struct Staged {
+  void update(const Scalars<R, C>& s, int64_t count, double* lanes) {
+    if (lanes != nullptr) add_squares(lanes, g, count);
+    std::array<C*, R::kSlotCount> at;
+    for (int k = 0; k < R::kSlotCount; ++k) at[k] = slots[k];
+    update_elements(s, p, g, at, count);
+  }
+
+  C p[kBlock], g[kBlock], slots[R::kSlotCount][kBlock];
+};
+
+template <typename R, typename P, typename M>
+void update_dense(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
+                  const std::array<M*, R::kSlotCount>& slots, int64_t n, double* lanes) {
+  const uint32_t live = s.around.live;
+  Staged<R, compute_t<P>> staged;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = n - i < kBlock ? n - i : kBlock;
+    load_dense(staged.p, p + i, count);
+    load_dense(staged.g, g + i, count);
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) load_dense(staged.slots[k], slots[k] + i, count);
+    }
+    staged.update(s, count, lanes);
+    store_dense(p + i, staged.p, count);
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) store_dense(slots[k] + i, staged.slots[k], count);
+    }
   }
 }
 
 // Walks through a strided layout in row-major order of its indices.
+template <int kSlots>
 class Cursor {
  public:
   Cursor(const StridedLayout& layout, int64_t index) : layout_(layout) {
     for (int d = layout.ndim - 1; d >= 0; --d) {
       index_[d] = index % layout.shape[d];
       index /= layout.shape[d];
-      param += index_[d] * layout.param[d];
-      grad += index_[d] * layout.grad[d];
-      momentum += index_[d] * layout.momentum[d];
+      move(d, index_[d]);
     }
   }
 
   void advance() {
     for (int d = layout_.ndim - 1; d >= 0; --d) {
-      param += layout_.param[d];
-      grad += layout_.grad[d];
-      momentum += layout_.momentum[d];
+      move(d, 1);
       if (++index_[d] < layout_.shape[d]) return;
-      param -= layout_.shape[d] * layout_.param[d];
-      grad -= layout_.shape[d] * layout_.grad[d];
-      momentum -= layout_.shape[d] * layout_.momentum[d];
+      move(d, -layout_.shape[d]);
       index_[d] = 0;
     }
   }
 
   int64_t param = 0;
   int64_t grad = 0;
-  int64_t momentum = 0;
+  int64_t slot[kMaxSlots] = {};
 
  private:
+  void move(int d, int64_t steps) {
+    param += steps * layout_.param[d];
+    grad += steps * layout_.grad[d];
+    for (int k = 0; k < kSlots; ++k) slot[k] += steps * layout_.slot[k][d];
+  }
+
   const StridedLayout& layout_;
   int64_t index_[kMaxDims];
 };
 
-template <typename P, typename M>
-void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g, M* m,
-                    const StridedLayout& layout, int64_t begin, int64_t end, double* lanes) {
+template <typename R, typename P, typename M>
+void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
+                    const std::array<M*, R::kSlotCount>& slots, const StridedLayout& layout,
+                    int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
-  C p_block[kBlock], g_block[kBlock], m_block[kBlock];
-  Cursor reader(layout, begin);
-  Cursor writer(layout, begin);
+  const uint32_t live = s.around.live;
+  Staged<R, C> staged;
+  Cursor<R::kSlotCount> reader(layout, begin);
+  Cursor<R::kSlotCount> writer(layout, begin);
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     for (int64_t k = 0; k < count; ++k, reader.advance()) {
-      p_block[k] = load(p[reader.param]);
-      g_block[k] = load(g[reader.grad]);
-      if (s.has_momentum && !first) m_block[k] = load(m[reader.momentum]);
+      staged.p[k] = load(p[reader.param]);
+      staged.g[k] = load(g[reader.grad]);
+      for (int m = 0; m < R::kSlotCount; ++m) {
+        if (is_live(live, m)) {
+          staged.slots[m][k] = static_cast<C>(load(slots[m][reader.slot[m]]));
+        }
+      }
     }
-    if (lanes != nullptr) add_squares(lanes, g_block, count);
-    update_chunk(s, first, p_block, g_block, m_block, count);
+    staged.update(s, count, lanes);
     for (int64_t k = 0; k < count; ++k, writer.advance()) {
-      store(p[writer.param], p_block[k]);
-      if (s.has_momentum) store(m[writer.momentum], m_block[k]);
+      store(p[writer.param], staged.p[k]);
+      for (int m = 0; m < R::kSlotCount; ++m) {
+        if (is_live(live, m)) store(slots[m][writer.slot[m]], staged.slots[m][k]);
+      }
     }
   }
 }
 
-template <typename P, typename M>
-void update(const TensorRef& tensor, const StridedLayout* layout, const GroupScalars& scalars,
+template <typename R, typename P, typename M>
+void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
             int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
-  const SgdScalars<C>& s = scalars_of(scalars, C{});
+  const Scalars<R, C>& s = as<R>(scalars).in(C{});
   P* p = static_cast<P*>(tensor.param);
   const P* g = static_cast<const P*>(tensor.grad);
-  M* m = static_cast<M*>(tensor.momentum);
-  if (layout != nullptr) {
-    return update_strided(s, tensor.first, p, g, m, *layout, begin, end, lanes);
+  std::array<M*, R::kSlotCount> slots;
+  for (int k = 0; k < R::kSlotCount; ++k) slots[k] = static_cast<M*>(tensor.slot[k]);
+  if (layout != nullptr) return update_strided<R>(s, p, g, slots, *layout, begin, end, lanes);
+  for (M*& slot : slots) {
+    if (slot != nullptr) slot += begin;
   }
-  p += begin;
-  g += begin;
-  if (m != nullptr) m += begin;
   if constexpr (std::is_same<P, C>::value && std::is_same<M, C>::value) {
-    if (lanes == nullptr) return update_in_place(s, tensor.first, p, g, m, end - begin);
-    measured_update_in_place(s, tensor.first, p, g, m, end - begin, lanes);
+    update_in_place<R>(s, p + begin, g + begin, slots, end - begin, lanes);
   } else {
-    update_dense(s, tensor.first, p, g, m, end - begin, lanes);
+    update_dense<R>(s, p + begin, g + begin, slots, end - begin, lanes);
   }
 }
 
-template <typename P>
-void update(const TensorRef& tensor, const StridedLayout* layout, const GroupScalars& scalars,
+template <typename R, typename P>
+void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
             int64_t begin, int64_t end, double* lanes) {
-  if (tensor.momentum_type == tensor.type) {
-    update<P, P>(tensor, layout, scalars, begin, end, lanes);
+  if (tensor.state_type == tensor.type) {
+    update<R, P, P>(tensor, layout, scalars, begin, end, lanes);
   } else {
-    update<P, float>(tensor, layout, scalars, begin, end, lanes);
+    update<R, P, float>(tensor, layout, scalars, begin, end, lanes);
+  }
+}
+
+template <typename R>
+void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
+            int64_t begin, int64_t end, double* lanes) {
+  switch (tensor.type) {
+    case StorageType::kFloat32:
+      return update<R, float, float>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kFloat64:
+      return update<R, double>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kBFloat16:
+      return update<R, BFloat16>(tensor, layout, scalars, begin, end, lanes);
+    case StorageType::kFloat16:
+      return update<R, Float16>(tensor, layout, scalars, begin, end, lanes);
   }
 }
 
@@ -193,7 +280,7 @@ void squares(const TensorRef& tensor, const StridedLayout* layout, int64_t begin
     if (layout == nullptr) return add_squares(lanes, values + begin, end - begin);
   }
   C block[kBlock];
-  std::optional<Cursor> reader;
+  std::optional<Cursor<0>> reader;
   if (layout != nullptr) reader.emplace(*layout, begin);
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
@@ -226,20 +313,11 @@ void FASTLR_AT_LEVEL(squares, FASTLR_SIMD_LEVEL)(const TensorRef& tensor,
   }
 }
 
-void FASTLR_AT_LEVEL(update, FASTLR_SIMD_LEVEL)(const TensorRef& tensor,
-                                                const StridedLayout* layout,
-                                                const GroupScalars& scalars, int64_t begin,
-                                                int64_t end, double* lanes) {
-  switch (tensor.type) {
-    case StorageType::kFloat32:
-      return update<float, float>(tensor, layout, scalars, begin, end, lanes);
-    case StorageType::kFloat64:
-      return update<double>(tensor, layout, scalars, begin, end, lanes);
-    case StorageType::kBFloat16:
-      return update<BFloat16>(tensor, layout, scalars, begin, end, lanes);
-    case StorageType::kFloat16:
-      return update<Float16>(tensor, layout, scalars, begin, end, lanes);
-  }
-}
+extern const ChunkKernel FASTLR_AT_LEVEL(kernels, FASTLR_SIMD_LEVEL)[];
+const ChunkKernel FASTLR_AT_LEVEL(kernels, FASTLR_SIMD_LEVEL)[] = {
+#define FASTLR_KERNEL(rule) &update<rule>,
+    FASTLR_FOR_EACH_RULE(FASTLR_KERNEL)
+#undef FASTLR_KERNEL
+};
 
 }  // namespace fastlr

@@ -1,9 +1,10 @@
-// The CPU kernel of each SIMD level, and the choice between them.
+// The CPU kernels of each SIMD level, and the choice between levels.
 #pragma once
 
 #include <vector>
 
-#include "../step.h"
+#include "../rule.h"
+#include "../tensors.h"
 
 namespace fastlr {
 
@@ -11,8 +12,7 @@ namespace fastlr {
 // the squares of the gradient's elements are added to, the first to the first of kLanes, or
 // nullptr; see NOTE: [sums in lanes].
 using ChunkKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout,
-                             const GroupScalars& scalars, int64_t begin, int64_t end,
-                             double* lanes);
+                             const AnyScalars& scalars, int64_t begin, int64_t end, double* lanes);
 
 // Adds the squares alone.
 using SquaresKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout, int64_t begin,
@@ -20,7 +20,7 @@ using SquaresKernel = void (*)(const TensorRef& tensor, const StridedLayout* lay
 
 struct SimdLevel {
   const char* name;
-  ChunkKernel kernel;
+  const ChunkKernel* kernels;  // by the rules' indices
   SquaresKernel squares;
 };
 

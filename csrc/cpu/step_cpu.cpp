@@ -26,29 +26,28 @@ extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
 namespace fastlr {
 
-#define FASTLR_DECLARE_KERNEL(level)                                                           \
-  void update_##level(const TensorRef& tensor, const StridedLayout* layout,                    \
-                      const GroupScalars& scalars, int64_t begin, int64_t end, double* lanes); \
-  void squares_##level(const TensorRef& tensor, const StridedLayout* layout, int64_t begin,    \
+#define FASTLR_DECLARE_LEVEL(level)                                                         \
+  extern const ChunkKernel kernels_##level[];                                               \
+  void squares_##level(const TensorRef& tensor, const StridedLayout* layout, int64_t begin, \
                        int64_t end, double* lanes)
 #if defined(FASTLR_X86_LEVELS)
-FASTLR_DECLARE_KERNEL(x86_64_v2);
-FASTLR_DECLARE_KERNEL(x86_64_v3);
-FASTLR_DECLARE_KERNEL(x86_64_v4);
+FASTLR_DECLARE_LEVEL(x86_64_v2);
+FASTLR_DECLARE_LEVEL(x86_64_v3);
+FASTLR_DECLARE_LEVEL(x86_64_v4);
 #endif
-FASTLR_DECLARE_KERNEL(baseline);
-#undef FASTLR_DECLARE_KERNEL
+FASTLR_DECLARE_LEVEL(baseline);
+#undef FASTLR_DECLARE_LEVEL
 
 const std::vector<SimdLevel>& usable_simd_levels() {
   static const std::vector<SimdLevel> levels = [] {
-    std::vector<SimdLevel> found{{"baseline", update_baseline, squares_baseline}};
+    std::vector<SimdLevel> found{{"baseline", kernels_baseline, squares_baseline}};
 #if defined(FASTLR_X86_LEVELS)
     if (__builtin_cpu_supports("x86-64-v2"))
-      found.push_back({"x86-64-v2", update_x86_64_v2, squares_x86_64_v2});
+      found.push_back({"x86-64-v2", kernels_x86_64_v2, squares_x86_64_v2});
     if (__builtin_cpu_supports("x86-64-v3"))
-      found.push_back({"x86-64-v3", update_x86_64_v3, squares_x86_64_v3});
+      found.push_back({"x86-64-v3", kernels_x86_64_v3, squares_x86_64_v3});
     if (__builtin_cpu_supports("x86-64-v4"))
-      found.push_back({"x86-64-v4", update_x86_64_v4, squares_x86_64_v4});
+      found.push_back({"x86-64-v4", kernels_x86_64_v4, squares_x86_64_v4});
 #endif
     return found;
   }();
@@ -156,7 +155,7 @@ double sum_over_chunks(const std::vector<TensorRef>& tensors,
       for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
         const int64_t end = std::min(begin + kChunkElements, share.end);
         double lanes[kLanes] = {};
-        visit(tensor, layout, begin, end, lanes);
+        visit(static_cast<size_t>(share.tensor), layout, begin, end, lanes);
         sums[memory.first_chunks[share.tensor] + begin / kChunkElements] =
             sum_of_lanes(lanes, end - begin);
       }
@@ -179,34 +178,37 @@ ChunkSums::ChunkSums(const std::vector<TensorRef>& tensors) {
   sums.resize(static_cast<size_t>(chunks));
 }
 
-void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
-              const std::vector<GroupScalars>& groups, int threads, bool in_order) {
-  const int64_t total = elements_of(tensors);
-  const ChunkKernel kernel = chosen_level().kernel;
+void step_cpu(const HostStep& step, int threads, bool in_order) {
+  const int64_t total = elements_of(step.tensors);
+  const ChunkKernel kernel = chosen_level().kernels[step.rule.index];
   in_parallel(total, in_order ? 1 : threads, [&](int part, int parts) {
-    for_each_chunk(tensors, total, part, parts, kGrain, [&](const Chunk& chunk) {
-      const TensorRef& tensor = tensors[chunk.tensor];
-      kernel(tensor, layout_of(tensor, layouts), groups[tensor.group], chunk.begin, chunk.end,
-             nullptr);
+    for_each_chunk(step.tensors, total, part, parts, kGrain, [&](const Chunk& chunk) {
+      const TensorRef& tensor = step.tensors[chunk.tensor];
+      kernel(tensor, layout_of(tensor, step.layouts), step.scalars[step.scalars_of[chunk.tensor]],
+             chunk.begin, chunk.end, nullptr);
     });
   });
 }
 
-double measured_step_cpu(const std::vector<TensorRef>& tensors,
-                         const std::vector<StridedLayout>& layouts,
-                         const std::vector<GroupScalars>& groups, int threads, bool in_order,
-                         ChunkSums& sums) {
-  const ChunkKernel kernel = chosen_level().kernel;
+double measured_step_cpu(const HostStep& step, int threads, bool in_order, ChunkSums& sums) {
+  const ChunkKernel kernel = chosen_level().kernels[step.rule.index];
   return sum_over_chunks(
-      tensors, layouts, in_order ? 1 : threads, sums,
-      [&](const TensorRef& tensor, const StridedLayout* layout, int64_t begin, int64_t end,
-          double* lanes) { kernel(tensor, layout, groups[tensor.group], begin, end, lanes); });
+      step.tensors, step.layouts, in_order ? 1 : threads, sums,
+      [&](size_t tensor, const StridedLayout* layout, int64_t begin, int64_t end, double* lanes) {
+        kernel(step.tensors[tensor], layout, step.scalars[step.scalars_of[tensor]], begin, end,
+               lanes);
+      });
 }
 
 double squared_norm_cpu(const std::vector<TensorRef>& tensors,
                         const std::vector<StridedLayout>& layouts, int threads) {
   ChunkSums sums(tensors);
-  return sum_over_chunks(tensors, layouts, threads, sums, chosen_level().squares);
+  const SquaresKernel kernel = chosen_level().squares;
+  return sum_over_chunks(
+      tensors, layouts, threads, sums,
+      [&](size_t tensor, const StridedLayout* layout, int64_t begin, int64_t end, double* lanes) {
+        kernel(tensors[tensor], layout, begin, end, lanes);
+      });
 }
 
 }  // namespace fastlr

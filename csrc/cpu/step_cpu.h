@@ -7,11 +7,18 @@
 
 namespace fastlr {
 
-// Applies the update to every tensor. layouts: what TensorRef::layout refers to; groups: what
-// TensorRef::group refers to. threads: the most to use, >= 1. Where tensors share memory
+// What a step works on, without any of its memory.
+struct HostStep {
+  const Rule& rule;
+  const std::vector<TensorRef>& tensors;
+  const std::vector<StridedLayout>& layouts;  // that TensorRef::layout refers to
+  const std::vector<AnyScalars>& scalars;
+  const std::vector<int32_t>& scalars_of;  // which of them are each tensor's
+};
+
+// Applies the update to every tensor. threads: the most to use, >= 1. Where tensors share memory
 // (in_order), one thread updates them in order, each seeing what the ones before it wrote.
-void step_cpu(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
-              const std::vector<GroupScalars>& groups, int threads, bool in_order);
+void step_cpu(const HostStep& step, int threads, bool in_order);
 
 // Memory for the sums of each chunk of some tensors.
 struct ChunkSums {
@@ -23,10 +30,7 @@ struct ChunkSums {
 
 // The same as step_cpu(), and returns the sum of the squares of the gradients that it read. Neither
 // allocates anything.
-double measured_step_cpu(const std::vector<TensorRef>& tensors,
-                         const std::vector<StridedLayout>& layouts,
-                         const std::vector<GroupScalars>& groups, int threads, bool in_order,
-                         ChunkSums& sums);
+double measured_step_cpu(const HostStep& step, int threads, bool in_order, ChunkSums& sums);
 
 // The sum of the squares of all elements of the tensors' `grad`; nothing else of them is read.
 double squared_norm_cpu(const std::vector<TensorRef>& tensors,

@@ -16,24 +16,21 @@ double DeviceNorm::measure(const std::vector<TensorRef>& tensors,
         "the capture.");
   }
   if (!state_) {
-    cuda::preload(scope.device());
+    cuda::preload(scope.device(), rule_);
     Table memory(scope, sizeof(DeviceState));
     const DeviceState state{};  // of no groups: there is no clock to move
     memory.write(scope, 0, &state, sizeof state);
     state_ = std::move(memory);
   }
   state_.used_by(scope);
-  std::vector<DeviceWork> work;
-  for (const TensorRef& tensor : tensors) work.push_back({tensor, nullptr});
-  std::vector<cuda::Launch> launches = tensors_.update(scope, work, layouts, false, true);
+  std::vector<cuda::Launch> launches = tensors_.update(scope, tensors, layouts, false, true);
   if (launches.empty()) return 0.0;
   tensors_.used(scope);
   DeviceState state;
   const WithoutGil waiting_for_the_device;
   for (cuda::Launch& launch : launches) {
-    launch.clocks = {reinterpret_cast<DeviceState*>(state_.data()), nullptr, nullptr, nullptr};
-    launch.grad_scale = nullptr;
-    cuda::launch_step(scope.device(), scope.stream(), launch);
+    launch.head.clocks = {reinterpret_cast<DeviceState*>(state_.data()), nullptr, nullptr, nullptr};
+    cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
   }
   cuda::download(scope.device(), scope.stream(), &state, state_.data(), sizeof state);
   return state.squared_norm;

@@ -21,7 +21,8 @@ class DeviceNorm {
  private:
   PyObject* runtime_;
   int device_;
-  Table state_;  // DeviceState
+  const Rule& rule_ = any_rule();  // without parameters its kernels update nothing
+  Table state_;                    // DeviceState
   TensorTable tensors_;
 };
 

@@ -41,13 +41,13 @@ Clocks DevicePlan::clocks(const float* found_inf) const {
   return clocks(state_, capacity_, found_inf);
 }
 
-void DevicePlan::check_groups(const Rule& rule, const std::vector<GroupReading>& groups) const {
+void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
-    const uint32_t live = rule.live_slots(groups[i].options, groups[i].driven_options);
-    for (int slot = 0; slot < rule.slots; ++slot) {
+    const uint32_t live = rule_.live_slots(groups[i].options, groups[i].driven_options);
+    for (int slot = 0; slot < rule_.slots; ++slot) {
       if ((live & seen_[i].slots_not_in_graph) >> slot & 1u) {
         throw std::runtime_error("parameter group " + std::to_string(i) + " now needs a " +
-                                 rule.slot[slot] +
+                                 rule_.slot[slot] +
                                  ", but a CUDA graph captured its step without one; capture the "
                                  "graph anew with a new optimizer.");
       }
@@ -133,8 +133,7 @@ std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& gr
   return entries;
 }
 
-std::vector<DevicePlan::Seen> DevicePlan::seen_of(const Rule& rule,
-                                                  const std::vector<GroupReading>& groups) const {
+std::vector<DevicePlan::Seen> DevicePlan::seen_of(const std::vector<GroupReading>& groups) const {
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
     seen[i].options = unscheduled(groups[i]);
@@ -143,7 +142,7 @@ std::vector<DevicePlan::Seen> DevicePlan::seen_of(const Rule& rule,
       seen[i].start[k] = groups[i].driven[k].start;
     }
     seen[i].clock = groups[i].clock;
-    seen[i].live_slots = rule.live_slots(groups[i].options, groups[i].driven_options);
+    seen[i].live_slots = rule_.live_slots(groups[i].options, groups[i].driven_options);
     if (i < seen_.size()) seen[i].slots_not_in_graph = seen_[i].slots_not_in_graph;
   }
   return seen;
@@ -151,19 +150,19 @@ std::vector<DevicePlan::Seen> DevicePlan::seen_of(const Rule& rule,
 
 // Whatever needs memory, or lets Python code run, comes before the first write to a table that is
 // in use: where it fails, the device goes on as before.
-void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
-                            const std::vector<GroupReading>& groups, bool force) {
+void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
+                            bool force) {
   const Changes changed = changes(groups);
   if (!force && !changed.clocks && !changed.numbers) return;
   scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-  check_groups(rule, groups);
+  check_groups(groups);
 
   const bool grows = groups.size() > capacity_;
   DeviceState state{};
   Table grown;
   size_t capacity = capacity_;
   if (grows) {
-    cuda::preload(scope.device());
+    cuda::preload(scope.device(), rule_);
     if (ready()) state = read(scope, false, false).state;
     // Room for many: what a graph has captured cannot move to a larger table.
     capacity = std::max<size_t>(64, 2 * groups.size());
@@ -181,9 +180,10 @@ void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
     for (size_t i = 0; i < groups.size(); ++i) {
       clocks_there[i].updates = groups[i].clock.updates;
       clocks_there[i].samples = groups[i].clock.samples;
+      clocks_there[i].next_age = groups[i].clock.updates;  // most often; the next step finds out
     }
   }
-  std::vector<Seen> seen = seen_of(rule, groups);
+  std::vector<Seen> seen = seen_of(groups);
   const bool writes_state = grows || !ready();
   Table& table = grows ? grown : state_;
   table.used_by(scope);
@@ -205,18 +205,18 @@ void DevicePlan::set_groups(const DeviceScope& scope, const Rule& rule,
   if (!clocks_there.empty()) {
     write(to.clocks, clocks_there.data(), clocks_there.size() * sizeof(GroupClock));
   }
-  cuda::launch_clock(scope.device(), scope.stream(), to, 0, 0, false);
+  cuda::launch_clock(scope.device(), scope.stream(), rule_, to, 0, 0, false);
   if (grows) state_ = std::move(grown);
   if (changed.schedules) schedules_ = std::move(replaced);
   capacity_ = capacity;
   seen_ = std::move(seen);
 }
 
-void DevicePlan::prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
+void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                          const std::vector<StridedLayout>& layouts, bool in_order,
                          bool measures_norm) {
   measures_norm_ = measures_norm;
-  launches_ = tensors_.update(scope, work, layouts, in_order, measures_norm);
+  launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm);
 }
 
 void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
@@ -229,9 +229,9 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
   use_clocks(scope, std::move(graph));
   const WithoutGil waiting_for_room_in_the_stream;  // and no Python code from here on
   for (cuda::Launch& launch : launches_) {
-    launch.clocks = clocks(found_inf);
-    launch.grad_scale = grad_scale;
-    cuda::launch_step(scope.device(), scope.stream(), launch);
+    launch.head.clocks = clocks(found_inf);
+    launch.head.grad_scale = grad_scale;
+    cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
   }
   if (launches_.empty()) launch_clock(scope, 1, 0, found_inf);
   if (samples != 0) launch_clock(scope, 0, samples, nullptr);
@@ -249,7 +249,7 @@ void DevicePlan::use_clocks(const DeviceScope& scope, GraphObjects graph) {
 
 void DevicePlan::launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
                               const float* found_inf) {
-  cuda::launch_clock(scope.device(), scope.stream(), clocks(found_inf), updates, samples,
+  cuda::launch_clock(scope.device(), scope.stream(), rule_, clocks(found_inf), updates, samples,
                      measures_norm_);
 }
 

@@ -15,17 +15,19 @@ namespace fastlr {
 
 class DevicePlan {
  public:
+  explicit DevicePlan(const Rule& rule) : rule_(rule) {}
+
   // Throws for groups that the graphs of this device cannot take.
-  void check_groups(const Rule& rule, const std::vector<GroupReading>& groups) const;
+  void check_groups(const std::vector<GroupReading>& groups) const;
 
   // Brings the tables of groups, clocks and schedules up to date with the host's.
   // force: the host's clocks count, even where they have not changed since they last agreed.
-  void set_groups(const DeviceScope& scope, const Rule& rule,
-                  const std::vector<GroupReading>& groups, bool force = false);
+  void set_groups(const DeviceScope& scope, const std::vector<GroupReading>& groups,
+                  bool force = false);
 
   // Plans the launches of a step and brings the table of tensors up to date. in_order: tensors
   // share memory, so each has a launch of its own. measures_norm: of the gradients.
-  void prepare(const DeviceScope& scope, const std::vector<DeviceWork>& work,
+  void prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm);
 
   // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. samples: by
@@ -79,7 +81,7 @@ class DevicePlan {
                                     const std::vector<GroupReading>& groups);
   static std::vector<DeviceGroup> entries(const std::vector<GroupReading>& groups,
                                           const Schedules& schedules);
-  std::vector<Seen> seen_of(const Rule& rule, const std::vector<GroupReading>& groups) const;
+  std::vector<Seen> seen_of(const std::vector<GroupReading>& groups) const;
   static size_t state_bytes(size_t capacity);
   static Clocks clocks(const Table& table, size_t capacity, const float* found_inf);
   Clocks clocks(const float* found_inf) const;
@@ -87,6 +89,7 @@ class DevicePlan {
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
                     const float* found_inf);
 
+  const Rule& rule_;
   bool captured_ = false;
 
   size_t capacity_ = 0;  // groups that the table of groups has room for

@@ -5,7 +5,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <unordered_set>
 
 #include "../layout.h"
 #include "../tensor_view.h"
@@ -38,18 +37,6 @@ class Scalar {
   const float* data_ = nullptr;
 };
 
-// What a weak reference refers to, or nullptr; to be compared only.
-PyObject* referent(const Owned& weak) {
-#if PY_VERSION_HEX >= 0x030d0000
-  PyObject* object = nullptr;
-  if (PyWeakref_GetRef(weak.get(), &object) < 0) throw PythonError();
-  return Owned(object).get();
-#else
-  PyObject* object = PyWeakref_GetObject(weak.get());
-  return object == Py_None ? nullptr : object;
-#endif
-}
-
 }  // namespace
 
 bool Devices::any() const {
@@ -67,7 +54,7 @@ bool Devices::captured() const {
                      [](const auto& entry) { return entry.second.captured(); });
 }
 
-DevicePlan& Devices::plan(int device) { return plans_.try_emplace(device).first->second; }
+DevicePlan& Devices::plan(int device) { return plans_.try_emplace(device, rule_).first->second; }
 
 // Calls visit(scope, device, plan) for each device. Only one scope is open at a time, as it makes
 // its device the current one of two CUDA runtimes, PyTorch's and this extension's.
@@ -80,84 +67,27 @@ void Devices::on_each_device(Visit visit) {
   }
 }
 
-template <typename Visit>
-void Devices::for_each_flag(const Flags& flags, Visit visit) {
-  const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
-  for (const auto& [parameter, flag] : flag_of_) {
-    if (flag.device != flags.device || flag.address < first ||
-        flag.address >= first + flags.count) {
-      continue;
-    }
-    visit(parameter, flag, static_cast<size_t>(flag.address - first));
-  }
-}
-
-const Devices::Flags& Devices::flags_of(const Flag& flag) const {
-  return *std::find_if(flags_.begin(), flags_.end(), [&](const Flags& flags) {
-    const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
-    return flag.address >= first && flag.address < first + flags.count;
-  });
-}
-
-// Gives each item with momentum a flag that says whether its buffer holds anything yet.
-void Devices::flag_momenta(const DeviceScope& scope, int device,
-                           const std::vector<DeviceItem>& items) {
-  std::vector<const DeviceItem*> without;
-  for (const DeviceItem& item : items) {
-    if (item.device != device || item.momentum == nullptr) continue;
-    const auto found = flag_of_.find(item.parameter);
-    const bool known = found != flag_of_.end() && found->second.device == device;
-    if (known && referent(found->second.buffer) == item.momentum) continue;
-    scope.refuse_capture("a parameter's momentum buffer is new: the first step allocates it");
-    if (!known) {
-      without.push_back(&item);
-      continue;
-    }
-    const int32_t value = item.tensor.first ? 0 : 1;
-    const Flags& flags = flags_of(found->second);
-    const int32_t* const first = reinterpret_cast<const int32_t*>(flags.memory.data());
-    flags.memory.write(scope, (found->second.address - first) * sizeof value, &value, sizeof value);
-    found->second.buffer = checked(PyWeakref_NewRef(item.momentum, nullptr));
-  }
-  if (without.empty()) return;
-  std::vector<int32_t> values;
-  for (const DeviceItem* item : without) values.push_back(item->tensor.first ? 0 : 1);
-  Table memory(scope, values.size() * sizeof(int32_t));
-  memory.write(scope, 0, values.data(), values.size() * sizeof(int32_t));
-  int32_t* address = reinterpret_cast<int32_t*>(memory.data());
-  flags_.push_back({device, std::move(memory), values.size()});
-  for (const DeviceItem* item : without) {
-    flag_of_[item->parameter] = {device, address++,
-                                 checked(PyWeakref_NewRef(item->momentum, nullptr))};
-  }
-}
-
-bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
-                   const std::vector<GroupReading>& groups, PyObject* found_inf,
-                   PyObject* grad_scale, bool with_host, bool in_order, bool measures_norm,
-                   int64_t samples) {
+bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale,
+                   bool with_host, bool in_order, bool measures_norm, int64_t samples) {
   ++moves_;
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
   }
-  for (const DeviceItem& item : items) plan(item.device);
+  const std::vector<Gathering::Source>& sources = gathering.sources();
+  for (const Gathering::Source& source : sources) {
+    if (source.place != kHost) plan(source.place);
+  }
   size_t capturing = 0;
   std::optional<DeviceScope> scope;
   for (auto& [device, device_plan] : plans_) {
     if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
     capturing += scope->capturing();
-    device_plan.set_groups(*scope, rule_, groups);
-    flag_momenta(*scope, device, items);
-    for (Flags& flags : flags_) {
-      if (flags.device == device) flags.memory.used_by(*scope);
+    device_plan.set_groups(*scope, gathering.groups());
+    std::vector<TensorRef> tensors;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      if (sources[i].place == device) tensors.push_back(gathering.tensors()[i]);
     }
-    std::vector<DeviceWork> work;
-    for (const DeviceItem& item : items) {
-      if (item.device != device) continue;
-      work.push_back(
-          {item.tensor, item.momentum == nullptr ? nullptr : flag_of_.at(item.parameter).address});
-    }
-    device_plan.prepare(*scope, work, layouts, in_order, measures_norm);
+    device_plan.prepare(*scope, tensors, gathering.layouts(), in_order, measures_norm);
   }
   if (capturing != 0 && (with_host || capturing != plans_.size())) {
     throw std::runtime_error(
@@ -172,12 +102,12 @@ bool Devices::step(const std::vector<DeviceItem>& items, const std::vector<Strid
     if (scope->capturing()) {
       graph.add(inf.tensor());
       graph.add(scale.tensor());
-      for (const Flags& flags : flags_) graph.add(flags.memory);
-      for (const DeviceItem& item : items) {
-        if (item.device != device) continue;
+      for (const Gathering::Source& source : sources) {
+        if (source.place != device) continue;
         // Its memory alone: what hooks of the parameter refer to may refer to the graph.
-        graph.add(checked(PyObject_CallMethod(item.parameter, "detach", nullptr)));
-        if (item.momentum != nullptr) graph.add(Owned::borrow(item.momentum));
+        graph.add(checked(PyObject_CallMethod(source.parameter, "detach", nullptr)));
+        for (PyObject* slot : source.slot) graph.add(Owned::borrow(slot));
+        graph.add(Owned::borrow(source.step));
       }
     }
     device_plan.launch(*scope, inf.data(), scale.data(), samples, std::move(graph));
@@ -216,7 +146,7 @@ void Devices::refuse_capture(const char* what) {
 void Devices::check(const std::vector<GroupReading>& groups) {
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
     scope.refuse_capture("a schedule, hyperparameter or clock has changed");
-    device_plan.check_groups(rule_, groups);
+    device_plan.check_groups(groups);
   });
 }
 
@@ -224,32 +154,7 @@ void Devices::push(const std::vector<GroupReading>& groups) {
   ++moves_;
   check(groups);
   on_each_device([&](const DeviceScope& scope, int, DevicePlan& device_plan) {
-    device_plan.set_groups(scope, rule_, groups, true);
-  });
-  host_is_exact_ = true;
-}
-
-void Devices::load(const std::vector<GroupReading>& groups, PyObject* uninitialized) {
-  ++moves_;
-  std::unordered_set<PyObject*> empty;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(uninitialized); ++i) {
-    empty.insert(PyList_GET_ITEM(uninitialized, i));
-  }
-  check(groups);
-  on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
-    std::vector<std::vector<int32_t>> values(flags_.size());
-    for (size_t k = 0; k < flags_.size(); ++k) {
-      if (flags_[k].device != device) continue;
-      values[k].assign(flags_[k].count, 1);
-      for_each_flag(flags_[k], [&](PyObject* parameter, const Flag&, size_t i) {
-        values[k][i] = empty.count(parameter) == 0;
-      });
-    }
-    device_plan.set_groups(scope, rule_, groups, true);
-    for (size_t k = 0; k < flags_.size(); ++k) {
-      flags_[k].memory.write_at_once(scope, 0, values[k].data(),
-                                     values[k].size() * sizeof(int32_t));
-    }
+    device_plan.set_groups(scope, groups, true);
   });
   host_is_exact_ = true;
 }
@@ -323,24 +228,6 @@ bool Devices::sync(PyObject* param_groups, const Groups& groups) {
         "sync() in which it was not were skipped.");
   }
   return readings.front().state.last_skipped != 0;
-}
-
-PyObject* Devices::uninitialized() {
-  Owned list = checked(PyList_New(0));
-  on_each_device([&](const DeviceScope& scope, int device, DevicePlan&) {
-    // By index: another thread may step meanwhile, and add flags.
-    for (size_t at = 0; at < flags_.size(); ++at) {
-      if (flags_[at].device != device) continue;
-      std::vector<int32_t> values(flags_[at].count);
-      download(scope, values.data(), flags_[at].memory.data(), values.size() * sizeof(int32_t),
-               true);
-      for_each_flag(flags_[at], [&](PyObject* parameter, const Flag& flag, size_t i) {
-        if (values[i] != 0 || referent(flag.buffer) == nullptr) return;
-        if (PyList_Append(list.get(), parameter) != 0) throw PythonError();
-      });
-    }
-  });
-  return list.release();
 }
 
 }  // namespace fastlr

@@ -6,20 +6,12 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <unordered_map>
 #include <vector>
 
+#include "../gather.h"
 #include "device_plan.h"
 
 namespace fastlr {
-
-// A parameter's tensors in a step.
-struct DeviceItem {
-  int device;
-  TensorRef tensor;  // tensor.first: its momentum buffer is new
-  PyObject* parameter;
-  PyObject* momentum;  // its buffer, or nullptr
-};
 
 class Devices {
  public:
@@ -33,14 +25,13 @@ class Devices {
   // Whether the host's clocks are surely the devices'.
   bool host_is_exact() const { return host_is_exact_ && !captured(); }
 
-  // One step on every device that there is, or that an item names; prepared everywhere before it is
-  // launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host takes part in
-  // the step and has read found_inf. in_order: tensors share memory. measures_norm: so that
-  // squared_norm() tells the gradients'. samples: by which the clock of samples moves, also where
-  // the update is skipped. Returns whether the step was captured instead of run.
-  bool step(const std::vector<DeviceItem>& items, const std::vector<StridedLayout>& layouts,
-            const std::vector<GroupReading>& groups, PyObject* found_inf, PyObject* grad_scale,
-            bool with_host, bool in_order, bool measures_norm, int64_t samples);
+  // One step on every device that there is, or that gathered tensors are on; prepared everywhere
+  // before it is launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host
+  // takes part in the step and has read found_inf. in_order: tensors share memory. measures_norm:
+  // so that squared_norm() tells the gradients'. samples: by which the clock of samples moves, also
+  // where the update is skipped. Returns whether the step was captured instead of run.
+  bool step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale, bool with_host,
+            bool in_order, bool measures_norm, int64_t samples);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);
@@ -54,38 +45,16 @@ class Devices {
   // Hands schedules, hyperparameters and clocks to every device. Where one cannot take them, an
   // error is thrown before any is told.
   void push(const std::vector<GroupReading>& groups);
-  // The same, and whether each parameter's buffer holds anything: all but those of these
-  // parameters.
-  void load(const std::vector<GroupReading>& groups, PyObject* uninitialized);
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
   bool sync(PyObject* param_groups, const Groups& groups);
   // The sum of the squares of the last step's gradients, NaN where it was skipped; nothing where it
   // did not measure them.
   std::optional<double> squared_norm();
-  // A new list of the parameters whose buffers hold nothing yet.
-  PyObject* uninitialized();
 
  private:
-  // Where a device keeps whether a parameter's buffer holds anything yet.
-  struct Flag {
-    int device;
-    int32_t* address;
-    Owned buffer;  // a weak reference: another buffer holds something
-  };
-  // Memory of flags.
-  struct Flags {
-    int device;
-    Table memory;
-    size_t count;
-  };
-
   DevicePlan& plan(int device);
   void check(const std::vector<GroupReading>& groups);
-  const Flags& flags_of(const Flag& flag) const;
-  template <typename Visit>
-  void for_each_flag(const Flags& flags, Visit visit);
-  void flag_momenta(const DeviceScope& scope, int device, const std::vector<DeviceItem>& items);
   template <typename Visit>
   void on_each_device(Visit visit);
   std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale,
@@ -94,8 +63,6 @@ class Devices {
   PyObject* runtime_;
   const Rule& rule_;
   std::map<int, DevicePlan> plans_;
-  std::vector<Flags> flags_;
-  std::unordered_map<PyObject*, Flag> flag_of_;  // by parameter
   bool host_is_exact_ = true;
   uint64_t moves_ = 0;  // counts what has moved, or is about to move, a clock
 };

@@ -20,10 +20,14 @@ namespace fastlr {
 constexpr int kThreads = 256;
 static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 
-// Blocks that must fit on a multiprocessor, which leaves 80 registers to a thread. Left to itself
-// the compiler stops at 64 and spills: evaluating a schedule, as the last block does, takes more.
-// 768 threads with three 16-byte loads each still have 36 KiB under way.
-constexpr int kResidentBlocks = 3;
+// NOTE: [registers]
+// A rule says how many blocks must fit on a multiprocessor; three leave 80 registers to a thread.
+// Left to itself the compiler stops at 64 and spills: evaluating a schedule, as the last block
+// does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
+// with two slots or more, and doubles, take up to 128 registers, which two blocks leave: 512
+// threads with four loads each have 32 KiB under way.
+template <typename R, typename C>
+constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? 2 : R::kResidentBlocks;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -32,16 +36,7 @@ constexpr int kSmallLaunch = 480;
 constexpr int kLargeLaunch = 3900;
 
 template <int kCapacity>
-struct StepArguments {
-  Clocks clocks;
-  const DeviceTensor* tensors;
-  const StridedLayout* layouts;
-  const float* grad_scale;  // GradScaler's scale, or nullptr
-  double* squares;          // sums over the chunks of all launches, or nullptr: not measured
-  int64_t step_chunks;      // how many these are
-  int64_t chunks;
-  int32_t count;   // tensors
-  bool ends_step;  // the last launch of a step on this device moves its clocks
+struct StepArguments : StepHead {
   const void* grads[kCapacity];
 };
 static_assert(sizeof(StepArguments<kSmallLaunch>) <= 4096, "the limit of every device");
@@ -104,81 +99,120 @@ __device__ inline bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// m is left alone without momentum and may then be any pointer.
-template <typename P, typename M>
-__device__ inline void update_one(const SgdScalars<compute_t<P>>& s, bool first, P& p, const P& g,
-                                  M* m, int64_t m_at) {
+// A parameter's slots of state, of which those that are not live may be any pointers.
+template <typename R, typename M>
+struct Slots {
+  M* at[R::kSlotCount];
+};
+
+// One element, whose state lies at an index of its own in each slot.
+template <typename R, typename P, typename M>
+__device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P& p, const P& g,
+                                  const Slots<R, M>& slots, const int64_t (&at)[R::kSlotCount]) {
   using C = compute_t<P>;
-  C p_value = load(p);
-  C m_value = 0;
-  if (s.has_momentum && !first) m_value = static_cast<C>(load(m[m_at]));
-  sgd_update(s, first, p_value, load(g), m_value);
-  store(p, p_value);
-  if (s.has_momentum) store(m[m_at], m_value);
+  C value = load(p);
+  C values[R::kSlotCount];
+#pragma unroll
+  for (int k = 0; k < R::kSlotCount; ++k) {
+    values[k] = is_live(s.around.live, k) ? static_cast<C>(load(slots.at[k][at[k]])) : C(0);
+  }
+  update_element(s, s.around.live, false, s.around.coupled, value, load(g), values);
+  store(p, value);
+#pragma unroll
+  for (int k = 0; k < R::kSlotCount; ++k) {
+    if (is_live(s.around.live, k)) store(slots.at[k][at[k]], values[k]);
+  }
 }
 
 // n elements that lie in memory in one order, by all threads of the block. Vectors begin where the
-// parameter is aligned, if gradient and momentum are aligned there too.
-template <typename P, typename M>
-__device__ inline void update_dense(const SgdScalars<compute_t<P>>& s, bool first, P* p, const P* g,
-                                    M* m, int64_t n) {
+// parameter is aligned, if gradient and state are aligned there too.
+template <typename R, typename P, typename M>
+__device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
+                                    const Slots<R, M>& slots, int64_t n) {
+  using C = compute_t<P>;
   constexpr int kWidth = kVector<P, M>;
+  const uint32_t live = s.around.live;
   int64_t head = misaligned_elements(p);
-  int64_t vectors = 0;
-  if (aligned(g + head) && (!s.has_momentum || aligned(m + head)) && n > head) {
-    vectors = (n - head) / kWidth;
+  bool all_aligned = aligned(g + head);
+#pragma unroll
+  for (int k = 0; k < R::kSlotCount; ++k) {
+    all_aligned = all_aligned && (!is_live(live, k) || aligned(slots.at[k] + head));
   }
+  const int64_t vectors = all_aligned && n > head ? (n - head) / kWidth : 0;
   if (vectors == 0) head = 0;
   // Not unrolled, which the registers would not do for: other threads hide the latency.
 #pragma unroll 1
   for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
     const int64_t i = head + v * kWidth;
     P p_values[kWidth], g_values[kWidth];
-    M m_values[kWidth];
+    M slot_values[R::kSlotCount][kWidth];
     load_vector(p_values, p + i);
     load_vector(g_values, g + i);
-    if (s.has_momentum && !first) load_vector(m_values, m + i);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      update_one(s, first, p_values[k], g_values[k], m_values, k);
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) load_vector(slot_values[k], slots.at[k] + i);
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      C value = load(p_values[e]);
+      C values[R::kSlotCount];
+#pragma unroll
+      for (int k = 0; k < R::kSlotCount; ++k) {
+        values[k] = is_live(live, k) ? static_cast<C>(load(slot_values[k][e])) : C(0);
+      }
+      update_element(s, live, false, s.around.coupled, value, load(g_values[e]), values);
+      store(p_values[e], value);
+#pragma unroll
+      for (int k = 0; k < R::kSlotCount; ++k) {
+        if (is_live(live, k)) store(slot_values[k][e], values[k]);
+      }
     }
     store_vector(p + i, p_values);
-    if (s.has_momentum) store_vector(m + i, m_values);
+#pragma unroll
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) store_vector(slots.at[k] + i, slot_values[k]);
+    }
   }
   const int64_t rest = n - vectors * kWidth;
-  for (int64_t k = threadIdx.x; k < rest; k += kThreads) {
-    const int64_t i = k < head ? k : k + vectors * kWidth;
-    update_one(s, first, p[i], g[i], m, i);
+  for (int64_t e = threadIdx.x; e < rest; e += kThreads) {
+    const int64_t i = e < head ? e : e + vectors * kWidth;
+    int64_t at[R::kSlotCount];
+#pragma unroll
+    for (int k = 0; k < R::kSlotCount; ++k) at[k] = i;
+    update_one<R>(s, p[i], g[i], slots, at);
   }
 }
 
 // Where an element lies, counted in the order of the layout's indices.
+template <int kSlots>
 struct Places {
-  int64_t param = 0;
-  int64_t grad = 0;
-  int64_t momentum = 0;
+  int64_t param;
+  int64_t grad;
+  int64_t slot[kSlots > 0 ? kSlots : 1];
 };
 
-__device__ inline Places places_of(const StridedLayout& layout, int64_t element) {
-  Places at;
+template <int kSlots>
+__device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t element) {
+  Places<kSlots> at{};
   for (int d = layout.ndim - 1; d >= 0; --d) {
     const int64_t index = element % layout.shape[d];
     element /= layout.shape[d];
     at.param += index * layout.param[d];
     at.grad += index * layout.grad[d];
-    at.momentum += index * layout.momentum[d];
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k) at.slot[k] += index * layout.slot[k][d];
   }
   return at;
 }
 
 // The elements begin .. end, counted in the order of the layout's indices.
-template <typename P, typename M>
-__device__ inline void update_strided(const SgdScalars<compute_t<P>>& s, bool first, P* p,
-                                      const P* g, M* m, const StridedLayout& layout, int64_t begin,
-                                      int64_t end) {
+template <typename R, typename P, typename M>
+__device__ inline void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
+                                      const Slots<R, M>& slots, const StridedLayout& layout,
+                                      int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const Places at = places_of(layout, i);
-    update_one(s, first, p[at.param], g[at.grad], m, at.momentum);
+    const Places<R::kSlotCount> at = places_of<R::kSlotCount>(layout, i);
+    update_one<R>(s, p[at.param], g[at.grad], slots, at.slot);
   }
 }
 
@@ -210,7 +244,8 @@ __device__ inline double sum_of_squares(const P* g, const StridedLayout* layout,
                                         int64_t end) {
   double lane = 0.0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    lane = add_square(lane, load_global(g + (layout == nullptr ? i : places_of(*layout, i).grad)));
+    lane =
+        add_square(lane, load_global(g + (layout == nullptr ? i : places_of<0>(*layout, i).grad)));
   }
   return sum_over_block(lane);
 }
@@ -231,17 +266,18 @@ __device__ inline int32_t find_tensor(const DeviceTensor* tensors, int32_t low, 
 }
 
 // Moves every group's clock; by the threads of one block. Returns after all of them have.
+template <typename R>
 __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int64_t samples) {
   for (int32_t i = threadIdx.x; i < clocks.state->groups; i += blockDim.x) {
-    advance_clock(clocks.groups[i], clocks.clocks[i], updates, samples);
+    advance_clock<R>(clocks.groups[i], clocks.clocks[i], updates, samples);
   }
 }
 
 // NOTE: [the last block]
 // Blocks finish in any order. Each draws a ticket when all its reads and writes are done; the one
 // that draws the last knows that nobody reads the clocks any more, and moves them.
-template <int kCapacity>
-__device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& amp) {
+template <typename R>
+__device__ inline void finish(const StepHead& step, const Amp& amp) {
   FASTLR_SHARED(bool, is_last);
   DeviceState& state = *step.clocks.state;
   __syncthreads();
@@ -264,8 +300,12 @@ __device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& a
   if (amp.applied) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
       const DeviceTensor& tensor = step.tensors[i];
-      if (tensor.initialized == nullptr) continue;
-      if (step.clocks.clocks[tensor.group].next.in_double.has_momentum) *tensor.initialized = 1;
+      if (tensor.age == nullptr) continue;
+      GroupClock& clock = step.clocks.clocks[tensor.group];
+      if (as<R>(clock.next).in_double.around.live == 0) continue;
+      const float age = *tensor.age + 1.0f;
+      *tensor.age = age;
+      if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);
     }
   }
   __syncthreads();
@@ -278,11 +318,25 @@ __device__ inline void finish(const StepArguments<kCapacity>& step, const Amp& a
     }
     if (amp.invalid_scale) state.invalid_scale = 1;
   }
-  if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);
+  if (step.ends_step && amp.applied) advance_clocks<R>(step.clocks, 1, 0);
 }
 
-template <typename P, typename M, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+// The scalars for a tensor: its group's, where it has missed no update that its group's leader has
+// made, or else its own, which the first thread forms for all. By all threads of the block.
+template <typename R, typename C>
+__device__ inline Scalars<R, C> scalars_of(const GroupClock& clock, const DeviceTensor& tensor) {
+  using RuleScalars = Scalars<R, C>;
+  const int64_t age = tensor.age == nullptr ? 0 : told_apart<R>(static_cast<int64_t>(*tensor.age));
+  if (tensor.age == nullptr || age == clock.age) return as<R>(clock.next).in(C{});
+  FASTLR_SHARED(RuleScalars, own);
+  __syncthreads();  // the last tensor's are done with
+  if (threadIdx.x == 0) own = scalars<R, C>(clock.options, age, 1.0f);
+  __syncthreads();
+  return own;
+}
+
+template <typename R, typename P, typename M, bool kStrided, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
@@ -302,17 +356,21 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     }
     P* p = static_cast<P*>(tensor.param);
     if (p == nullptr) continue;
-    M* m = static_cast<M*>(tensor.momentum);
-    SgdScalars<C> s = scalars_of(step.clocks.clocks[tensor.group].next, C{});
-    set_inverse_scale(s, amp.inverse_scale);
-    const bool first = tensor.initialized != nullptr && *tensor.initialized == 0;
+    Scalars<R, C> s = scalars_of<R, C>(step.clocks.clocks[tensor.group], tensor);
+    s.around.of_gradient *= static_cast<C>(amp.inverse_scale);
+    Slots<R, M> slots;
+    const int64_t offset = kStrided ? 0 : begin;
+#pragma unroll
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      slots.at[k] = static_cast<M*>(tensor.slot[k]) + (is_live(s.around.live, k) ? offset : 0);
+    }
     if constexpr (kStrided) {
-      update_strided(s, first, p, g, m, step.layouts[tensor.layout], begin, end);
+      update_strided<R>(s, p, g, slots, step.layouts[tensor.layout], begin, end);
     } else {
-      update_dense(s, first, p + begin, g + begin, m == nullptr ? m : m + begin, end - begin);
+      update_dense<R>(s, p + begin, g + begin, slots, end - begin);
     }
   }
-  finish(step, amp);
+  finish<R>(step, amp);
 }
 
 }  // namespace fastlr

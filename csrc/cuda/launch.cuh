@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 
+#include "../rules.h"
 #include "kernels.cuh"
 #include "step_cuda.h"
 
@@ -18,41 +19,46 @@ void check(cudaError_t error, const char* call);
 // How many blocks of each kernel a device holds at a time: the size of a persistent grid.
 using Residency = std::map<const void*, int64_t>;
 
-// Those of kLargeLaunch, from CUDA 12.1 on.
-void load_large_kernels(Residency& residency, int multiprocessors);
-void launch_large_step(const Residency& residency, Stream stream, const Launch& launch);
+// What is done with the kernels of one rule and one size of arguments.
+struct RuleKernels {
+  void (*load)(Residency& residency, int multiprocessors);
+  void (*launch)(const Residency& residency, Stream stream, const Launch& launch);
+};
+
+// By the rules' indices: those of kLargeLaunch, from CUDA 12.1 on.
+extern const RuleKernels kLargeKernels[];
 
 template <int kCapacity>
 using StepKernel = void (*)(StepArguments<kCapacity>);
 
 // Strided parameters are rare: they have no kernels with large arguments, which would only take
 // longer to build.
-template <typename P, typename M, int kCapacity>
+template <typename R, typename P, typename M, int kCapacity>
 StepKernel<kCapacity> step_kernel_of(bool strided) {
   if constexpr (kCapacity == kSmallLaunch) {
-    if (strided) return &step_kernel<P, M, true, kCapacity>;
+    if (strided) return &step_kernel<R, P, M, true, kCapacity>;
   }
-  return &step_kernel<P, M, false, kCapacity>;
+  return &step_kernel<R, P, M, false, kCapacity>;
 }
 
-template <typename P, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(bool wide_momentum, bool strided) {
-  return wide_momentum ? step_kernel_of<P, float, kCapacity>(strided)
-                       : step_kernel_of<P, P, kCapacity>(strided);
+template <typename R, typename P, int kCapacity>
+StepKernel<kCapacity> step_kernel_of(bool wide_state, bool strided) {
+  return wide_state ? step_kernel_of<R, P, float, kCapacity>(strided)
+                    : step_kernel_of<R, P, P, kCapacity>(strided);
 }
 
-template <int kCapacity>
-StepKernel<kCapacity> step_kernel_of(StorageType type, StorageType momentum_type, bool strided) {
-  const bool wide = type != momentum_type;
+template <typename R, int kCapacity>
+StepKernel<kCapacity> step_kernel_of(StorageType type, StorageType state_type, bool strided) {
+  const bool wide = type != state_type;
   switch (type) {
     case StorageType::kFloat64:
-      return step_kernel_of<double, kCapacity>(wide, strided);
+      return step_kernel_of<R, double, kCapacity>(wide, strided);
     case StorageType::kBFloat16:
-      return step_kernel_of<BFloat16, kCapacity>(wide, strided);
+      return step_kernel_of<R, BFloat16, kCapacity>(wide, strided);
     case StorageType::kFloat16:
-      return step_kernel_of<Float16, kCapacity>(wide, strided);
+      return step_kernel_of<R, Float16, kCapacity>(wide, strided);
     default:
-      return step_kernel_of<float, float, kCapacity>(strided);
+      return step_kernel_of<R, float, float, kCapacity>(strided);
   }
 }
 
@@ -69,15 +75,15 @@ void load(Residency& residency, Kernel* kernel, int multiprocessors) {
       static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors;
 }
 
-template <int kCapacity>
+template <typename R, int kCapacity>
 void load_step_kernels(Residency& residency, int multiprocessors) {
   constexpr StorageType kTypes[] = {StorageType::kFloat32, StorageType::kFloat64,
                                     StorageType::kBFloat16, StorageType::kFloat16};
   for (const StorageType type : kTypes) {
-    for (const StorageType momentum_type : {type, StorageType::kFloat32}) {
+    for (const StorageType state_type : {type, StorageType::kFloat32}) {
       for (const bool strided : {false, true}) {
         if (strided && kCapacity != kSmallLaunch) continue;
-        load(residency, step_kernel_of<kCapacity>(type, momentum_type, strided), multiprocessors);
+        load(residency, step_kernel_of<R, kCapacity>(type, state_type, strided), multiprocessors);
       }
     }
   }
@@ -93,24 +99,21 @@ void launch_kernel(void (*kernel)(Parameters...), int64_t blocks, Stream stream,
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
 }
 
-template <int kCapacity>
+template <typename R, int kCapacity>
 void launch_step_of(const Residency& residency, Stream stream, const Launch& launch) {
   StepArguments<kCapacity> step;
-  step.clocks = launch.clocks;
-  step.tensors = launch.tensors;
-  step.layouts = launch.layouts;
-  step.grad_scale = launch.grad_scale;
-  step.squares = launch.squares;
-  step.step_chunks = launch.step_chunks;
-  step.chunks = launch.chunks;
-  step.count = static_cast<int32_t>(launch.grads.size());
-  step.ends_step = launch.ends_step;
+  static_cast<StepHead&>(step) = launch.head;
   std::copy(launch.grads.begin(), launch.grads.end(), step.grads);
   std::fill(step.grads + launch.grads.size(), step.grads + kCapacity, nullptr);
-  const auto kernel = step_kernel_of<kCapacity>(launch.type, launch.momentum_type, launch.strided);
+  const auto kernel = step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided);
   const int64_t resident = residency.at(reinterpret_cast<const void*>(kernel));
-  const int64_t blocks = std::max<int64_t>(1, std::min(launch.chunks, resident));
+  const int64_t blocks = std::max<int64_t>(1, std::min(launch.head.chunks, resident));
   launch_kernel(kernel, blocks, stream, step);
+}
+
+template <typename R, int kCapacity>
+constexpr RuleKernels kernels_of() {
+  return {&load_step_kernels<R, kCapacity>, &launch_step_of<R, kCapacity>};
 }
 
 }  // namespace fastlr::cuda

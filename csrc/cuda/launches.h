@@ -9,16 +9,10 @@
 
 namespace fastlr {
 
-// A tensor to update on a device.
-struct DeviceWork {
-  TensorRef tensor;
-  int32_t* initialized;  // nullptr without momentum
-};
-
 struct Launches {
   std::vector<DeviceTensor> tensors;
   std::vector<StridedLayout> layouts;
-  // Their addresses are still to be set: `tensors` of each to its first one in device memory.
+  // Their addresses are still to be set: `head.tensors` of each to its first one in device memory.
   std::vector<cuda::Launch> launches;
   std::vector<size_t> firsts;  // in `tensors`, one a launch
   int64_t chunks;              // of all launches
@@ -26,7 +20,7 @@ struct Launches {
 
 // One launch for each kernel that is needed, or more where a launch cannot take all of its tensors;
 // the last one ends the step. in_order: tensors share memory, so each has a launch of its own.
-Launches cut_into_launches(const std::vector<DeviceWork>& work,
+Launches cut_into_launches(const std::vector<TensorRef>& tensors,
                            const std::vector<StridedLayout>& layouts, bool in_order);
 
 }  // namespace fastlr

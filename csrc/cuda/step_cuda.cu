@@ -27,6 +27,7 @@ namespace {
 
 // Moves the clocks without an update of tensors: after a change of them, of schedules or of
 // hyperparameters, for samples consumed, and for a step that has no tensor on this device.
+template <typename R>
 __global__ void __launch_bounds__(kThreads)
     clock_kernel(const __grid_constant__ Clocks clocks, int64_t updates, int64_t samples,
                  bool measures_norm) {
@@ -36,20 +37,33 @@ __global__ void __launch_bounds__(kThreads)
     clocks.state->norm_measured = measures_norm;
     clocks.state->squared_norm = amp.applied ? 0.0 : NAN;
   }
-  advance_clocks(clocks, amp.applied ? updates : 0, samples);
+  advance_clocks<R>(clocks, amp.applied ? updates : 0, samples);
 }
 
 cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
-// What preload() found, by device. Steps of several optimizers may run at a time.
-std::map<int, Residency> residencies;
+constexpr RuleKernels kSmallKernels[] = {
+#define FASTLR_KERNELS(rule) kernels_of<rule, kSmallLaunch>(),
+    FASTLR_FOR_EACH_RULE(FASTLR_KERNELS)
+#undef FASTLR_KERNELS
+};
+
+using ClockKernel = void (*)(Clocks, int64_t, int64_t, bool);
+constexpr ClockKernel kClockKernels[] = {
+#define FASTLR_KERNEL(rule) &clock_kernel<rule>,
+    FASTLR_FOR_EACH_RULE(FASTLR_KERNEL)
+#undef FASTLR_KERNEL
+};
+
+// What preload() found, by device and rule. Steps of several optimizers may run at a time.
+std::map<std::pair<int, int>, Residency> residencies;
 std::mutex residencies_mutex;
 
-const Residency* find_residency(int device) {
+const Residency* find_residency(int device, const Rule& rule) {
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  const auto found = residencies.find(device);
+  const auto found = residencies.find({device, rule.index});
   return found == residencies.end() ? nullptr : &found->second;
 }
 
@@ -72,20 +86,20 @@ int32_t launch_capacity(bool strided) {
 
 void limit_launch_capacity(int32_t limit) { capacity_limit = limit; }
 
-void preload(int device) {
-  if (find_residency(device) != nullptr) return;
+void preload(int device, const Rule& rule) {
+  if (find_residency(device, rule) != nullptr) return;
   use_device(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
   Residency residency;
-  load(residency, &clock_kernel, multiprocessors);
-  load_step_kernels<kSmallLaunch>(residency, multiprocessors);
+  load(residency, kClockKernels[rule.index], multiprocessors);
+  kSmallKernels[rule.index].load(residency, multiprocessors);
 #if CUDART_VERSION >= 12010
-  if (has_large_arguments()) load_large_kernels(residency, multiprocessors);
+  if (has_large_arguments()) kLargeKernels[rule.index].load(residency, multiprocessors);
 #endif
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  residencies.emplace(device, std::move(residency));
+  residencies.emplace(std::make_pair(device, rule.index), std::move(residency));
 }
 
 bool is_capturing(int device, Stream stream) {
@@ -138,20 +152,19 @@ void download(int device, Stream stream, void* to, const void* from, size_t byte
   check(cudaStreamSynchronize(native(stream)), "cudaStreamSynchronize");
 }
 
-void launch_step(int device, Stream stream, const Launch& launch) {
+void launch_step(int device, Stream stream, const Rule& rule, const Launch& launch) {
   use_device(device);
+  const RuleKernels* kernels = kSmallKernels;
 #if CUDART_VERSION >= 12010
-  if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) {
-    return launch_large_step(*find_residency(device), stream, launch);
-  }
+  if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) kernels = kLargeKernels;
 #endif
-  launch_step_of<kSmallLaunch>(*find_residency(device), stream, launch);
+  kernels[rule.index].launch(*find_residency(device, rule), stream, launch);
 }
 
-void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates, int64_t samples,
-                  bool measures_norm) {
+void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,
+                  int64_t updates, int64_t samples, bool measures_norm) {
   use_device(device);
-  launch_kernel(&clock_kernel, 1, stream, clocks, updates, samples, measures_norm);
+  launch_kernel(kClockKernels[rule.index], 1, stream, clocks, updates, samples, measures_norm);
 }
 
 int runtime_version() {

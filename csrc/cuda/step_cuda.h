@@ -17,19 +17,12 @@ using Stream = uintptr_t;
 // A cudaGraph_t.
 using Graph = uintptr_t;
 
-// One launch: tensors of one storage type.
+// One launch: tensors of one storage type and one type of state.
 struct Launch {
   StorageType type;
-  StorageType momentum_type;
+  StorageType state_type;
   bool strided;
-  Clocks clocks;
-  const DeviceTensor* tensors;  // in device memory, as what follows
-  const StridedLayout* layouts;
-  const float* grad_scale;
-  double* squares;      // one for each chunk of the step, or nullptr: not measured
-  int64_t step_chunks;  // of all launches
-  int64_t chunks;
-  bool ends_step;
+  StepHead head;
   std::vector<const void*> grads;  // one a tensor; at most launch_capacity()
 };
 
@@ -38,9 +31,9 @@ struct Launch {
 int32_t launch_capacity(bool strided);
 void limit_launch_capacity(int32_t limit);
 
-// Loads every kernel and finds out how many of its blocks a device holds. What is loaded only at
-// its first launch could not be captured.
-void preload(int device);
+// Loads every kernel of a rule and finds out how many of its blocks a device holds. What is loaded
+// only at its first launch could not be captured.
+void preload(int device, const Rule& rule);
 
 bool is_capturing(int device, Stream stream);
 // The graph that the stream is capturing.
@@ -55,11 +48,11 @@ void upload(int device, Stream stream, void* to, const void* from, size_t bytes)
 void download(int device, Stream stream, void* to, const void* from, size_t bytes);
 
 // preload() comes first.
-void launch_step(int device, Stream stream, const Launch& launch);
+void launch_step(int device, Stream stream, const Rule& rule, const Launch& launch);
 // Moves a device's clocks; updates: 0, or 1 where found_inf allows. measures_norm: of an update's
 // gradients, which are none.
-void launch_clock(int device, Stream stream, const Clocks& clocks, int64_t updates, int64_t samples,
-                  bool measures_norm);
+void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,
+                  int64_t updates, int64_t samples, bool measures_norm);
 
 // As CUDA counts versions, 12010 for 12.1; the driver's is 0 where there is none.
 int runtime_version();

@@ -5,13 +5,11 @@
 
 namespace fastlr::cuda {
 
-void load_large_kernels(Residency& residency, int multiprocessors) {
-  load_step_kernels<kLargeLaunch>(residency, multiprocessors);
-}
-
-void launch_large_step(const Residency& residency, Stream stream, const Launch& launch) {
-  launch_step_of<kLargeLaunch>(residency, stream, launch);
-}
+const RuleKernels kLargeKernels[] = {
+#define FASTLR_KERNELS(rule) kernels_of<rule, kLargeLaunch>(),
+    FASTLR_FOR_EACH_RULE(FASTLR_KERNELS)
+#undef FASTLR_KERNELS
+};
 
 }  // namespace fastlr::cuda
 

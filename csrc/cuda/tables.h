@@ -10,14 +10,15 @@ namespace fastlr {
 
 // One parameter with its state. Gradients change most often and travel in the kernel's arguments.
 struct DeviceTensor {
-  void* param;           // nullptr where only the gradient's norm is wanted
-  void* momentum;        // nullptr without momentum
-  int32_t* initialized;  // whether momentum holds something yet, 0 or 1; nullptr without momentum
+  void* param;            // nullptr where only the gradient's norm is wanted
+  void* slot[kMaxSlots];  // nullptr where it is never live
+  float* age;             // see NOTE: [age]; nullptr without state
   int64_t numel;
   int64_t first_chunk;   // counted from the launch's first tensor
   int64_t first_square;  // of its chunks' sums of squares, counted through the step's tensors
   int32_t group;
-  int32_t layout;  // index of its StridedLayout, or -1
+  int32_t layout;       // index of its StridedLayout, or -1
+  int32_t leads_group;  // whether its age is what the group's scalars are formed for
 };
 static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");
 
@@ -41,9 +42,11 @@ static_assert(std::is_trivially_copyable<DeviceGroup>::value, "uploaded as bytes
 struct GroupClock {
   int64_t updates;
   int64_t samples;
-  Options options;  // of the next update; not in registers, where an index needs a stack
-  GroupScalars next;
-  bool past_end;  // an update was applied after a schedule's end
+  Options options;   // of the next update; not in registers, where an index needs a stack
+  AnyScalars next;   // for parameters ...
+  int64_t age;       // ... of this age
+  int64_t next_age;  // for which the next ones are to be formed
+  bool past_end;     // an update was applied after a schedule's end
 };
 static_assert(std::is_trivially_copyable<GroupClock>::value, "uploaded as bytes");
 
@@ -65,6 +68,19 @@ struct Clocks {
   const float* found_inf;  // the update is skipped where this is not zero; may be nullptr
 };
 
+// What a launch works on, but for the gradients.
+struct StepHead {
+  Clocks clocks;
+  const DeviceTensor* tensors;  // in device memory, as what follows
+  const StridedLayout* layouts;
+  const float* grad_scale;  // GradScaler's scale, or nullptr
+  double* squares;          // sums over the chunks of all launches, or nullptr: not measured
+  int64_t step_chunks;      // how many these are
+  int64_t chunks;           // of this launch
+  int32_t count;            // tensors
+  bool ends_step;           // the last launch of a step on this device moves its clocks
+};
+
 FASTLR_HD int64_t local_clock(const DeviceSchedule& schedule, const GroupClock& clock) {
   return (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
 }
@@ -78,7 +94,14 @@ FASTLR_HD double scheduled(const DeviceSchedule& schedule, const GroupClock& clo
   return value_at(schedule.segments, schedule.count, schedule.table, local_clock(schedule, clock));
 }
 
+// Ages that make no difference to a rule are one.
+template <typename R>
+FASTLR_HD int64_t told_apart(int64_t age) {
+  return R::kCountsSteps || age == 0 ? age : 1;
+}
+
 // Moves a group's clock and evaluates what the next update uses.
+template <typename R>
 FASTLR_HD void advance_clock(const DeviceGroup& group, GroupClock& clock, int64_t updates,
                              int64_t samples) {
   for (const DeviceSchedule& schedule : group.schedule) {
@@ -90,8 +113,8 @@ FASTLR_HD void advance_clock(const DeviceGroup& group, GroupClock& clock, int64_
   for (int i = 0; i < kMaxScheduled; ++i) {
     clock.options.value[i] = scheduled(group.schedule[i], clock, group.options[i]);
   }
-  clock.next.in_float = sgd_scalars<float>(clock.options, 1.0f);
-  clock.next.in_double = sgd_scalars<double>(clock.options, 1.0f);
+  clock.age = told_apart<R>(clock.next_age);
+  form_scalars<R>(clock.options, clock.age, 1.0f, clock.next);
 }
 
 }  // namespace fastlr

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../layout.h"
@@ -12,7 +13,9 @@ namespace {
 bool same(const StridedLayout& a, const StridedLayout& b) {
   return a.ndim == b.ndim && same_numbers(a.shape, b.shape, a.ndim) &&
          same_numbers(a.param, b.param, a.ndim) && same_numbers(a.grad, b.grad, a.ndim) &&
-         same_numbers(a.momentum, b.momentum, a.ndim);
+         std::equal(
+             std::begin(a.slot), std::end(a.slot), std::begin(b.slot),
+             [&](const auto& one, const auto& other) { return same_numbers(one, other, a.ndim); });
 }
 
 }  // namespace
@@ -41,10 +44,10 @@ void TensorTable::upload(const DeviceScope& scope, Launches& cut) {
 }
 
 std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
-                                              const std::vector<DeviceWork>& work,
+                                              const std::vector<TensorRef>& tensors,
                                               const std::vector<StridedLayout>& layouts,
                                               bool in_order, bool measures_norm) {
-  Launches cut = cut_into_launches(work, layouts, in_order);
+  Launches cut = cut_into_launches(tensors, layouts, in_order);
   if (cut.launches.empty()) return {};
   upload(scope, cut);
   // At least one, as a null pointer says that nothing is measured.
@@ -53,13 +56,13 @@ std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
     scope.refuse_capture("the gradients' norm was not measured before");
     squares_ = Table(scope, squares_bytes);
   }
-  const DeviceTensor* const tensors = reinterpret_cast<const DeviceTensor*>(tensors_.data());
+  const DeviceTensor* const table = reinterpret_cast<const DeviceTensor*>(tensors_.data());
   for (size_t i = 0; i < cut.launches.size(); ++i) {
-    cuda::Launch& launch = cut.launches[i];
-    launch.tensors = tensors + cut.firsts[i];
-    launch.layouts = reinterpret_cast<const StridedLayout*>(tensors + uploaded_.size());
-    launch.squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
-    launch.step_chunks = cut.chunks;
+    StepHead& head = cut.launches[i].head;
+    head.tensors = table + cut.firsts[i];
+    head.layouts = reinterpret_cast<const StridedLayout*>(table + uploaded_.size());
+    head.squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
+    head.step_chunks = cut.chunks;
   }
   return std::move(cut.launches);
 }

@@ -12,7 +12,7 @@ class TensorTable {
  public:
   // Plans the launches over these tensors and brings the table up to date with them. in_order:
   // tensors share memory, so each has a launch of its own. measures_norm: of the gradients.
-  std::vector<cuda::Launch> update(const DeviceScope& scope, const std::vector<DeviceWork>& work,
+  std::vector<cuda::Launch> update(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                                    const std::vector<StridedLayout>& layouts, bool in_order,
                                    bool measures_norm);
 

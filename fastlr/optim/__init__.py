@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from fastlr.optim._base import Clock, FusedOptimizer
-from fastlr.optim.sgd import FusedCyclicSGD, FusedSGD
+from fastlr.optim._base import FusedOptimizer
+from fastlr.optim._groups import Clock
+from fastlr.optim.adadelta import FusedAdadelta
+from fastlr.optim.adagrad import FusedAdagrad
+from fastlr.optim.adam import FusedAdam, FusedAdamW
+from fastlr.optim.cyclic import FusedCyclicAdam, FusedCyclicAdamW, FusedCyclicSGD
+from fastlr.optim.rmsprop import FusedRMSprop
+from fastlr.optim.sgd import FusedSGD
 
-__all__ = ["Clock", "FusedCyclicSGD", "FusedOptimizer", "FusedSGD"]
+__all__ = [
+    "Clock",
+    "FusedAdadelta",
+    "FusedAdagrad",
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedCyclicAdam",
+    "FusedCyclicAdamW",
+    "FusedCyclicSGD",
+    "FusedOptimizer",
+    "FusedRMSprop",
+    "FusedSGD",
+]

@@ -6,48 +6,53 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch.optim import optimizer as torch_optimizer
+from typing_extensions import Unpack
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
-from fastlr._checks import count, flag, index, number
-from fastlr.optim._checkpoint import Loaded, drop_momentum, pack, unpack
+from fastlr._checks import count, flag, index
+from fastlr.optim._checkpoint import Loaded, pack, unpack
 from fastlr.optim._groups import (
+    Clock,
+    RuleOptions,
     TorchOptions,
-    check_owner,
     check_torch_options,
+    checked_state_dtype,
     clock_of,
-    tensor_rates,
 )
 from fastlr.optim._runtime import Runtime
+from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class Clock(NamedTuple):
-    """Where an optimizer stands.
+class Scheduled(TypedDict, total=False):
+    """What a schedule can drive besides the learning rate; each rule has some of these."""
 
-    Attributes:
-        updates: updates that were applied; a step that GradScaler made it skip does not count.
-        samples: samples consumed, as told by :meth:`FusedOptimizer.advance_samples`.
-    """
-
-    updates: int
-    samples: int
+    momentum: float | Schedule | None
+    betas: tuple[float | Schedule, float | Schedule] | None
+    beta1: float | Schedule | None
+    beta2: float | Schedule | None
+    alpha: float | Schedule | None
+    rho: float | Schedule | None
+    weight_decay: float | Schedule | None
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the fused optimizers; use :class:`fastlr.FusedSGD` or :class:`fastlr.FusedCyclicSGD`."""
+    """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
     # `grad_scale` and `found_inf`, which it deletes again: they must not exist on the class.
     _step_supports_amp_scaling = True
 
     _rule: str  # the native rule's name
+    # What every group holds, whatever its maker or a file says.
+    _fixed: dict[str, Any] = {}  # noqa: RUF012
 
     _measures_grad_norm = False
     # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
@@ -57,22 +62,24 @@ class FusedOptimizer(torch.optim.Optimizer):
     # NOTE: [what a checkpoint holds]
     # Clocks and schedules live in param_groups, so that state_dict, deepcopy, pickle and the helpers of
     # torch.distributed.checkpoint (which keep nothing but state and param_groups) carry them. In a
-    # state_dict a schedule is a plain dict. A buffer's type is `momentum_dtype` of its group.
+    # state_dict a schedule is a plain dict. The type of state is `state_dtype` of its group.
 
     def __init__(self, params: Params, defaults: dict[str, Any], options: TorchOptions | None = None) -> None:
         check_torch_options(dict(options or {}), f"{type(self).__name__}()")
-        self._plan = self._new_plan()
-        for option in self._plan.scheduled():
+        self._make_plan()
+        for option in self._options.scheduled:
             defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
-        defaults |= {"updates": 0, "samples": 0, "fresh": False}
+        defaults |= {**self._fixed, "updates": 0, "samples": 0, "fresh": False}
         # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
         # stay as they are.
         if not isinstance(params, torch.Tensor):
             params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
 
-    def _new_plan(self) -> _core.Plan:
-        return _core.Plan(self._rule, Runtime())
+    def _make_plan(self) -> None:
+        self._plan = _core.Plan(self._rule, Runtime())
+        self._options = RuleOptions(self._plan)
+        self._rule_state = RuleState(self._plan, self._options)
 
     def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         """A group's hyperparameters as plain Python values.
@@ -86,17 +93,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: one of them has a wrong type or is out of range.
         """
-        values: dict[str, Any] = {}
-        for option in self._plan.options():
-            convert = flag if option.flag else number
-            values[option.name] = convert(f"{option.name}{where}", group[option.name])
-        self._plan.check([float(value) for value in values.values()], where)
-        return values
+        dtype = checked_state_dtype(where, group["state_dtype"])
+        return {**self._options.checked(group, where), "state_dtype": dtype}
+
+    def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
+        """A file's group, completed by the optimizer's own, in this class's form and checked."""
+        group = {**group, **self._fixed}
+        return {**group, **self._checked(group, where)}
 
     # -- groups and schedules --------------------------------------------------------------------
 
     def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
-        """A new group dict with lr and momentum in place of what the class calls them."""
+        """A new group dict with the rule's options in place of what the class calls them."""
         return dict(param_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,13 +124,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         place = len(self.param_groups)
         where = f" of parameter group {place}"
         clock = self.sync() if self.param_groups else Clock(0, 0)
+        for name, value in self._fixed.items():
+            if param_group.get(name, value) != value:
+                raise ValueError(
+                    f"{name}{where} must be {value!r} in {type(self).__name__}, got {param_group[name]!r}; "
+                    "leave it out of the group"
+                )
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
         check_torch_options({"differentiable": filled.get("differentiable")}, "")
-        filled |= {"updates": clock.updates, "samples": clock.samples, "fresh": False}
-        for option in self._plan.scheduled():
+        filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
+        for option in self._options.scheduled:
             given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
-            given = filled[option.name] if given is None else given
-            filled |= self._hyperparameter(option, given, clock, where)
+            given = self._options.value(filled, option, where) if given is None else given
+            filled |= self._options.driven(filled, option, given, clock, where)
         filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
@@ -132,60 +146,52 @@ class FusedOptimizer(torch.optim.Optimizer):
         param_group.update(filled)
         self.param_groups[place] = param_group
 
-    def _hyperparameter(
-        self, option: _core.Option, value: object, start: Clock, where: str
-    ) -> dict[str, Any]:
-        """A group's entries for a hyperparameter that is a number, or a schedule with its zero."""
-        name = option.name
-        if not isinstance(value, Schedule):
-            remedy = ""
-            if isinstance(value, torch.Tensor):
-                remedy = "; pass its .item(). A schedule changes it, in CUDA graphs too"
-            elif hasattr(value, "triangular2"):  # a range test's result
-                reason = getattr(value, "reason", None)
-                remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
-            fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
-            return {name: fixed, f"{name}_schedule": None, f"{name}_start": 0}
-        check_owner(option, value, where)
-        zero = start.samples if value.unit == "sample" else start.updates
-        return {name: value._native.value(0), f"{name}_schedule": value, f"{name}_start": zero}
-
     def set_schedule(
         self,
         lr: float | Schedule | None = None,
         *,
-        momentum: float | Schedule | None = None,
         group: int | None = None,
         start: Literal["now", "zero"] = "now",
+        **others: Unpack[Scheduled],
     ) -> None:
-        """Puts a schedule, or a plain number, in charge of the learning rate or the momentum.
+        """Puts schedules, or plain numbers, in charge of the learning rate and other hyperparameters.
 
         Args:
             lr: a schedule, or a number, which takes the rate back from a schedule; None: unchanged.
-            momentum: the same for the momentum.
+            others: the same for what else a schedule can drive: ``momentum`` of SGD and RMSprop, ``betas``,
+                or ``beta1`` and ``beta2`` alone, of Adam and its kin, ``alpha`` of RMSprop, ``rho`` of
+                Adadelta, ``weight_decay`` of all.
             group: index of one parameter group; None: all.
             start: ``"now"``: the schedule's zero is the present clock; ``"zero"``: its zero is the
                 clock's, so that it continues in the middle.
 
         Raises:
             ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
-            TypeError: a value is neither a number nor a schedule.
+            TypeError: a value is neither a number nor a schedule, or this optimizer has no such option.
         """
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
         indices = range(size) if group is None else (index("group", group, size),)
-        given = {"lr": lr, "momentum": momentum}
+        given = self._options.spread({"lr": lr, **others})
+        names = [option.name for option in self._options.scheduled]
+        if unknown := [name for name in given if name not in names]:
+            raise TypeError(
+                f"set_schedule() got {unknown[0]!r}, which is nothing that a schedule can drive in "
+                f"{type(self).__name__}; that are {', '.join(names)}"
+            )
         now = self.sync()
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
             where = f" of parameter group {place}"
-            for option in self._plan.scheduled():
-                if (value := given.get(option.name)) is not None:
-                    changes[place] |= self._hyperparameter(option, value, origin, where)
             own = self.param_groups[place]
-            self._checked({**own, **tensor_rates(own, self._plan.scheduled()), **changes[place]}, where)
+            changed = {**own, **self._options.without_tensors(own)}
+            for option in self._options.scheduled:
+                if (value := given.get(option.name)) is not None:
+                    changes[place] |= self._options.driven(changed, option, value, origin, where)
+                    changed |= changes[place]
+            self._checked(changed, where)
         self._change(changes)
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
@@ -244,7 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
         for place, group in enumerate(self.param_groups):
-            for option in self._plan.scheduled():
+            for option in self._options.scheduled:
                 name = option.name
                 schedule, start = group[f"{name}_schedule"], group[f"{name}_start"]
                 if schedule is None:
@@ -261,14 +267,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def keep_devices(self) -> Callable[[], None]:
         """For code that puts ``param_groups`` and ``state`` back as they were: what to call afterwards.
 
-        The clock, and which momentum buffers hold nothing yet, are kept on CUDA devices as well; and native
-        code keeps whether the last step was skipped.
+        The clock is kept on CUDA devices as well; and native code keeps whether the last step was skipped.
         """
         self.sync()
-        empty, skipped = self._plan.uninitialized(), self._plan.skipped
+        skipped = self._plan.skipped
 
         def put_back() -> None:
-            self._plan.load(self.param_groups, empty)
+            self._plan.push(self.param_groups)
             self._plan.skipped = skipped
 
         return put_back
@@ -427,8 +432,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["fresh"] = True
             for p in group["params"]:
-                if p.grad is not None and group["momentum"] != 0.0:
-                    self.state[p]["momentum_buffer"] = Runtime.new_momentum(p, group).zero_()
+                if p.grad is not None and (state := self._rule_state.new(p, group)):
+                    self.state[p] = state
         return True
 
     def _drop_initialized_state(self) -> None:
@@ -442,7 +447,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.SGD``'s, plus schedules and clocks; numbers, strings, dicts and tensors only.
+        """As that of torch's optimizer, plus schedules and clocks; numbers, strings, dicts and tensors only.
 
         Waits for CUDA devices, as :meth:`sync`.
         """
@@ -455,21 +460,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self.param_groups, set(self._plan.uninitialized()), state_dict)
+        pack(self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those
-        that there are, so that a captured CUDA graph goes on from what was loaded.
+        """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the
+        tensors that there are, so that a captured CUDA graph goes on from what was loaded.
 
         A file of fastlr brings back what was saved: schedules, fixed values, clocks. A file of another
         optimizer knows no schedules and no clock; there the optimizer keeps its own. What a schedule owns
-        is computed anew. Buffers are converted to the type that their group keeps momentum in.
+        is computed anew. State is converted to the type that its group keeps it in.
 
         A schedule that goes on beside a file without a clock does so where this optimizer stands, which a
         warning says; :meth:`set_clock` tells how far the file's run was.
 
         Raises:
-            ValueError: the file is damaged, or the groups differ in number or size, or a buffer in shape.
+            ValueError: the file is damaged, or the groups differ in number or size, or state in shape.
                 Nothing has changed then.
         """
         if not isinstance(state_dict, dict):
@@ -492,7 +497,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)
-        loaded = unpack(self.param_groups, self._plan, self._checked, state_dict)
+        loaded = unpack(
+            self.param_groups, self._plan, self._options, self._rule_state, self._from_file, state_dict
+        )
         if loaded is None:
             return None
         self._loaded = loaded
@@ -500,34 +507,24 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        state = self.state.copy()
-        for p in self._plan.uninitialized():
-            drop_momentum(state, p)
-        return {**super().__getstate__(), "state": state, "_measures_grad_norm": self._measures_grad_norm}
+        return {**super().__getstate__(), "_measures_grad_norm": self._measures_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
             super().__setstate__(state)
-            self._plan = self._new_plan()
+            self._make_plan()
             return
-        loaded = dict(self._loaded.momenta) if "_loaded" in self.__dict__ else {}
-        # A graph goes on with its own buffers, also with those that the file has nothing for.
-        own = self.state if self._plan.captured() else {}
-        kept = {p: b for p, entry in own.items() if (b := entry.get("momentum_buffer")) is not None}
-        empty = [p for p in kept if p not in loaded]
-        self._plan.load(state["param_groups"], empty)  # first, as a captured graph may refuse them
-        for p, buffer in kept.items():
-            if p not in loaded:
-                loaded[p] = buffer
-            elif _same_layout(buffer, loaded[p]):
-                loaded[p] = buffer.copy_(loaded[p])
-        for p, buffer in loaded.items():
-            state["state"].setdefault(p, {})["momentum_buffer"] = buffer
+        loaded = dict(self._loaded.states) if "_loaded" in self.__dict__ else {}
+        groups = state["param_groups"]
+        self._plan.push(groups)  # first, as a captured graph may refuse them
+        if self._plan.captured():  # it goes on with its own state, also with what the file has nothing for
+            for group in groups:
+                for p in group["params"]:
+                    if p in self.state:
+                        loaded[p] = self._rule_state.into(self.state[p], loaded.get(p, {}), group)
+        for p, entry in loaded.items():
+            state["state"].setdefault(p, {}).update(entry)
         super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new
-
-
-def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
 
 
 def _remove_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:

@@ -9,24 +9,15 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, plain
-from fastlr.optim._groups import check_owner, clock_of, tensor_rates
-from fastlr.optim._runtime import Runtime
+from fastlr.optim._groups import RuleOptions, check_owner, clock_of
+from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
 
-def drop_momentum(state: dict[Any, dict[str, Any]], key: object) -> None:
-    """Takes a momentum buffer out of a copied state, whose inner dicts are still the original's."""
-    entry = {name: value for name, value in state.pop(key, {}).items() if name != "momentum_buffer"}
-    if entry:
-        state[key] = entry
-
-
-def pack(groups: list[dict[str, Any]], empty: set[torch.Tensor], state_dict: dict[str, Any]) -> None:
-    """Makes a state_dict of plain values, without the buffers of the ``empty`` parameters."""
-    for own, group in zip(groups, state_dict["param_groups"], strict=True):
-        for p, key in zip(own["params"], group["params"], strict=True):
-            if p in empty:
-                drop_momentum(state_dict["state"], key)
+def pack(rule_state: RuleState, state_dict: dict[str, Any]) -> None:
+    """Makes a state_dict of plain values, without what torch's of the same rule has not."""
+    for group in state_dict["param_groups"]:
+        rule_state.in_file(state_dict["state"], group["params"])
         for key, value in group.items():
             if isinstance(value, Schedule):
                 group[key] = value.to_dict()
@@ -40,21 +31,22 @@ class Loaded(NamedTuple):
     """What a file brings.
 
     Attributes:
-        state_dict: with groups that are complete, checked and live again, and without momenta.
-        momenta: the buffers, in the types that their groups keep momentum in. PyTorch would cast them to
-            their parameters' type, which loses what float32 momenta hold.
+        state_dict: with groups that are complete, checked and live again, and without the rule's state.
+        states: the rule's state, in the types that the groups keep it in.
         clockless: the schedules that go on beside a file without a clock, in words.
     """
 
     state_dict: dict[str, Any]
-    momenta: dict[torch.Tensor, torch.Tensor]
+    states: States
     clockless: list[str]
 
 
 def unpack(
     own_groups: list[dict[str, Any]],
     plan: _core.Plan,
-    checked: Callable[[dict[str, Any], str], dict[str, Any]],
+    options: RuleOptions,
+    rule_state: RuleState,
+    in_own_form: Callable[[dict[str, Any], str], dict[str, Any]],
     state_dict: dict[str, Any],
 ) -> Loaded | None:
     """Reads and checks a state_dict; None where it is PyTorch that says what is wrong.
@@ -62,17 +54,17 @@ def unpack(
     Args:
         own_groups: the optimizer's groups; they stay as they are.
         plan: its native step.
-        checked: see ``FusedOptimizer._checked``.
+        options, rule_state: its rule's.
+        in_own_form: makes a file's group, completed by the optimizer's own, a checked one.
     """
-    _check_form(state_dict)
+    _check_form(state_dict, (*rule_state.slots, STEP))
     saved_groups = state_dict["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (own_groups, saved_groups)]
     if sizes[0] != sizes[1]:
         return None
 
-    scheduled = plan.scheduled()
     groups: list[dict[str, Any]] = []
-    momenta: dict[torch.Tensor, torch.Tensor] = {}
+    states: States = {}
     clockless: list[str] = []
     state = {
         key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()
@@ -80,14 +72,16 @@ def unpack(
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
         group = {**own, "fresh": False, **saved}
-        group |= tensor_rates(group, scheduled)
-        for key in ("updates", "samples", *(f"{option.name}_start" for option in scheduled)):
+        group |= options.without_tensors(group)
+        for key in ("updates", "samples", *(f"{option.name}_start" for option in options.scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)
-        for option in scheduled:
+        for option in options.scheduled:
             name = option.name
             if f"{name}_schedule" in saved:
                 owner = saved[f"{name}_schedule"]
                 schedule = None if owner is None else Schedule.from_dict(owner)
+            elif "updates" in saved:  # fastlr's own, of a version in which none could drive this option
+                schedule = None
             else:
                 schedule = own[f"{name}_schedule"]
                 at = group["updates" if schedule is None else clock_of(schedule)]
@@ -95,40 +89,34 @@ def unpack(
             group[f"{name}_schedule"] = schedule
             if schedule is not None:
                 check_owner(option, schedule, where)
-        if group["momentum_dtype"] == "float32":
-            group["momentum_dtype"] = torch.float32
-        group |= checked(group, where)
+        group = in_own_form(group, where)
         groups.append(group)
         for key, parameter in zip(saved["params"], own["params"], strict=True):
-            buffer = state[key].pop("momentum_buffer", None) if key in state else None
-            if buffer is None:
-                if key in state and not state[key]:
-                    del state[key]
+            if key not in state:
                 continue
-            if buffer.shape != parameter.shape or buffer.is_complex() != parameter.is_complex():
-                raise ValueError(
-                    f"the file's momentum_buffer {key} has shape {tuple(buffer.shape)} and "
-                    f"{buffer.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
-                )
-            momenta[parameter] = Runtime.new_momentum(parameter, group).copy_(buffer)
+            loaded = rule_state.from_file(key, state[key], parameter, group)
+            if loaded:
+                states[parameter] = loaded
+            if not state[key]:
+                del state[key]
     found = [group["lr"] for group in groups]
     plan.publish(groups)  # what schedules own follows from the clock, not from the file
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        for option in scheduled:
+        for option in options.scheduled:
             name = option.name
             schedule = group[f"{name}_schedule"]
             if schedule is None or (unit := clock_of(schedule)) in saved:
                 continue
             clockless.append(
                 f"the {name} schedule of parameter group {place} goes on at {unit}={group[unit]} with "
-                f"{group[name]!r}"
+                f"{options.value(group, option)!r}"
                 + (f" (the file's last {name} is {found[place]!r})" if name == "lr" else "")
             )
-    return Loaded({**state_dict, "state": state, "param_groups": groups}, momenta, clockless)
+    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless)
 
 
-def _check_form(state_dict: dict[str, Any]) -> None:
-    """Raises ValueError for what no optimizer's state_dict looks like."""
+def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raises ValueError for what no optimizer's state_dict looks like. names: of the rule's state."""
     for name, kind in (("param_groups", list), ("state", dict)):
         if not isinstance(found := state_dict.get(name), kind):
             got = type(found).__name__ if name in state_dict else f"the keys {list(state_dict)}"
@@ -144,9 +132,16 @@ def _check_form(state_dict: dict[str, Any]) -> None:
             )
         for key in group["params"]:
             entry = state_dict["state"].get(key, {})
-            buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else entry
-            if not isinstance(entry, dict) or not isinstance(buffer, (torch.Tensor, type(None))):
+            if not isinstance(entry, dict):
                 raise ValueError(
-                    f"the file's state of parameter {key} must be a dict with a tensor as momentum_buffer, "
-                    f"got {type(entry if not isinstance(entry, dict) else buffer).__name__}"
+                    f"the file's state of parameter {key} must be a dict of tensors, "
+                    f"got {type(entry).__name__}"
                 )
+            for name in names:
+                value = entry.get(name)
+                number = name == STEP and isinstance(value, (int, float))
+                if not isinstance(value, (torch.Tensor, type(None))) and not number:
+                    raise ValueError(
+                        f"the file's state of parameter {key} must be a dict with a tensor as {name}, "
+                        f"got {type(value).__name__}"
+                    )

@@ -1,20 +1,32 @@
-"""What a parameter group of a fused optimizer may hold, besides the rule's own options."""
+"""What a parameter group of a fused optimizer may hold: its rule's options, and who drives them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
 from fastlr import _core
-from fastlr._checks import flag
+from fastlr._checks import describe, flag, number
 from fastlr.schedules import Schedule
 
 # NOTE: [what drives an option]
 # For each option that a schedule can drive, a group holds the value that the next step uses under its
 # name, its owner under "<name>_schedule" (a Schedule or None), and the clock at which the schedule's zero
-# lies under "<name>_start".
+# lies under "<name>_start". Some options stand together in a tuple, as Adam's in "betas".
+
+
+class Clock(NamedTuple):
+    """Where an optimizer stands.
+
+    Attributes:
+        updates: updates that were applied; a step that GradScaler made it skip does not count.
+        samples: samples consumed, as told by :meth:`FusedOptimizer.advance_samples`.
+    """
+
+    updates: int
+    samples: int
 
 
 def clock_of(schedule: Schedule) -> str:
@@ -22,10 +34,119 @@ def clock_of(schedule: Schedule) -> str:
     return "samples" if schedule.unit == "sample" else "updates"
 
 
-def tensor_rates(group: dict[str, Any], scheduled: Iterable[_core.Option]) -> dict[str, float]:
-    """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
-    rates = {option.name: group[option.name] for option in scheduled}
-    return {k: v.item() for k, v in rates.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
+class RuleOptions:
+    """The options of a rule, as groups hold them. What they are called and where they lie the rule knows.
+
+    Attributes:
+        all: in the rule's order.
+        scheduled: those that a schedule can drive, which come first.
+    """
+
+    def __init__(self, plan: _core.Plan) -> None:
+        self._plan = plan
+        self.all = plan.options()
+        self.scheduled = plan.scheduled()
+        self._sizes: dict[str, int] = {}  # of the tuples
+        for option in self.all:
+            if option.tuple is not None:
+                self._sizes[option.tuple] = self._sizes.get(option.tuple, 0) + 1
+
+    def named(self, name: str) -> _core.Option | None:
+        """The option of this name that a schedule can drive, or None."""
+        return next((option for option in self.scheduled if option.name == name), None)
+
+    def value(self, group: Mapping[str, Any], option: _core.Option, where: str = "") -> Any:
+        """What stands in a group for an option."""
+        if option.tuple is None:
+            return group[option.name]
+        values, size = group[option.tuple], self._sizes[option.tuple]
+        if not isinstance(values, (tuple, list)) or len(values) != size:
+            kind = "numbers or schedules" if option.name in map(_name, self.scheduled) else "numbers"
+            raise ValueError(
+                f"{option.tuple}{where} must be a tuple of {size} {kind}, got {describe(values)}"
+            )
+        return values[option.place]
+
+    def entry(self, group: Mapping[str, Any], option: _core.Option, value: Any) -> dict[str, Any]:
+        """What a group with another value for an option holds in place of the present one."""
+        if option.tuple is None:
+            return {option.name: value}
+        values = list(group[option.tuple])
+        values[option.place] = value
+        return {option.tuple: tuple(values)}
+
+    def spread(self, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """What is given for options, each of those in a tuple under its own name."""
+        spread = {name: value for name, value in given.items() if name not in self._sizes}
+        for option in self.all:
+            if option.tuple is not None and given.get(option.tuple) is not None:
+                spread[option.name] = self.value(given, option, where)
+        return spread
+
+    def checked(self, group: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A complete group's hyperparameters as plain Python values.
+
+        Raises:
+            TypeError, ValueError: one of them has a wrong type or is out of range.
+        """
+        values: dict[str, Any] = {}
+        for option in self.all:
+            convert = flag if option.flag else number
+            values[option.name] = convert(f"{option.name}{where}", self.value(group, option, where))
+        self._plan.check([float(value) for value in values.values()], where)
+        return self._in_group(values)
+
+    def _in_group(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values by their options' names, in the order of the options, as a group holds them."""
+        held: dict[str, Any] = {}
+        for option in self.all:
+            if option.tuple is None:
+                held[option.name] = values[option.name]
+            else:
+                held[option.tuple] = (*held.get(option.tuple, ()), values[option.name])
+        return held
+
+    def numbers(self, group: Mapping[str, Any]) -> list[float]:
+        """A checked group's hyperparameters, in the order of the options."""
+        return [float(self.value(group, option)) for option in self.all]
+
+    def without_tensors(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
+        changed: dict[str, Any] = {}
+        for option in self.scheduled:
+            value = self.value({**group, **changed}, option)
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                changed |= self.entry({**group, **changed}, option, value.item())
+        return changed
+
+    def driven(
+        self, group: Mapping[str, Any], option: _core.Option, value: object, start: Clock, where: str
+    ) -> dict[str, Any]:
+        """A group's entries for an option that is a number, or a schedule with its zero."""
+        name = option.name
+        if not isinstance(value, Schedule):
+            remedy = ""
+            if isinstance(value, torch.Tensor):
+                remedy = "; pass its .item(). A schedule changes it, in CUDA graphs too"
+            elif hasattr(value, "triangular2"):  # a range test's result
+                reason = getattr(value, "reason", None)
+                remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
+            fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
+            return {
+                **self.entry(group, option, fixed),
+                f"{name}_schedule": None,
+                f"{name}_start": 0,
+            }
+        check_owner(option, value, where)
+        return {
+            **self.entry(group, option, value._native.value(0)),
+            f"{name}_schedule": value,
+            f"{name}_start": getattr(start, clock_of(value)),
+        }
+
+
+def _name(option: _core.Option) -> str:
+    return option.name
 
 
 def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
@@ -40,6 +161,15 @@ def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
             f"{option.name}{where} must stay {option.range}, but its schedule peaks at {schedule.peak!r}"
             f"{option.reason}"
         )
+
+
+def checked_state_dtype(where: str, value: object, name: str = "state_dtype") -> torch.dtype | None:
+    """The type that a group keeps state in: None for each parameter's own, or float32."""
+    if value == "float32":  # in a file
+        return torch.float32
+    if value is not None and value is not torch.float32:
+        raise ValueError(f"{name}{where} must be None or torch.float32, got {value!r}")
+    return torch.float32 if value is not None else None
 
 
 class TorchOptions(TypedDict, total=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,23 @@ class Runtime:
     """
 
     @staticmethod
-    def new_momentum(parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """An uninitialized momentum buffer, laid out like the parameter, in the group's type for it."""
-        dtype = group["momentum_dtype"] or parameter.dtype
+    def new_state(parameter: torch.Tensor, dtype: torch.dtype | None, value: float) -> torch.Tensor:
+        """A tensor of one value for a parameter's state, laid out like it; dtype: None for its own.
+
+        Of complex ones, both parts are the value.
+        """
+        dtype = dtype or parameter.dtype
         if parameter.is_complex():
             dtype = dtype.to_complex()
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        if value == 0.0:
+            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        fill = complex(value, value) if parameter.is_complex() else value
+        return torch.full_like(parameter, fill, dtype=dtype, requires_grad=False)
+
+    @staticmethod
+    def new_step(parameter: torch.Tensor, age: float) -> torch.Tensor:
+        """Where a parameter's age is kept: float32, shape (), on its device."""
+        return torch.full((), age, dtype=torch.float32, device=parameter.device)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

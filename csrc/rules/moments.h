@@ -1,0 +1,56 @@
+// Running averages of gradients and of their squares, and what else rules share.
+#pragma once
+
+#include <math.h>
+
+#include "../numeric.h"
+#include "../rule.h"
+#include "../schedule.h"
+
+namespace fastlr {
+
+// base ** exponent for 0 <= base < 1 and exponent >= 1. On the host with the library's pow(), as
+// Python takes powers; on devices more precisely than theirs, so that both agree but for a unit in
+// the last place in one case out of fifty.
+FASTLR_HD double power(double base, int64_t exponent) {
+#if defined(__CUDA_ARCH__)
+  return integer_power(base, exponent);
+#else
+  return pow(base, static_cast<double>(exponent));
+#endif
+}
+
+// The average m moves towards g by the part 1 - decay of the way, as torch.lerp moves: from the end
+// that is nearer.
+template <typename T>
+struct Average {
+  T part;  // of the way from m to g, negative: from g to m
+  Mask<T> from_start;
+
+  FASTLR_HD_MEMBER T moved(T m, T g) const {
+    return fused_multiply_add(g - m, part, select(from_start, m, g));
+  }
+};
+
+template <typename T>
+FASTLR_HD Average<T> average(double decay) {
+  const T part = static_cast<T>(1.0 - decay);
+  const bool from_start = part < T(0.5);
+  return {from_start ? part : part - T(1), mask_of<T>(from_start)};
+}
+
+// The average of squares: v * decay + (1 - decay) * g * g.
+template <typename T>
+struct SquareAverage {
+  T decay;
+  T part;
+
+  FASTLR_HD_MEMBER T moved(T v, T g) const { return fused_multiply_add(part * g, g, v * decay); }
+};
+
+template <typename T>
+FASTLR_HD SquareAverage<T> square_average(double decay) {
+  return {static_cast<T>(decay), static_cast<T>(1.0 - decay)};
+}
+
+}  // namespace fastlr

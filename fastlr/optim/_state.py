@@ -1,0 +1,126 @@
+"""The state that a rule keeps for each parameter: what there is to it, and how it is made and copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+
+from fastlr import _core
+from fastlr.optim._groups import RuleOptions
+from fastlr.optim._runtime import Runtime
+
+# Tensors of state by name, of each parameter.
+States: TypeAlias = dict[torch.Tensor, dict[str, torch.Tensor]]
+
+# NOTE: [step]
+# How many applied updates a parameter's state has seen stands in state[p]["step"], a float32 tensor, as
+# torch's optimizers keep it; on CUDA devices it is there that it is counted. Where torch's optimizer counts
+# nothing, the state on the host does not either, and a state_dict never does: what has a momentum buffer has
+# been updated.
+STEP = "step"
+
+
+class RuleState:
+    """The state of a rule's parameters.
+
+    Attributes:
+        slots: names of its tensors that are as large as the parameter.
+        counts_steps: whether torch's optimizer of this rule has a ``step``.
+    """
+
+    def __init__(self, plan: _core.Plan, options: RuleOptions) -> None:
+        self._plan = plan
+        self._options = options
+        self.slots = plan.slots()
+        self.counts_steps = plan.counts_steps()
+
+    def new(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The state of a parameter that was never updated."""
+        values = self._options.numbers(group)
+        fill = self._plan.initial_state(values)
+        state = {
+            name: Runtime.new_state(parameter, group["state_dtype"], fill)
+            for name in self._plan.live_slots(values)
+        }
+        return {**state, STEP: Runtime.new_step(parameter, 0)} if self.counts_steps else state
+
+    def from_file(
+        self, key: object, entry: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Takes the rule's tensors out of a file's entry, in the types that the group keeps state in.
+
+        PyTorch would cast them to their parameters' type, which loses what float32 state holds.
+        """
+        loaded: dict[str, torch.Tensor] = {}
+        for name in self.slots:
+            found = entry.pop(name, None)
+            if found is None:
+                continue
+            if found.shape != parameter.shape or found.is_complex() != parameter.is_complex():
+                raise ValueError(
+                    f"the file's {name} {key} has shape {tuple(found.shape)} and "
+                    f"{found.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
+                )
+            loaded[name] = Runtime.new_state(parameter, group["state_dtype"], 0.0).copy_(found)
+        step = entry.pop(STEP, None)
+        if step is not None and self.counts_steps:
+            age = float(step)
+            if not (age >= 0.0 and age.is_integer()):
+                raise ValueError(f"the file's step {key} must be a number of updates, got {age!r}")
+            loaded[STEP] = Runtime.new_step(parameter, age)
+        elif loaded and self.counts_steps:
+            raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")
+        return loaded
+
+    def into(
+        self, present: dict[str, Any], loaded: dict[str, torch.Tensor], group: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Copies loaded state into the tensors that there are, for CUDA graphs that know their addresses.
+
+        Returns:
+            What to keep: what is nowhere in the file is as it was before the first update.
+        """
+        kept = dict(loaded)
+        fill = self._plan.initial_state(self._options.numbers(group))
+        age = 1.0 if loaded and not self.counts_steps else 0.0
+        for name in (*self.slots, STEP):
+            tensor, new = present.get(name), loaded.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if new is None:
+                kept[name] = _fill(tensor, age if name == STEP else fill)
+            elif _same_layout(tensor, new):
+                kept[name] = tensor.copy_(new)
+        return kept
+
+    def in_file(self, state: dict[Any, dict[str, Any]], keys: Iterable[Any]) -> None:
+        """Leaves out of a copied state, whose entries are still the original's, what torch's has not."""
+        if self.counts_steps:
+            return
+        entries = {key: state[key] for key in keys if key in state and STEP in state[key]}
+        ages = _numbers([entry[STEP] for entry in entries.values()])
+        for (key, entry), age in zip(entries.items(), ages, strict=True):
+            left_out = {STEP} if age else {STEP, *self.slots}
+            state[key] = {name: value for name, value in entry.items() if name not in left_out}
+            if not state[key]:
+                del state[key]
+
+
+def _fill(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    return tensor.fill_(complex(value, value) if tensor.is_complex() else value)
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+
+
+def _numbers(tensors: list[torch.Tensor]) -> list[float]:
+    """Tensors of one number each as numbers; waits for each device once."""
+    numbers = dict.fromkeys(range(len(tensors)), 0.0)
+    for device in {tensor.device for tensor in tensors}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        values = torch.stack([tensors[i].reshape(()) for i in places]).tolist()
+        numbers.update(zip(places, values, strict=True))
+    return list(numbers.values())

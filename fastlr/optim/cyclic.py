@@ -1,0 +1,387 @@
+"""The optimizers on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from typing_extensions import Self, Unpack
+
+from fastlr._checks import flag
+from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._groups import TorchOptions
+from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
+from fastlr.optim.sgd import FusedSGD
+from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
+from fastlr.schedules.cyclic import Interpolation
+
+Mode = Literal["triangular", "triangular2", "exp_range"]
+
+# The arguments that make up a cyclic learning rate.
+_LR_CYCLE = ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "interpolation")
+
+
+class FoundBounds(Protocol):
+    """What a range test found."""
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """(base_lr, max_lr), one pair or one for each group; raises ValueError where there are none."""
+
+
+class CyclicOptimizer(FusedOptimizer):
+    """What the cyclic optimizers share: each group's rate, and its momentum if asked for, is a cycle."""
+
+    _cycle: dict[str, Any]
+
+    def _set_cycle(self, params: Params, cycle: dict[str, Any]) -> Params:
+        """Keeps the cycle of all groups; returns the parameters with what is each group's own."""
+        self._cycle = cycle
+        for name in ("base_lr", "max_lr"):
+            bounds = cycle[name]
+            if isinstance(bounds, (list, tuple)):
+                groups = _as_groups(params)
+                if len(bounds) != len(groups):
+                    raise ValueError(f"{name} has {len(bounds)} values for {len(groups)} groups")
+                params = [{name: b} | g for b, g in zip(bounds, groups, strict=True)]
+        return params
+
+    @classmethod
+    def from_range_test(
+        cls,
+        params: Params,
+        found: FoundBounds,
+        step_size_up: float = 2000,
+        *,
+        mode: Mode = "triangular2",
+        **options: Any,
+    ) -> Self:
+        """Cycles between the bounds that a range test found, each group between its own where it has them.
+
+        Args:
+            params: as for the class; of a model as it was tested.
+            found: the range test's result.
+            step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
+            mode: as for the class.
+            options: its other arguments.
+
+        Raises:
+            ValueError: the range test gives no bounds; the message says why.
+
+        >>> import fastlr, numpy as np, torch
+        >>> lrs = np.geomspace(1e-4, 10, 200)
+        >>> found = fastlr.RangeTestResult(lrs, 2 + np.log10(lrs / 0.1) ** 2 / 4)
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = fastlr.FusedCyclicSGD.from_range_test(model.parameters(), found, 500, momentum=0.9)
+        >>> opt.param_groups[0]["lr"] == found.base_lr
+        True
+        """
+        base, top = zip(*found.bounds(), strict=True)
+        several = len(base) > 1
+        make: Any = cls  # one of the classes below, which have these arguments
+        return make(  # type: ignore[no-any-return]
+            params,
+            list(base) if several else base[0],
+            list(top) if several else top[0],
+            step_size_up,
+            mode=mode,
+            **options,
+        )
+
+    def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
+        param_group = super()._in_own_words(param_group, where)
+        if "lr" in param_group and (given := [key for key in _LR_CYCLE if key in param_group]):
+            raise ValueError(f"a group takes lr or {', '.join(given)}, not both")
+        own = {key: value for key, value in param_group.items() if key in self._cycle}
+        group = {key: value for key, value in param_group.items() if key not in self._cycle}
+        cycle = {**self._cycle, **own}
+        driven = self._momentum(cycle, _cycles(**cycle))
+        lr = group.get("lr", driven["lr"])
+        if not isinstance(lr, Schedule):
+            # Of a group that another optimizer has used, too. CyclicLR would cycle it all the same.
+            raise ValueError(
+                f"lr{where} is {lr!r}, but {type(self).__name__} cycles the rate of every group; leave lr "
+                f"out of the group, or keep its rate fixed by lr=fastlr.Constant({lr!r})"
+            )
+        for option in self._options.scheduled:
+            name = option.name
+            owner = group.get(f"{name}_schedule")
+            if owner is not None and (name in driven or option.tuple in driven):
+                raise ValueError(
+                    f"{name}_schedule{where} is {owner!r}, of another optimizer, but {type(self).__name__} "
+                    f"sets the {name} itself; leave {name}_schedule out of the group"
+                )
+        return {**driven, **group}
+
+    def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
+        """A group's ``lr`` and what the rule has as momentum, cycled or not."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cycle": self._cycle}
+
+
+class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
+    """:class:`FusedSGD` on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``.
+
+    Args:
+        params: as for :class:`FusedSGD`. A group, also one that is added later, may have cycle arguments of
+            its own where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or a schedule as its ``lr``.
+            A number as ``lr``, which groups that another optimizer has used bring, is an error.
+        base_lr: lower bound of the cycles, >= 0; a list gives one for each group.
+        max_lr: upper bound, >= base_lr; a list gives one for each group.
+        step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
+        step_size_down: updates back; default: as step_size_up.
+        mode: ``"triangular"``, ``"triangular2"`` (height halved after each cycle) or ``"exp_range"``
+            (height times ``gamma ** updates``).
+        gamma: of exp_range only, > 0.
+        cycle_momentum: cycle the momentum against the rate. Off unless given (PyTorch: on).
+        base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
+        interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
+        decay_base: let exp_range's lower bound decline too, as in Smith's paper.
+        momentum: fixed momentum; not with cycle_momentum.
+        dampening, weight_decay, nesterov, maximize, state_dtype, momentum_dtype, foreach, fused, capturable,
+            differentiable: as for :class:`FusedSGD`.
+
+    Raises:
+        ValueError: an argument is out of range, or belongs to an option that is off.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> opt = fastlr.FusedCyclicSGD(model.parameters(), base_lr=0.001, max_lr=0.006,
+    ...                             step_size_up=2000, mode="triangular2", momentum=0.9)
+    >>> opt.param_groups[0]["lr"], opt.param_groups[0]["lr_schedule"](2000)
+    (0.001, 0.006)
+
+    References:
+        Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base_lr: float | list[float],
+        max_lr: float | list[float],
+        step_size_up: float = 2000,
+        step_size_down: float | None = None,
+        mode: Mode = "triangular",
+        gamma: float = 1.0,
+        *,
+        cycle_momentum: bool = False,
+        base_momentum: float | None = None,
+        max_momentum: float | None = None,
+        interpolation: Interpolation = "linear",
+        decay_base: bool = False,
+        momentum: float | None = None,
+        dampening: float = 0.0,
+        weight_decay: float | Schedule = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        **torch_options: Unpack[TorchOptions],
+    ) -> None:
+        params = self._set_cycle(
+            params,
+            {
+                "base_lr": base_lr,
+                "max_lr": max_lr,
+                "step_size_up": step_size_up,
+                "step_size_down": step_size_down,
+                "mode": mode,
+                "gamma": gamma,
+                "cycle_momentum": cycle_momentum,
+                "base_momentum": base_momentum,
+                "max_momentum": max_momentum,
+                "interpolation": interpolation,
+                "decay_base": decay_base,
+                "momentum": momentum,
+            },
+        )
+        super().__init__(
+            params,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            state_dtype=state_dtype,
+            momentum_dtype=momentum_dtype,
+            **torch_options,
+        )
+
+    def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
+        fixed = cycle["momentum"]
+        if cycles.momentum is None:
+            return {"lr": cycles.lr, "momentum": 0.0 if fixed is None else fixed}
+        if fixed is not None:
+            raise ValueError(
+                f"momentum={fixed!r} cannot be fixed and cycled; leave it out and give base_momentum and "
+                "max_momentum, or pass cycle_momentum=False"
+            )
+        return {"lr": cycles.lr, "momentum": cycles.momentum}
+
+
+class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
+    """:class:`FusedAdam` on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``.
+
+    Args:
+        params, base_lr, max_lr, step_size_up, step_size_down, mode, gamma, interpolation, decay_base: as for
+            :class:`FusedCyclicSGD`.
+        cycle_momentum: cycle beta1 against the rate, as CyclicLR does with Adam. Off unless given.
+        base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
+        betas: fixed ones; with cycle_momentum the first is cycled, and only 0.9 or max_momentum may stand
+            there.
+        weight_decay: as for :class:`FusedAdam`, or, in :class:`FusedCyclicAdamW`, :class:`FusedAdamW`; None:
+            what it is there unless given.
+        eps, amsgrad, maximize, state_dtype, foreach, fused, capturable, differentiable: as for
+            :class:`FusedAdam`.
+
+    Raises:
+        ValueError: an argument is out of range, or belongs to an option that is off.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> opt = fastlr.FusedCyclicAdam(model.parameters(), base_lr=1e-4, max_lr=1e-3, step_size_up=500,
+    ...                              cycle_momentum=True)
+    >>> opt.param_groups[0]["lr"], opt.param_groups[0]["betas"]
+    (0.0001, (0.9, 0.999))
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        base_lr: float | list[float],
+        max_lr: float | list[float],
+        step_size_up: float = 2000,
+        step_size_down: float | None = None,
+        mode: Mode = "triangular",
+        gamma: float = 1.0,
+        *,
+        cycle_momentum: bool = False,
+        base_momentum: float | None = None,
+        max_momentum: float | None = None,
+        interpolation: Interpolation = "linear",
+        decay_base: bool = False,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Schedule | None = None,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        **torch_options: Unpack[TorchOptions],
+    ) -> None:
+        params = self._set_cycle(
+            params,
+            {
+                "base_lr": base_lr,
+                "max_lr": max_lr,
+                "step_size_up": step_size_up,
+                "step_size_down": step_size_down,
+                "mode": mode,
+                "gamma": gamma,
+                "cycle_momentum": cycle_momentum,
+                "base_momentum": base_momentum,
+                "max_momentum": max_momentum,
+                "interpolation": interpolation,
+                "decay_base": decay_base,
+                "betas": betas,
+            },
+        )
+        decay: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
+        super().__init__(
+            params,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            state_dtype=state_dtype,
+            **decay,
+            **torch_options,
+        )
+
+    def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
+        betas = cycle["betas"]
+        if cycles.momentum is None:
+            return {"lr": cycles.lr, "betas": betas}
+        beta1, *rest = betas if isinstance(betas, (tuple, list)) and betas else (betas,)
+        if isinstance(beta1, Schedule) or beta1 not in (0.9, cycles.momentum.max):
+            raise ValueError(
+                f"betas={betas!r}: the first cannot be fixed and cycled; give its bounds as base_momentum "
+                "and max_momentum, or pass cycle_momentum=False"
+            )
+        return {"lr": cycles.lr, "betas": (cycles.momentum, *rest)}
+
+
+class FusedCyclicAdamW(FusedCyclicAdam, FusedAdamW):
+    """:class:`FusedAdamW` on a cyclic learning rate; arguments as for :class:`FusedCyclicAdam`.
+
+    The weight decay, 0.01 unless given, is decoupled: at each update the parameter shrinks by lr times it.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> opt = fastlr.FusedCyclicAdamW(model.parameters(), base_lr=1e-4, max_lr=1e-3, step_size_up=500,
+    ...                               mode="triangular2", weight_decay=0.05)
+    >>> opt.param_groups[0]["lr"], opt.param_groups[0]["lr_schedule"](500)
+    (0.0001, 0.001)
+    """
+
+
+class _Cycles(NamedTuple):
+    """A group's cycles."""
+
+    lr: Triangular
+    momentum: Triangular | None
+
+
+def _cycles(
+    *,
+    base_lr: float,
+    max_lr: float,
+    step_size_up: float,
+    step_size_down: float | None,
+    mode: str,
+    gamma: float,
+    cycle_momentum: bool,
+    base_momentum: float | None,
+    max_momentum: float | None,
+    interpolation: Interpolation,
+    decay_base: bool,
+    **_: object,
+) -> _Cycles:
+    """From CyclicLR's arguments."""
+    if mode not in ("triangular", "triangular2", "exp_range"):
+        raise ValueError(f"mode must be triangular, triangular2 or exp_range, got {mode!r}")
+    cycle_momentum = flag("cycle_momentum", cycle_momentum)
+    decay_base = flag("decay_base", decay_base)
+    if mode != "exp_range" and (gamma != 1.0 or decay_base):
+        raise ValueError(
+            f'gamma={gamma!r}, decay_base={decay_base!r} belong to mode="exp_range", got mode={mode!r}'
+        )
+
+    def policy(base: float, top: float, *, inverted: bool) -> Triangular:
+        sizes = (step_size_up, step_size_down, interpolation)
+        if mode == "exp_range":
+            return ExpRange(
+                base,
+                top,
+                *sizes,
+                gamma=gamma,
+                decay_base=decay_base and not inverted,
+                inverted=inverted,
+            )
+        kind = Triangular2 if mode == "triangular2" else Triangular
+        return kind(base, top, *sizes, inverted=inverted)
+
+    lr = policy(base_lr, max_lr, inverted=False)
+    if not cycle_momentum:
+        for name, value in (("base_momentum", base_momentum), ("max_momentum", max_momentum)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} needs cycle_momentum=True")
+        return _Cycles(lr, None)
+    low = 0.8 if base_momentum is None else base_momentum
+    high = 0.9 if max_momentum is None else max_momentum
+    return _Cycles(lr, policy(low, high, inverted=True))
+
+
+def _as_groups(params: Params) -> list[Any]:
+    """Parameters as a list of groups; what is wrong with them is left to PyTorch to say."""
+    items: list[Any] = list(params)
+    return items if items and isinstance(items[0], dict) else [{"params": items}]
