@@ -11,7 +11,6 @@ import numpy as np
 from fastlr._checks import choice, count, describe, real
 from fastlr.batch_growth.plan import BatchPlan, Mode, Scaling, Tail
 from fastlr.schedules import Constant, InSamples, Schedule, Shifted
-from fastlr.schedules._base import schedule as as_schedule
 
 # Values of a schedule that are looked at together: 8 MB of them.
 _CHUNK = 1 << 20
@@ -45,7 +44,8 @@ def grown_plan(
     ranks: int,
 ) -> BatchPlan:
     """What :meth:`BatchPlan.from_schedule` returns."""
-    as_schedule("schedule", schedule)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a schedule, got {describe(schedule)}")
     batch_size = count("batch_size", batch_size)
     dataset_size, epochs = count("dataset_size", dataset_size), count("epochs", epochs)
     choice("mode", mode, ("increase", "hybrid", "decay"))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from fastlr import plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
 from fastlr.schedules import Constant, Schedule
@@ -453,13 +455,11 @@ class BatchPlan:
 
         return table(self)
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws batch size, rate and noise scale over the epochs. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_batch_plan(self, path)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastlr import plotting
 from fastlr._checks import choice, file_name, items, real, text, texts, vector
 from fastlr._files import replacing
 from fastlr.range_test.curve import Array, Best, best
@@ -456,8 +457,6 @@ class RangeTestResult:
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_range_test(self, path)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
