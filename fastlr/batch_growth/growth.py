@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fastlr._checks import choice, count, describe, real
-from fastlr.batch_growth.plan import BatchPlan, Mode, Scaling, Tail
 from fastlr.schedules import Constant, InSamples, Schedule, Shifted
+
+Mode = Literal["increase", "hybrid", "decay"]
+BatchScale = Literal["linear", "sqrt", "none"]
 
 # Values of a schedule that are looked at together: 8 MB of them.
 _CHUNK = 1 << 20
@@ -25,7 +27,16 @@ class _Phase(NamedTuple):
     steady_until: int  # the sample up to which the rate is the one at the start; start: not at all
 
 
-def grown_plan(
+class GrownPhases(NamedTuple):
+    """The phases of a plan, and its schedules in samples."""
+
+    starts: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    lr: Schedule
+    momentum: Schedule
+
+
+def grown_phases(
     schedule: Schedule,
     *,
     batch_size: int,
@@ -36,14 +47,11 @@ def grown_plan(
     max_batch_size: int | None,
     hybrid_drops: int,
     lr_scale: float,
-    batch_scale: Scaling,
+    batch_scale: BatchScale,
     raised_momentum: float | None,
     granularity: int | None,
-    tail: Tail,
-    micro_batch_size: int | None,
-    ranks: int,
-) -> BatchPlan:
-    """What :meth:`BatchPlan.from_schedule` returns."""
+) -> GrownPhases:
+    """The growth of the plan that :meth:`BatchPlan.from_schedule` returns; arguments as there."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a schedule, got {describe(schedule)}")
     batch_size = count("batch_size", batch_size)
@@ -101,18 +109,12 @@ def grown_plan(
             part = Constant(rate, unit="sample")
         lr = part if lr is None else lr.then(part, at=phase.start)
     assert lr is not None
-    return BatchPlan(
+    return GrownPhases(
         starts=tuple(phase.start for phase in phases),
         batch_sizes=tuple(phase.size for phase in phases),
         lr=lr,
         momentum=Constant(raised, unit="sample"),
-        dataset_size=dataset_size,
-        epochs=epochs,
-        tail=tail,
-        mode=mode,
-        micro_batch_size=micro_batch_size,
-        ranks=ranks,
-    )._without_empty_phases()
+    )
 
 
 def _momentum(name: str, value: float, low: float = 0.0) -> float:

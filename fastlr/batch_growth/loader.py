@@ -11,10 +11,11 @@ from torch.utils.data import IterableDataset, default_collate
 from fastlr._checks import count as _count
 from fastlr._checks import describe, flag, function, items, real, saved_state
 from fastlr.batch_growth.batch import Batch
-from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.batch_growth.plan import BatchPlan
 from fastlr.batch_growth.ranks import group_size, ranks_agree
 from fastlr.batch_growth.reading import BatchSource
 from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
+from fastlr.batch_growth.updates import Update
 from fastlr.optim import FusedOptimizer
 
 # What the loader decides itself, and what says so instead.
@@ -169,7 +170,7 @@ class GrowingLoader:
         )
         self._optimizer: FusedOptimizer | None = None
         self._hooks: list[Any] = []
-        self._reset(plan._next_start(0), 0)
+        self._reset(plan._updates.next_start(0), 0)
         self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
 
     def _reset(self, samples: int, epoch: int) -> None:
@@ -230,7 +231,7 @@ class GrowingLoader:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if 0 < self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
+        if 0 < self._samples == self.plan._updates.next_start(0) and optimizer.clock().samples == 0:
             optimizer.advance_samples(self._samples)  # what is left out before the first update
         return self
 
@@ -265,7 +266,7 @@ class GrowingLoader:
 
     def _start_after(self, update: Update) -> int:
         """Where the next update begins; unlike ``update``, the plan may have grown since."""
-        return self.plan._next_start(update.start + update.size)
+        return self.plan._updates.next_start(update.start + update.size)
 
     def _move_to(self, start: int) -> None:
         """Stands before the update that begins at ``start``, samples that are left out behind it."""
@@ -441,7 +442,7 @@ class GrowingLoader:
         self._growths.append((at, batch_size))
         self._regrown = True
         if self._given is None:
-            self._move_to(self.plan._next_start(at))
+            self._move_to(self.plan._updates.next_start(at))
 
     def _check_growth(self, batch_size: int) -> None:
         """Raises ValueError where :meth:`grow` would."""
@@ -499,10 +500,10 @@ class GrowingLoader:
                 raise ValueError(f"growths must be pairs (sample, batch_size), got {describe(growth)}")
             growths.append((_count("sample of growths", growth[0], 0), _count("size of growths", growth[1])))
             plan = plan.grown(*growths[-1])
-        samples, epoch = plan._begin(state["samples"]), _count("epoch", state["epoch"], 0)
+        samples, epoch = plan._updates.begin(state["samples"]), _count("epoch", state["epoch"], 0)
         stands = samples // plan.dataset_size
         # Before the epoch that the next update begins in there can be empty ones, still to come.
-        empty = epoch < stands and plan._next_start(epoch * plan.dataset_size) == samples
+        empty = epoch < stands and plan._updates.next_start(epoch * plan.dataset_size) == samples
         if epoch != stands and not empty:
             raise ValueError(
                 f"epoch must be the one that the run stands in at sample {samples:,}, {stands}, got {epoch}"

@@ -6,76 +6,26 @@ Smith, Kindermans, Ying and Le, arXiv 1711.00489.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastlr import plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
+from fastlr.batch_growth.growth import BatchScale, grown_phases
+from fastlr.batch_growth.phase import Phase
+from fastlr.batch_growth.table import table
+from fastlr.batch_growth.updates import TAILS, Tail, Update, Updates
 from fastlr.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Tail = Literal["carry", "keep", "drop"]
 Mode = Literal["increase", "hybrid", "decay", "phases"]
-Scaling = Literal["linear", "sqrt", "none"]
-
-TAILS = ("carry", "keep", "drop")
-
-
-class Phase(NamedTuple):
-    """A stretch of a run with one batch size.
-
-    Attributes:
-        start_sample: samples consumed before it begins.
-        stop_sample: samples consumed when it ends.
-        batch_size: samples of an update, over all ranks.
-        lr: learning rate at its first sample.
-        last_lr: at its last sample; the same unless the schedule is smooth.
-        momentum: at its first sample.
-        noise_scale: ``lr * N / (batch_size * (1 - momentum))`` at its first sample, in samples.
-        updates: how many it has, partial ones included.
-    """
-
-    start_sample: int
-    stop_sample: int
-    batch_size: int
-    lr: float
-    last_lr: float
-    momentum: float
-    noise_scale: float
-    updates: int
-
-
-class Update(NamedTuple):
-    """One update of a plan.
-
-    Attributes:
-        start: samples consumed before it.
-        size: its samples, over all ranks; fewer than the phase's batch where a tail is kept.
-        next_start: samples consumed when the next one begins, those that a tail rule drops included.
-        batch_size: the phase's.
-    """
-
-    start: int
-    size: int
-    next_start: int
-    batch_size: int
-
-
-class _Segment(NamedTuple):
-    """A stretch that updates do not cross."""
-
-    start: int
-    stop: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +105,7 @@ class BatchPlan:
             raise ValueError(
                 f"epochs * dataset_size must be < 2**63 - 1, got {self.epochs:,} * {self.dataset_size:,}"
             )
-        self._check_phases()
+        _ = self._updates  # checks the phases
         for name in ("lr", "momentum"):
             value = getattr(self, name)
             if not isinstance(value, Schedule) or value.unit != "sample":
@@ -167,44 +117,13 @@ class BatchPlan:
         for size in dict.fromkeys(sizes):
             divide(size, self.micro_batch_size, self.ranks)
 
-    def _check_phases(self) -> None:
-        if self.starts[0] != 0:
-            raise ValueError(f"the first phase must start at sample 0, got {self.starts[0]}")
-        total = self.total_samples
-        if self.starts[-1] >= total:
-            raise ValueError(
-                f"the last phase starts at sample {self.starts[-1]:,}, but the run ends at "
-                f"{total:,} ({self.epochs} epochs of {self.dataset_size:,} samples); give it more epochs"
-            )
-        for k, (start, stop) in enumerate(itertools.pairwise(self.starts)):
-            if stop <= start:
-                raise ValueError(
-                    f"phase {k} has no samples: it starts at sample {start:,}, and the next one at {stop:,}; "
-                    "leave it out, or let the phases' starts ascend"
-                )
-        for start, size in zip(self.starts, self.batch_sizes, strict=True):
-            if size > self.dataset_size:
-                raise ValueError(
-                    f"the batch size at sample {start:,} would be {size:,}, more than the data set's "
-                    f"{self.dataset_size:,} samples; give a smaller batch_size or max_batch_size"
-                )
-        if not self.total_updates:
-            raise ValueError(
-                'the plan has no update, because tail="drop" leaves out all of its samples; use "keep" or '
-                '"carry", or smaller batches'
-            )
+    @cached_property
+    def _updates(self) -> Updates:
+        return Updates(self.starts, self.batch_sizes, self.dataset_size, self.epochs, self.tail)
 
     def _without_empty_phases(self) -> BatchPlan:
-        """This plan, of which each phase is meant to have updates.
-
-        That is for whoever writes a plan to see. In one that grew, a phase may be shorter than the batch.
-        """
-        for k, updates in enumerate(self._updates_of_phases):
-            if updates == 0:
-                raise ValueError(
-                    f"phase {k}, from sample {self.starts[k]:,} with batch size {self.batch_sizes[k]:,}, "
-                    'has no update, because tail="drop" leaves out all of its samples; use "keep" or "carry"'
-                )
+        """This plan, of which each phase is meant to have updates."""
+        self._updates.check_each_phase()
         return self
 
     # -- making plans --------------------------------------------------------------------------------
@@ -222,7 +141,7 @@ class BatchPlan:
         max_batch_size: int | None = None,
         hybrid_drops: int = 1,
         lr_scale: float = 1.0,
-        batch_scale: Scaling = "linear",
+        batch_scale: BatchScale = "linear",
         raised_momentum: float | None = None,
         granularity: int | None = None,
         tail: Tail = "carry",
@@ -286,9 +205,7 @@ class BatchPlan:
         >>> plan.total_updates
         29142
         """
-        from fastlr.batch_growth import growth
-
-        return growth.grown_plan(
+        grown = grown_phases(
             schedule,
             batch_size=batch_size,
             dataset_size=dataset_size,
@@ -301,10 +218,19 @@ class BatchPlan:
             batch_scale=batch_scale,
             raised_momentum=raised_momentum,
             granularity=granularity,
+        )
+        return cls(
+            starts=grown.starts,
+            batch_sizes=grown.batch_sizes,
+            lr=grown.lr,
+            momentum=grown.momentum,
+            dataset_size=dataset_size,
+            epochs=epochs,
             tail=tail,
+            mode=mode,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
-        )
+        )._without_empty_phases()
 
     @classmethod
     def from_phases(
@@ -378,20 +304,11 @@ class BatchPlan:
         >>> plan.grown(300, 200).starts, plan.grown(300, 200).batch_sizes
         ((0, 300), (100, 200))
         """
-        sample, size = self._begin(sample), count("batch_size", batch_size)
+        sample, size = self._updates.begin(sample), count("batch_size", batch_size)
         if sample == self.total_samples:
             raise ValueError(f"the run ends at sample {sample:,}, so no update begins there")
-        phases = dict(zip(self.starts, self.batch_sizes, strict=True))
-        phases[sample] = self.phase_at(sample).batch_size
-        merged: list[tuple[int, int]] = []
-        for start in sorted(phases):
-            grown = max(phases[start], size) if start >= sample else phases[start]
-            # A boundary that only this method made is dropped again where it separates nothing.
-            if start in self.starts or not merged or merged[-1][1] != grown:
-                merged.append((start, grown))
-        return dataclasses.replace(
-            self, starts=tuple(s for s, _ in merged), batch_sizes=tuple(b for _, b in merged)
-        )
+        starts, batch_sizes = self._updates.grown(sample, size)
+        return dataclasses.replace(self, starts=starts, batch_sizes=batch_sizes)
 
     # -- what a plan says ----------------------------------------------------------------------------
 
@@ -400,18 +317,19 @@ class BatchPlan:
         """Samples of the run, ``epochs * dataset_size``; those that a tail rule drops included."""
         return self.epochs * self.dataset_size
 
-    @cached_property
+    @property
     def total_updates(self) -> int:
         """Updates of the run, partial ones included."""
-        return sum(self._updates_of_phases)
+        return self._updates.total
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         """The phases in order."""
+        updates = self._updates
         return tuple(
-            self._phase(start, stop, size, updates)
-            for start, stop, size, updates in zip(
-                self.starts, self._stops, self.batch_sizes, self._updates_of_phases, strict=True
+            self._phase(start, stop, size, number)
+            for start, stop, size, number in zip(
+                self.starts, updates.stops, self.batch_sizes, updates.of_phases, strict=True
             )
         )
 
@@ -420,7 +338,7 @@ class BatchPlan:
         sample = count("sample", sample, 0)
         if sample >= self.total_samples:
             raise ValueError(f"the run ends at sample {self.total_samples:,}, got {sample:,}")
-        return self.phases[bisect.bisect_right(self.starts, sample) - 1]
+        return self.phases[self._updates.phase_of(sample)]
 
     def noise_scale(self, sample: int) -> float:
         """``lr * N / (B * (1 - momentum))`` at a sample: the scale of SGD's fluctuations, for B well below N.
@@ -441,18 +359,10 @@ class BatchPlan:
         >>> [(update.start, update.size) for update in plan.updates_from(4)]
         [(4, 4), (8, 2), (10, 8), (18, 2)]
         """
-        waiting: tuple[int, int, int] | None = None
-        for start, size, batch_size in self._cut(sample):
-            if waiting is not None:
-                yield Update(waiting[0], waiting[1], start, waiting[2])
-            waiting = start, size, batch_size
-        if waiting is not None:
-            yield Update(waiting[0], waiting[1], self.total_samples, waiting[2])
+        return self._updates.since(sample)
 
     def __str__(self) -> str:
         """The phases as a table."""
-        from fastlr.batch_growth.table import table
-
         return table(self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -490,62 +400,6 @@ class BatchPlan:
             raise ValueError(f"a plan must be what BatchPlan.to_dict() returned, got {describe(data)}")
         schedules = {name: Schedule.from_dict(data[name]) for name in ("lr", "momentum")}
         return cls(**{**data, **schedules})
-
-    # -- where updates begin and end -----------------------------------------------------------------
-
-    @property
-    def _stops(self) -> tuple[int, ...]:
-        return (*self.starts[1:], self.total_samples)
-
-    @cached_property
-    def _segments(self) -> tuple[_Segment, ...]:
-        segments = []
-        for start, stop, size in zip(self.starts, self._stops, self.batch_sizes, strict=True):
-            cuts = [start, stop]
-            if self.tail != "carry":
-                first = start - start % self.dataset_size + self.dataset_size
-                cuts[1:1] = range(first, stop, self.dataset_size)
-            segments += [_Segment(a, b, size) for a, b in itertools.pairwise(cuts)]
-        return tuple(segments)
-
-    def _updates_in(self, segment: _Segment) -> int:
-        whole, rest = divmod(segment.stop - segment.start, segment.batch_size)
-        return whole + (rest > 0 and self.tail != "drop")
-
-    @cached_property
-    def _updates_of_phases(self) -> tuple[int, ...]:
-        updates = [0] * len(self.starts)
-        for segment in self._segments:
-            updates[bisect.bisect_right(self.starts, segment.start) - 1] += self._updates_in(segment)
-        return tuple(updates)
-
-    def _segment_of(self, sample: int) -> int:
-        """The index of the segment that a sample is in; the last one's for the end of the run."""
-        return bisect.bisect_right(self._segments, sample, key=lambda segment: segment.start) - 1
-
-    def _next_start(self, sample: int) -> int:
-        """Where the first update begins that begins at ``sample`` or later; the run's end if none does."""
-        for index in range(self._segment_of(sample), len(self._segments)):
-            segment = self._segments[index]
-            before = max(-(-(sample - segment.start) // segment.batch_size), 0)
-            if before < self._updates_in(segment):
-                return segment.start + before * segment.batch_size
-        return self.total_samples
-
-    def _begin(self, sample: int) -> int:
-        """``sample``, checked to be where an update begins, or the beginning or end of the run."""
-        sample = count("sample", sample, 0)
-        if sample > self.total_samples or (sample and self._next_start(sample) != sample):
-            raise ValueError(f"no update of the plan begins at sample {sample:,}")
-        return sample
-
-    def _cut(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        sample = self._begin(sample)
-        for segment in self._segments[self._segment_of(sample) :]:
-            start = max(sample, segment.start)
-            stop = segment.start + self._updates_in(segment) * segment.batch_size
-            for begin in range(start, stop, segment.batch_size):
-                yield begin, min(segment.batch_size, segment.stop - begin), segment.batch_size
 
     def _phase(self, start: int, stop: int, size: int, updates: int) -> Phase:
         lr, momentum = self.lr(start), self.momentum(start)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from typing_extensions import Self, Unpack
@@ -13,13 +14,21 @@ from fastlr.optim._groups import TorchOptions
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
-if TYPE_CHECKING:
-    from fastlr.range_test import RangeTestResult
-
 Mode = Literal["triangular", "triangular2", "exp_range"]
 
 # The arguments that make up a cyclic learning rate.
 _LR_CYCLE = ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "interpolation")
+
+
+class FoundBounds(Protocol):
+    """What a range test found."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are no bounds; None: there are."""
+
+    def bounds(self) -> Sequence[tuple[float, float]]:
+        """``(base_lr, max_lr)`` of each parameter group; one pair where all share it."""
 
 
 class FusedSGD(FusedOptimizer):
@@ -203,7 +212,7 @@ class FusedCyclicSGD(FusedSGD):
     def from_range_test(
         cls,
         params: Params,
-        found: RangeTestResult,
+        found: FoundBounds,
         step_size_up: float = 2000,
         *,
         mode: Mode = "triangular2",
@@ -213,7 +222,7 @@ class FusedCyclicSGD(FusedSGD):
 
         Args:
             params: as for :class:`FusedCyclicSGD`; of a model as it was tested.
-            found: the range test's result.
+            found: the range test's result, a :class:`fastlr.RangeTestResult`.
             step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
             mode: as for :class:`FusedCyclicSGD`.
             options: its other arguments.
