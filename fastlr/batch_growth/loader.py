@@ -305,6 +305,9 @@ class GrowingLoader:
     def grow(self, batch_size: int) -> None:
         """Batches of at least ``batch_size``, from the next update on. Rates stay as the plan has them.
 
+        So growing by k is like decaying the rate, by k for SGD and by sqrt(k) for adaptive rules: what
+        ``loader.plan.noise_scale()`` falls by, with the plan's ``scaling``.
+
         The one thing that changes a plan on the way, for policies that measure, such as
         :class:`fastlr.AdaptiveGrowth`. Every rank has to call it at the same update. What was fetched
         ahead is fetched anew, and ``len()`` of an epoch under way no longer holds. With ``tail="drop"``,

@@ -15,7 +15,7 @@ class Phase(NamedTuple):
         lr: learning rate at its first sample.
         last_lr: at its last sample; the same unless the schedule is smooth.
         momentum: at its first sample.
-        noise_scale: ``lr * N / (batch_size * (1 - momentum))`` at its first sample, in samples.
+        noise_scale: at its first sample; see :meth:`BatchPlan.noise_scale`.
         updates: how many it has, partial ones included.
     """
 

@@ -1,7 +1,7 @@
 """BatchPlan: which batch size, learning rate and momentum hold at every sample of a run.
 
 The noise scale ``g = lr * N / (B * (1 - momentum))`` and the trade of rate against batch are those of
-Smith, Kindermans, Ying and Le, arXiv 1711.00489.
+Smith, Kindermans, Ying and Le, arXiv 1711.00489; for adaptive rules see ``scaling.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.growth import BatchScale, grown_phases
 from fastlr.batch_growth.phase import Phase
+from fastlr.batch_growth.scaling import SCALINGS, Scaling, noise_scale
 from fastlr.batch_growth.table import table
 from fastlr.batch_growth.updates import TAILS, Tail, Update, Updates
 from fastlr.schedules import Constant, Schedule
@@ -56,6 +57,8 @@ class BatchPlan:
             by ``print``, and what a loader takes unless told otherwise; plans that differ in nothing
             else are equal.
         ranks: processes that share a batch; as ``micro_batch_size``.
+        scaling: how rate and batch go together: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules such as
+            Adam. Says what :meth:`noise_scale` is.
 
     Raises:
         ValueError: an argument is out of range, a phase has no samples, the plan has no updates, or a
@@ -82,6 +85,7 @@ class BatchPlan:
     mode: Mode = "phases"
     micro_batch_size: int | None = field(default=None, compare=False)
     ranks: int = field(default=1, compare=False)
+    scaling: Scaling = field(default="linear", kw_only=True)
 
     def __post_init__(self) -> None:
         starts = tuple(count("starts", start, 0) for start in items("starts", self.starts))
@@ -95,6 +99,7 @@ class BatchPlan:
             "epochs": count("epochs", self.epochs),
             "ranks": count("ranks", self.ranks),
             "tail": choice("tail", self.tail, TAILS),
+            "scaling": choice("scaling", self.scaling, SCALINGS),
             "mode": choice("mode", self.mode, ("increase", "hybrid", "decay", "phases")),
         }
         if self.micro_batch_size is not None:
@@ -141,12 +146,13 @@ class BatchPlan:
         max_batch_size: int | None = None,
         hybrid_drops: int = 1,
         lr_scale: float = 1.0,
-        batch_scale: BatchScale = "linear",
+        batch_scale: BatchScale | None = None,
         raised_momentum: float | None = None,
         granularity: int | None = None,
         tail: Tail = "carry",
         micro_batch_size: int | None = None,
         ranks: int = 1,
+        scaling: Scaling = "linear",
     ) -> BatchPlan:
         r"""A plan with the noise scale of a run that decays its learning rate at a fixed batch size.
 
@@ -160,8 +166,28 @@ class BatchPlan:
         - ``"hybrid"``: the batch, the first ``hybrid_drops`` times that it grows; then the rate.
 
         The start may be raised: the rate by ``lr_scale``, the batch with it as ``batch_scale`` says, and
-        the momentum to ``raised_momentum``, the batch with it by (1 - m_0) / (1 - m). Other scalings than
-        linear multiply the noise scale of the whole plan by lr_scale over the batch's factor.
+        the momentum to ``raised_momentum``, the batch with it by (1 - m_0) / (1 - m). A batch_scale of one's
+        own multiplies the noise scale of the whole plan, by lr_scale over what goes with the batch's factor.
+
+        **Adaptive rules.** That noise scale is SGD's. Adam, RMSprop and their kin divide by the gradient's
+        root mean square, which hides a factor of the rate's size from it; there the rate goes with the square
+        root of the batch. With ``scaling="sqrt"`` the plan keeps :math:`g = s \sqrt{N / B_0}`:
+
+        =====================================  ==================  =====================
+        ..                                     ``"linear"``        ``"sqrt"``
+        =====================================  ==================  =====================
+        rate s at a batch of B                 s * B / B_0         s * sqrt(B / B_0)
+        batch in place of a decay by f < 1     B_0 / f             B_0 / f**2
+        rate that the cap leaves, of s         s * B_max / B_0     s * sqrt(B_max / B_0)
+        batch with a rate raised by lr_scale   B_0 * lr_scale      B_0 * lr_scale**2
+        =====================================  ==================  =====================
+
+        Momentum, ``betas[0]`` there, takes no part in it, and there is no ``raised_momentum``. Where the
+        batch grows by k, Malladi et al. also take 1 - beta to k * (1 - beta) for each of the betas, and eps
+        to eps / sqrt(k). A plan does neither: the optimizer's betas and eps stay, so that its averages span
+        as many updates as before, and k times the samples. (Their rule ends at k = 1 / (1 - beta), 10 for
+        0.9, where an average is of one update.) Both need noise to dominate the gradient: batches well below
+        what :class:`fastlr.GradientNoiseScale` measures.
 
         Batch sizes are the start's, multiples of ``granularity`` and the cap; the largest that is not
         above the exact value is taken, and the rate takes the rest, so that the noise scale is the given
@@ -185,12 +211,14 @@ class BatchPlan:
             max_batch_size: the largest batch, >= the start's; None: no cap.
             hybrid_drops: how often the batch grows, >= 1; only in mode ``"hybrid"``.
             lr_scale: factor of the rate, >= 1.
-            batch_scale: the batch's factor for it: ``"linear"`` (lr_scale), ``"sqrt"`` or ``"none"`` (1).
-            raised_momentum: in [momentum, 1); None: as ``momentum``.
+            batch_scale: the batch's factor for it: ``"linear"`` (lr_scale), ``"sqrt"`` (its root) or
+                ``"none"`` (1); None: the one that keeps the noise scale, by ``scaling``.
+            raised_momentum: in [momentum, 1); None: as ``momentum``. Only with linear scaling.
             granularity: batch sizes grow in steps of so many samples, >= 1; None: of ``batch_size``.
             tail: what an epoch's end does to an update; see :class:`BatchPlan`.
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
+            scaling: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules.
 
         Raises:
             ValueError: an argument is out of range, the schedule rises after its peak, the batch would
@@ -204,6 +232,21 @@ class BatchPlan:
         [(128, 0.1), (640, 0.1), (3200, 0.1), (5120, 0.032)]
         >>> plan.total_updates
         29142
+
+        The same for Adam: a fifth of the rate is 25 times the batch.
+
+        >>> plan = fastlr.BatchPlan.from_schedule(
+        ...     fastlr.MultiStep(1e-3, [60, 120, 160], 0.2, unit="epoch"), batch_size=128,
+        ...     dataset_size=50_000, epochs=200, max_batch_size=12_800, scaling="sqrt")
+        >>> [(phase.batch_size, round(phase.lr, 6)) for phase in plan.phases]
+        [(128, 0.001), (3200, 0.001), (12800, 0.0004), (12800, 8e-05)]
+
+        References:
+            Smith, Kindermans, Ying and Le, arXiv 1711.00489: linear scaling, and growing the batch.
+            Krizhevsky, One weird trick for parallelizing convolutional neural networks, arXiv 1404.5997: the
+            square root.
+            Malladi, Lyu, Panigrahi and Arora, On the SDEs and Scaling Rules for Adaptive Gradient Algorithms,
+            arXiv 2205.10287: the square root for RMSprop and Adam.
         """
         grown = grown_phases(
             schedule,
@@ -215,6 +258,7 @@ class BatchPlan:
             max_batch_size=max_batch_size,
             hybrid_drops=hybrid_drops,
             lr_scale=lr_scale,
+            scaling=scaling,
             batch_scale=batch_scale,
             raised_momentum=raised_momentum,
             granularity=granularity,
@@ -230,6 +274,7 @@ class BatchPlan:
             mode=mode,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
+            scaling=scaling,
         )._without_empty_phases()
 
     @classmethod
@@ -244,6 +289,7 @@ class BatchPlan:
         tail: Tail = "carry",
         micro_batch_size: int | None = None,
         ranks: int = 1,
+        scaling: Scaling = "linear",
     ) -> BatchPlan:
         """A plan written by hand.
 
@@ -257,6 +303,7 @@ class BatchPlan:
             tail: what an epoch's end does to an update; see :class:`BatchPlan`.
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
+            scaling: see :class:`BatchPlan`; rates are taken as they are given.
 
         Raises:
             ValueError: an argument is out of range, or a phase has no samples or no updates.
@@ -286,10 +333,13 @@ class BatchPlan:
             tail=tail,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
+            scaling=scaling,
         )._without_empty_phases()
 
     def grown(self, sample: int, batch_size: int) -> BatchPlan:
         """This plan, with batches of at least ``batch_size`` from ``sample`` on. Rates stay as they are.
+
+        So the noise scale falls: with the batch for SGD, with its square root for adaptive rules.
 
         Args:
             sample: at which an update begins.
@@ -341,7 +391,11 @@ class BatchPlan:
         return self.phases[self._updates.phase_of(sample)]
 
     def noise_scale(self, sample: int) -> float:
-        """``lr * N / (B * (1 - momentum))`` at a sample: the scale of SGD's fluctuations, for B well below N.
+        """The scale of the fluctuations at a sample, for a batch B well below the data set's N.
+
+        For SGD, ``scaling="linear"``, that is ``lr * N / (B * (1 - momentum))``, in units of the rate. For
+        adaptive rules, ``scaling="sqrt"``, it is ``lr * sqrt(N / B)``: how far noise drives a parameter in an
+        epoch. Only plans of one scaling can be compared by it.
 
         >>> import fastlr
         >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1, momentum=0.5)
@@ -403,7 +457,7 @@ class BatchPlan:
 
     def _phase(self, start: int, stop: int, size: int, updates: int) -> Phase:
         lr, momentum = self.lr(start), self.momentum(start)
-        scale = lr * self.dataset_size / (size * (1.0 - momentum))
+        scale = noise_scale(lr, momentum, size, self.dataset_size, self.scaling)
         return Phase(start, stop, size, lr, self.lr(stop - 1), momentum, scale, updates)
 
 

@@ -33,6 +33,8 @@ class Plan(Protocol):
     @property
     def mode(self) -> str: ...
     @property
+    def scaling(self) -> str: ...
+    @property
     def micro_batch_size(self) -> int | None: ...
     @property
     def ranks(self) -> int: ...
@@ -55,9 +57,9 @@ def table(plan: Plan) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
     rule = "-" * len(line(_HEADINGS))
+    kind = plan.mode if plan.scaling == "linear" else f"{plan.mode}, {plan.scaling} scaling"
     title = (
-        f"Batch plan ({plan.mode}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, "
-        f'tail="{plan.tail}"'
+        f'Batch plan ({kind}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, tail="{plan.tail}"'
     )
     lines = [title, "", line(_HEADINGS), rule, *(line(row) for row in rows), rule, line(totals)]
     if hidden > 0:

@@ -35,6 +35,8 @@ class PlanCurve(Protocol):
     @property
     def mode(self) -> str: ...
     @property
+    def scaling(self) -> str: ...
+    @property
     def dataset_size(self) -> int: ...
     @property
     def epochs(self) -> int: ...
@@ -76,7 +78,8 @@ def plot_batch_plan(plan: PlanCurve, path: str | os.PathLike[str] | None = None)
     rates.plot(epochs, lr, color=COLORS[1], linewidth=1.8)
     noise = [plan.noise_scale(sample) for sample in samples]
     scales.plot(epochs, noise, color=COLORS[2], linewidth=1.8)
-    batches.set_title(f"Batch plan ({plan.mode}): {plan.total_updates:,} updates", loc="left")
+    kind = plan.mode if plan.scaling == "linear" else f"{plan.mode}, {plan.scaling} scaling"
+    batches.set_title(f"Batch plan ({kind}): {plan.total_updates:,} updates", loc="left")
     batches.set_ylabel("batch size")
     rates.set_ylabel("learning rate")
     scales.set_ylabel("noise scale")
