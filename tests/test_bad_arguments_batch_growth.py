@@ -61,6 +61,7 @@ REFUSED: dict[str, list[Any]] = {
     "real or None": [bad for bad in NOT_REAL if bad is not None],
     "counts": [None, 3, ["a"], [1.5], [], "ab", [-1], [True]],
     "word": NOT_WORD,
+    "word or None": [bad for bad in NOT_WORD if bad is not None],
     "flag": [*NOT_FLAG, None],
     "flag or None": NOT_FLAG,
     "function": [3, "sum", [len], 0, ""],
@@ -137,7 +138,7 @@ def first(iterator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 RUN = {"dataset_size": "count", "epochs": "count", "tail": "word", "micro_batch_size": "count or None",
-       "ranks": "count"}  # fmt: skip
+       "ranks": "count", "scaling": "word"}  # fmt: skip
 CALLS = {
     "BatchPlan": Call(
         BatchPlan,
@@ -156,7 +157,7 @@ CALLS = {
         lambda: {"schedule": fastlr.Constant(0.1), "batch_size": 4, "dataset_size": 24, "epochs": 2},
         {**RUN, "schedule": "any schedule", "batch_size": "count", "momentum": "real", "mode": "word",
          "max_batch_size": "count or None", "hybrid_drops": "count", "lr_scale": "positive",
-         "batch_scale": "word", "raised_momentum": "real or None", "granularity": "count or None"},
+         "batch_scale": "word or None", "raised_momentum": "real or None", "granularity": "count or None"},
     ),
     "BatchPlan.from_dict": Call(
         BatchPlan.from_dict, lambda: {"data": plan().to_dict()}, {"data": "plan's dict"}

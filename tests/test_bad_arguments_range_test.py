@@ -396,6 +396,12 @@ OTHERS = {
         plotting.plot_schedules,
         ({"a": 1},),
     ),
+    "a schedule's class": (
+        TypeError,
+        "'a' must be a fastlr schedule, got <class",
+        plotting.plot_schedules,
+        ({"a": type(COSINE)},),
+    ),
     "steps a float": (ValueError, "steps must be an integer", plotting.plot_schedules, ({"a": COSINE}, 1.5)),
     "steps True": (ValueError, "steps must be an integer", plotting.plot_schedules, ({"a": COSINE}, True)),
     "accuracies a list": (

@@ -801,6 +801,23 @@ def test_other_ranks_and_micro_batches_see_the_same_samples(world: int, micro: i
     }
 
 
+def test_growing_on_the_way_keeps_the_rate_and_the_scaling() -> None:
+    plan = BatchPlan.from_phases([(0, 4)], dataset_size=16, epochs=2, lr=0.5, scaling="sqrt")
+    loader = GrowingLoader(Numbers(16), plan)
+    batches = iter(loader)
+    next(batches)
+    loader.grow(16)
+    assert (loader.plan.scaling, loader.plan.starts, loader.plan.lr) == ("sqrt", (0, 4), plan.lr)
+    # Four times the batch is worth half the rate.
+    assert [phase.noise_scale for phase in loader.plan.phases] == [1.0, 0.5]
+    resumed = GrowingLoader(Numbers(16), BatchPlan.from_dict(loader.state_dict()["plan"]))
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.plan == loader.plan
+    other = GrowingLoader(Numbers(16), dataclasses.replace(plan, scaling="linear"))
+    with pytest.raises(ValueError, match=r"another plan: scaling \('sqrt' in the file, 'linear' here\)"):
+        other.load_state_dict(loader.state_dict())
+
+
 def test_growing_on_the_way_is_exact_and_resumes() -> None:
     def grown(options: dict[str, Any]) -> tuple[GrowingLoader, list[Seen]]:
         loader = GrowingLoader(Numbers(), make_plan(phases=[(0, 4)]), 4, **options)

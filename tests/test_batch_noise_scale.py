@@ -12,8 +12,8 @@ import torch
 
 import fastlr
 from fastlr import AdaptiveGrowth, BatchPlan, GradientNoiseScale, GrowingLoader, _core
+from fastlr._runtime import Runtime
 from fastlr.batch_growth.noise_scale import _Small, squared_norm
-from fastlr.optim._runtime import Runtime
 
 D = 64
 

@@ -101,6 +101,83 @@ def test_tail_rules_count(tail: str, updates: int) -> None:
     assert plan.total_updates == updates == sum(1 for _ in plan.updates_from())
 
 
+# -- square-root scaling, worked out by hand -------------------------------------------------------
+
+# A decay by f is a batch larger by 1 / f**2, and a batch larger by k a rate higher by sqrt(k).
+HALVES = fastlr.MultiStep(0.08, [1, 2, 3], 0.5, unit="epoch")
+ADAM: dict[str, Any] = {"batch_size": 4, "dataset_size": 1024, "epochs": 4, "momentum": 0.9,
+                        "scaling": "sqrt"}  # fmt: skip
+SQUARE_ROOT = {
+    "increase": ({}, [4, 16, 64, 256], [0.08] * 4),
+    "decay": ({"mode": "decay"}, [4] * 4, [0.08, 0.04, 0.02, 0.01]),
+    # Of the batch's 64 the cap takes 36, which is a rate of 0.02 * sqrt(36 / 4), then of 0.01 * 3.
+    "capped": ({"max_batch_size": 36}, [4, 16, 36, 36], [0.08, 0.08, 0.06, 0.03]),
+    "hybrid": ({"mode": "hybrid"}, [4, 16, 16, 16], [0.08, 0.08, 0.04, 0.02]),
+    "hybrid, two drops": (
+        {"mode": "hybrid", "hybrid_drops": 2}, [4, 16, 64, 64], [0.08, 0.08, 0.08, 0.04]),
+    # Multiples of 12 up to 16 and 64 are 12 and 60: rates of 0.04 * sqrt(3) and 0.02 * sqrt(15).
+    "coarse": (
+        {"granularity": 12, "max_batch_size": 100},
+        [4, 12, 60, 100], [0.08, 0.04 * 3**0.5, 0.02 * 15**0.5, 0.01 * 5]),
+    # Twice the rate is four times the batch.
+    "raised": ({"lr_scale": 2.0}, [16, 64, 256, 1024], [0.16] * 4),
+    "raised, capped": ({"lr_scale": 2.0, "max_batch_size": 100}, [16, 64, 100, 100], [0.16, 0.16, 0.1, 0.05]),
+    "raised, rate alone": ({"lr_scale": 2.0, "batch_scale": "none"}, [4, 16, 64, 256], [0.16] * 4),
+    "raised, batch in proportion": (
+        {"lr_scale": 2.0, "batch_scale": "linear"}, [8, 32, 128, 512], [0.16] * 4),
+    "raised, batch by the root": ({"lr_scale": 4.0, "batch_scale": "sqrt"}, [8, 32, 128, 512], [0.32] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "sizes", "rates"), SQUARE_ROOT.values(), ids=SQUARE_ROOT.keys())
+def test_square_root_scaling(options: dict[str, Any], sizes: list[int], rates: list[float]) -> None:
+    plan = BatchPlan.from_schedule(HALVES, **ADAM, **options)
+    samples = [0, 1024, 2048, 3072]
+    assert [plan.phase_at(sample).batch_size for sample in samples] == sizes
+    assert [plan.lr(sample) for sample in samples] == pytest.approx(rates, rel=1e-12)
+    assert [plan.momentum(sample) for sample in samples] == [0.9] * 4
+    # lr * sqrt(N / B), without momentum.
+    noise = [rate * (1024 / size) ** 0.5 for rate, size in zip(rates, sizes, strict=True)]
+    assert [plan.noise_scale(sample) for sample in samples] == pytest.approx(noise, rel=1e-12)
+    assert [plan.phase_at(sample).noise_scale for sample in samples] == pytest.approx(noise, rel=1e-12)
+
+
+def test_a_rate_that_square_root_scaling_keeps_is_the_same_to_the_bit() -> None:
+    plan = BatchPlan.from_schedule(FIFTHS, **PAPER, scaling="sqrt", max_batch_size=12_800)
+    assert plan.batch_sizes == (128, 3200, 12_800, 12_800)
+    assert {plan.phases[0].lr, plan.phases[1].lr} == {0.1}
+    # 0.1 / 25 * sqrt(100) and 0.1 / 125 * sqrt(100)
+    assert [phase.lr for phase in plan.phases[2:]] == pytest.approx([0.04, 0.008], rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["increase", "decay"])
+def test_without_a_growing_batch_the_scalings_agree(mode: str) -> None:
+    kept = {"mode": mode, "max_batch_size": 128}
+    linear, root = (paper_plan(**kept, scaling=scaling) for scaling in ("linear", "sqrt"))
+    assert linear == paper_plan(**kept)
+    assert linear != root
+    assert (linear.starts, linear.batch_sizes) == (root.starts, root.batch_sizes)
+    assert linear.lr.values(0, 1000).tobytes() == root.lr.values(0, 1000).tobytes()
+    assert [phase.lr for phase in linear.phases] == [phase.lr for phase in root.phases]
+
+
+def test_scaling_goes_where_the_plan_goes() -> None:
+    plan = BatchPlan.from_schedule(HALVES, **ADAM)
+    state = plan.to_dict()
+    assert state["scaling"] == "sqrt"
+    assert BatchPlan.from_dict(json.loads(json.dumps(state))) == plan == pickle.loads(pickle.dumps(plan))
+    assert BatchPlan.from_dict({**state, "scaling": "linear"}) != plan
+    old = {name: value for name, value in state.items() if name != "scaling"}
+    assert BatchPlan.from_dict(old).scaling == "linear"  # of a file that knows none
+    assert "Batch plan (increase, sqrt scaling): 4 epochs" in str(plan)
+    assert "scaling" not in str(paper_plan())
+    grown = plan.grown(0, 64)
+    assert (grown.scaling, grown.lr) == ("sqrt", plan.lr)
+    assert grown.noise_scale(0) == pytest.approx(plan.noise_scale(0) / 4)  # 16 times the batch
+    by_hand = BatchPlan.from_phases([(0, 4), (1, 64)], dataset_size=1024, epochs=2, lr=0.5, scaling="sqrt")
+    assert [phase.noise_scale for phase in by_hand.phases] == [8.0, 2.0]
+
+
 # -- schedules of every kind -----------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"batch_size": 8, "dataset_size": 500, "epochs": 40, "momentum": 0.8}
@@ -132,6 +209,14 @@ OPTIONS = {
     "square root": {"max_batch_size": 64, "lr_scale": 4.0, "batch_scale": "sqrt"},
     "rate alone": {"max_batch_size": 64, "lr_scale": 4.0, "batch_scale": "none"},
 }
+ADAPTIVE = {
+    "increase": {"max_batch_size": 100},
+    "fine": {"max_batch_size": 64, "granularity": 1},
+    "hybrid": {"mode": "hybrid", "hybrid_drops": 2, "max_batch_size": 100},
+    "decay": {"mode": "decay"},
+    "raised": {"max_batch_size": 100, "lr_scale": 3.0},
+    "in proportion": {"max_batch_size": 100, "lr_scale": 4.0, "batch_scale": "linear"},
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*holds its last value:UserWarning")
@@ -155,6 +240,27 @@ def test_the_noise_scale_is_the_schedules_at_every_sample(
     # The rate is never above the raised start, and the batch is the largest allowed one.
     top = 0.1 * options.get("lr_scale", 1.0)
     assert plan.lr.values(0, 20_000).max() <= top * (1 + 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*holds its last value:UserWarning")
+@pytest.mark.parametrize("options", ADAPTIVE.values(), ids=ADAPTIVE.keys())
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_of_adaptive_rules_the_rate_over_the_batchs_root_is_the_schedules(
+    schedule: fastlr.Schedule, options: dict[str, Any]
+) -> None:
+    plan = BatchPlan.from_schedule(schedule, **SMALL, **options, scaling="sqrt")
+    per_tick = {"epoch": 500, "update": 8, "sample": 1}[schedule.unit]
+    gain = 2.0 if "batch_scale" in options else 1.0  # 4 times the rate, for twice the batch's root
+    for sample in np.unique(np.concatenate([np.arange(0, 20_000, 37), plan.starts])).tolist():
+        given = schedule(sample // per_tick) / 8**0.5 * gain
+        taken = plan.lr(sample) / plan.phase_at(sample).batch_size ** 0.5
+        assert taken == pytest.approx(given, rel=1e-8, abs=1e-12)
+        assert plan.noise_scale(sample) == pytest.approx(given * 500**0.5, rel=1e-8, abs=1e-12)
+    assert list(plan.batch_sizes) == sorted(plan.batch_sizes)
+    assert plan.batch_sizes[-1] <= options.get("max_batch_size", 8)
+    if options.get("mode") == "hybrid":
+        assert len(set(plan.batch_sizes)) <= 3
+    assert plan.lr.values(0, 20_000).max() <= 0.1 * options.get("lr_scale", 1.0) * (1 + 1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:.*holds its last value:UserWarning")
@@ -261,6 +367,9 @@ def test_a_plan_can_be_drawn() -> None:
     assert rates.lines[0].get_ydata().min() == pytest.approx(0.032)
     assert scales.lines[0].get_ydata()[-1] == pytest.approx(3.125)
     assert scales.get_xlabel() == "epochs"
+    drawn = BatchPlan.from_schedule(HALVES, **ADAM).plot()
+    assert drawn.axes[0].get_title(loc="left").startswith("Batch plan (increase, sqrt scaling):")
+    assert drawn.axes[2].lines[0].get_ydata()[0] == 0.08 * 16
 
 
 # -- any plan ----------------------------------------------------------------------------------------
@@ -330,6 +439,20 @@ BAD = {
     "hybrid_drops elsewhere": (lambda: paper_plan(hybrid_drops=2), 'hybrid_drops needs mode="hybrid"'),
     "lr_scale": (lambda: paper_plan(lr_scale=0.5), "lr_scale must be a finite number >= 1, got 0.5"),
     "batch_scale": (lambda: paper_plan(batch_scale="log"), "batch_scale must be one of linear, sqrt, none"),
+    "scaling": (
+        lambda: paper_plan(scaling="log"), "scaling must be one of linear, sqrt, got 'log'"),
+    "scaling by hand": (
+        lambda: BatchPlan.from_phases([(0, 8)], dataset_size=100, epochs=3, lr=0.1, scaling="none"),
+        "scaling must be one of linear, sqrt, got 'none'"),
+    "raised momentum of an adaptive rule": (
+        lambda: paper_plan(scaling="sqrt", raised_momentum=0.98),
+        'raised_momentum needs scaling="linear".*leave it out, got 0.98'),
+    "a square above the data set": (
+        lambda: paper_plan(scaling="sqrt"),
+        "batch size at sample 6,000,000 would be 80,000, more than the data set's .*max_batch_size"),
+    "a square beyond any data set": (
+        lambda: paper_plan(scaling="sqrt", lr_scale=1e200),
+        r"first batch must .* lr_scale=1e\+200 makes it inf"),
     "lower momentum": (lambda: paper_plan(raised_momentum=0.5), r"must be .*\[0.9, 1\), got 0.5"),
     "momentum 1": (lambda: paper_plan(raised_momentum=1.0), r"raised_momentum must be .*\[0.9, 1\)"),
     "batch of no samples": (

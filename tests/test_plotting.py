@@ -175,6 +175,23 @@ def test_what_cannot_be_drawn_is_refused(schedules, steps, message):
         plotting.plot_schedules(schedules, steps)
 
 
+class Halving:
+    """Not the package's, but with all that a picture shows of a schedule."""
+
+    unit, quantity, duration, last = "update", "dropout", 3, 3
+
+    def values(self, start, stop):
+        return 0.5 ** np.arange(start, stop)
+
+
+def test_whatever_is_like_a_schedule_can_be_drawn():
+    axes = plotting.plot_schedules({"halving": Halving()}).axes[0]
+    assert axes.patches[0].get_data().values.tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert axes.get_ylabel() == "dropout"
+    both = plotting.plot_schedules({"halving": Halving(), "rate": fastlr.Constant(1.0)}, 3)
+    assert both.axes[0].get_ylabel() == "learning rate"
+
+
 def test_accuracy_bands_are_one_standard_deviation():
     runs = np.array([[0.5, 0.80, 0.90], [0.5, 0.84, 0.94], [0.5, 0.88, 0.92]])
     figure = plotting.plot_accuracy([10, 20, 30], {"a": runs, "b": runs[:1]}, target=0.9)

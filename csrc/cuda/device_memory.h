@@ -15,7 +15,7 @@ namespace fastlr {
 
 // NOTE: [the runtime object]
 // PyTorch owns memory and streams, and is reached through a Python object with these methods
-// (fastlr/optim/_runtime.py). A device is its index, or a negative number: -1 is host memory that
+// (fastlr/_runtime.py). A device is its index, or a negative number: -1 is host memory that
 // the launcher updates as device 0, -2 as device 1, and so on, in tests where CUDA is emulated.
 //   new_bytes(device, size) -> tensor          uninitialized memory
 //   enter(device) -> guard; leave(guard)       makes it PyTorch's current device

@@ -7,7 +7,8 @@ from fastlr.batch_growth.adaptive import AdaptiveGrowth, Growth
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.loader import Epoch, GrowingLoader
 from fastlr.batch_growth.noise_scale import GradientNoiseScale
-from fastlr.batch_growth.plan import BatchPlan, Phase
+from fastlr.batch_growth.phase import Phase
+from fastlr.batch_growth.plan import BatchPlan
 from fastlr.batch_growth.sampler import GrowingBatchSampler
 
 __all__ = [

@@ -39,7 +39,8 @@ class AdaptiveGrowth:
     growth is logged (``logging.getLogger("fastlr")``, level INFO) and kept in ``log``.
 
     Advisory unless ``apply=True``: ``batch_size`` is what it would take. With ``apply=True`` it calls
-    :meth:`GrowingLoader.grow`, and the learning rate stays as it is.
+    :meth:`GrowingLoader.grow`, and the learning rate stays as it is, for SGD and for adaptive rules: what is
+    measured is the gradients', whatever the rule. What growth is worth in rate, the plan's ``scaling`` says.
 
     Args:
         noise: what measures; :meth:`update` reads it after its ``observe``.

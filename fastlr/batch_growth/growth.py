@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from fastlr._checks import choice, count, describe, real
-from fastlr.batch_growth.plan import BatchPlan, Mode, Scaling, Tail
+from fastlr._checks import ENDLESS, choice, count, describe, real
+from fastlr.batch_growth.scaling import SCALINGS, Scaling, Values, batch_sizes, rate_factor
 from fastlr.schedules import Constant, InSamples, Schedule, Shifted
-from fastlr.schedules._base import schedule as as_schedule
+
+Mode = Literal["increase", "hybrid", "decay"]
+BatchScale = Literal["linear", "sqrt", "none"]
 
 # Values of a schedule that are looked at together: 8 MB of them.
 _CHUNK = 1 << 20
@@ -26,7 +28,16 @@ class _Phase(NamedTuple):
     steady_until: int  # the sample up to which the rate is the one at the start; start: not at all
 
 
-def grown_plan(
+class GrownPhases(NamedTuple):
+    """The phases of a plan, and its schedules in samples."""
+
+    starts: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    lr: Schedule
+    momentum: Schedule
+
+
+def grown_phases(
     schedule: Schedule,
     *,
     batch_size: int,
@@ -37,19 +48,25 @@ def grown_plan(
     max_batch_size: int | None,
     hybrid_drops: int,
     lr_scale: float,
-    batch_scale: Scaling,
+    scaling: Scaling,
+    batch_scale: BatchScale | None,
     raised_momentum: float | None,
     granularity: int | None,
-    tail: Tail,
-    micro_batch_size: int | None,
-    ranks: int,
-) -> BatchPlan:
-    """What :meth:`BatchPlan.from_schedule` returns."""
-    as_schedule("schedule", schedule)
+) -> GrownPhases:
+    """The growth of the plan that :meth:`BatchPlan.from_schedule` returns; arguments as there."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a schedule, got {describe(schedule)}")
     batch_size = count("batch_size", batch_size)
     dataset_size, epochs = count("dataset_size", dataset_size), count("epochs", epochs)
     choice("mode", mode, ("increase", "hybrid", "decay"))
-    choice("batch_scale", batch_scale, ("linear", "sqrt", "none"))
+    choice("scaling", scaling, SCALINGS)
+    if batch_scale is not None:
+        choice("batch_scale", batch_scale, ("linear", "sqrt", "none"))
+    if scaling == "sqrt" and raised_momentum is not None:
+        raise ValueError(
+            'raised_momentum needs scaling="linear", as it trades momentum for batch by SGD\'s noise scale, '
+            f"which has no part in adaptive rules; leave it out, got {describe(raised_momentum)}"
+        )
     momentum = _momentum("momentum", momentum)
     raised = momentum if raised_momentum is None else _momentum("raised_momentum", raised_momentum, momentum)
     lr_scale = real("lr_scale", lr_scale, 1.0)
@@ -58,8 +75,15 @@ def grown_plan(
         raise ValueError(f'hybrid_drops needs mode="hybrid", got {hybrid_drops} with mode={mode!r}')
     granularity = batch_size if granularity is None else count("granularity", granularity)
 
-    factor = {"linear": lr_scale, "sqrt": math.sqrt(lr_scale), "none": 1.0}[batch_scale]
-    exact_start = batch_size * factor * (1.0 - momentum) / (1.0 - raised)
+    # The batch's factor; the last keeps the noise scale, as "linear" does with linear scaling.
+    factors: dict[str | None, float] = {"linear": lr_scale, "sqrt": math.sqrt(lr_scale), "none": 1.0}
+    factors[None] = lr_scale * lr_scale if scaling == "sqrt" else lr_scale
+    exact_start = batch_size * factors[batch_scale] * (1.0 - momentum) / (1.0 - raised)
+    if exact_start >= ENDLESS:
+        raise ValueError(
+            f"the first batch must be within the data set's {dataset_size:,} samples, but "
+            f"lr_scale={lr_scale!r} makes it {exact_start:.3g}"
+        )
     start_size = round(exact_start)
     if abs(start_size - exact_start) <= _ROUNDING * exact_start:
         exact_start = float(start_size)
@@ -84,15 +108,16 @@ def grown_plan(
         growths={"decay": 0, "hybrid": hybrid_drops, "increase": None}[mode],
         peak=peak,
         peak_at=peak_at,
+        scaling=scaling,
     )
     phases = _phases(run, sizes)
 
-    # The rate that goes with a batch of B, so that lr * N / (B * (1 - m)) is the noise scale asked for.
+    # The rate that goes with each batch, so that the noise scale is the one asked for.
     lr: Schedule | None = None
     rate = math.inf
     stops = [*(phase.start for phase in phases[1:]), run.total]
     for phase, stop in zip(phases, stops, strict=True):
-        scale = lr_scale * (phase.size / exact_start)
+        scale = lr_scale * rate_factor(phase.size / exact_start, scaling)
         if phase.steady_until < stop:
             part = Shifted(in_samples, phase.start) * scale
         else:
@@ -101,27 +126,18 @@ def grown_plan(
             part = Constant(rate, unit="sample")
         lr = part if lr is None else lr.then(part, at=phase.start)
     assert lr is not None
-    return BatchPlan(
+    return GrownPhases(
         starts=tuple(phase.start for phase in phases),
         batch_sizes=tuple(phase.size for phase in phases),
         lr=lr,
         momentum=Constant(raised, unit="sample"),
-        dataset_size=dataset_size,
-        epochs=epochs,
-        tail=tail,
-        mode=mode,
-        micro_batch_size=micro_batch_size,
-        ranks=ranks,
-    )._without_empty_phases()
+    )
 
 
 def _momentum(name: str, value: float, low: float = 0.0) -> float:
     if isinstance(value, Schedule) or not low <= real(name, value) < 1.0:
         raise ValueError(f"{name} must be a number in [{low:g}, 1), got {describe(value)}")
     return float(value)
-
-
-Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class _Run:
@@ -190,11 +206,11 @@ class _Sizes(NamedTuple):
     growths: int | None  # how often the batch may grow; None: as often as it can
     peak: float
     peak_at: int
+    scaling: Scaling
 
     def of(self, values: Values, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The batch sizes for the values at ticks ``first``, first + 1, ..., before ``growths`` is minded."""
-        with np.errstate(divide="ignore"):
-            exact = np.where(values > 0.0, self.exact_start * self.peak / values, np.inf)
+        exact = batch_sizes(self.exact_start, self.peak, values, self.scaling)
         exact[: max(self.peak_at - first, 0)] = self.exact_start  # the warm-up
         exact *= 1.0 + _ROUNDING
         largest = float(1 << 62) if self.cap is None else float(self.cap)

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, SupportsFloat
 
 from torch.utils.data import IterableDataset, default_collate
 
 from fastlr._checks import count as _count
-from fastlr._checks import describe, flag, function, items, real, saved_state
+from fastlr._checks import describe, flag, function, items, saved_state
 from fastlr.batch_growth.batch import Batch
-from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.batch_growth.options import check_options, check_size
+from fastlr.batch_growth.place import Place
+from fastlr.batch_growth.plan import BatchPlan
 from fastlr.batch_growth.ranks import group_size, ranks_agree
 from fastlr.batch_growth.reading import BatchSource
 from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
+from fastlr.batch_growth.updates import Update
 from fastlr.optim import FusedOptimizer
-
-# What the loader decides itself, and what says so instead.
-_REFUSED = {
-    "batch_size": "the plan says how large a batch is",
-    "sampler": "the order comes from seed and shuffle",
-    "batch_sampler": "GrowingBatchSampler works with a DataLoader of your own",
-    "generator": "the order comes from seed",
-    "in_order": "batches in another order would not be the plan's",
-}
-
-
-class _Move(NamedTuple):
-    """What completing an update changes: noted before the optimizer's clock moves, taken up after it."""
-
-    start: int  # of the next update
-    epoch: int  # to be gone through next, or under way
-    clock: int  # the optimizer's samples clock, when it has moved
 
 
 class GrowingLoader:
@@ -127,16 +113,13 @@ class GrowingLoader:
     ) -> None:
         if not isinstance(plan, BatchPlan):
             raise TypeError(f"plan must be a BatchPlan, got {describe(plan)}")
-        for name, why in _REFUSED.items():
-            if name in options:
-                raise TypeError(f"GrowingLoader takes no {name}: {why}")
+        check_options(options)
         for name, value in (("count", count), ("collate_fn", collate_fn)):
             if value is not None:
                 function(name, value)
-        _check_options(options)
         if flag("drop_last", drop_last):
             plan = dataclasses.replace(plan, tail="drop")._without_empty_phases()
-        _check_size(dataset, plan)
+        check_size(dataset, plan)
         iterable = isinstance(dataset, IterableDataset)
         shuffle = not iterable if shuffle is None else flag("shuffle", shuffle)
         if iterable and shuffle:
@@ -158,6 +141,7 @@ class GrowingLoader:
         self._one_run = world > 1 and rank is None  # the ranks of the process group share this run
         self._planned = plan
         self._growths: list[tuple[int, int]] = []
+        self._place = Place(plan)
         self._set_plan(plan)
         self._reading = BatchSource(
             dataset,
@@ -167,24 +151,13 @@ class GrowingLoader:
             flag("seed_samples", seed_samples),
             options,
         )
-        self._optimizer: FusedOptimizer | None = None
-        self._hooks: list[Any] = []
-        self._reset(plan._next_start(0), 0)
-        self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
-
-    def _reset(self, samples: int, epoch: int) -> None:
-        """Stands at the beginning of an update, with nothing under way."""
-        self._samples = samples  # before the first update that is not completed
-        self._next_epoch = epoch  # to be gone through next, or under way
-        self._epoch: Epoch | None = None  # that is under way
         self._regrown = False  # whether what is read still has the plan before the last grow()
-        self._given: tuple[Batch, Update] | None = None  # what the training loop has at present
-        self._move: _Move | None = None  # that has begun
-        self._iteration = getattr(self, "_iteration", 0) + 1
+        self._iteration = 0
+        self._reading.open(self._sampler.seed)  # now, so that bad options are refused before training
 
     def _set_plan(self, plan: BatchPlan) -> None:
         self._sampler = dataclasses.replace(self._sampler, plan=plan)
-        self.plan = dataclasses.replace(
+        self.plan = self._place.plan = dataclasses.replace(
             plan, micro_batch_size=self._sampler.micro_batch_size, ranks=self._sampler.world_size or 1
         )
 
@@ -222,101 +195,17 @@ class GrowingLoader:
                 f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "
                 "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(batch.position) yourself"
             )
-        self._catch_up()
-        for hook in self._hooks:
-            hook.remove()
-        self._optimizer = optimizer
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        if 0 < self._samples == self.plan._next_start(0) and optimizer.clock().samples == 0:
-            optimizer.advance_samples(self._samples)  # what is left out before the first update
+        self._place.bind(optimizer)
         return self
-
-    # NOTE: [two clocks, one move]
-    # The optimizer's step moves its samples clock itself, together with everything else, and this loader
-    # follows in a hook. Ctrl-C between the two, where it is seen when it came during the update, must not
-    # leave them apart: a checkpoint written then would repeat the update. So the loader notes where it is
-    # going to stand before the optimizer moves, and whoever asks next sees by the optimizer's clock that it
-    # has. Assignments in a row are safe: Ctrl-C is seen at calls and loops only.
-
-    def _before_step(self, *_: Any) -> None:
-        self._catch_up()
-        if self._given is None or self._optimizer is None:
-            return
-        if not self._given[0].ends_update:
-            raise RuntimeError(
-                f"optimizer.step() in the middle of the update at sample {self._samples:,}: step only where "
-                "batch.ends_update is True"
-            )
-        start = self._start_after(self._given[1])
-        self._begin_move(start)
-        self._optimizer._samples_of_step = start - self._samples
-
-    def _after_step(self, *_: Any) -> None:
-        self._end_move()
-
-    def _complete(self) -> None:
-        """Counts the update whose last micro-batch the training loop has, if it has one."""
-        self._catch_up()
-        if self._given is not None and self._given[0].ends_update:
-            self._move_to(self._start_after(self._given[1]))
-
-    def _start_after(self, update: Update) -> int:
-        """Where the next update begins; unlike ``update``, the plan may have grown since."""
-        return self.plan._next_start(update.start + update.size)
-
-    def _move_to(self, start: int) -> None:
-        """Stands before the update that begins at ``start``, samples that are left out behind it."""
-        self._begin_move(start)
-        if self._optimizer is not None:
-            self._optimizer.advance_samples(start - self._samples)
-        self._end_move()
-
-    def _begin_move(self, start: int) -> None:
-        epoch, clock = self._next_epoch, 0
-        if self._epoch is not None:
-            epoch = min(start // self.plan.dataset_size, self._epoch.index + 1)
-        if self._optimizer is not None:
-            clock = self._optimizer.clock().samples + start - self._samples
-        self._move = _Move(start, epoch, clock)
-
-    def _end_move(self) -> None:
-        if self._move is None:
-            return
-        self._samples, self._next_epoch, _ = self._move
-        self._given = self._move = None
-
-    def _catch_up(self) -> None:
-        """Follows the optimizer where Ctrl-C has kept this loader from it."""
-        if self._move is None or self._optimizer is None:
-            return
-        if self._optimizer.clock().samples == self._move.clock:
-            self._end_move()
-        self._move = None
-
-    def _check_clock(self) -> None:
-        """Raises RuntimeError where the bound optimizer's schedules stand elsewhere than this loader."""
-        for group in self._optimizer.param_groups if self._optimizer is not None else ():
-            for name in ("lr", "momentum"):
-                schedule = group[f"{name}_schedule"]
-                clock = group["samples"] - group[f"{name}_start"]
-                if schedule is not None and schedule.unit == "sample" and clock != self._samples:
-                    raise RuntimeError(
-                        f"the optimizer's {name} schedule stands at sample {clock:,}, the loader at "
-                        f"{self._samples:,}; load the state of both from the same checkpoint, and put a "
-                        'schedule in place in mid-run with set_schedule(..., start="zero")'
-                    )
 
     def _check_ranks(self) -> None:
         """Raises RuntimeError where ranks would not take parts of the same batches."""
         run = repr(dataclasses.replace(self._sampler, rank=0))  # plan, sizes, seed and shuffle
-        if self._one_run and not ranks_agree(mix(self._samples, run) >> 1):
+        if self._one_run and not ranks_agree(mix(self._place.samples, run) >> 1):
             raise RuntimeError(
                 "the ranks' loaders differ in plan, micro_batch_size, seed, shuffle or position (here seed "
-                f"{self._sampler.seed}, sample {self._samples:,}); make them alike on every rank, and load "
-                "the same checkpoint"
+                f"{self._sampler.seed}, sample {self._place.samples:,}); make them alike on every rank, and "
+                "load the same checkpoint"
             )
 
     # -- iteration -----------------------------------------------------------------------------------
@@ -324,8 +213,8 @@ class GrowingLoader:
     @property
     def samples(self) -> int:
         """Samples of the run, over all ranks, that completed updates have consumed."""
-        self._catch_up()
-        return self._samples
+        self._place.catch_up()
+        return self._place.samples
 
     def __iter__(self) -> Iterator[Batch]:
         """All batches that are left of the run, epoch after epoch."""
@@ -334,7 +223,7 @@ class GrowingLoader:
 
     def __len__(self) -> int:
         """How many batches iterating now would yield."""
-        return sum(1 for _ in self._sampler.schedule(self._samples))
+        return sum(1 for _ in self._sampler.schedule(self._place.samples))
 
     def epochs(self) -> Iterator[Epoch]:
         """The epochs that are left of the run; the first may be the rest of one, and any may be empty.
@@ -347,21 +236,21 @@ class GrowingLoader:
             RuntimeError: an epoch was left before its end, or the bound optimizer stands elsewhere.
         """
         self._settle()
-        for index in range(self._next_epoch, self.plan.epochs):
+        for index in range(self._place.next_epoch, self.plan.epochs):
             epoch = Epoch(self, index)
             if epoch.finished:
-                self._next_epoch = index + 1  # now: nobody has to ask an empty epoch for batches
+                self._place.next_epoch = index + 1  # now: nobody has to ask an empty epoch for batches
             yield epoch
             self._settle()
             if not epoch.finished:
                 raise RuntimeError(
-                    f"epoch {index} was left before its end, at sample {self._samples:,}, and the plan "
+                    f"epoch {index} was left before its end, at sample {self._place.samples:,}, and the plan "
                     "counts on all of its samples. Break out of the loop over loader.epochs() as well; a "
                     "new one goes on from there"
                 )
 
     def _count_left(self, epoch: int) -> int:
-        return sum(1 for _ in self._sampler.schedule(self._samples, epoch))
+        return sum(1 for _ in self._sampler.schedule(self._place.samples, epoch))
 
     def _settle(self) -> None:
         """Ends an iteration that was left, at the beginning of the update that it was in.
@@ -369,34 +258,34 @@ class GrowingLoader:
         An iterator of which all batches of the epoch were taken was not left, though it may be dropped
         without being asked for one more: that is how frameworks use an epoch whose length they know.
         """
-        self._catch_up()
-        if self._epoch is not None and (self._epoch.left or self._given is not None):
-            self._epoch.left = self._count_left(self._epoch.index)
-        self._given = self._epoch = None
+        self._place.catch_up()
+        if self._place.epoch is not None and (self._place.epoch.left or self._place.given is not None):
+            self._place.epoch.left = self._count_left(self._place.epoch.index)
+        self._place.given = self._place.epoch = None
 
     def _iterate(self, epoch: Epoch) -> Iterator[Batch]:
         if not len(epoch):
             return
         self._settle()
-        if epoch.finished or epoch.index != self._next_epoch:
-            what = "is not the next one" if epoch.index > self._next_epoch else "is over"
+        if epoch.finished or epoch.index != self._place.next_epoch:
+            what = "is not the next one" if epoch.index > self._place.next_epoch else "is over"
             raise RuntimeError(f"epoch {epoch.index} {what}; take the next one from loader.epochs()")
-        self._check_clock()
+        self._place.check_clock()
         self._check_ranks()
         self._iteration += 1
         mine = self._iteration
-        self._epoch = epoch
+        self._place.epoch = epoch
         epoch.left = self._count_left(epoch.index)
         # Of this iteration alone, so that its worker processes end with it.
         source: Iterator[tuple[Batch, Update]] | None = None
         while epoch.left:
-            if source is None or (self._regrown and self._given is None):
-                source = self._reading.of(self._sampler, self._samples, epoch.index)
+            if source is None or (self._regrown and self._place.given is None):
+                source = self._reading.of(self._sampler, self._place.samples, epoch.index)
                 self._regrown = False
-            self._given = batch, _ = next(source)
+            self._place.given = batch, _ = next(source)
             epoch.left -= 1
-            if self._optimizer is None:
-                self._complete()
+            if not self._place.bound:
+                self._place.complete()
             try:
                 yield batch
             except GeneratorExit:
@@ -407,14 +296,17 @@ class GrowingLoader:
                 raise RuntimeError(
                     "the loader was iterated anew, or loaded, while this iteration was under way"
                 )
-            self._complete()
-            if self._regrown and self._given is None:
+            self._place.complete()
+            if self._regrown and self._place.given is None:
                 epoch.left = self._count_left(epoch.index)
-        self._next_epoch = epoch.index + 1  # also where nothing was left of it
-        self._epoch = None
+        self._place.next_epoch = epoch.index + 1  # also where nothing was left of it
+        self._place.epoch = None
 
     def grow(self, batch_size: int) -> None:
         """Batches of at least ``batch_size``, from the next update on. Rates stay as the plan has them.
+
+        So growing by k is like decaying the rate, by k for SGD and by sqrt(k) for adaptive rules: what
+        ``loader.plan.noise_scale()`` falls by, with the plan's ``scaling``.
 
         The one thing that changes a plan on the way, for policies that measure, such as
         :class:`fastlr.AdaptiveGrowth`. Every rank has to call it at the same update. What was fetched
@@ -428,10 +320,10 @@ class GrowingLoader:
             ValueError: it cannot be shared between the ranks or cut into equal micro-batches.
         """
         batch_size = _count("batch_size", batch_size)
-        self._catch_up()
-        at = self._samples
-        if self._given is not None:
-            at = self._start_after(self._given[1])
+        self._place.catch_up()
+        at = self._place.samples
+        if self._place.given is not None:
+            at = self._place.start_after(self._place.given[1])
         if at == self.plan.total_samples:
             return  # the last update is under way
         grown = self.plan.grown(at, batch_size)
@@ -440,12 +332,12 @@ class GrowingLoader:
         self._set_plan(grown)
         self._growths.append((at, batch_size))
         self._regrown = True
-        if self._given is None:
-            self._move_to(self.plan._next_start(at))
+        if self._place.given is None:
+            self._place.move_to(self.plan._updates.next_start(at))
 
     def _check_growth(self, batch_size: int) -> None:
         """Raises ValueError where :meth:`grow` would."""
-        dataclasses.replace(self._sampler, plan=self.plan.grown(self._samples, batch_size))
+        dataclasses.replace(self._sampler, plan=self.plan.grown(self._place.samples, batch_size))
 
     # -- checkpoints ---------------------------------------------------------------------------------
 
@@ -456,10 +348,10 @@ class GrowingLoader:
         numbers, between two epochs or right after ``opt.step()``. In the middle of an update that is its
         beginning; then a model with dropout or BatchNorm would go through a part of it twice.
         """
-        self._catch_up()
+        self._place.catch_up()
         return {
-            "epoch": self._next_epoch,
-            "samples": self._samples,
+            "epoch": self._place.next_epoch,
+            "samples": self._place.samples,
             "seed": self._sampler.seed,
             "shuffle": self._sampler.shuffle,
             "plan": self._planned.to_dict(),
@@ -499,10 +391,10 @@ class GrowingLoader:
                 raise ValueError(f"growths must be pairs (sample, batch_size), got {describe(growth)}")
             growths.append((_count("sample of growths", growth[0], 0), _count("size of growths", growth[1])))
             plan = plan.grown(*growths[-1])
-        samples, epoch = plan._begin(state["samples"]), _count("epoch", state["epoch"], 0)
+        samples, epoch = plan._updates.begin(state["samples"]), _count("epoch", state["epoch"], 0)
         stands = samples // plan.dataset_size
         # Before the epoch that the next update begins in there can be empty ones, still to come.
-        empty = epoch < stands and plan._next_start(epoch * plan.dataset_size) == samples
+        empty = epoch < stands and plan._updates.next_start(epoch * plan.dataset_size) == samples
         if epoch != stands and not empty:
             raise ValueError(
                 f"epoch must be the one that the run stands in at sample {samples:,}, {stands}, got {epoch}"
@@ -510,7 +402,9 @@ class GrowingLoader:
         sampler = dataclasses.replace(self._sampler, plan=plan, seed=state["seed"])
         self._sampler, self._growths = sampler, growths
         self._set_plan(plan)
-        self._reset(samples, epoch)
+        self._place.stand(samples, epoch)
+        self._regrown = False
+        self._iteration += 1  # what was under way is over
         self._reading.open(self._sampler.seed)
 
 
@@ -538,40 +432,3 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._loader._iterate(self)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """The kinds of what a ``DataLoader`` takes as it is, or refuses without a name; the rest it checks."""
-    if "num_workers" in options:
-        _count("num_workers", options["num_workers"], 0)
-    if options.get("prefetch_factor") is not None:
-        _count("prefetch_factor", options["prefetch_factor"])
-    for name in ("pin_memory", "persistent_workers"):
-        if name in options:
-            flag(name, options[name])
-    if "timeout" in options:
-        real("timeout", options["timeout"])
-    if options.get("worker_init_fn") is not None:
-        function("worker_init_fn", options["worker_init_fn"])
-
-
-def _check_size(dataset: Any, plan: BatchPlan) -> None:
-    if isinstance(dataset, IterableDataset):
-        try:
-            size = len(dataset)  # type: ignore[arg-type]
-        except TypeError:
-            return
-        wrong = size < plan.dataset_size
-    else:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                "dataset must have a length and items, or be an IterableDataset, got "
-                f"{type(dataset).__name__}"
-            )
-        size = len(dataset)
-        wrong = size != plan.dataset_size
-    if wrong:
-        raise ValueError(
-            f"the plan is for {plan.dataset_size:,} samples, but the data set has {size:,}; make the plan "
-            f"with dataset_size={size}"
-        )

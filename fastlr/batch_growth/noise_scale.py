@@ -11,10 +11,10 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, describe, real, saved_state, tensors
+from fastlr._runtime import Runtime
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
 from fastlr.optim import FusedOptimizer
-from fastlr.optim._runtime import Runtime
 
 
 def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | None = None) -> float:

@@ -1,79 +1,32 @@
 """BatchPlan: which batch size, learning rate and momentum hold at every sample of a run.
 
 The noise scale ``g = lr * N / (B * (1 - momentum))`` and the trade of rate against batch are those of
-Smith, Kindermans, Ying and Le, arXiv 1711.00489.
+Smith, Kindermans, Ying and Le, arXiv 1711.00489; for adaptive rules see ``scaling.py``.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
+from fastlr import plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
 from fastlr.batch_growth.division import divide
+from fastlr.batch_growth.growth import BatchScale, grown_phases
+from fastlr.batch_growth.phase import Phase
+from fastlr.batch_growth.scaling import SCALINGS, Scaling, noise_scale
+from fastlr.batch_growth.table import table
+from fastlr.batch_growth.updates import TAILS, Tail, Update, Updates
 from fastlr.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Tail = Literal["carry", "keep", "drop"]
 Mode = Literal["increase", "hybrid", "decay", "phases"]
-Scaling = Literal["linear", "sqrt", "none"]
-
-TAILS = ("carry", "keep", "drop")
-
-
-class Phase(NamedTuple):
-    """A stretch of a run with one batch size.
-
-    Attributes:
-        start_sample: samples consumed before it begins.
-        stop_sample: samples consumed when it ends.
-        batch_size: samples of an update, over all ranks.
-        lr: learning rate at its first sample.
-        last_lr: at its last sample; the same unless the schedule is smooth.
-        momentum: at its first sample.
-        noise_scale: ``lr * N / (batch_size * (1 - momentum))`` at its first sample, in samples.
-        updates: how many it has, partial ones included.
-    """
-
-    start_sample: int
-    stop_sample: int
-    batch_size: int
-    lr: float
-    last_lr: float
-    momentum: float
-    noise_scale: float
-    updates: int
-
-
-class Update(NamedTuple):
-    """One update of a plan.
-
-    Attributes:
-        start: samples consumed before it.
-        size: its samples, over all ranks; fewer than the phase's batch where a tail is kept.
-        next_start: samples consumed when the next one begins, those that a tail rule drops included.
-        batch_size: the phase's.
-    """
-
-    start: int
-    size: int
-    next_start: int
-    batch_size: int
-
-
-class _Segment(NamedTuple):
-    """A stretch that updates do not cross."""
-
-    start: int
-    stop: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +57,8 @@ class BatchPlan:
             by ``print``, and what a loader takes unless told otherwise; plans that differ in nothing
             else are equal.
         ranks: processes that share a batch; as ``micro_batch_size``.
+        scaling: how rate and batch go together: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules such as
+            Adam. Says what :meth:`noise_scale` is.
 
     Raises:
         ValueError: an argument is out of range, a phase has no samples, the plan has no updates, or a
@@ -130,6 +85,7 @@ class BatchPlan:
     mode: Mode = "phases"
     micro_batch_size: int | None = field(default=None, compare=False)
     ranks: int = field(default=1, compare=False)
+    scaling: Scaling = field(default="linear", kw_only=True)
 
     def __post_init__(self) -> None:
         starts = tuple(count("starts", start, 0) for start in items("starts", self.starts))
@@ -143,6 +99,7 @@ class BatchPlan:
             "epochs": count("epochs", self.epochs),
             "ranks": count("ranks", self.ranks),
             "tail": choice("tail", self.tail, TAILS),
+            "scaling": choice("scaling", self.scaling, SCALINGS),
             "mode": choice("mode", self.mode, ("increase", "hybrid", "decay", "phases")),
         }
         if self.micro_batch_size is not None:
@@ -153,7 +110,7 @@ class BatchPlan:
             raise ValueError(
                 f"epochs * dataset_size must be < 2**63 - 1, got {self.epochs:,} * {self.dataset_size:,}"
             )
-        self._check_phases()
+        _ = self._updates  # checks the phases
         for name in ("lr", "momentum"):
             value = getattr(self, name)
             if not isinstance(value, Schedule) or value.unit != "sample":
@@ -165,44 +122,13 @@ class BatchPlan:
         for size in dict.fromkeys(sizes):
             divide(size, self.micro_batch_size, self.ranks)
 
-    def _check_phases(self) -> None:
-        if self.starts[0] != 0:
-            raise ValueError(f"the first phase must start at sample 0, got {self.starts[0]}")
-        total = self.total_samples
-        if self.starts[-1] >= total:
-            raise ValueError(
-                f"the last phase starts at sample {self.starts[-1]:,}, but the run ends at "
-                f"{total:,} ({self.epochs} epochs of {self.dataset_size:,} samples); give it more epochs"
-            )
-        for k, (start, stop) in enumerate(itertools.pairwise(self.starts)):
-            if stop <= start:
-                raise ValueError(
-                    f"phase {k} has no samples: it starts at sample {start:,}, and the next one at {stop:,}; "
-                    "leave it out, or let the phases' starts ascend"
-                )
-        for start, size in zip(self.starts, self.batch_sizes, strict=True):
-            if size > self.dataset_size:
-                raise ValueError(
-                    f"the batch size at sample {start:,} would be {size:,}, more than the data set's "
-                    f"{self.dataset_size:,} samples; give a smaller batch_size or max_batch_size"
-                )
-        if not self.total_updates:
-            raise ValueError(
-                'the plan has no update, because tail="drop" leaves out all of its samples; use "keep" or '
-                '"carry", or smaller batches'
-            )
+    @cached_property
+    def _updates(self) -> Updates:
+        return Updates(self.starts, self.batch_sizes, self.dataset_size, self.epochs, self.tail)
 
     def _without_empty_phases(self) -> BatchPlan:
-        """This plan, of which each phase is meant to have updates.
-
-        That is for whoever writes a plan to see. In one that grew, a phase may be shorter than the batch.
-        """
-        for k, updates in enumerate(self._updates_of_phases):
-            if updates == 0:
-                raise ValueError(
-                    f"phase {k}, from sample {self.starts[k]:,} with batch size {self.batch_sizes[k]:,}, "
-                    'has no update, because tail="drop" leaves out all of its samples; use "keep" or "carry"'
-                )
+        """This plan, of which each phase is meant to have updates."""
+        self._updates.check_each_phase()
         return self
 
     # -- making plans --------------------------------------------------------------------------------
@@ -220,12 +146,13 @@ class BatchPlan:
         max_batch_size: int | None = None,
         hybrid_drops: int = 1,
         lr_scale: float = 1.0,
-        batch_scale: Scaling = "linear",
+        batch_scale: BatchScale | None = None,
         raised_momentum: float | None = None,
         granularity: int | None = None,
         tail: Tail = "carry",
         micro_batch_size: int | None = None,
         ranks: int = 1,
+        scaling: Scaling = "linear",
     ) -> BatchPlan:
         r"""A plan with the noise scale of a run that decays its learning rate at a fixed batch size.
 
@@ -239,8 +166,28 @@ class BatchPlan:
         - ``"hybrid"``: the batch, the first ``hybrid_drops`` times that it grows; then the rate.
 
         The start may be raised: the rate by ``lr_scale``, the batch with it as ``batch_scale`` says, and
-        the momentum to ``raised_momentum``, the batch with it by (1 - m_0) / (1 - m). Other scalings than
-        linear multiply the noise scale of the whole plan by lr_scale over the batch's factor.
+        the momentum to ``raised_momentum``, the batch with it by (1 - m_0) / (1 - m). A batch_scale of one's
+        own multiplies the noise scale of the whole plan, by lr_scale over what goes with the batch's factor.
+
+        **Adaptive rules.** That noise scale is SGD's. Adam, RMSprop and their kin divide by the gradient's
+        root mean square, which hides a factor of the rate's size from it; there the rate goes with the square
+        root of the batch. With ``scaling="sqrt"`` the plan keeps :math:`g = s \sqrt{N / B_0}`:
+
+        =====================================  ==================  =====================
+        ..                                     ``"linear"``        ``"sqrt"``
+        =====================================  ==================  =====================
+        rate s at a batch of B                 s * B / B_0         s * sqrt(B / B_0)
+        batch in place of a decay by f < 1     B_0 / f             B_0 / f**2
+        rate that the cap leaves, of s         s * B_max / B_0     s * sqrt(B_max / B_0)
+        batch with a rate raised by lr_scale   B_0 * lr_scale      B_0 * lr_scale**2
+        =====================================  ==================  =====================
+
+        Momentum, ``betas[0]`` there, takes no part in it, and there is no ``raised_momentum``. Where the
+        batch grows by k, Malladi et al. also take 1 - beta to k * (1 - beta) for each of the betas, and eps
+        to eps / sqrt(k). A plan does neither: the optimizer's betas and eps stay, so that its averages span
+        as many updates as before, and k times the samples. (Their rule ends at k = 1 / (1 - beta), 10 for
+        0.9, where an average is of one update.) Both need noise to dominate the gradient: batches well below
+        what :class:`fastlr.GradientNoiseScale` measures.
 
         Batch sizes are the start's, multiples of ``granularity`` and the cap; the largest that is not
         above the exact value is taken, and the rate takes the rest, so that the noise scale is the given
@@ -264,12 +211,14 @@ class BatchPlan:
             max_batch_size: the largest batch, >= the start's; None: no cap.
             hybrid_drops: how often the batch grows, >= 1; only in mode ``"hybrid"``.
             lr_scale: factor of the rate, >= 1.
-            batch_scale: the batch's factor for it: ``"linear"`` (lr_scale), ``"sqrt"`` or ``"none"`` (1).
-            raised_momentum: in [momentum, 1); None: as ``momentum``.
+            batch_scale: the batch's factor for it: ``"linear"`` (lr_scale), ``"sqrt"`` (its root) or
+                ``"none"`` (1); None: the one that keeps the noise scale, by ``scaling``.
+            raised_momentum: in [momentum, 1); None: as ``momentum``. Only with linear scaling.
             granularity: batch sizes grow in steps of so many samples, >= 1; None: of ``batch_size``.
             tail: what an epoch's end does to an update; see :class:`BatchPlan`.
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
+            scaling: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules.
 
         Raises:
             ValueError: an argument is out of range, the schedule rises after its peak, the batch would
@@ -283,10 +232,23 @@ class BatchPlan:
         [(128, 0.1), (640, 0.1), (3200, 0.1), (5120, 0.032)]
         >>> plan.total_updates
         29142
-        """
-        from fastlr.batch_growth import growth
 
-        return growth.grown_plan(
+        The same for Adam: a fifth of the rate is 25 times the batch.
+
+        >>> plan = fastlr.BatchPlan.from_schedule(
+        ...     fastlr.MultiStep(1e-3, [60, 120, 160], 0.2, unit="epoch"), batch_size=128,
+        ...     dataset_size=50_000, epochs=200, max_batch_size=12_800, scaling="sqrt")
+        >>> [(phase.batch_size, round(phase.lr, 6)) for phase in plan.phases]
+        [(128, 0.001), (3200, 0.001), (12800, 0.0004), (12800, 8e-05)]
+
+        References:
+            Smith, Kindermans, Ying and Le, arXiv 1711.00489: linear scaling, and growing the batch.
+            Krizhevsky, One weird trick for parallelizing convolutional neural networks, arXiv 1404.5997: the
+            square root.
+            Malladi, Lyu, Panigrahi and Arora, On the SDEs and Scaling Rules for Adaptive Gradient Algorithms,
+            arXiv 2205.10287: the square root for RMSprop and Adam.
+        """
+        grown = grown_phases(
             schedule,
             batch_size=batch_size,
             dataset_size=dataset_size,
@@ -296,13 +258,24 @@ class BatchPlan:
             max_batch_size=max_batch_size,
             hybrid_drops=hybrid_drops,
             lr_scale=lr_scale,
+            scaling=scaling,
             batch_scale=batch_scale,
             raised_momentum=raised_momentum,
             granularity=granularity,
+        )
+        return cls(
+            starts=grown.starts,
+            batch_sizes=grown.batch_sizes,
+            lr=grown.lr,
+            momentum=grown.momentum,
+            dataset_size=dataset_size,
+            epochs=epochs,
             tail=tail,
+            mode=mode,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
-        )
+            scaling=scaling,
+        )._without_empty_phases()
 
     @classmethod
     def from_phases(
@@ -316,6 +289,7 @@ class BatchPlan:
         tail: Tail = "carry",
         micro_batch_size: int | None = None,
         ranks: int = 1,
+        scaling: Scaling = "linear",
     ) -> BatchPlan:
         """A plan written by hand.
 
@@ -329,6 +303,7 @@ class BatchPlan:
             tail: what an epoch's end does to an update; see :class:`BatchPlan`.
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
+            scaling: see :class:`BatchPlan`; rates are taken as they are given.
 
         Raises:
             ValueError: an argument is out of range, or a phase has no samples or no updates.
@@ -358,10 +333,13 @@ class BatchPlan:
             tail=tail,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
+            scaling=scaling,
         )._without_empty_phases()
 
     def grown(self, sample: int, batch_size: int) -> BatchPlan:
         """This plan, with batches of at least ``batch_size`` from ``sample`` on. Rates stay as they are.
+
+        So the noise scale falls: with the batch for SGD, with its square root for adaptive rules.
 
         Args:
             sample: at which an update begins.
@@ -376,20 +354,11 @@ class BatchPlan:
         >>> plan.grown(300, 200).starts, plan.grown(300, 200).batch_sizes
         ((0, 300), (100, 200))
         """
-        sample, size = self._begin(sample), count("batch_size", batch_size)
+        sample, size = self._updates.begin(sample), count("batch_size", batch_size)
         if sample == self.total_samples:
             raise ValueError(f"the run ends at sample {sample:,}, so no update begins there")
-        phases = dict(zip(self.starts, self.batch_sizes, strict=True))
-        phases[sample] = self.phase_at(sample).batch_size
-        merged: list[tuple[int, int]] = []
-        for start in sorted(phases):
-            grown = max(phases[start], size) if start >= sample else phases[start]
-            # A boundary that only this method made is dropped again where it separates nothing.
-            if start in self.starts or not merged or merged[-1][1] != grown:
-                merged.append((start, grown))
-        return dataclasses.replace(
-            self, starts=tuple(s for s, _ in merged), batch_sizes=tuple(b for _, b in merged)
-        )
+        starts, batch_sizes = self._updates.grown(sample, size)
+        return dataclasses.replace(self, starts=starts, batch_sizes=batch_sizes)
 
     # -- what a plan says ----------------------------------------------------------------------------
 
@@ -398,18 +367,19 @@ class BatchPlan:
         """Samples of the run, ``epochs * dataset_size``; those that a tail rule drops included."""
         return self.epochs * self.dataset_size
 
-    @cached_property
+    @property
     def total_updates(self) -> int:
         """Updates of the run, partial ones included."""
-        return sum(self._updates_of_phases)
+        return self._updates.total
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         """The phases in order."""
+        updates = self._updates
         return tuple(
-            self._phase(start, stop, size, updates)
-            for start, stop, size, updates in zip(
-                self.starts, self._stops, self.batch_sizes, self._updates_of_phases, strict=True
+            self._phase(start, stop, size, number)
+            for start, stop, size, number in zip(
+                self.starts, updates.stops, self.batch_sizes, updates.of_phases, strict=True
             )
         )
 
@@ -418,10 +388,14 @@ class BatchPlan:
         sample = count("sample", sample, 0)
         if sample >= self.total_samples:
             raise ValueError(f"the run ends at sample {self.total_samples:,}, got {sample:,}")
-        return self.phases[bisect.bisect_right(self.starts, sample) - 1]
+        return self.phases[self._updates.phase_of(sample)]
 
     def noise_scale(self, sample: int) -> float:
-        """``lr * N / (B * (1 - momentum))`` at a sample: the scale of SGD's fluctuations, for B well below N.
+        """The scale of the fluctuations at a sample, for a batch B well below the data set's N.
+
+        For SGD, ``scaling="linear"``, that is ``lr * N / (B * (1 - momentum))``, in units of the rate. For
+        adaptive rules, ``scaling="sqrt"``, it is ``lr * sqrt(N / B)``: how far noise drives a parameter in an
+        epoch. Only plans of one scaling can be compared by it.
 
         >>> import fastlr
         >>> plan = fastlr.BatchPlan.from_phases([(0, 100)], dataset_size=1000, epochs=2, lr=0.1, momentum=0.5)
@@ -439,27 +413,17 @@ class BatchPlan:
         >>> [(update.start, update.size) for update in plan.updates_from(4)]
         [(4, 4), (8, 2), (10, 8), (18, 2)]
         """
-        waiting: tuple[int, int, int] | None = None
-        for start, size, batch_size in self._cut(sample):
-            if waiting is not None:
-                yield Update(waiting[0], waiting[1], start, waiting[2])
-            waiting = start, size, batch_size
-        if waiting is not None:
-            yield Update(waiting[0], waiting[1], self.total_samples, waiting[2])
+        return self._updates.since(sample)
 
     def __str__(self) -> str:
         """The phases as a table."""
-        from fastlr.batch_growth.table import table
-
         return table(self)
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws batch size, rate and noise scale over the epochs. Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_batch_plan(self, path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -491,65 +455,9 @@ class BatchPlan:
         schedules = {name: Schedule.from_dict(data[name]) for name in ("lr", "momentum")}
         return cls(**{**data, **schedules})
 
-    # -- where updates begin and end -----------------------------------------------------------------
-
-    @property
-    def _stops(self) -> tuple[int, ...]:
-        return (*self.starts[1:], self.total_samples)
-
-    @cached_property
-    def _segments(self) -> tuple[_Segment, ...]:
-        segments = []
-        for start, stop, size in zip(self.starts, self._stops, self.batch_sizes, strict=True):
-            cuts = [start, stop]
-            if self.tail != "carry":
-                first = start - start % self.dataset_size + self.dataset_size
-                cuts[1:1] = range(first, stop, self.dataset_size)
-            segments += [_Segment(a, b, size) for a, b in itertools.pairwise(cuts)]
-        return tuple(segments)
-
-    def _updates_in(self, segment: _Segment) -> int:
-        whole, rest = divmod(segment.stop - segment.start, segment.batch_size)
-        return whole + (rest > 0 and self.tail != "drop")
-
-    @cached_property
-    def _updates_of_phases(self) -> tuple[int, ...]:
-        updates = [0] * len(self.starts)
-        for segment in self._segments:
-            updates[bisect.bisect_right(self.starts, segment.start) - 1] += self._updates_in(segment)
-        return tuple(updates)
-
-    def _segment_of(self, sample: int) -> int:
-        """The index of the segment that a sample is in; the last one's for the end of the run."""
-        return bisect.bisect_right(self._segments, sample, key=lambda segment: segment.start) - 1
-
-    def _next_start(self, sample: int) -> int:
-        """Where the first update begins that begins at ``sample`` or later; the run's end if none does."""
-        for index in range(self._segment_of(sample), len(self._segments)):
-            segment = self._segments[index]
-            before = max(-(-(sample - segment.start) // segment.batch_size), 0)
-            if before < self._updates_in(segment):
-                return segment.start + before * segment.batch_size
-        return self.total_samples
-
-    def _begin(self, sample: int) -> int:
-        """``sample``, checked to be where an update begins, or the beginning or end of the run."""
-        sample = count("sample", sample, 0)
-        if sample > self.total_samples or (sample and self._next_start(sample) != sample):
-            raise ValueError(f"no update of the plan begins at sample {sample:,}")
-        return sample
-
-    def _cut(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        sample = self._begin(sample)
-        for segment in self._segments[self._segment_of(sample) :]:
-            start = max(sample, segment.start)
-            stop = segment.start + self._updates_in(segment) * segment.batch_size
-            for begin in range(start, stop, segment.batch_size):
-                yield begin, min(segment.batch_size, segment.stop - begin), segment.batch_size
-
     def _phase(self, start: int, stop: int, size: int, updates: int) -> Phase:
         lr, momentum = self.lr(start), self.momentum(start)
-        scale = lr * self.dataset_size / (size * (1.0 - momentum))
+        scale = noise_scale(lr, momentum, size, self.dataset_size, self.scaling)
         return Phase(start, stop, size, lr, self.lr(stop - 1), momentum, scale, updates)
 
 

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from fastlr._checks import real
 from fastlr.batch_growth.batch import Batch
-from fastlr.batch_growth.plan import Update
 from fastlr.batch_growth.ranks import sum_over_ranks
 from fastlr.batch_growth.sampler import GrowingBatchSampler, MicroBatch, mix
 from fastlr.batch_growth.samples import Reader, as_it_is
+from fastlr.batch_growth.updates import Update
 
 
 class BatchSource:

@@ -13,7 +13,8 @@ import torch
 
 from fastlr._checks import count, describe, flag
 from fastlr.batch_growth.division import divide
-from fastlr.batch_growth.plan import BatchPlan, Update
+from fastlr.batch_growth.plan import BatchPlan
+from fastlr.batch_growth.updates import Update
 
 
 class MicroBatch(list[int]):
@@ -114,7 +115,7 @@ class GrowingBatchSampler:
             object.__setattr__(self, name, value)
         for size in dict.fromkeys(self.plan.batch_sizes):
             divide(size, self.micro_batch_size, world_size)
-        for segment in self.plan._segments:
+        for segment in self.plan._updates.segments:
             tail = (segment.stop - segment.start) % segment.batch_size
             if 0 < tail < world_size and self.plan.tail != "drop":
                 raise ValueError(

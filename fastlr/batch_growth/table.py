@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from fastlr.batch_growth.division import divide
-from fastlr.batch_growth.plan import BatchPlan, Phase
+from fastlr.batch_growth.phase import Phase
+from fastlr.batch_growth.updates import Tail, Updates
 
 # More phases than this are shown in part: a smooth schedule can have hundreds.
 _ROWS = 32
@@ -16,7 +17,34 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def table(plan: BatchPlan) -> str:
+class Plan(Protocol):
+    """What the table shows of a plan; ``BatchPlan`` says what each of them is."""
+
+    @property
+    def phases(self) -> Sequence[Phase]: ...
+    @property
+    def batch_sizes(self) -> Sequence[int]: ...
+    @property
+    def dataset_size(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def tail(self) -> Tail: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def scaling(self) -> str: ...
+    @property
+    def micro_batch_size(self) -> int | None: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def total_samples(self) -> int: ...
+    @property
+    def total_updates(self) -> int: ...
+
+
+def table(plan: Plan) -> str:
     shown = _folded(plan.phases) if len(plan.phases) > _ROWS else plan.phases
     rows = [_row(plan, phase) for phase in shown]
     hidden = len(rows) - _ROWS
@@ -29,15 +57,15 @@ def table(plan: BatchPlan) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
     rule = "-" * len(line(_HEADINGS))
+    kind = plan.mode if plan.scaling == "linear" else f"{plan.mode}, {plan.scaling} scaling"
     title = (
-        f"Batch plan ({plan.mode}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, "
-        f'tail="{plan.tail}"'
+        f'Batch plan ({kind}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, tail="{plan.tail}"'
     )
     lines = [title, "", line(_HEADINGS), rule, *(line(row) for row in rows), rule, line(totals)]
     if hidden > 0:
         lines.append(f"{hidden:,} of {len(shown):,} batch sizes are not shown.")
     first = plan.batch_sizes[0]
-    fixed = dataclasses.replace(plan, starts=(0,), batch_sizes=(first,)).total_updates
+    fixed = Updates((0,), (first,), plan.dataset_size, plan.epochs, plan.tail).total
     if fixed > 1.05 * plan.total_updates:
         times = fixed / plan.total_updates
         lines.append(f"With batches of {first:,} throughout: {fixed:,} updates, {times:.2g} times as many.")
@@ -58,7 +86,7 @@ def _folded(phases: Iterable[Phase]) -> list[Phase]:
     return folded
 
 
-def _row(plan: BatchPlan, phase: Phase) -> tuple[str, ...]:
+def _row(plan: Plan, phase: Phase) -> tuple[str, ...]:
     micro, steps = divide(phase.batch_size, plan.micro_batch_size, plan.ranks)
     smooth = phase.last_lr != phase.lr
     return (

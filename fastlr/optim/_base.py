@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, flag, index
+from fastlr._runtime import Runtime
 from fastlr.optim._checkpoint import Loaded, pack, unpack
 from fastlr.optim._groups import (
     Clock,
@@ -24,7 +25,6 @@ from fastlr.optim._groups import (
     checked_state_dtype,
     clock_of,
 )
-from fastlr.optim._runtime import Runtime
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 
 from fastlr import _core
+from fastlr._runtime import Runtime
 from fastlr.optim._groups import RuleOptions
-from fastlr.optim._runtime import Runtime
 
 # Tensors of state by name, of each parameter.
 States: TypeAlias = dict[torch.Tensor, dict[str, torch.Tensor]]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from fastlr import plotting
 from fastlr._checks import count, describe, items, real
 from fastlr._files import replacing
 from fastlr.optim import FusedOptimizer
@@ -121,8 +122,6 @@ class RangeTestGrid:
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_range_test_grid(self, path)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:

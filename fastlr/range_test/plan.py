@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fastlr._checks import choice, count, real
+from fastlr.range_test.reading import Sweep
 from fastlr.range_test.record import Record
-from fastlr.range_test.result import Bounds, RangeTestResult, Sweep
+from fastlr.range_test.result import Bounds, RangeTestResult
 from fastlr.schedules import Exponential, LinearRamp, Schedule, StepDecay, Tabulated
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlr._checks import choice, file_name, items, real, text, texts, vector
-from fastlr._files import replacing
-from fastlr.range_test.curve import Array, Best, best
+from fastlr import plotting
+from fastlr._checks import choice, items, real, text, texts, vector
+from fastlr.range_test import files
+from fastlr.range_test.curve import Array
+from fastlr.range_test.reading import READINGS, Curve, Reading, Sweep, intervals, of_repeats
 from fastlr.schedules import Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
@@ -22,23 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-Sweep = Literal["exponential", "linear"]
 Bounds = tuple[tuple[float, float], ...]
-
-# What is read from a curve, under the names by which it is asked for.
-_READINGS = ("base_lr", "max_lr", "onset", "steepest", "valley", "minimum")
-
-# Repeats that differ by more than this factor do not agree on a bound: the upper one of some would be below
-# the lower one of others.
-_AGREE = 10.0
-
-_FORMAT = "fastlr range test, version 1"
-
-
-class _Reading(NamedTuple):
-    rates: dict[str, float]
-    region: tuple[float, float] | None
-    reason: str | None
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -204,119 +188,35 @@ class RangeTestResult:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    @property
-    def _x(self) -> Array:
-        return np.log(self.lrs) if self.sweep == "exponential" else self.lrs
+    @cached_property
+    def _curve(self) -> Curve:
+        return Curve(self.lrs, self.losses, self.accuracies, self.sweep, self.stopped, self.metric_name)
 
     @property
     def measured(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Where ``accuracies`` holds a value, shape (n,)."""
-        return np.zeros(len(self.lrs), bool) if self.accuracies is None else ~np.isnan(self.accuracies)
+        return self._curve.measured
 
-    @cached_property
-    def _best_loss(self) -> Best | None:
-        if len(self.lrs) < 3:
-            return None
-        early = self.stopped is not None
-        x = self._x
-        return best(x, self.losses, x, self.lrs, "the loss", spiky=True, ended_early=early)
-
-    @cached_property
-    def _best_accuracy(self) -> Best | None:
-        where = self.measured
-        if self.accuracies is None or where.sum() < 3:
-            return None
-        early, x = self.stopped is not None, self._x[where]
-        inside = (self._x >= x[0]) & (self._x <= x[-1])
-        name, y = f"the {self.metric_name}", -self.accuracies[where]
-        return best(x, y, self._x[inside], self.lrs[inside], name, spiky=False, ended_early=early)
-
-    @cached_property
+    @property
     def smoothed_losses(self) -> Array:
         """The smooth curve that the rates are read from, shape (n,); NaN after training has broken down."""
-        return np.full(len(self.lrs), np.nan) if self._best_loss is None else self._best_loss.level
+        return self._curve.smoothed_losses
 
-    @cached_property
+    @property
     def smoothed_accuracies(self) -> Array | None:
         """The same for the accuracies, at every rate between the first and the last measured one."""
-        if self.accuracies is None:
-            return None
-        smooth = np.full(len(self.lrs), np.nan)
-        if self._best_accuracy is not None:
-            first = int(self.measured.argmax())
-            smooth[first : first + len(self._best_accuracy.level)] = -self._best_accuracy.level
-        return smooth
+        return self._curve.smoothed_accuracies
 
     @cached_property
-    def _reading(self) -> _Reading:
-        return self._of_repeats() if self.repeats else self._of_curve()
-
-    def _of_curve(self) -> _Reading:
-        rates: dict[str, float] = {}
-        if len(self.lrs) < 10 or self._best_loss is None:
-            if self.stopped is None:
-                remedy = "; raise num_steps"
-            elif len(self.lrs) == 0:
-                remedy = f": {self.stopped}, before any update; look at the model and the data"
-            else:
-                remedy = f": {self.stopped}; lower start_lr"
-            return _Reading(
-                rates, None, f"the curve has {len(self.lrs)} points, of 10 that are needed{remedy}"
-            )
-        loss, lrs = self._best_loss, self.lrs
-        if loss.reason is None:
-            onset, lowest = self._x[loss.onset], self._x[loss.lowest]
-            valley = onset + 2 / 3 * (lowest - onset)
-            rates["valley"] = float(np.exp(valley) if self.sweep == "exponential" else valley)
-            rates["minimum"] = float(lrs[loss.lowest])
-        top = loss
-        if self.accuracies is not None:
-            times = int(self.measured.sum())
-            if times < 6 or self._best_accuracy is None:
-                few = f"{self.metric_name} was measured {times} times, of 6 that are needed"
-                return _Reading(rates, None, f"{few}; lower val_every or raise num_steps")
-            top, lrs = self._best_accuracy, lrs[int(self.measured.argmax()) :]
-        if top.reason is not None:
-            return _Reading(rates, None, top.reason)
-        max_lr = float(lrs[top.settled])
-        rates |= {"onset": float(lrs[top.onset]), "steepest": float(lrs[top.steepest])}
-        rates |= {"base_lr": max_lr / 10, "max_lr": max_lr}
-        return _Reading(rates, (float(lrs[top.region[0]]), float(lrs[top.region[1]])), None)
-
-    def _of_repeats(self) -> _Reading:
-        readings = [r._reading for r in self.repeats]
-        answers = [r for r in readings if r.reason is None]
-        if 2 * len(answers) <= len(readings):
-            why = next(r.reason for r in readings if r.reason is not None)
-            return _Reading({}, None, f"{len(answers)} of {len(readings)} repeats give bounds: {why}")
-        rates = {
-            name: self._median([r.rates[name] for r in answers if name in r.rates])
-            for name in _READINGS
-            if any(name in r.rates for r in answers)
-        }
-        low, high = self.intervals["max_lr"]
-        if high > _AGREE * low:
-            disagree = f"the repeats disagree: max_lr between {low:.2g} and {high:.2g}"
-            return _Reading({}, None, f"{disagree}; raise num_steps, or use larger batches")
-        regions = [r.region for r in answers if r.region is not None]
-        return _Reading(
-            rates, (self._median([a for a, _ in regions]), self._median([b for _, b in regions])), None
-        )
-
-    def _median(self, rates: list[float]) -> float:
-        if self.sweep == "exponential":
-            return float(np.exp(np.median(np.log(rates))))
-        return float(np.median(rates))
+    def _reading(self) -> Reading:
+        if not self.repeats:
+            return self._curve.reading
+        return of_repeats([repeat._reading for repeat in self.repeats], self.sweep)
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Of each reading the lowest and the highest among the repeats; empty without repeats."""
-        found: dict[str, tuple[float, float]] = {}
-        for name in _READINGS:
-            rates = [r._reading.rates[name] for r in self.repeats if name in r._reading.rates]
-            if rates:
-                found[name] = (min(rates), max(rates))
-        return found
+        return intervals([repeat._reading for repeat in self.repeats])
 
     @property
     def base_lr(self) -> float | None:
@@ -435,7 +335,7 @@ class RangeTestResult:
         lines = [f"range test: {len(self.lrs)} rates{span}, {self.sweep}{repeats}"]
         if self.reason is not None:
             lines.append(f"no bounds: {self.reason}")
-        for name in _READINGS:
+        for name in READINGS:
             if (rate := getattr(self, name)) is None:
                 continue
             line = f"{name:8}  {rate:.2g}"
@@ -456,8 +356,6 @@ class RangeTestResult:
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_range_test(self, path)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -465,42 +363,11 @@ class RangeTestResult:
 
         With repeats there is a first column repeat, counted from 1, and the rows are theirs.
         """
-        with replacing(path, newline="") as file:
-            writer = csv.writer(file)
-            metric = [] if self.accuracies is None else [self.metric_name]
-            writer.writerow([*(["repeat"] if self.repeats else []), "lr", "loss", *metric])
-            for number, result in enumerate(self.repeats or (self,), 1):
-                lead = [number] if self.repeats else []
-                for i, row in enumerate(zip(result.lrs.tolist(), result.losses.tolist(), strict=True)):
-                    value: list[Any] = []
-                    if result.accuracies is not None:
-                        value = [float(result.accuracies[i]) if result.measured[i] else ""]
-                    writer.writerow([*lead, *row, *value])
+        files.write_csv(self, path)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes everything that :meth:`from_json` reads back, and the answers, for other readers."""
-        with replacing(path) as file:
-            json.dump({"format": _FORMAT, **self._to_dict()}, file, allow_nan=False, indent=1)
-            file.write("\n")
-
-    def _to_dict(self) -> dict[str, Any]:
-        answers = {
-            name: getattr(self, name) for name in (*_READINGS, "steepest_region", "reason", "intervals")
-        }
-        arrays = {name: getattr(self, name) for name in ("lrs", "losses", "accuracies")}
-        return {
-            "answers": answers,
-            "sweep": self.sweep,
-            "stopped": self.stopped,
-            "metric_name": self.metric_name,
-            "notes": self.notes,
-            "group_bounds": self.group_bounds,
-            **{
-                name: None if array is None else [None if np.isnan(v) else v for v in array.tolist()]
-                for name, array in arrays.items()
-            },
-            "repeats": [r._to_dict() for r in self.repeats],
-        }
+        files.write_json(self, path)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RangeTestResult:
@@ -509,17 +376,7 @@ class RangeTestResult:
         Raises:
             ValueError: the file holds no range test.
         """
-        with open(file_name("path", path), encoding="utf-8") as file:
-            try:
-                data = json.load(file)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{os.fspath(path)} is no JSON file: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ValueError(f'{os.fspath(path)} holds no "{_FORMAT}"')
-        try:
-            return cls._from_dict(data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)} is incomplete or damaged: {error!r}") from error
+        return files.read_json(path, cls._from_dict)
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> RangeTestResult:

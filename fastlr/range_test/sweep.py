@@ -16,8 +16,9 @@ from fastlr._checks import describe, flag
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
+from fastlr.range_test.reading import Sweep
 from fastlr.range_test.record import Record, ranks
-from fastlr.range_test.result import RangeTestResult, Sweep
+from fastlr.range_test.result import RangeTestResult
 from fastlr.range_test.snapshot import (
     Backup,
     Snapshot,

@@ -11,8 +11,8 @@ A schedule is a pure function of a clock, which counts applied updates, consumed
 (0.0, 0.05, 0.1, 0.0)
 """
 
-from fastlr.schedules._base import Schedule
-from fastlr.schedules.composed import InSamples, Joined, PerEpoch, Scaled, Shifted, Tabulated
+from fastlr.schedules._base import InSamples, Joined, PerEpoch, Scaled, Schedule
+from fastlr.schedules.composed import Shifted, Tabulated
 from fastlr.schedules.cyclic import (
     ExpRange,
     OneCycle,

@@ -1,19 +1,21 @@
-"""What all schedules share: the base class, its native form and the checks of arguments."""
+"""What all schedules share: the base class, and the schedules that its methods make."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from fastlr import _core
-from fastlr._checks import ENDLESS, choice, count, describe
+from fastlr import _core, plotting
+from fastlr._checks import ENDLESS, choice, count, describe, items, real
+from fastlr.schedules._segment import Native, Segment, turning_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,28 +23,6 @@ if TYPE_CHECKING:
 Unit = Literal["update", "sample", "epoch"]
 
 _UNITS = ("update", "sample", "epoch")
-
-
-class Segment(NamedTuple):
-    """The native Segment's fields; what each means stands in ``csrc/schedule.h``."""
-
-    curve: _core.Curve
-    start: float = 0.0
-    end: float = 0.0
-    offset: float = 0.0
-    span: float = 0.0
-    up: float = 0.0
-    gamma: float = 0.0
-    period: int = 1
-    count: int = 0  # type: ignore[assignment]  # hides tuple.count
-    window: _core.Window = _core.Window.LINEAR
-    decay: _core.Decay = _core.Decay.NONE
-    begin: int = 0
-    origin: int = 0
-    tick: int = 1
-    limit: int = ENDLESS
-    factor: float = 1.0
-    table_begin: int = 0
 
 
 def schedule(name: str, value: object) -> Schedule:
@@ -62,6 +42,9 @@ class Schedule:
 
     unit: Unit = field(default="update", kw_only=True)
 
+    # What the values are.
+    quantity: ClassVar[str] = "learning rate"
+
     # Whether the formula has a value of its own at clock == duration (a ramp's end), or stops one before.
     _closed: ClassVar[bool] = True
 
@@ -70,29 +53,13 @@ class Schedule:
         self._validate()
         if type(self) is Schedule:
             raise TypeError("Schedule is abstract; use one of its subclasses")
-        for clock in self._turning_points():
+        for clock in turning_points(self._segments()[0], self._last):
             value = self._native.value(clock)
             if not math.isfinite(value):
                 raise ValueError(
                     f"{type(self).__name__} must be finite, but at {self.unit} {clock} it is {value!r}; its "
                     "arguments leave the range of float64"
                 )
-
-    def _turning_points(self) -> list[int]:
-        """Clocks between which the value is monotonous, or oscillates between the values there.
-
-        What has no end, and grows for ever, is looked at where it begins.
-        """
-        points = {0} if self._last == ENDLESS else {0, self._last}
-        segments, _ = self._segments()
-        for s, stop in zip(segments, [*(s.begin for s in segments[1:]), ENDLESS], strict=True):
-            own = {s.begin, ENDLESS if stop == ENDLESS else stop - 1}
-            grows = s.decay in (_core.Decay.HEIGHT, _core.Decay.BOTH_BOUNDS) and s.gamma > 1.0
-            if s.curve in (_core.Curve.CYCLE, _core.Curve.RESTARTS) and not grows:
-                rise = s.up if s.curve is _core.Curve.CYCLE else s.period / 2
-                own |= {s.origin + s.tick * math.ceil(part * rise) for part in (0.5, 1.0, 1.5)}
-            points |= {point for point in own if s.begin <= point < stop}
-        return sorted(point for point in points if 0 <= point < ENDLESS)
 
     def _validate(self) -> None:
         """Checks the fields and stores them in their canonical type."""
@@ -101,7 +68,7 @@ class Schedule:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         """The native form: segments in order, and the values of their tables."""
         raise NotImplementedError
 
@@ -114,6 +81,16 @@ class Schedule:
     def peak(self) -> float:
         """The largest value that it takes (for joined schedules an upper bound)."""
         raise NotImplementedError
+
+    @property
+    def last(self) -> int | None:
+        """The clock at which the last new value is reached; None: none that a clock can show.
+
+        >>> from fastlr import Cosine, Triangular
+        >>> Cosine(0.1, 0.0, 100).last, Triangular(0.1, 0.5, 20).last
+        (100, None)
+        """
+        return None if self._last == ENDLESS else self._last
 
     @property
     def _last(self) -> int:
@@ -160,13 +137,11 @@ class Schedule:
             stacklevel=stacklevel,
         )
 
-    def plot(self, steps: int | None = None, path: str | None = None) -> Figure:
+    def plot(self, steps: int | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the values of ``steps`` clock units (default: its duration). Needs matplotlib.
 
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
-        from fastlr import plotting
-
         return plotting.plot_schedules({type(self).__name__: self}, steps, path)
 
     def then(self, after: Schedule, at: int | None = None) -> Schedule:
@@ -176,8 +151,6 @@ class Schedule:
         >>> LinearRamp(0.0, 1.0, 4).then(Constant(1.0)).values(2, 6).tolist()
         [0.5, 0.75, 1.0, 1.0]
         """
-        from fastlr.schedules import composed
-
         schedule("after", after)
         if at is None:
             if self.duration is None:
@@ -185,12 +158,10 @@ class Schedule:
                     f"{type(self).__name__} has no end: say where to leave it, then(..., at=...)"
                 )
             at = self.duration
-        return composed.Joined((self, after), (count("at", at),), unit=self.unit)
+        return Joined((self, after), (count("at", at),), unit=self.unit)
 
     def __mul__(self, factor: float) -> Schedule:
-        from fastlr.schedules import composed
-
-        return composed.Scaled(self, factor)
+        return Scaled(self, factor)
 
     __rmul__ = __mul__
 
@@ -205,9 +176,7 @@ class Schedule:
         >>> schedule(2999), schedule(3000)
         (0.1, 0.05)
         """
-        from fastlr.schedules import composed
-
-        return composed.PerEpoch(self, updates_per_epoch)
+        return PerEpoch(self, updates_per_epoch)
 
     def in_samples(self, samples: int) -> Schedule:
         """A schedule in epochs or updates as one in samples: each value is held for so many samples.
@@ -220,9 +189,7 @@ class Schedule:
         >>> schedule(2_999_999), schedule(3_000_000)
         (0.1, 0.05)
         """
-        from fastlr.schedules import composed
-
-        return composed.InSamples(self, samples)
+        return InSamples(self, samples)
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain numbers, strings, lists and dicts; :meth:`from_dict` reads it back."""
@@ -254,14 +221,12 @@ class Schedule:
                 return tuple(parsed(v) for v in value)
             return value
 
-        from fastlr import schedules
-
         if not isinstance(data, dict):
             raise ValueError(f"a schedule must be what its to_dict() returned, got {describe(data)}")
         fields = dict(data)
         name = fields.pop("type", None)
-        kind = getattr(schedules, name) if name in schedules.__all__ else None
-        if not (isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule):
+        kind = _kinds().get(name) if isinstance(name, str) else None
+        if kind is None:
             raise ValueError(f"type must be the name of a schedule, got {describe(name)}")
         known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(kind)}
         if not {key for key, needed in known.items() if needed} <= fields.keys() <= known.keys():
@@ -276,3 +241,185 @@ class Schedule:
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Schedule], tuple[dict[str, Any]]]:
         return Schedule.from_dict, (self.to_dict(),)
+
+
+def _kinds() -> dict[str, type[Schedule]]:
+    """The package's schedules by their names, which stand in what ``to_dict()`` returns."""
+    kinds: list[type[Schedule]] = [Schedule]
+    for kind in kinds:  # while it grows
+        kinds += kind.__subclasses__()
+    return {
+        kind.__name__: kind
+        for kind in kinds[1:]
+        if kind.__module__.startswith(f"{__package__}.") and not kind.__name__.startswith("_")
+    }
+
+
+@dataclass(frozen=True)
+class Joined(Schedule):
+    """Schedules one after another, each from its own zero; made by :meth:`Schedule.then`.
+
+    Args:
+        parts: the schedules, all of one unit.
+        starts: the clocks at which the second and later ones begin, ascending.
+    """
+
+    parts: tuple[Schedule, ...]
+    starts: tuple[int, ...]
+
+    def _validate(self) -> None:
+        parts = tuple(schedule("parts", part) for part in items("parts", self.parts))
+        starts = tuple(count("starts", start) for start in items("starts", self.starts))
+        if len(parts) != len(starts) + 1 or not starts:
+            raise ValueError(f"{len(parts)} parts need {len(parts) - 1} starts, got {len(starts)}")
+        for part in parts:
+            if part.unit != self.unit:
+                raise ValueError(
+                    f"joined schedules must share a unit, got {self.unit!r} and {part.unit!r}; "
+                    "convert epochs with in_updates(updates_per_epoch)"
+                )
+        # A part that is itself joined becomes several, so that splitting and joining change nothing.
+        flat: list[tuple[int, Schedule]] = []
+        stops = (*starts, ENDLESS)
+        for start, stop, part in zip((0, *starts), stops, parts, strict=True):
+            if start >= stop:
+                raise ValueError(f"starts must ascend, got {list(starts)}")
+            inner = (
+                zip((0, *part.starts), part.parts, strict=True) if isinstance(part, Joined) else [(0, part)]
+            )
+            flat += [(start + shift, leaf) for shift, leaf in inner if start + shift < stop]
+        self._set(parts=tuple(leaf for _, leaf in flat), starts=tuple(start for start, _ in flat[1:]))
+
+    @property
+    def duration(self) -> int | None:
+        last = self.parts[-1].duration
+        return None if last is None else self.starts[-1] + last
+
+    @property
+    def _last(self) -> int:
+        return min(self.starts[-1] + self.parts[-1]._last, ENDLESS)
+
+    @property
+    def peak(self) -> float:
+        return max(part.peak for part in self.parts)
+
+    def _segments(self) -> Native:
+        segments: list[Segment] = []
+        table: list[float] = []
+        bounds = (0, *self.starts, ENDLESS)
+        for part, start, stop in zip(self.parts, bounds[:-1], bounds[1:], strict=True):
+            inner, values = part._segments()
+            segments += [
+                s._replace(
+                    begin=s.begin + start,
+                    origin=s.origin + start,
+                    table_begin=s.table_begin + len(table),
+                )
+                for s in inner
+                if s.begin + start < stop
+            ]
+            table += values
+        return segments, table
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """A schedule multiplied by a factor >= 0; made by ``schedule * factor``.
+
+    >>> from fastlr import Constant
+    >>> (2.0 * Constant(0.1))(0)
+    0.2
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def _validate(self) -> None:
+        factor = real("factor", self.factor)
+        inner = schedule("schedule", self.schedule)
+        if isinstance(inner, Scaled):
+            factor = real("factor", factor * inner.factor)
+            inner = inner.schedule
+        self._set(schedule=inner, factor=factor, unit=inner.unit)
+
+    @property
+    def duration(self) -> int | None:
+        return self.schedule.duration
+
+    @property
+    def _last(self) -> int:
+        return self.schedule._last
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak * self.factor
+
+    def _segments(self) -> Native:
+        segments, table = self.schedule._segments()
+        return [s._replace(factor=s.factor * self.factor) for s in segments], table
+
+
+@dataclass(frozen=True)
+class _Held(Schedule):
+    """A schedule in a coarser unit, each of its values held for several units of a finer clock."""
+
+    schedule: Schedule
+
+    @property
+    def _ticks(self) -> int:
+        """Units of this clock to one of the schedule's."""
+        raise NotImplementedError
+
+    @property
+    def duration(self) -> int | None:
+        last = self.schedule.duration
+        return None if last is None else last * self._ticks
+
+    @property
+    def _last(self) -> int:
+        return min((self.schedule._last + 1) * self._ticks - 1, ENDLESS)
+
+    @property
+    def peak(self) -> float:
+        return self.schedule.peak
+
+    def _segments(self) -> Native:
+        segments, table = self.schedule._segments()
+        n = self._ticks
+        return [
+            s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n)
+            for s in segments
+            if s.begin * n < ENDLESS
+        ], table
+
+
+@dataclass(frozen=True)
+class PerEpoch(_Held):
+    """A schedule in epochs, held during each epoch's updates; made by :meth:`Schedule.in_updates`."""
+
+    updates_per_epoch: int
+
+    def _validate(self) -> None:
+        if schedule("schedule", self.schedule).unit != "epoch":
+            raise ValueError(f"only a schedule in epochs can be converted, got one in {self.schedule.unit}s")
+        self._set(updates_per_epoch=count("updates_per_epoch", self.updates_per_epoch), unit="update")
+
+    @property
+    def _ticks(self) -> int:
+        return self.updates_per_epoch
+
+
+@dataclass(frozen=True)
+class InSamples(_Held):
+    """A schedule in epochs or updates, clocked in samples; made by :meth:`Schedule.in_samples`."""
+
+    samples: int
+
+    def _validate(self) -> None:
+        if schedule("schedule", self.schedule).unit == "sample":
+            raise ValueError("the schedule counts samples already; use it as it is")
+        self._set(samples=count("samples", self.samples), unit="sample")
+
+    @property
+    def _ticks(self) -> int:
+        return self.samples

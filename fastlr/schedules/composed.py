@@ -1,4 +1,4 @@
-"""Schedules made from values or from other schedules."""
+"""Schedules made from values, or read from a later clock on; with those that methods of schedules make."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import ClassVar, SupportsFloat
 
 from fastlr import _core
 from fastlr._checks import ENDLESS, count, describe, items, real
-from fastlr.schedules._base import Schedule, Segment, Unit, schedule
+from fastlr.schedules._base import InSamples, Joined, PerEpoch, Scaled, Schedule, Unit, schedule
+from fastlr.schedules._segment import Native, Segment
 
-Native = tuple[list[Segment], list[float]]
+__all__ = ["InSamples", "Joined", "PerEpoch", "Scaled", "Shifted", "Tabulated"]
 
 
 @dataclass(frozen=True, init=False)
@@ -71,110 +72,6 @@ class Tabulated(Schedule):
 
 
 @dataclass(frozen=True)
-class Joined(Schedule):
-    """Schedules one after another, each from its own zero; made by :meth:`Schedule.then`.
-
-    Args:
-        parts: the schedules, all of one unit.
-        starts: the clocks at which the second and later ones begin, ascending.
-    """
-
-    parts: tuple[Schedule, ...]
-    starts: tuple[int, ...]
-
-    def _validate(self) -> None:
-        parts = tuple(schedule("parts", part) for part in items("parts", self.parts))
-        starts = tuple(count("starts", start) for start in items("starts", self.starts))
-        if len(parts) != len(starts) + 1 or not starts:
-            raise ValueError(f"{len(parts)} parts need {len(parts) - 1} starts, got {len(starts)}")
-        for part in parts:
-            if part.unit != self.unit:
-                raise ValueError(
-                    f"joined schedules must share a unit, got {self.unit!r} and {part.unit!r}; "
-                    "convert epochs with in_updates(updates_per_epoch)"
-                )
-        # A part that is itself joined becomes several, so that splitting and joining change nothing.
-        flat: list[tuple[int, Schedule]] = []
-        stops = (*starts, ENDLESS)
-        for start, stop, part in zip((0, *starts), stops, parts, strict=True):
-            if start >= stop:
-                raise ValueError(f"starts must ascend, got {list(starts)}")
-            inner = (
-                zip((0, *part.starts), part.parts, strict=True) if isinstance(part, Joined) else [(0, part)]
-            )
-            flat += [(start + shift, leaf) for shift, leaf in inner if start + shift < stop]
-        self._set(parts=tuple(leaf for _, leaf in flat), starts=tuple(start for start, _ in flat[1:]))
-
-    @property
-    def duration(self) -> int | None:
-        last = self.parts[-1].duration
-        return None if last is None else self.starts[-1] + last
-
-    @property
-    def _last(self) -> int:
-        return min(self.starts[-1] + self.parts[-1]._last, ENDLESS)
-
-    @property
-    def peak(self) -> float:
-        return max(part.peak for part in self.parts)
-
-    def _segments(self) -> Native:
-        segments: list[Segment] = []
-        table: list[float] = []
-        bounds = (0, *self.starts, ENDLESS)
-        for part, start, stop in zip(self.parts, bounds[:-1], bounds[1:], strict=True):
-            inner, values = part._segments()
-            segments += [
-                s._replace(
-                    begin=s.begin + start,
-                    origin=s.origin + start,
-                    table_begin=s.table_begin + len(table),
-                )
-                for s in inner
-                if s.begin + start < stop
-            ]
-            table += values
-        return segments, table
-
-
-@dataclass(frozen=True)
-class Scaled(Schedule):
-    """A schedule multiplied by a factor >= 0; made by ``schedule * factor``.
-
-    >>> from fastlr import Constant
-    >>> (2.0 * Constant(0.1))(0)
-    0.2
-    """
-
-    schedule: Schedule
-    factor: float
-
-    def _validate(self) -> None:
-        factor = real("factor", self.factor)
-        inner = schedule("schedule", self.schedule)
-        if isinstance(inner, Scaled):
-            factor = real("factor", factor * inner.factor)
-            inner = inner.schedule
-        self._set(schedule=inner, factor=factor, unit=inner.unit)
-
-    @property
-    def duration(self) -> int | None:
-        return self.schedule.duration
-
-    @property
-    def _last(self) -> int:
-        return self.schedule._last
-
-    @property
-    def peak(self) -> float:
-        return self.schedule.peak * self.factor
-
-    def _segments(self) -> Native:
-        segments, table = self.schedule._segments()
-        return [s._replace(factor=s.factor * self.factor) for s in segments], table
-
-
-@dataclass(frozen=True)
 class Shifted(Schedule):
     """A schedule read ``by`` clock units further on: its value at clock t is the schedule's at t + by.
 
@@ -222,69 +119,3 @@ class Shifted(Schedule):
         return [
             s._replace(begin=max(s.begin - self.by, 0), origin=s.origin - self.by) for s in segments[first:]
         ], table
-
-
-@dataclass(frozen=True)
-class _Held(Schedule):
-    """A schedule in a coarser unit, each of its values held for several units of a finer clock."""
-
-    schedule: Schedule
-
-    @property
-    def _ticks(self) -> int:
-        """Units of this clock to one of the schedule's."""
-        raise NotImplementedError
-
-    @property
-    def duration(self) -> int | None:
-        last = self.schedule.duration
-        return None if last is None else last * self._ticks
-
-    @property
-    def _last(self) -> int:
-        return min((self.schedule._last + 1) * self._ticks - 1, ENDLESS)
-
-    @property
-    def peak(self) -> float:
-        return self.schedule.peak
-
-    def _segments(self) -> Native:
-        segments, table = self.schedule._segments()
-        n = self._ticks
-        return [
-            s._replace(begin=s.begin * n, origin=s.origin * n, tick=s.tick * n)
-            for s in segments
-            if s.begin * n < ENDLESS
-        ], table
-
-
-@dataclass(frozen=True)
-class PerEpoch(_Held):
-    """A schedule in epochs, held during each epoch's updates; made by :meth:`Schedule.in_updates`."""
-
-    updates_per_epoch: int
-
-    def _validate(self) -> None:
-        if schedule("schedule", self.schedule).unit != "epoch":
-            raise ValueError(f"only a schedule in epochs can be converted, got one in {self.schedule.unit}s")
-        self._set(updates_per_epoch=count("updates_per_epoch", self.updates_per_epoch), unit="update")
-
-    @property
-    def _ticks(self) -> int:
-        return self.updates_per_epoch
-
-
-@dataclass(frozen=True)
-class InSamples(_Held):
-    """A schedule in epochs or updates, clocked in samples; made by :meth:`Schedule.in_samples`."""
-
-    samples: int
-
-    def _validate(self) -> None:
-        if schedule("schedule", self.schedule).unit == "sample":
-            raise ValueError("the schedule counts samples already; use it as it is")
-        self._set(samples=count("samples", self.samples), unit="sample")
-
-    @property
-    def _ticks(self) -> int:
-        return self.samples

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, SupportsFloat
 
 from fastlr import _core
 from fastlr._checks import choice, count, flag, real
-from fastlr.schedules._base import Schedule, Segment
+from fastlr.schedules._base import Schedule
+from fastlr.schedules._segment import Native, Segment
 
 Interpolation = Literal["linear", "geometric", "parabolic", "sinusoidal"]
 AnnealStrategy = Literal["cos", "linear"]
@@ -85,7 +86,7 @@ class Triangular(Schedule):
     def peak(self) -> float:
         return self.max
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [
             Segment(
                 _core.Curve.CYCLE,
@@ -254,7 +255,7 @@ class OneCycle(_OneCycleBase):
         initial = self.max_lr / self.div_factor
         return max(self.max_lr, initial, initial / self.final_div_factor)
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         initial = self.max_lr / self.div_factor
         levels = [initial, self.max_lr, initial / self.final_div_factor]
         if self.three_phase:
@@ -279,6 +280,8 @@ class OneCycleMomentum(_OneCycleBase):
     anneal_strategy: AnnealStrategy = "cos"
     three_phase: bool = False
 
+    quantity: ClassVar[str] = "momentum"
+
     def _validate(self) -> None:
         self._validate_phases(self.total_steps, self.pct_start, self.anneal_strategy, self.three_phase)
         low, high = (
@@ -297,7 +300,7 @@ class OneCycleMomentum(_OneCycleBase):
     def peak(self) -> float:
         return self.max_momentum
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         levels = [self.max_momentum, self.base_momentum, self.max_momentum]
         if self.three_phase:
             levels.append(self.max_momentum)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fastlr import _core
 from fastlr._checks import ENDLESS, count, items, real
-from fastlr.schedules._base import Schedule, Segment
+from fastlr.schedules._base import Schedule
+from fastlr.schedules._segment import Native, Segment
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Constant(Schedule):
     def peak(self) -> float:
         return self.value
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [Segment(_core.Curve.CONSTANT, start=self.value)], []
 
 
@@ -71,7 +72,7 @@ class LinearRamp(_Ramp):
     [0.0, 0.25, 0.5, 0.75, 1.0]
     """
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [
             Segment(_core.Curve.LINE, self.start, self.end, span=float(self.steps)),
             Segment(_core.Curve.CONSTANT, self.end, begin=self.steps),
@@ -96,7 +97,7 @@ class Cosine(_Ramp):
         Loshchilov and Hutter, SGDR, arXiv 1608.03983.
     """
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [
             Segment(_core.Curve.COSINE, self.start, self.end, span=float(self.steps), limit=self.steps)
         ], []
@@ -122,7 +123,7 @@ class Polynomial(_Ramp):
         super()._validate()
         self._set(power=real("power", self.power, above=True))
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [
             Segment(
                 _core.Curve.POLYNOMIAL,
@@ -172,7 +173,7 @@ class CosineWarmRestarts(Schedule):
     def peak(self) -> float:
         return max(self.start, self.end)
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [
             Segment(
                 _core.Curve.RESTARTS,
@@ -206,7 +207,7 @@ class Exponential(Schedule):
     def peak(self) -> float:
         return self.start if self.gamma <= 1.0 or self.start == 0.0 else math.inf
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [Segment(_core.Curve.EXPONENTIAL, self.start, gamma=self.gamma)], []
 
 
@@ -232,7 +233,7 @@ class TimeBased(Schedule):
     def peak(self) -> float:
         return self.start
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [Segment(_core.Curve.TIME_BASED, self.start, gamma=self.decay)], []
 
 
@@ -265,7 +266,7 @@ class StepDecay(Schedule):
     def peak(self) -> float:
         return self.start if self.gamma <= 1.0 or self.start == 0.0 else math.inf
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         return [Segment(_core.Curve.EXPONENTIAL, self.start, gamma=self.gamma, period=self.every)], []
 
 
@@ -301,7 +302,7 @@ class MultiStep(Schedule):
     def peak(self) -> float:
         return self.start and self.start * max(1.0, self.gamma ** len(self.milestones))
 
-    def _segments(self) -> tuple[list[Segment], list[float]]:
+    def _segments(self) -> Native:
         counts = {0: 0} | {milestone: k for k, milestone in enumerate(self.milestones, 1)}
         return [
             Segment(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlr.optim._runtime import Runtime
+from fastlr._runtime import Runtime
 
 STREAM = 7  # the default stream cannot capture
 

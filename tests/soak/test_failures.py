@@ -12,7 +12,7 @@ from helpers import parameters
 from native import toolchain
 
 import fastlr
-from fastlr.optim._runtime import Runtime
+from fastlr._runtime import Runtime
 from soak.test_interrupts import Subject, measuring, same, scaled_step, step
 
 try:

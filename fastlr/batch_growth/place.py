@@ -1,0 +1,144 @@
+"""Where a run stands: the loader's place in the plan and the bound optimizer's clock, moved as one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from fastlr.batch_growth.batch import Batch
+from fastlr.batch_growth.plan import BatchPlan
+from fastlr.batch_growth.updates import Update
+from fastlr.optim import FusedOptimizer
+
+
+class UnderWay(Protocol):
+    """An epoch that a loader is in."""
+
+    index: int
+    left: int | None
+
+
+class _Move(NamedTuple):
+    """What completing an update changes: noted before the optimizer's clock moves, taken up after it."""
+
+    start: int  # of the next update
+    epoch: int  # to be gone through next, or under way
+    clock: int  # the optimizer's samples clock, when it has moved
+
+
+# NOTE: [two clocks, one move]
+# The optimizer's step moves its samples clock itself, together with everything else, and this place
+# follows in a hook. Ctrl-C between the two, where it is seen when it came during the update, must not
+# leave them apart: a checkpoint written then would repeat the update. So it is noted where the run is
+# going to stand before the optimizer moves, and whoever asks next sees by the optimizer's clock that it
+# has. Assignments in a row are safe: Ctrl-C is seen at calls and loops only.
+
+
+class Place:
+    """A place in a plan, always at the beginning of an update.
+
+    Attributes:
+        plan: as it has grown.
+        samples: before the first update that is not completed.
+        next_epoch: to be gone through next, or under way.
+        epoch: that is under way.
+        given: what the training loop has at present.
+    """
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+        self._optimizer: FusedOptimizer | None = None
+        self._hooks: list[Any] = []
+        self.stand(plan._updates.next_start(0), 0)
+
+    def stand(self, samples: int, epoch: int) -> None:
+        """Stands at the beginning of an update, with nothing under way."""
+        self.samples, self.next_epoch = samples, epoch
+        self.epoch: UnderWay | None = None
+        self.given: tuple[Batch, Update] | None = None
+        self._move: _Move | None = None  # that has begun
+
+    @property
+    def bound(self) -> bool:
+        """Whether an optimizer moves with this place."""
+        return self._optimizer is not None
+
+    def bind(self, optimizer: FusedOptimizer) -> None:
+        """Moves an optimizer's samples clock from now on, in place of another's."""
+        self.catch_up()
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if 0 < self.samples == self.plan._updates.next_start(0) and optimizer.clock().samples == 0:
+            optimizer.advance_samples(self.samples)  # what is left out before the first update
+
+    def _before_step(self, *_: Any) -> None:
+        self.catch_up()
+        if self.given is None or self._optimizer is None:
+            return
+        if not self.given[0].ends_update:
+            raise RuntimeError(
+                f"optimizer.step() in the middle of the update at sample {self.samples:,}: step only where "
+                "batch.ends_update is True"
+            )
+        start = self.start_after(self.given[1])
+        self._begin_move(start)
+        self._optimizer._samples_of_step = start - self.samples
+
+    def _after_step(self, *_: Any) -> None:
+        self._end_move()
+
+    def complete(self) -> None:
+        """Counts the update whose last micro-batch the training loop has, if it has one."""
+        self.catch_up()
+        if self.given is not None and self.given[0].ends_update:
+            self.move_to(self.start_after(self.given[1]))
+
+    def start_after(self, update: Update) -> int:
+        """Where the next update begins; unlike ``update``, the plan may have grown since."""
+        return self.plan._updates.next_start(update.start + update.size)
+
+    def move_to(self, start: int) -> None:
+        """Stands before the update that begins at ``start``, samples that are left out behind it."""
+        self._begin_move(start)
+        if self._optimizer is not None:
+            self._optimizer.advance_samples(start - self.samples)
+        self._end_move()
+
+    def _begin_move(self, start: int) -> None:
+        epoch, clock = self.next_epoch, 0
+        if self.epoch is not None:
+            epoch = min(start // self.plan.dataset_size, self.epoch.index + 1)
+        if self._optimizer is not None:
+            clock = self._optimizer.clock().samples + start - self.samples
+        self._move = _Move(start, epoch, clock)
+
+    def _end_move(self) -> None:
+        if self._move is None:
+            return
+        self.samples, self.next_epoch, _ = self._move
+        self.given = self._move = None
+
+    def catch_up(self) -> None:
+        """Follows the optimizer where Ctrl-C has kept this place from it."""
+        if self._move is None or self._optimizer is None:
+            return
+        if self._optimizer.clock().samples == self._move.clock:
+            self._end_move()
+        self._move = None
+
+    def check_clock(self) -> None:
+        """Raises RuntimeError where the bound optimizer's schedules stand elsewhere."""
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            for name in ("lr", "momentum"):
+                schedule = group[f"{name}_schedule"]
+                clock = group["samples"] - group[f"{name}_start"]
+                if schedule is not None and schedule.unit == "sample" and clock != self.samples:
+                    raise RuntimeError(
+                        f"the optimizer's {name} schedule stands at sample {clock:,}, the loader at "
+                        f"{self.samples:,}; load the state of both from the same checkpoint, and put a "
+                        'schedule in place in mid-run with set_schedule(..., start="zero")'
+                    )

@@ -1,0 +1,65 @@
+"""What all pictures share: their look, and how they are saved."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from fastlr._checks import describe, file_name
+from fastlr._files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+# Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#6b7280"
+
+
+def require(name: str, value: object, attribute: str, kind: str) -> None:
+    """Raises TypeError where a value is not what a picture shows, told by an attribute."""
+    if isinstance(value, type) or not hasattr(value, attribute):
+        raise TypeError(f"{name} must be {kind}, got {describe(value)}")
+
+
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
+    """A figure and its axes, one above the other over a shared x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.grid(True, color="#e5e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(color=GREY)
+    return (figure, *panels)
+
+
+def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        save(figure, path, bbox_inches="tight")
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Saves a picture in the format of the suffix, whole or not at all.
+
+    Args:
+        figure: what to save.
+        path: of the file; without a suffix it gets that of matplotlib's usual format, as from ``savefig()``.
+        options: of ``savefig()``.
+    """
+    from matplotlib import rcParams
+
+    name = file_name("path", path)
+    suffix = os.path.splitext(name)[1]
+    if suffix in ("", "."):
+        name, suffix = f"{name.rstrip('.')}.{rcParams['savefig.format']}", rcParams["savefig.format"]
+    with replacing(name, "wb") as file:
+        figure.savefig(file, format=suffix.lstrip(".").lower(), **options)

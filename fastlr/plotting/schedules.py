@@ -1,0 +1,91 @@
+"""Schedules over their clock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastlr._checks import count
+from fastlr.plotting.figure import COLORS, Array, new_figure, require, saved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ScheduleCurve(Protocol):
+    """What a picture of a schedule shows."""
+
+    @property
+    def unit(self) -> str:
+        """What the clock counts."""
+
+    @property
+    def quantity(self) -> str:
+        """What the values are."""
+
+    @property
+    def duration(self) -> int | None:
+        """How many clock units it lasts; None: it has no end."""
+
+    @property
+    def last(self) -> int | None:
+        """The clock at which the last new value is reached; None: it has no end."""
+
+    def values(self, start: int, stop: int) -> Array:
+        """The values at ``start, start + 1, ..., stop - 1``."""
+
+
+def plot_schedules(
+    schedules: Mapping[str, ScheduleCurve],
+    steps: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draws schedules over their clock, one line each.
+
+    Args:
+        schedules: name of each line and its schedule; all of one unit.
+        steps: clock units to draw, >= 1; None: up to where the last of them ends. A line ends with its
+            schedule.
+        path: where to save the picture, in the format of the suffix; None: it is not saved.
+
+    Raises:
+        ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
+        TypeError: an argument is of the wrong kind.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if not isinstance(schedules, Mapping):
+        raise TypeError(f"schedules must be a dict of names and schedules, got {type(schedules).__name__}")
+    for name, schedule in schedules.items():
+        require(repr(name), schedule, "duration", "a fastlr schedule")
+    units = {schedule.unit for schedule in schedules.values()}
+    if len(units) != 1:
+        raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
+    if steps is None:
+        ends = [s.duration for s in schedules.values() if s.duration is not None]
+        if not ends:
+            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
+        steps = max(ends) + 1
+    steps = count("steps", steps)
+
+    figure, axes = new_figure(7.2, 3.6)
+    for i, (name, schedule) in enumerate(schedules.items()):
+        values = schedule.values(0, steps if schedule.last is None else min(steps, schedule.last + 1))
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": name, "linewidth": 1.8}
+        if len(values) <= 60:  # few enough to show that the value is constant during an update
+            axes.stairs(values, baseline=None, **style)
+        else:
+            axes.plot(values, **style)
+    axes.set_xlabel(f"{units.pop()}s")
+    quantities = {schedule.quantity for schedule in schedules.values()}
+    axes.set_ylabel(quantities.pop() if len(quantities) == 1 else "learning rate")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    if len(schedules) > 1:
+        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(schedules), 4))
+    else:
+        axes.set_title(next(iter(schedules)), loc="left")
+    return saved(figure, path)
