@@ -336,6 +336,7 @@ void Gathering::check_gradient_memory(const Place& place, const Parameter& param
 void Gathering::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
+  Owned held = Owned::borrow(tensor);  // a getter of gradients may be anybody's code
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
@@ -431,7 +432,7 @@ void Gathering::gather(const Place& place, size_t position) {
         {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
   }
   tensors_.push_back(ref);
-  parameters_read_.push_back(Owned::borrow(tensor));
+  parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
 }
 
@@ -537,8 +538,17 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
-    const Py_ssize_t size = PyList_GET_SIZE(PyDict_GetItemWithError(group, names().params));
-    for (Py_ssize_t j = 0; j < size; ++j, ++position) gather({group, i, j}, position);
+    PyObject* const params = PyDict_GetItemWithError(group, names().params);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
+      if (position == parameters_.size() ||
+          parameters_[position].tensor != PyList_GET_ITEM(params, j)) {
+        break;
+      }
+      gather({group, i, j}, position);
+    }
+  }
+  if (position != parameters_.size()) {
+    throw std::runtime_error("the parameter groups have changed during the step");
   }
 }
 
