@@ -104,6 +104,30 @@ def locked():
     return values
 
 
+def of_tensor():
+    return torch.zeros(3).numpy()
+
+
+def windows():
+    """Read-only, over an array that is not."""
+    return np.lib.stride_tricks.sliding_window_view(np.zeros(5), 3)
+
+
+def write_under(values):
+    under = values
+    while not under.flags.writeable:
+        under = under.base if isinstance(under.base, np.ndarray) else under.base.base
+    under += 1
+
+
+class Interface:
+    """An array for NumPy, whose memory is a tensor's."""
+
+    def __init__(self):
+        self.tensor = torch.zeros(3)
+        self.__array_interface__ = self.tensor.numpy().__array_interface__
+
+
 def write_locked(values):
     values.flags.writeable = True
     values += 1
@@ -199,6 +223,23 @@ HIDDEN = {
     "array, reshaped": (lambda: np.arange(6)[:], lambda s: setattr(s, "shape", (2, s.size // 2))),
     "array, read-only but written": (locked, write_locked),
     "array that nobody can write": (lambda: np.frombuffer(b"abcd", np.uint8), unused),
+    "array of a tensor": (of_tensor, lambda s: s.__iadd__(1)),
+    "array of a shared tensor": (
+        lambda: torch.zeros(3).share_memory_().numpy(),
+        lambda s: s.__iadd__(1),
+    ),
+    "array by DLPack": (lambda: np.from_dlpack(torch.zeros(3)), lambda s: s.__iadd__(1)),
+    "array by its interface": (lambda: np.asarray(Interface()), lambda s: s.__iadd__(1)),
+    "array with strides": (
+        lambda: np.lib.stride_tricks.as_strided(np.zeros(6), (3, 2), (16, 8)),
+        lambda s: s.__iadd__(1),
+    ),
+    "array of windows": (windows, write_under),
+    "array, repeated": (lambda: np.broadcast_to(np.zeros(1), 3), write_under),
+    "array of another type": (
+        lambda: np.zeros(2),
+        lambda s: setattr(s, "dtype", np.int64 if s.dtype == np.float64 else np.float64),
+    ),
     "array, in Fortran's order": (lambda: np.ones((2, 3), order="F"), lambda s: s.fill(2.0)),
     "array of objects": (lambda: np.array([[1], Plain(n=1)], dtype=object), lambda s: change(s[1], n=2)),
     "tensor": (lambda: torch.zeros(3), lambda s: s.add_(1)),

@@ -209,21 +209,39 @@ def keep_items(thing: Any, base: Any) -> tuple[Iterable[Any], Undo]:
     return contents, undo
 
 
+def is_locked(values: np.ndarray[Any, Any]) -> bool:
+    """Whether nobody can write to it, other than through what it is a view of."""
+    if values.flags.writeable:
+        return False
+    try:
+        values.flags.writeable = True
+    except ValueError:
+        return True
+    values.flags.writeable = False
+    return False
+
+
 def keep_array(values: np.ndarray[Any, Any]) -> Undo:
+    """Of an array that is not locked."""
     before, writeable = values.copy(order="K"), values.flags.writeable
+    # One that owns its memory can be made writeable again. Another may be the only way to its memory, such as
+    # one of a tensor's; a view from when it was writeable remains so.
+    owns = values.flags.owndata or not writeable
+    view = values if owns else np.ndarray.view(values, np.ndarray)
 
     def undo() -> None:
+        if values.dtype != before.dtype:
+            values.dtype = before.dtype  # type: ignore[misc]
         if values.shape != before.shape:
             if values.size == before.size:
                 values.shape = before.shape
             else:
                 values.resize(before.shape, refcheck=False)
-        try:
-            values.flags.writeable = True
-        except ValueError:
-            return  # nobody else can write to it either
-        np.copyto(values, before)
-        values.flags.writeable = writeable
+        if not view.flags.writeable:
+            view.flags.writeable = True
+        np.copyto(view, before)
+        if values.flags.writeable != writeable:
+            values.flags.writeable = writeable
 
     return undo
 

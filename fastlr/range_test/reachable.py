@@ -37,6 +37,7 @@ from fastlr.range_test.keeping import (
     attributes_of,
     checksum,
     empty_slot,
+    is_locked,
     is_mapped,
     keep_array,
     keep_dict,
@@ -334,13 +335,15 @@ class Reachable:
     def _array(self, values: np.ndarray[Any, Any], path: Path) -> None:
         if is_mapped(values):
             return  # a file, and as far away as those
-        if self._affords("data", values.nbytes):
+        if is_locked(values):
+            self._meet(values.base, path, ".base")
+        elif self._affords("data", values.nbytes):
             self.undo.append((path, keep_array(values)))
             if values.dtype == object:
                 self._meet_all(enumerate(values.flat), path, ".flat[{}]")
         elif values.dtype.hasobject:
             self.beyond.append(path)
-        elif values.flags.writeable:
+        else:
             before = checksum(values)
             self.watched.append((path, lambda: checksum(values) == before))
 
