@@ -9,6 +9,7 @@ import ctypes
 import functools
 import io
 import itertools
+import mmap
 import multiprocessing
 import random
 import threading
@@ -214,9 +215,28 @@ HIDDEN = {
     "weak references": (weak, use_weak),
     "partial": (lambda: functools.partial(print, [1]), lambda s: s.args[0].append(2)),
     "bound method": (lambda: Plain(n=1).method, lambda s: change(s.__self__, n=2)),
+    "native bound method": (lambda: random.Random(1).random, lambda s: s()),
+    "bound method of a list": (lambda: [].append, lambda s: s(1)),
+    "bound method of a generator": (
+        lambda: torch.Generator().manual_seed,
+        lambda s: s(3 + s.__self__.initial_seed()),
+    ),
+    "special method of a list": (lambda: [].__iadd__, lambda s: s([1])),
+    "staticmethod": (lambda: staticmethod([].append), lambda s: s(1)),
+    "classmethod": (lambda: classmethod([].append), lambda s: s.__func__(1)),
+    "property": (lambda: property(random.Random(1).random), lambda s: s.fget()),
+    "slice": (lambda: slice([1], None), lambda s: s.start.append(2)),
+    "exception": (lambda: ValueError([1]), lambda s: s.args[0].append(2)),
+    "mappingproxy": (lambda: types.MappingProxyType({1: [2]}), lambda s: s[1].append(3)),
+    "values of a dict": (lambda: {1: [2]}.values(), lambda s: next(iter(s)).append(3)),
+    "memoryview": (lambda: memoryview(bytearray(3)), lambda s: s.__setitem__(0, s[0] + 1)),
+    "pointer": (lambda: ctypes.pointer(ctypes.c_int(1)), lambda s: setattr(s.contents, "value", 2)),
+    "mmap": (lambda: mmap.mmap(-1, 16), lambda s: s.read(3)),
+    "storage": (lambda: torch.zeros(3).untyped_storage(), lambda s: s.fill_(s[0] + 1)),
     "BytesIO": (lambda: io.BytesIO(b"abc"), lambda s: s.write(b"xyzuvw")),
     "StringIO": (lambda: io.StringIO("abc"), lambda s: s.write("xyzuvw")),
     "file": (text_file, lambda s: s.read(7)),
+    "file, read by lines": (text_file, lambda s: next(s)),
     "array": (lambda: np.arange(3), lambda s: np.add(s, 1, out=s)),
     "array, resized": (lambda: np.arange(3), lambda s: s.resize(s.size + 4, refcheck=False)),
     "array, made read-only": (lambda: np.arange(3), lambda s: s.setflags(write=False)),
@@ -435,6 +455,19 @@ def test_loaders_that_a_model_holds_are_put_back_once_and_not_between_repeats():
     job.range_test(repeats=3)
     assert epochs == sorted(set(epochs))  # each pass is another one
     assert "epoch" not in vars(inner.batch_sampler.sampler)
+
+
+def test_the_global_generators_go_on_between_repeats_whoever_holds_them():
+    job, drawn = Job(), []
+    job.model.holds = [random.random, random.shuffle, np.random.rand, torch.default_generator]
+    generators = (random.random, np.random.rand, lambda: float(torch.rand(())))
+    job.model.register_forward_pre_hook(
+        lambda module, args: drawn.append([draw() for draw in generators]) if module.training else None
+    )
+    before = random.getstate()
+    job.range_test(repeats=2)
+    assert all(len(set(numbers)) == 16 for numbers in zip(*drawn, strict=True))
+    assert random.getstate() == before
 
 
 class Counted(list):

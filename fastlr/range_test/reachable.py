@@ -1,8 +1,9 @@
 """What can be reached from some objects, and how to put all of it back as it was.
 
-The walk follows attributes, slots, containers, the objects of bound methods and of partial functions. It
-stops at what cannot change (numbers, strings, functions, classes) and at what is no state of training and
-must not be wound back: modules, loggers, threads, processes, locks, sockets, and PyTorch's own machinery.
+The walk follows attributes, slots, containers, and what only leads to others: views, bound methods, also
+those of native types, partial functions and the like. It stops at what cannot change (numbers, strings,
+functions, classes) and at what is no state of training and must not be wound back: modules, loggers, threads,
+processes, locks, sockets, and PyTorch's own machinery.
 Objects are put back in place: the same dict with the entries of before, in their order.
 """
 
@@ -14,8 +15,10 @@ import copy
 import ctypes
 import enum
 import functools
+import gc
 import io
 import logging
+import mmap
 import random
 import sys
 import threading
@@ -58,13 +61,17 @@ LIMIT = 2**28
 _OVERHEAD = 1024
 
 _ATOMS = frozenset(
-    {int, float, complex, bool, str, bytes, range, slice, type(None), type(Ellipsis), torch.dtype}
-    | {torch.device, torch.Size, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type}
+    {int, float, complex, bool, str, bytes, range, type(None), type(Ellipsis), torch.dtype}
+    | {torch.device, torch.Size, types.FunctionType, types.ModuleType, type}
 )
 _INERT = (
-    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType),
+    *(type, types.ModuleType, types.FunctionType, types.CodeType),
     *(enum.Enum, functools._lru_cache_wrapper, np.generic, np.dtype),
     *(logging.Filterer, threading.Thread, BaseProcess),
+)
+# Whoever runs the test puts these back, at the end; between repeats they go on.
+_GLOBAL_GENERATORS = frozenset(
+    map(id, (random.random.__self__, np.random.rand.__self__, torch.default_generator))  # type: ignore[attr-defined]
 )
 # With the attribute that is None when they are done.
 _IN_FLIGHT: dict[type, str] = {
@@ -81,7 +88,29 @@ _CONTAINERS: dict[type, int] = {
     array.array: 8,
     bytearray: 1,
 }
-_CTYPES: tuple[type, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
+_CTYPES: tuple[type, ...] = (
+    ctypes._SimpleCData,
+    ctypes.Array,
+    ctypes.Structure,
+    ctypes.Union,
+    ctypes._Pointer,
+)
+# Objects that cannot change and lead to others, with the attributes that do.
+_LINKS: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__self__",),
+    types.BuiltinMethodType: ("__self__",),
+    types.MethodWrapperType: ("__self__",),
+    functools.partial: ("func", "args", "keywords"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset", "fdel"),
+    slice: ("start", "stop", "step"),
+    memoryview: ("obj",),
+    BaseException: ("args", "__cause__", "__context__"),
+    np.random.Generator: ("bit_generator",),
+}
+# The same without attributes: what they show is found by the garbage collector's means.
+_VIEWS = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 
 # Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
 # their attributes, such as whether they have been set up; or they run the training that the test is called
@@ -158,6 +187,8 @@ class Reachable:
     def _meet(self, thing: object, parent: Path, step: str) -> None:
         if _is_constant(thing) or id(thing) in self.seen or id(thing) in self._others:
             return
+        if id(thing) in _GLOBAL_GENERATORS:
+            return
         path = Path(parent, step) if step else parent
         self.seen[id(thing)] = thing
         self._queue.append((path, thing))
@@ -196,6 +227,8 @@ class Reachable:
         elif issubclass(kind, np.ndarray):
             self._array(thing, path)
             self._attributes(thing, path, kind)
+        elif issubclass(kind, torch.UntypedStorage):
+            self._tensor(torch.empty(0, dtype=torch.uint8, device=thing.device).set_(thing), path)
         elif issubclass(kind, io.IOBase):
             self._file(thing, path, kind)
         else:
@@ -249,11 +282,12 @@ class Reachable:
                 f"{path} is a {kind.__name__} in the middle of its work, which cannot be put back; make it "
                 "where it is used, or set it to None for the test"
             )
-        if issubclass(kind, types.MethodType):
-            self._meet(thing.__self__, path, ".__self__")
-        elif issubclass(kind, functools.partial):
-            for name in ("func", "args", "keywords"):
+        if issubclass(kind, tuple(_LINKS)):
+            for name in next(_LINKS[base] for base in _LINKS if issubclass(kind, base)):
                 self._meet(getattr(thing, name), path, f".{name}")
+        elif issubclass(kind, _VIEWS):
+            for held in gc.get_referents(thing):
+                self._meet(held, path, "")
         elif issubclass(kind, random.Random):
             if not issubclass(kind, random.SystemRandom):
                 self.undo.append((path, functools.partial(thing.setstate, thing.getstate())))
@@ -261,8 +295,6 @@ class Reachable:
             self.undo.append((path, functools.partial(thing.set_state, thing.get_state())))
         elif issubclass(kind, np.random.RandomState):
             self.undo.append((path, functools.partial(thing.set_state, thing.get_state(legacy=False))))
-        elif issubclass(kind, np.random.Generator):
-            self._meet(thing.bit_generator, path, ".bit_generator")
         elif issubclass(kind, np.random.BitGenerator):
             state = copy.deepcopy(thing.state)
             self.undo.append((path, functools.partial(setattr, thing, "state", state)))
@@ -273,6 +305,10 @@ class Reachable:
         elif issubclass(kind, _CTYPES):
             content, address = bytes(thing), ctypes.addressof(thing)
             self.undo.append((path, lambda: ctypes.memmove(address, content, len(content))))
+            self._meet(thing._objects, path, "._objects")
+        elif issubclass(kind, mmap.mmap):
+            if not thing.closed:
+                self.undo.append((path, functools.partial(thing.seek, thing.tell())))
         else:
             return False
         return True
@@ -328,7 +364,7 @@ class Reachable:
                 f"{path} is a file without a position to go back to; open it where it is read, or set it to "
                 "None for the test"
             )
-        self.undo.append((path, lambda: file.tell() == position or file.seek(position)))
+        self.undo.append((path, functools.partial(file.seek, position)))  # next(file) rules out tell()
 
     # -- NumPy's and PyTorch's -----------------------------------------------------------------------
 

@@ -66,8 +66,9 @@ def range_test(
     containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
     What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
     Out of reach are the variables of functions and classes, the object of a bound method that is passed as
-    loss_fn, step_fn or metric, the contents of files, other processes, threads and locks, and what native
-    code keeps to itself.
+    loss_fn, step_fn or metric, the contents of files (also of those mapped into memory) and of memory that
+    processes share, context variables and those of a thread, other processes, threads and locks, and what
+    native code keeps to itself, such as a ``SimpleQueue``, an ``lru_cache``, a hash or a data base.
 
     Of the tensors and arrays that the loaders hold, 256 MiB are copied at most, the nearest first. Those that
     do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
