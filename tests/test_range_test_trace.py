@@ -197,7 +197,8 @@ HIDDEN = {
     "defaultdict": (lambda: collections.defaultdict(list), lambda s: s["x"].append(1)),
     "Counter": (lambda: collections.Counter("abc"), lambda s: s.update("a")),
     "UserDict": (lambda: collections.UserDict(a=1), lambda s: s.update(a=2)),
-    "set": (lambda: {"a", "b"}, lambda s: (s.discard("a"), s.add("c"))),
+    "set": (lambda: {1, 2, 3}, lambda s: (s.discard(2), s.add(4))),
+    "set, emptied": (lambda: set(range(0, 90, 3)), lambda s: s.clear()),
     "frozenset of objects": (lambda: frozenset([Plain(n=0)]), lambda s: change(next(iter(s)), n=1)),
     "deque": (lambda: collections.deque([1, 2], maxlen=3), lambda s: (s.popleft(), s.extend([4, 5]))),
     "tuple of lists": (lambda: ([1], ([2],)), lambda s: s[1][0].append(3)),
@@ -468,6 +469,35 @@ def test_the_global_generators_go_on_between_repeats_whoever_holds_them():
     job.range_test(repeats=2)
     assert all(len(set(numbers)) == 16 for numbers in zip(*drawn, strict=True))
     assert random.getstate() == before
+
+
+def popped(pool):
+    """A pool of samples most of which are used up, in a table that has room for all."""
+    pool -= {i for i in range(200) if i % 13}
+    return pool
+
+
+SETS = {
+    "untouched": (lambda: popped(set(range(200))), unused, True),
+    "some more": (lambda: set(range(0, 64, 3)), lambda s: s.update({7, 71}), True),
+    "one less": (lambda: set(range(0, 64, 3)), lambda s: s.discard(9), True),
+    "refilled": (lambda: set(range(0, 64, 3)), lambda s: (s.clear(), s.update(range(900))), True),
+    "enlarged": (lambda: popped(set(range(200))), lambda s: s.update(range(5000)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "use", "in_order"), SETS.values(), ids=SETS.keys())
+def test_the_order_of_a_set_is_as_before_or_the_notes_say_so(make, use, in_order):
+    job = Job(sampler=Hiding({"set": (make, use)}))
+    pool = job.loader.parts[0]["loader"].batch_sampler.sampler.hiding.states[0]
+    before = list(pool)
+    notes = [note for note in job.range_test(repeats=2).notes if "set" in note]
+    assert sorted(pool) == sorted(before)
+    assert (list(pool) == before) == in_order == (not notes)
+    for note in notes:
+        assert note.startswith(
+            "train_loader.parts[0]['loader'].batch_sampler.sampler.hiding.states[0]: changed"
+        )
 
 
 class Counted(list):

@@ -193,18 +193,44 @@ def keep_dict(thing: dict[Any, Any]) -> tuple[dict[Any, Any], Undo]:
 
 
 def keep_items(thing: Any, base: Any) -> tuple[Iterable[Any], Undo]:
-    """Of a list, deque or set, by the methods of that type."""
-    contents = set(set.__iter__(thing)) if base is set else list(base.__iter__(thing))
-    add = set.update if base is set else base.extend
+    """Of a list or deque, by the methods of that type."""
+    contents = list(base.__iter__(thing))
 
     def undo() -> None:
-        if base.__len__(thing) == len(contents):
-            if base is not set and _same(base.__iter__(thing), contents):
-                return
-            if base is set and {id(x) for x in set.__iter__(thing)} == {id(x) for x in contents}:
-                return
+        if base.__len__(thing) == len(contents) and _same(base.__iter__(thing), contents):
+            return
         base.clear(thing)
-        add(thing, contents)
+        base.extend(thing, contents)
+
+    return contents, undo
+
+
+# NOTE: [the order of a set]
+# A set goes through its hash table, and where an item stands there depends on all that was ever added and
+# discarded. No method of a set brings back a table, and none shows where pop() would go on. What was added is
+# discarded, and the rest added, which keeps the order as long as the table was not enlarged; else the set is
+# filled anew. Where neither gives the order of before, that is told.
+
+
+def keep_set(thing: set[Any], reordered: Callable[[], object]) -> tuple[Iterable[Any], Undo]:
+    """Calls ``reordered`` when the items could be put back, but not their order."""
+    contents = list(set.__iter__(thing))
+
+    def as_before() -> bool:
+        return set.__len__(thing) == len(contents) and _same(set.__iter__(thing), contents)
+
+    def undo() -> None:
+        if as_before():
+            return
+        before = set(map(id, contents))
+        set.difference_update(thing, [item for item in set.__iter__(thing) if id(item) not in before])
+        set.update(thing, contents)
+        if as_before():
+            return
+        set.clear(thing)
+        set.update(thing, contents)
+        if not as_before():
+            reordered()
 
     return contents, undo
 

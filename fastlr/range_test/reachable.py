@@ -45,6 +45,7 @@ from fastlr.range_test.keeping import (
     keep_array,
     keep_dict,
     keep_items,
+    keep_set,
     slots_of,
 )
 
@@ -110,7 +111,7 @@ _LINKS: dict[type, tuple[str, ...]] = {
     np.random.Generator: ("bit_generator",),
 }
 # The same without attributes: what they show is found by the garbage collector's means.
-_VIEWS = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 
 # Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
 # their attributes, such as whether they have been set up; or they run the training that the test is called
@@ -146,6 +147,7 @@ class Reachable:
         tensors: the tensors, whose values the caller keeps.
         watched: what is too large to be copied: asks whether it is still as it was.
         beyond: containers that are too large to be copied, or hold too much to be walked.
+        reordered: sets that hold what they held, once that is put back, but in another order.
         loaders: the DataLoaders.
         data: loaders, samplers and data sets that a walk without a limit met; it leaves them to one with.
     """
@@ -156,6 +158,7 @@ class Reachable:
         self.tensors: list[KeptTensor] = []
         self.watched: list[tuple[Path, Callable[[], bool]]] = []
         self.beyond: list[Path] = []
+        self.reordered: list[Path] = []
         self.loaders: list[DataLoader[Any]] = []
         self.data: list[tuple[Path, object]] = []
         self._others = {} if others is None else others
@@ -263,7 +266,10 @@ class Reachable:
             before = base.__getitem__(thing, slice(None))
             self.undo.append((path, functools.partial(base.__setitem__, thing, slice(None), before)))
         else:
-            items, undo = keep_items(thing, base)
+            if base is set:
+                items, undo = keep_set(thing, lambda: self.reordered.append(path))
+            else:
+                items, undo = keep_items(thing, base)
             self.undo.append((path, undo))
             self._meet_all(enumerate(items), path)
         return True

@@ -83,6 +83,17 @@ class Snapshot:
             )
         return remarks
 
+    @property
+    def afterthoughts(self) -> list[str]:
+        """What is worth knowing about how things were put back."""
+        reordered = [path for part in (self._training, self._data) for path in part.reordered]
+        if not reordered:
+            return []
+        return [
+            f"{_listed(reordered)}: changed by the sweep; the items of before are back, but the order in "
+            "which a set gives them is another one"
+        ]
+
     def write(self) -> None:
         """Makes the backup.
 
@@ -146,6 +157,7 @@ class Snapshot:
             for path, unchanged in part.watched:
                 attempt(path, _require_unchanged, unchanged)
         for part in parts:
+            part.reordered.clear()
             for path, undo in part.undo:
                 attempt(path, undo)
         attempt(Place(None, "the backup"), self._load)

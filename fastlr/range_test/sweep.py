@@ -65,6 +65,8 @@ def range_test(
     and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
     containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
     What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
+    A set that the sweep has changed holds its items again, but Python has no way to promise their order:
+    where it is another one the result's notes say so, and ``pop()`` may go on elsewhere in any case.
     Out of reach are the variables of functions and classes, the object of a bound method that is passed as
     loss_fn, step_fn or metric, the contents of files (also of those mapped into memory) and of memory that
     processes share, context variables and those of a thread, other processes, threads and locks, and what
@@ -191,6 +193,8 @@ def range_test(
                     results.append(plan.result(record, measure.name if measure.wanted else None))
 
             snapshot.untouched(sweeps)
+            for afterthought in snapshot.afterthoughts:
+                note(afterthought)
             if any(
                 len(result.losses) and np.array_equal(result.losses, results[0].losses)
                 for result in results[1:]
