@@ -365,6 +365,8 @@ BAD_STATES: dict[str, dict[str, list[Any]]] = {
     "AdaptiveGrowth": {
         "batch_size": [*COUNTED, 0, 25],
         "above": COUNTED,
+        "observations": [*COUNTED, 10**6],
+        "sample": COUNTED,
         "log": [
             None,
             3,
