@@ -192,6 +192,7 @@ GRID = {
     "decay a string": (TypeError, "weight_decay must be a list of values to try, got 'low'", "low"),
     "decay None": (TypeError, "weight_decay must be a list of values to try, got None", None),
     "decay a dict": (TypeError, "weight_decay must be a list", {1e-4: 1}),
+    "a set": (TypeError, "weight_decay must be a list", {1e-4, 1e-3}),
     "a tensor of no dimension": (TypeError, "weight_decay must be a list", torch.tensor(1e-4)),
     "strings": (ValueError, "weight_decay must be a finite number >= 0, got 'low'", ["low"]),
     "complex": (ValueError, "weight_decay must be a finite number >= 0, got 1j", [1j]),

@@ -819,7 +819,7 @@ def test_repeats_that_are_no_repeats_are_said():
 def test_a_ctrl_c_while_everything_is_put_back_waits_until_it_is():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        snapshot._undone(
+        snapshot.undone(
             lambda: done.append(False), lambda: (signal.raise_signal(signal.SIGINT), done.append(True))
         )
     assert done == [False, True]

@@ -200,7 +200,7 @@ class Snapshot:
                 vars(loader)["_iterator"] = None
             work()
 
-        _undone(with_new_workers, self._undo)
+        undone(with_new_workers, self._undo)
 
     def _undo(self) -> None:
         try:
@@ -231,7 +231,7 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _undone(work: Callable[[], object], undo: Callable[[], object]) -> None:
+def undone(work: Callable[[], object], undo: Callable[[], object]) -> None:
     """Does the work and undoes it, whatever happens; a Ctrl-C then waits until that is done.
 
     There is no gap between the two: Ctrl-C is seen at calls only, and none comes between the end of the work
@@ -279,4 +279,4 @@ def same_random_numbers(work: Callable[[], object]) -> None:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
-    _undone(work, put_back)
+    undone(work, put_back)
