@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import pickle
 import random
@@ -999,3 +1000,61 @@ def test_ctrl_c_right_after_an_update_leaves_loader_and_optimizer_at_one_sample(
     assert optimizer.clock() == (1, first.samples)
     assert loader.state_dict()["samples"] == loader.samples == first.samples
     assert next(iter(loader)).position == first.samples
+
+
+# -- range tests -----------------------------------------------------------------------------------------
+
+
+class Bound:
+    """A training by a plan, in which there can be a range test."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(4, 3)
+        self.data = torch.utils.data.TensorDataset(torch.randn(48, 4), torch.randint(3, (48,)))
+        plan = BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=48, epochs=2, lr=0.1, momentum=0.9)
+        self.opt = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr, momentum=plan.momentum)
+        self.loader = GrowingLoader(self.data, plan, 4).bind(self.opt)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.model(batch.data[0]), batch.data[1]) * batch.weight
+
+    def range_test(self, kind: str) -> None:
+        options: dict[str, Any] = {"num_steps": 8, "progress": False}
+        if kind == "DataLoader":
+            options["train_loader"] = DataLoader(self.data, 8, shuffle=True)
+            options["loss_fn"] = torch.nn.functional.cross_entropy
+        else:
+            own = self.loader if kind == "bound" else GrowingLoader(self.data, self.loader.plan)
+            options |= {"step_fn": self.loss, "train_loader": own}
+        assert len(fastlr.range_test(self.model, self.opt, **options).losses) == 8
+
+    def train(self, kind: str | None = None) -> list[Any]:
+        updates = 0
+        if kind is not None:
+            self.range_test(kind)
+        for epoch in self.loader.epochs():
+            for batch in epoch:
+                self.loss(batch).backward()
+                if batch.ends_update:
+                    self.opt.step()
+                    self.opt.zero_grad()
+                    updates += 1
+                    if kind not in (None, "bound") and updates % 5 == 0:
+                        self.range_test(kind)
+        weights = [p.tolist() for p in self.model.parameters()]
+        return [weights, tuple(self.opt.clock()), self.loader.state_dict(), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "GrowingLoader", "bound"])
+def test_a_range_test_of_a_bound_optimizer_leaves_no_trace(kind: str) -> None:
+    assert Bound().train(kind) == Bound().train()
+
+
+def test_a_bound_optimizer_and_its_loader_are_copied_after_an_epoch() -> None:
+    run = Bound()
+    list(next(run.loader.epochs()))
+    loader, opt = copy.deepcopy((run.loader, run.opt))
+    assert pickle.loads(pickle.dumps(loader)).state_dict() == loader.state_dict() == run.loader.state_dict()
+    assert opt.clock() == run.opt.clock()
+    assert loader._optimizer is opt
