@@ -717,6 +717,40 @@ def test_what_is_in_flight_is_refused_by_name_before_the_sweep(place, make, mess
     assert job.model.calls == 0
 
 
+class Measure:
+    def __init__(self):
+        self.calls, self.values = 0, torch.zeros(2)
+
+    def __call__(self, *arguments, **named):
+        self.calls += 1
+        self.values += 1
+        return 0.0
+
+    def method(self, *arguments):
+        return self(*arguments)
+
+
+def first_of(measure, *arguments, other=None):
+    measure(*arguments)
+    return other(*arguments) if other is not None else 0.0
+
+
+def test_what_a_partial_function_is_made_of_is_put_back():
+    job = Job()
+    parts = [Measure() for _ in range(3)]
+    criterion = functools.partial(functools.partial(job.criterion))
+    metric = functools.partial(functools.partial(first_of, parts[0]), other=functools.partial(parts[1]))
+    before = [job.fingerprint(), fingerprint(parts=parts)]
+    given = (job.model, job.optimizer, criterion, job.loader, job.val_loader)
+    fastlr.range_test(*given, metric=metric, num_steps=4, val_every=1, progress=False)
+    after = [job.fingerprint(), fingerprint(parts=parts)]
+    assert [differences(*pair) for pair in zip(before, after, strict=True)] == [[], []]
+    # The object of a method is whoever tests, and remembers.
+    metric = functools.partial(first_of, parts[0].method, other=parts[1].method)
+    fastlr.range_test(*given, metric=metric, num_steps=4, val_every=1, progress=False)
+    assert parts[0].calls == parts[1].calls > 0
+
+
 class Unreadable(random.Random):
     def getstate(self):
         raise OSError("no state")

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,9 @@ def range_test(
 
     Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: whatever can be
     reached from the model, the optimizer, the GradScaler, the loaders (their samplers, data sets, generators,
-    and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
-    containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
+    and what they wrap) and a loss_fn, step_fn or metric that is an object, or a ``functools.partial`` that
+    holds some, through attributes, slots and containers; and the random numbers of Python, NumPy, torch and
+    CUDA. The objects are those of before, too.
     What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
     A set that the sweep has changed holds its items again, but Python has no way to promise their order:
     where it is another one the result's notes say so, and ``pop()`` may go on elsewhere in any case.
@@ -168,9 +169,8 @@ def range_test(
             if plan.leap is not None:
                 note(plan.leap)
             training = {"model": model, "optimizer": optimizer, "scaler": scaler}
-            called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
-            # The object of a bound method is whoever tests, with what it remembers of the test.
-            training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
+            for name, function in {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}.items():
+                training |= _taking_part(name, function)
             loaders = {"train_loader": train_loader, "val_loader": val_loader}
             snapshot = Snapshot(training, loaders, backup)
             for remark in snapshot.remarks:
@@ -207,6 +207,23 @@ def range_test(
     if notes:
         return RangeTestResult.from_repeats([r._replaced(notes=tuple(notes)) for r in results])
     return RangeTestResult.from_repeats(results)
+
+
+def _taking_part(name: str, function: object) -> dict[str, object]:
+    """What takes part in the training of something that is called, or of what a partial one is made of.
+
+    The object of a bound method does not: that is whoever tests, with what it remembers of the test.
+    """
+    if isinstance(function, (MethodType, BuiltinMethodType)):
+        return {}
+    if not isinstance(function, partial):
+        return {name: function}
+    parts = {"func": function.func, **{f"args[{i}]": value for i, value in enumerate(function.args)}}
+    parts |= {f"keywords[{key!r}]": value for key, value in function.keywords.items()}
+    found: dict[str, object] = {}
+    for part, value in parts.items():
+        found |= _taking_part(f"{name}.{part}", value)
+    return found
 
 
 def _swept(
