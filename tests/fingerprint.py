@@ -160,6 +160,11 @@ def _describe_tensor(tensor):
             # A copy, as no storage that NumPy has seen can be resized.
             values = values.cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
             content.append(_digest(values.numpy().tobytes()))
+    elif tensor.layout is not torch.sparse_coo:  # compressed
+        by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
+        parts = [getattr(values, name)() for name in (*outer, "values")]
+        content.append(_digest(b"".join(part.clone().numpy().tobytes() for part in parts)))
     else:
         values = values.coalesce()
         content.append(_digest(values.indices().numpy().tobytes() + values.values().numpy().tobytes()))

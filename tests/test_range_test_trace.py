@@ -14,6 +14,7 @@ import multiprocessing
 import random
 import threading
 import types
+import warnings
 import weakref
 
 import numpy as np
@@ -178,6 +179,10 @@ def sparse():
     return torch.eye(3).to_sparse().coalesce()
 
 
+with warnings.catch_warnings():  # once in a process PyTorch says that these are new
+    warnings.simplefilter("ignore")
+    FULL = torch.ones(3, 3).to_sparse_csr()
+
 # Each kind of state that may hide in a model, sampler or data set: how it is made, and how it changes.
 HIDDEN = {
     "torch.Generator": (torch.Generator, lambda s: torch.rand(3, generator=s)),
@@ -282,6 +287,11 @@ HIDDEN = {
     "tensor, half": (lambda: torch.tensor([float("nan"), -0.0], dtype=torch.float16), lambda s: s.fill_(1)),
     "tensor, complex": (lambda: torch.ones(2, dtype=torch.complex64), lambda s: s.mul_(1j)),
     "tensor, sparse": (sparse, lambda s: s.mul_(2)),
+    "tensor, CSR": (lambda: torch.eye(3).to_sparse_csr(), lambda s: s.values().add_(1)),
+    "tensor, CSC": (lambda: torch.eye(3).to_sparse_csc(), lambda s: s.values().add_(1)),
+    "tensor, BSR": (lambda: torch.eye(4).to_sparse_bsr((2, 2)), lambda s: s.mul_(2)),
+    "tensor, BSC": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), lambda s: s.mul_(2)),
+    "tensor, CSR, filled": (lambda: torch.eye(3).to_sparse_csr(), lambda s: s.add_(FULL)),
     "module": (lambda: torch.nn.BatchNorm1d(2), lambda s: s(torch.randn(4, 2))),
     "module with another child": (lambda: torch.nn.Sequential(), lambda s: s.append(torch.nn.ReLU())),
     "module with a list for a buffer": (lambda: torch.nn.Flatten(), lambda s: s._buffers.update(x=[1])),

@@ -88,10 +88,13 @@ class KeptTensor:
             if values is not None:
                 self.values.copy_(values)
         elif values is not None:
-            if self._tensor.layout in (torch.sparse_coo, *_COMPRESSED):  # how many there are may differ
-                self._tensor.data = values.to(self._tensor.device, copy=True)
-            else:
-                self._tensor.copy_(values)
+            tensor = self._tensor
+            if tensor.layout is torch.sparse_coo:  # how many values there are may differ
+                tensor.data = values.to(tensor.device, copy=True)
+                return
+            if tensor.layout in _COMPRESSED and tensor._nnz() != values._nnz():
+                tensor.resize_as_sparse_(values)
+            tensor.copy_(values)
 
     def put_back_tensor(self) -> None:
         """Makes the tensor lie in that memory again, with the gradient and hooks that it had."""
