@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 import fastlr
-from fastlr.range_test import snapshot
+from fastlr.range_test import keeping, snapshot
 
 FEATURES, CLASSES, SAMPLES = 5, 3, 24
 
@@ -624,21 +624,42 @@ class InPlace(Dataset):
 
     def __getitem__(self, i):
         self.small += 1
-        if self.write:
-            self.values[i] = self.values[i] + 1
-        return torch.as_tensor(self.values[i]).float(), 0
+        if self.write is not None:
+            self.write(self.values, i)
+        return torch.as_tensor(self.values[i]).float() / 16_000, 0
 
 
 LARGE = {
-    "tensor": lambda: torch.ones(8, 1000),
-    "view": lambda: torch.ones(16, 1000)[::2],
-    "array": lambda: np.ones((8, 1000), np.float32),
-    "array, strided": lambda: np.ones((8, 2000), np.float32)[:, ::2],
-    "array, transposed": lambda: np.ones((1000, 8), np.float32).T,
+    "tensor": lambda: torch.arange(8000.0).view(8, 1000),
+    "view": lambda: torch.arange(16000.0).view(16, 1000)[1::2],
+    "tensor, transposed": lambda: torch.arange(8000.0).view(1000, 8).T,
+    "array": lambda: np.arange(8000, dtype=np.float32).reshape(8, 1000),
+    "array, strided": lambda: np.arange(16000, dtype=np.float32).reshape(8, 2000)[:, ::2],
+    "array, transposed": lambda: np.arange(8000, dtype=np.float32).reshape(1000, 8).T,
 }
 
 
-@pytest.mark.parametrize("write", [False, True], ids=["read", "written"])
+def write_item(values, i):
+    values[i] = values[i] + 1
+
+
+def write_past_the_counter(values, i):
+    (values.data if isinstance(values, torch.Tensor) else values)[i] += 1
+
+
+def write_by_numpy(values, i):
+    np.asarray(values)[i] += 1
+
+
+def shuffle(values, i):
+    values[[0, 1, 2, 3, 4]] = values[[1, 2, 3, 4, 0]]
+
+
+WRITES = {"read": None, "item": write_item, "past the counter": write_past_the_counter}
+WRITES |= {"by NumPy": write_by_numpy, "shuffled": shuffle}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 @pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
 def test_large_data_are_not_copied_but_watched(make, write, monkeypatch):
     monkeypatch.setattr(snapshot, "LIMIT", 20_000)  # the data take 32,000 bytes
@@ -684,7 +705,12 @@ def test_a_data_set_on_disk_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "LIMIT", 50_000)
     job = Job()
     job.loader.memory = np.memmap(tmp_path / "data", np.float32, "w+", shape=(100_000,))
-    assert not [note for note in job.range_test().notes if "too large" in note]
+    job.loader.tensor = torch.from_file(str(tmp_path / "tensor"), shared=True, size=100_000)
+    read = []
+    monkeypatch.setattr(keeping.zlib, "crc32", lambda *_: read.append(1))
+    (watched,) = [note for note in job.range_test().notes if "too large" in note]
+    assert watched == "train_loader.tensor: too large to be copied, and watched instead"
+    assert not read
 
 
 # -- what cannot be put back ---------------------------------------------------------------------------

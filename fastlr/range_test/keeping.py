@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import operator
 import types
@@ -74,10 +75,22 @@ class KeptTensor:
             values = values.values()
         return values.numel() * values.element_size()
 
-    @property
-    def version(self) -> int:
-        """Of what the tensor's memory holds."""
-        return (self._tensor if self._alias is None else self._alias)._version
+    def summary(self) -> tuple[int, ...]:
+        """Of what the tensor's memory holds: a checksum, or where it is not the host's the version counter,
+        which misses what is written through ``.data`` or by other libraries."""
+        if self._alias is None:
+            return (self._tensor._version,)
+        storage = self._alias.untyped_storage()
+        size = storage.nbytes()
+        if self._alias.device.type != "cpu" or storage.filename is not None:  # a file is far away
+            return (self._alias._version, size)
+        begin = int(self._alias.storage_offset()) * self._alias.element_size()
+        end = min(_reach(self._alias), size)
+        if begin >= end:
+            return (0, size)
+        # Not by NumPy: no storage that it has seen can be resized any more.
+        memory = (ctypes.c_char * (end - begin)).from_address(storage.data_ptr() + begin)
+        return (zlib.crc32(memory), size)
 
     def put_back_values(self, values: torch.Tensor | None) -> None:
         """Puts the memory back as it was; no values: they were not copied."""

@@ -54,8 +54,8 @@ from fastlr.range_test.keeping import (
 # A copy of that would double the memory it takes, for data that hardly anybody writes to. So the walk, which
 # reaches the near before the far, copies up to this many bytes of tensors and arrays, and as much again of
 # objects and containers, so that a sampler's state is not left out for large data. It watches tensors and
-# arrays that do not fit in: the first have version counters, the second a checksum, which costs about a
-# second for each GiB.
+# arrays that do not fit in, by a checksum, which costs about half a second for each GiB, twice. Memory of
+# devices and of files is not read for that: version counters of tensors see what PyTorch's functions write.
 LIMIT = 2**28
 
 # What an object costs besides its contents: an entry among those seen, its path, its dict and the undo.
@@ -408,8 +408,8 @@ class Reachable:
         elif self._affords("data", kept.bytes):
             kept.copied = True
         else:
-            version = kept.version
-            self.watched.append((path, lambda: kept.version == version))
+            before = kept.summary()
+            self.watched.append((path, lambda: kept.summary() == before))
         self.tensors.append(kept)
         self._meet(kept.gradient, path, ".grad")
         for name, hooks in kept.hooks.items():

@@ -74,9 +74,10 @@ def range_test(
     native code keeps to itself, such as a ``SimpleQueue``, an ``lru_cache``, a hash or a data base.
 
     Of the tensors and arrays that the loaders hold, 256 MiB are copied at most, the nearest first. Those that
-    do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
-    sweep writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied,
-    too; what is beyond is neither copied nor watched, which the result's notes say.
+    do not fit in are not copied but watched, by a checksum of their memory (on devices, and of files mapped
+    into memory, by tensors' version counters, which miss what is written through ``.data``). If the sweep
+    writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied, too; what
+    is beyond is neither copied nor watched, which the result's notes say.
 
     A fastlr optimizer runs the sweep as its schedule; for any other the rate is written into its groups.
     Losses stay on the device and are read 16 at a time. From the first loss that is inf or NaN on the weights
