@@ -265,6 +265,7 @@ CURVES = {
     "None": (TypeError, r"losses must hold real numbers, got None \(NoneType\)", LRS, [None] * 20),
     "nothing": (TypeError, "lrs must hold real numbers, got None", None, None),
     "flags": (TypeError, "losses must hold real numbers, got bool", LRS, [True] * 20),
+    "a flag": (TypeError, "losses must hold real numbers, got bool", LRS, [1.0] * 19 + [np.True_]),
     "dates": (TypeError, "losses must hold .* datetime64", LRS, np.zeros(20, "datetime64[s]")),
     "a dict": (TypeError, "losses must hold real numbers", LRS, dict(enumerate(LOSSES))),
     "a generator": (TypeError, "losses must hold real numbers", LRS, (loss for loss in LOSSES)),
