@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from helpers import parameters, set_gradients
 
 import fastlr
+from fastlr import _files
 from soak.interrupts import chosen, interrupted, places
 
 SHAPES = [(3,), (8, 5), (), (129,)]
@@ -263,6 +265,27 @@ def test_a_range_test_leaves_no_trace_of_ctrl_c(kind: str, soak: bool) -> None:
         interrupted(lambda: call(*subject), place)
         assert same(state(*subject), before), f"a trace after place {place} of {count}"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Of a file that nobody has got from open() yet.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_ctrl_c_leaves_a_file_as_it_was_or_all_new(there: bool, tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+
+    def write() -> None:
+        _files.write_text(path, "new")
+
+    write()
+    for place in range(places(write)):
+        path.unlink()
+        if there:
+            path.write_text("old")
+        interrupted(write, place)
+        found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+        before = {"result.txt": "old"} if there else {}
+        assert found in (before, {"result.txt": "new"}), f"place {place}"
+        path.touch()
 
 
 @pytest.fixture
