@@ -8,7 +8,7 @@ import dataclasses
 import pickle
 import random
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -431,6 +431,48 @@ class Named(dict[str, Any]):
         self.name = name
 
 
+class Own(MutableMapping[str, Any]):
+    """A mapping whose copy shares what holds its items."""
+
+    def __init__(self, name: str, **items: Any) -> None:
+        self.name, self.items_ = name, items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+class OwnList(MutableSequence[Any]):
+    def __init__(self, *items: Any) -> None:
+        self.items = list(items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.items[index] = value
+
+    def __delitem__(self, index: Any) -> None:
+        del self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def insert(self, index: int, value: Any) -> None:
+        self.items.insert(index, value)
+
+
 class Encoding(collections.UserDict[str, Any]):
     """As transformers' BatchEncoding: a mapping that moves itself."""
 
@@ -447,6 +489,8 @@ CONTAINERS: dict[str, Any] = {
     "OrderedDict": collections.OrderedDict(b=ONE, a="text"),
     "UserDict": collections.UserDict(x=ONE),
     "dict with a constructor of its own": Named("name", x=ONE),
+    "mapping of one's own": Own("name", x=ONE),
+    "sequence of one's own": OwnList(ONE),
     "Mapping": Immutable({"x": ONE}),
     "mappingproxy": types.MappingProxyType({"x": ONE}),
     "list": [ONE, None],
@@ -516,6 +560,17 @@ def test_a_container_that_cannot_be_made_anew_is_named() -> None:
         TypeError, match=r"a Odd in a batch's data cannot be made anew from a dict.*to\(\.\.\.\)"
     ):
         of(Odd(1, 2)).to(torch.float64)
+
+
+def test_a_container_that_cannot_be_copied_is_named_and_left_as_it_was() -> None:
+    class Deep(Own):
+        def __init__(self, **items: Any) -> None:
+            self.items_ = collections.ChainMap(items)  # type: ignore[assignment]
+
+    data = Deep(x=ONE)
+    with pytest.raises(TypeError, match=r"a Deep in a batch's data cannot be copied: .* __copy__\(\)"):
+        of(data).to(torch.float64)
+    assert data["x"] is ONE
 
 
 def test_sync_asks_the_model_only_before_an_updates_end() -> None:
