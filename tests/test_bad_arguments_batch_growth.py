@@ -96,7 +96,7 @@ REFUSED: dict[str, list[Any]] = {
         [{"params": [torch.zeros(1)]}],
         [DATA, DATA],
     ],
-    "data set": [None, 3, iter([]), DATA[1:]],
+    "data set": [None, 3, iter([]), DATA[1:], torch.tensor(24), np.array(24)],
     "plan's dict": [
         None,
         3,

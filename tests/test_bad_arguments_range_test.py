@@ -72,6 +72,13 @@ RANGE_TEST = {
     "train_loader an array": (TypeError, "must yield pairs .* float64", {"train_loader": np.zeros(3)}),
     "train_loader an iterator": (TypeError, "is an iterator", {"train_loader": iter([1])}),
     "val_loader bytes": (TypeError, "val_loader must be batches .* got bytes", {"val_loader": b"ab"}),
+    "val_loader a number": (TypeError, "val_loader must be .* got float64", {"val_loader": np.float64(3)}),
+    "val_loader of one number": (TypeError, "val_loader must be .* Tensor", {"val_loader": torch.tensor(3)}),
+    "rates too far apart": (
+        ValueError,
+        r"end_lr must be < 1e308 times start_lr, got start_lr=1e-300, end_lr=1e\+300",
+        {"start_lr": 1e-300, "end_lr": 1e300},
+    ),
     "val_loader True": (TypeError, "val_loader must be batches .* got bool", {"val_loader": True}),
     "metric a string": (TypeError, r"metric must be callable, got 'f1' \(str\)", {"metric": "f1"}),
     "metric False": (TypeError, "metric must be callable, got False", {"metric": False}),

@@ -563,12 +563,14 @@ def _check_size(dataset: Any, plan: BatchPlan) -> None:
             return
         wrong = size < plan.dataset_size
     else:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        try:
+            size = len(dataset)
+        except TypeError:  # also of a tensor or array without a dimension
+            size = -1
+        if size < 0 or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                "dataset must have a length and items, or be an IterableDataset, got "
-                f"{type(dataset).__name__}"
+                f"dataset must have a length and items, or be an IterableDataset, got {describe(dataset)}"
             )
-        size = len(dataset)
         wrong = size != plan.dataset_size
     if wrong:
         raise ValueError(

@@ -192,6 +192,8 @@ def range_test(
                         model, optimizer, scaler, plan, batches, batch_loss, context, measure, tell.advance
                     )
                     results.append(plan.result(record, measure.name if measure.wanted else None))
+                    if record.lost:
+                        note(f"{measure.name} was inf or NaN in {record.lost} of its measurements")
 
             snapshot.untouched(sweeps)
             for afterthought in snapshot.afterthoughts:
@@ -320,6 +322,8 @@ def _check(
                 f"{name} is an iterator, whose batches cannot be put back; pass a DataLoader or a list"
             )
         iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if getattr(loader, "shape", None) == ():  # of an array, which cannot be iterated over all the same
+            iterable = False
         if loader is not None and (not iterable or isinstance(loader, (str, bytes, dict))):
             raise TypeError(f"{name} must be batches to iterate over, got {type(loader).__name__}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
