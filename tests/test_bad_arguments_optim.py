@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ REFUSED: dict[str, list[Any]] = {
     "momentum": [-0.1, 1.0, 1.5, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), None, *NOT_NUMBERS],
     "new momentum": [-0.1, 1.0, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), *NOT_NUMBERS],
     "number": [NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
+    "decay": [-1, -1e-300, NAN, INF, HUGE, None, EPOCHS, *NOT_NUMBERS],
+    "new decay": [-1, NAN, HUGE, EPOCHS, *NOT_NUMBERS],
+    "up to one": [-0.1, 1.5, NAN, HUGE, EPOCHS, fastlr.Constant(1.5), None, *NOT_NUMBERS],
+    "betas": [None, 0.9, (), (0.9,), (0.9, 0.99, 0.999), "ab", {0.9: 0.99}, (0.9, 1.0), (-0.1, 0.99),
+              (NAN, 0.9), (0.9, "0.99"), (True, 0.9), (0.9, None), (0.9, EPOCHS), (fastlr.Constant(1.0), 0.9)],
+    "new betas": [(0.9,), (0.9, 1.0), (NAN, 0.9), (0.9, EPOCHS)],
     "number >= 0": [-1, -1e-300, NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
     "real": [-1, NAN, INF, HUGE, 10**5000, None, "0.1", 1j, np.complex64(1j), True, np.array([1j]),
              torch.tensor([0.1, 0.2])],
@@ -56,8 +63,25 @@ REFUSED: dict[str, list[Any]] = {
     "state_dict": [None, [], {}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}],
 }  # fmt: skip
 
-SGD = {"lr": "rate", "momentum": "momentum", "dampening": "number", "weight_decay": "number >= 0",
-       "nesterov": "flag", "maximize": "flag", "momentum_dtype": "dtype"}  # fmt: skip
+SGD = {"lr": "rate", "momentum": "momentum", "dampening": "number", "weight_decay": "decay",
+       "nesterov": "flag", "maximize": "flag", "state_dtype": "dtype", "momentum_dtype": "dtype"}  # fmt: skip
+ADAM = {"lr": "rate", "betas": "betas", "eps": "number >= 0", "weight_decay": "decay", "amsgrad": "flag",
+        "maximize": "flag", "state_dtype": "dtype"}  # fmt: skip
+# Of each rule's plain optimizer.
+RULES: dict[str, dict[str, str]] = {
+    "FusedSGD": SGD,
+    "FusedAdam": {**ADAM, "decoupled_weight_decay": "flag"},
+    "FusedAdamW": ADAM,
+    "FusedRMSprop": {"lr": "rate", "alpha": "up to one", "eps": "number >= 0", "weight_decay": "decay",
+                     "momentum": "momentum", "centered": "flag", "maximize": "flag", "state_dtype": "dtype",
+                     "capturable": "either", "foreach": "false", "differentiable": "false"},
+    "FusedAdagrad": {"lr": "rate", "lr_decay": "number >= 0", "weight_decay": "decay",
+                     "initial_accumulator_value": "number >= 0", "eps": "number >= 0", "maximize": "flag",
+                     "state_dtype": "dtype", "foreach": "false", "differentiable": "false", "fused": "true"},
+    "FusedAdadelta": {"lr": "rate", "rho": "up to one", "eps": "number >= 0", "weight_decay": "decay",
+                      "maximize": "flag", "state_dtype": "dtype", "capturable": "either", "foreach": "false",
+                      "differentiable": "false"},
+}  # fmt: skip
 OPTIONS = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
 CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",
          "mode": "mode", "gamma": "real", "cycle_momentum": "flag", "base_momentum": "size",
@@ -80,9 +104,24 @@ def cyclic_sgd(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**BOUNDS, **(MOMENTA if cycled else {}), **arguments}
 
 
+def built(name: str, cyclic: bool, _: object, **arguments: Any) -> object:
+    return getattr(fastlr, name)(parameters([(3,)]), **(cyclic_sgd(arguments) if cyclic else arguments))
+
+
 # What is called: from the arguments to test, and an optimizer that must not change (or is not there).
 CALLS: dict[str, tuple[Callable[..., object], dict[str, str]]] = {
-    "FusedSGD": (lambda _, **a: fastlr.FusedSGD(parameters([(3,)]), **a), {**SGD, **OPTIONS}),
+    **{
+        name: (partial(built, name, False), {**kinds, **({} if "foreach" in kinds else OPTIONS)})
+        for name, kinds in RULES.items()
+    },
+    **{
+        name: (
+            partial(built, name, True),
+            {**CYCLE, **{key: kind for key, kind in ADAM.items() if key not in ("lr", "weight_decay")},
+             "weight_decay": "new decay", **OPTIONS},
+        )
+        for name in ("FusedCyclicAdam", "FusedCyclicAdamW")
+    },
     "FusedCyclicSGD": (
         lambda _, **a: fastlr.FusedCyclicSGD(parameters([(3,)]), **cyclic_sgd(a)),
         {**CYCLE, **{name: kind for name, kind in SGD.items() if name not in ("lr", "momentum")}, **OPTIONS},
@@ -93,7 +132,12 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, str]]] = {
     ),
     "FusedSGD.set_schedule": (
         lambda optimizer, **a: optimizer.set_schedule(**a),
-        {"lr": "new rate", "momentum": "new momentum", "group": "group", "start": "start"},
+        {"lr": "new rate", "momentum": "new momentum", "weight_decay": "new decay", "group": "group",
+         "start": "start"},
+    ),
+    "FusedAdam.set_schedule": (
+        lambda _, **a: fastlr.FusedAdam(parameters([(3,)])).set_schedule(**a),
+        {"betas": "new betas", "beta1": "new momentum", "beta2": "new momentum"},
     ),
     "FusedSGD.set_clock": (
         lambda optimizer, **a: optimizer.set_clock(**a), {"updates": "new count", "samples": "new count"}
@@ -133,13 +177,15 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, str]]] = {
 
 # Where the message says another word: that of the schedule, which takes the value as it is.
 CALLED = {"base_lr": "base", "max_lr": "max", "base_momentum": "base", "max_momentum": "max",
-          "data": "(type|a schedule)"}  # fmt: skip
+          "data": "(type|a schedule)", "betas": "(betas|beta1|beta2)"}  # fmt: skip
 # What says more of a value than its repr would.
 TOLD = "the keys|counts epochs|peaks at|the name of a schedule"
 
 
 def shown(value: Any) -> str:
     """How a message may show a value, as a pattern."""
+    if isinstance(value, tuple):
+        return "|".join([re.escape(repr(value)), *map(shown, value)])
     try:
         text = repr(value)
     except ValueError:
@@ -179,7 +225,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "fused": [None, True],
     "capturable": [None, False, True],
     "differentiable": [None, False],
-    "momentum_dtype": [None, torch.float32],
+    "state_dtype": [None, torch.float32],
     "lr": [0, 0.1, np.float32(0.1), np.int64(1), fastlr.Constant(0.1)],
     "maximize": [True, np.bool_(False)],
 }
@@ -234,7 +280,8 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     names = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            names |= set(OPTIONS)
+            others = parameter.annotation  # by name, of a TypedDict
+            names |= set(OPTIONS) if "TorchOptions" in str(others) else {"momentum", "weight_decay"}
         else:
             names.add(name)
     return names - {"self", "params"}
@@ -251,6 +298,8 @@ def test_the_table_names_every_argument() -> None:
         named = set(kinds)
         if what == "FusedSGD.add_param_group":
             continue  # takes a dict
+        if what == "FusedAdam.set_schedule":
+            continue  # one function for all rules
         elsewhere = {"momentum"} if what == "FusedCyclicSGD" else set()
         expected = arguments_of(function(what)) - elsewhere
         assert named == ({"measure_grad_norm"} if what.endswith("grad_norm") else expected), what

@@ -1129,4 +1129,4 @@ def test_a_bound_optimizer_and_its_loader_are_copied_after_an_epoch() -> None:
     loader, opt = copy.deepcopy((run.loader, run.opt))
     assert pickle.loads(pickle.dumps(loader)).state_dict() == loader.state_dict() == run.loader.state_dict()
     assert opt.clock() == run.opt.clock()
-    assert loader._optimizer is opt
+    assert loader._place._optimizer is opt

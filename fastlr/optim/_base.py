@@ -99,6 +99,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         """A file's group, completed by the optimizer's own, in this class's form and checked."""
         group = {**group, **self._fixed}
+        if group["state_dtype"] == "float32":
+            group["state_dtype"] = torch.float32
         return {**group, **self._checked(group, where)}
 
     # -- groups and schedules --------------------------------------------------------------------

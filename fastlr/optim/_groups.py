@@ -108,9 +108,12 @@ class RuleOptions:
 
     def plain(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters of a group that steps take, whatever their types, as Python's own."""
-        return self._in_group(
-            {option.name: (bool if option.flag else float)(self.value(group, option)) for option in self.all}
-        )
+        changed = dict(group)
+        for option in self.all:
+            if (option.tuple or option.name) in group:  # somebody may have taken one out
+                value = (bool if option.flag else float)(self.value(changed, option))
+                changed |= self.entry(changed, option, value)
+        return changed
 
     def numbers(self, group: Mapping[str, Any]) -> list[float]:
         """A checked group's hyperparameters, in the order of the options."""
@@ -171,8 +174,6 @@ def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
 
 def checked_state_dtype(where: str, value: object, name: str = "state_dtype") -> torch.dtype | None:
     """The type that a group keeps state in: None for each parameter's own, or float32."""
-    if value == "float32":  # in a file
-        return torch.float32
     if value is not None and value is not torch.float32:
         raise ValueError(f"{name}{where} must be None or torch.float32, got {value!r}")
     return torch.float32 if value is not None else None
