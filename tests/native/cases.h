@@ -54,9 +54,7 @@ class Memory {
   T* data() { return all_.get() + lead_; }
   const T* before() const { return before_.get() + lead_; }
   // What the reference says that data()[i] is now.
-  void expect(int64_t i, T value) {
-    before_[lead_ + i] = value;
-  }
+  void expect(int64_t i, T value) { before_[lead_ + i] = value; }
   void check(const std::string& name) const {
     for (int64_t i = 0; i < count_; ++i) {
       // As from a variance that rounding has made negative: a NaN's bits are nobody's promise.
