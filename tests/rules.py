@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from helpers import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlr
@@ -189,3 +190,36 @@ def states(optimizer: torch.optim.Optimizer, model: Sequence[torch.Tensor]) -> l
 def slots(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, torch.Tensor]:
     """A parameter's tensors of state that are as large as it is."""
     return {name: value for name, value in optimizer.state[p].items() if name != "step"}
+
+
+def drive(group: dict[str, Any], schedules: dict[str, fastlr.Schedule], clock: int) -> None:
+    """Sets by hand what schedules would."""
+    for name, schedule in schedules.items():
+        value = schedule._native.value(clock)
+        if name.startswith("beta"):
+            betas = list(group["betas"])
+            betas[int(name[-1]) - 1] = value
+            group["betas"] = tuple(betas)
+        else:
+            group[name] = value
+
+
+def close_on_devices(rule: Rule, backend: str) -> bool:
+    """A GPU's powers of betas, and its schedules' powers, may differ in the last bit from the host's."""
+    return backend == "cuda" and rule.counts
+
+
+def assert_same_run(
+    rule: Rule,
+    expected: tuple[torch.optim.Optimizer, list[torch.nn.Parameter]],
+    actual: tuple[torch.optim.Optimizer, list[torch.nn.Parameter]],
+    close: bool = False,
+) -> None:
+    """Parameters and all state, ``step`` too."""
+    (theirs, their_model), (ours, our_model) = expected, actual
+    assert_same(their_model, our_model, close)
+    for p, q in zip(their_model, our_model, strict=True):
+        mine, other = (o.state.get(x, {}) for o, x in ((ours, q), (theirs, p)))
+        names = {name for name, value in other.items() if value is not None}
+        assert set(mine) - ({"step"} if not rule.counts else set()) == names
+        assert_same([other[name] for name in names], [mine[name] for name in names], close)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
-from rules import Rule, slots, states, with_cases, with_rules
+from rules import Rule, assert_same_run, close_on_devices, drive, slots, states, with_cases, with_rules
 
 import fastlr
 from fastlr import _core
@@ -26,11 +26,6 @@ SMALL = (0, 1, 7, 8, 9, 16, 17, 33)
 LARGE = (511, 513, 4095, 4096, 4097, 8191, 8192, 8193)
 
 
-def close_on_devices(rule: Rule, backend: str) -> bool:
-    """A GPU's powers of betas, and its schedules' powers, may differ in the last bit from the host's."""
-    return backend == "cuda" and rule.counts
-
-
 def misaligned(model: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """The same values, each parameter one element into memory of its own."""
     moved = []
@@ -38,22 +33,6 @@ def misaligned(model: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         memory = torch.full((p.numel() + 1,), float("nan"), dtype=p.dtype, device=p.device)
         moved.append(torch.nn.Parameter(memory[1:].copy_(p.detach())))
     return moved
-
-
-def assert_same_run(
-    rule: Rule,
-    expected: tuple[torch.optim.Optimizer, list[torch.nn.Parameter]],
-    actual: tuple[torch.optim.Optimizer, list[torch.nn.Parameter]],
-    close: bool = False,
-) -> None:
-    """Parameters and all state, ``step`` too."""
-    (theirs, their_model), (ours, our_model) = expected, actual
-    assert_same(their_model, our_model, close)
-    for p, q in zip(their_model, our_model, strict=True):
-        mine, other = (o.state.get(x, {}) for o, x in ((ours, q), (theirs, p)))
-        names = {name for name, value in other.items() if value is not None}
-        assert set(mine) - ({"step"} if not rule.counts else set()) == names
-        assert_same([other[name] for name in names], [mine[name] for name in names], close)
 
 
 # -- bit for bit -----------------------------------------------------------------------------------
@@ -291,18 +270,6 @@ def test_parameters_of_several_ages_equal_torch(
     if rule.counts:
         ages = [int(fused.state[p]["step"]) for p in ours[:-1]]
         assert ages == [14 - len(missing) for missing in MISSING.values()][:-1]
-
-
-def drive(group: dict[str, Any], schedules: dict[str, fastlr.Schedule], clock: int) -> None:
-    """Sets by hand what schedules would."""
-    for name, schedule in schedules.items():
-        value = schedule._native.value(clock)
-        if name.startswith("beta"):
-            betas = list(group["betas"])
-            betas[int(name[-1]) - 1] = value
-            group["betas"] = tuple(betas)
-        else:
-            group[name] = value
 
 
 # -- what a result does not depend on --------------------------------------------------------------
