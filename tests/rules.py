@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,10 @@ class Rule(NamedTuple):
     def make_torch(self, model: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
         """What :meth:`make` is compared with; its step takes roots that are rounded correctly."""
         optimizer = self.torch(model, **{"lr": self.lr, "foreach": False, **options})
-        optimizer.step = with_exact_roots(optimizer.step)  # type: ignore[method-assign]
+        # A method, as torch's schedulers wrap it.
+        optimizer.step = types.MethodType(  # type: ignore[method-assign]
+            with_exact_roots(type(optimizer).step), optimizer
+        )
         return optimizer
 
 

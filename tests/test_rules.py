@@ -10,7 +10,6 @@ import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
 from rules import Rule, assert_same_run, close_on_devices, drive, slots, states, with_cases, with_rules
 
-import fastlr
 from fastlr import _core
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -142,19 +142,19 @@ def test_set_schedule_of_betas(
     model = parameters([(9,)])
     optimizer = kind(model, betas=(BETA1, 0.25))
     train(3, (model, optimizer.step))
-    optimizer.set_schedule(weight_decay=fastlr.LinearRamp(0.0, 1.0, 2), **given)
+    optimizer.set_schedule(weight_decay=fastlr.LinearRamp(0.0, 1.0, 4), **given)
     group = optimizer.param_groups[0]
     assert group["betas"] == betas
     assert (group["beta1_schedule"], group["beta2_schedule"]) == owners
     train(1, (model, optimizer.step))
-    assert group["weight_decay"] == (1.0 if given.get("start") == "zero" else 0.5)
+    assert group["weight_decay"] == (1.0 if given.get("start") == "zero" else 0.25)
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "beta1-of-1": ({"betas": (1.0, 0.9)}, ValueError, r"beta1 of parameter group 0 must be in \[0, 1\), got 1"),
+    "beta1-of-1": ({"betas": (1.0, 0.9)}, ValueError, r"beta1 of parameter group 0 must be in \[0, 1\)"),
     "peak": ({"betas": (0.9, fastlr.Constant(1.0))}, ValueError, r"beta2 .* stay in \[0, 1\).*peaks at 1"),
-    "one": ({"betas": (0.9,)}, ValueError, "betas of parameter group 0 must be a tuple of 2 numbers or sched"),
-    "number": ({"betas": 0.9}, ValueError, "betas of parameter group 0 must be a tuple of 2 numbers or sched"),
+    "one": ({"betas": (0.9,)}, ValueError, "betas.* must be a tuple of 2 numbers or"),
+    "number": ({"betas": 0.9}, ValueError, "betas.* must be a tuple of 2 numbers or"),
     "word": ({"betas": ("0.9", 0.9)}, TypeError, "beta1 of parameter group 0 must be a number or a fastlr"),
     "epochs": ({"betas": (0.9, fastlr.Constant(0.5, unit="epoch"))}, ValueError, "beta2 .* counts epochs"),
 }  # fmt: skip
@@ -248,8 +248,8 @@ BAD_CYCLIC: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"cycle_momentum": True, "betas": (0.8, 0.999)}, "the first cannot be fixed and cycled"),
     "schedule": ({"cycle_momentum": True, "betas": (BETA1, 0.999)}, "the first cannot be fixed and cycled"),
     "bounds": ({"base_momentum": 0.8}, "base_momentum=0.8 needs cycle_momentum=True"),
-    "betas": ({"betas": (0.9,)}, "betas of parameter group 0 must be a tuple of 2"),
-    "cycled-betas": ({"betas": (0.9,), "cycle_momentum": True}, "betas of parameter group 0 must be a tuple"),
+    "betas": ({"betas": (0.9,)}, "betas.* must be a tuple of 2"),
+    "cycled-betas": ({"betas": (0.9,), "cycle_momentum": True}, "betas.* must be a tuple"),
     "momentum-of-1": ({"cycle_momentum": True, "max_momentum": 1.0}, "beta1 .* must stay in"),
     "swapped": ({"base_lr": 1.0}, "max must be >= base, got base=1.0, max=0.5"),
     "mode": ({"mode": "cosine"}, "mode must be triangular, triangular2 or exp_range, got 'cosine'"),
