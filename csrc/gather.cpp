@@ -1,6 +1,7 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -215,7 +216,7 @@ void Gathering::attach_step(const Place& place, PyObject* step, const TensorView
   }
   ref.step = static_cast<float*>(view.data);
   if (view.device.type != dlpack::kCpu || updated_on(p, place) != kHost) return;
-  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f)) {
+  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f && *ref.step == std::floor(*ref.step))) {
     refuse("the step of " + describe(place) + " must be a number of updates, got " +
            std::to_string(*ref.step) + ".");
   }
@@ -420,6 +421,13 @@ void Gathering::gather(const Place& place, size_t position) {
   const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
   const uint32_t missing = find_state(parameter, live, with_step, entries);
+  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 &&
+      std::any_of(entries.begin(), entries.end(),
+                  [](PyObject* entry) { return entry != nullptr; })) {
+    refuse("the state of " + describe(place) +
+           " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
+           "state_dict again, or remove the state to start anew.");
+  }
   const bool has_slots = (missing & live) == 0;
   ref.age = has_slots ? 1 : 0;
   sources_.push_back({tensor, updated_by, {}, nullptr});
