@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -108,3 +110,21 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gaps": lambda g: torch.stack([g, g], dim=-1)[..., 0],
     "expanded": lambda g: g.flatten()[:1].view([1] * g.dim()).expand(g.shape),
 }
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def leaves(value: Any) -> set[type]:
+    if isinstance(value, dict):
+        return set().union(*map(leaves, value.values())) | {dict}
+    if isinstance(value, (list, tuple)):
+        return set().union({type(value)} - {list}, *map(leaves, value))
+    return {type(value)}

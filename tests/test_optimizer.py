@@ -467,21 +467,6 @@ def test_only_updated_parameters_change_version() -> None:
     assert [p._version for p in model] == [1, 0]
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
-)
-def test_copies_continue_alike(clone: Any) -> None:
-    model = parameters([(9,), (5, 5)])
-    optimizer = fastlr.FusedCyclicSGD(model, 0.01, 0.1, 3, mode="triangular2", momentum=0.9)
-    train(5, (model, optimizer.step))
-    twin = clone(optimizer)
-    twin_model = twin.param_groups[0]["params"]
-    assert twin_model[0] is not model[0]
-    train(5, (model, optimizer.step), (twin_model, twin.step), start=5)
-    assert_same(model, twin_model)
-    assert twin.clock() == optimizer.clock() == (10, 0)
-
-
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none: bool) -> None:
     model = parameters([(4,)])

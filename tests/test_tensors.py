@@ -1,5 +1,6 @@
-"""Which tensors a step takes, and that it writes nothing but their elements. Layouts, and what may be done to
-state, are in ``test_rules_state.py``."""
+"""Which tensors a step takes, and that it writes nothing but their elements.
+
+Layouts, and what may be done to state, are in ``test_rules_state.py``."""
 
 from __future__ import annotations
 
