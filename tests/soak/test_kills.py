@@ -1,5 +1,8 @@
-"""What is killed leaves whole files: a training, also while it writes its checkpoint, ends as one that was not;
-of a result that was being written there is the old one or the new one."""
+"""What is killed leaves whole files.
+
+A training, also one that writes its checkpoint, ends as if it had not been; a written result is the old one
+or the new one.
+"""
 
 from __future__ import annotations
 
