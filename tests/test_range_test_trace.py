@@ -818,6 +818,14 @@ def test_a_pipe_is_refused_by_name():
             job.range_test()
 
 
+def test_a_file_that_is_being_read_by_lines_is_refused_by_name():
+    job = Job()
+    job.loader.lines = text_file()
+    next(job.loader.lines)
+    with pytest.raises(TypeError, match=r"train_loader\.lines is a file .* is being read by next"):
+        job.range_test()
+
+
 def test_what_is_no_state_of_training_is_left_alone():
     job = Job()
     thread = type("Worker", (threading.Thread,), {})()

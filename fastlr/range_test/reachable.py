@@ -367,8 +367,8 @@ class Reachable:
             seekable = False
         if not seekable:
             raise CannotPutBackError(
-                f"{path} is a file without a position to go back to; open it where it is read, or set it to "
-                "None for the test"
+                f"{path} is a file without a position to go back to, as a pipe, or one that is being read by "
+                "next(); open it where it is read, or set it to None for the test"
             )
         self.undo.append((path, functools.partial(file.seek, position)))  # next(file) rules out tell()
 
