@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
-from rules import Rule, assert_same_run, close_on_devices, drive, with_rules
+from rule_table import Rule, assert_same_run, close_on_devices, drive, with_rules
 
 import fastlr
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_on_cpu.recording import Graph, Streams, counted
 from helpers import assert_same, parameters, set_gradients, through_file, train, twins
-from rules import RULES, Rule, assert_same_run, drive, slots, states, with_counting_rules, with_rules
+from rule_table import RULES, Rule, assert_same_run, drive, slots, states, with_counting_rules, with_rules
 
 import fastlr
 

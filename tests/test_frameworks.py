@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same
-from rules import Rule, with_rules
-from rules import assert_same_run as assert_same_rules_run
+from rule_table import Rule, with_rules
+from rule_table import assert_same_run as assert_same_rules_run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,

@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 from helpers import parameters, set_gradients
-from rules import Rule, assert_same_run, with_rules
+from rule_table import Rule, assert_same_run, with_rules
 
 import fastlr
 from fastlr import _core

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
-from rules import Rule, assert_same_run, close_on_devices, drive, slots, states, with_cases, with_rules
+from rule_table import Rule, assert_same_run, close_on_devices, drive, slots, states, with_cases, with_rules
 
 from fastlr import _core
 

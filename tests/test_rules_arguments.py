@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import parameters, train
-from rules import RULES, Rule, assert_same_run, with_rules
+from rule_table import RULES, Rule, assert_same_run, with_rules
 
 import fastlr
 from fastlr.optim._groups import TorchOptions

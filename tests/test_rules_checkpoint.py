@@ -11,7 +11,7 @@ import torch
 from helpers import assert_same, leaves, parameters, set_gradients, through_file, train, twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import (
+from rule_table import (
     RULES,
     Rule,
     assert_same_run,

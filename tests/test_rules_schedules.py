@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, parameters, train, twins
-from rules import RULES, Rule, assert_same_run, close_on_devices, drive, with_rules
+from rule_table import RULES, Rule, assert_same_run, close_on_devices, drive, with_rules
 
 import fastlr
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import GRADIENTS, LAYOUTS, assert_same, channels_last, parameters, set_gradients, train, twins
-from rules import (
+from rule_table import (
     RULES,
     Rule,
     assert_same_run,
