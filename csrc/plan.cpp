@@ -165,8 +165,8 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 void Plan::check_owned(PyObject* param_groups, const std::vector<std::string>& but_for) const {
   uint32_t options = 0;
   for (int i = 0; i < rule().scheduled; ++i) {
-    const bool left_out = std::find(but_for.begin(), but_for.end(), rule().option[i].name) !=
-                          but_for.end();
+    const bool left_out =
+        std::find(but_for.begin(), but_for.end(), rule().option[i].name) != but_for.end();
     options |= (left_out ? 1u : 0u) << i;
   }
   groups_.check_owned(param_groups, options);

@@ -245,6 +245,19 @@ def adadelta(
     return p - lr * d
 
 
+def lion(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = -g if maximize else g
+    beta1, beta2 = betas
+    m = state.get("exp_avg", np.zeros_like(p))
+    p = p - lr * weight_decay * p
+    p = p - lr * np.sign(beta1 * m + (1 - beta1) * g)
+    state["exp_avg"] = beta2 * m + (1 - beta2) * g
+    return p
+
+
 # -- the gradients' norm -------------------------------------------------------------------------------
 
 

@@ -52,6 +52,42 @@ class Rule(NamedTuple):
         return optimizer
 
 
+class Lion(torch.optim.Optimizer):
+    """PyTorch has none: the authors' algorithm 2 in its words, but that the sign of a NaN is one.
+
+    https://github.com/google/automl/blob/master/lion/lion_pytorch.py
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**defaults, "foreach": foreach})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                m = self.state[p]["exp_avg"]
+                p.mul_(1 - lr * group["weight_decay"])
+                u = m.mul(beta1).add_(g, alpha=1 - beta1)
+                p.add_(torch.where(u.isnan(), u, u.sign()), alpha=-lr)
+                m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
 class ExactRoots(TorchDispatchMode):
     """Square roots as IEEE 754 has them: PyTorch's from MKL are off by one unit in the last place for 0.7 %
     of all numbers, where a tensor has more than a few dozen elements."""
@@ -166,6 +202,19 @@ RULES = {
             "all": {"rho": 0.5, "weight_decay": 0.1, "maximize": True, "eps": 1e-2},
         },
         {"lr": LR, "rho": fastlr.Triangular(0.3, 0.99, 5), "weight_decay": DECAY},
+    ),
+    "Lion": Rule(
+        fastlr.FusedLion, Lion, reference.lion, 0.01,
+        {"weight_decay": 0.1},
+        {
+            "plain": {},
+            "weight_decay": {"weight_decay": 0.1},
+            "low-betas": {"betas": (0.3, 0.5)},
+            "betas-of-0": {"betas": (0.0, 0.0)},
+            "all": {"betas": (0.95, 0.98), "weight_decay": 0.1, "maximize": True},
+        },
+        DRIVES_ADAM,
+        counts=False,
     ),
 }  # fmt: skip
 

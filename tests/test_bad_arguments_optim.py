@@ -82,6 +82,8 @@ RULES: dict[str, dict[str, str]] = {
     "FusedAdadelta": {"lr": "rate", "rho": "up to one", "eps": "number >= 0", "weight_decay": "decay",
                       "maximize": "flag", "state_dtype": "dtype", "capturable": "either", "foreach": "false",
                       "differentiable": "false"},
+    "FusedLion": {"lr": "rate", "betas": "betas", "weight_decay": "decay", "maximize": "flag",
+                  "state_dtype": "dtype"},
 }  # fmt: skip
 OPTIONS = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
 CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",

@@ -20,8 +20,8 @@ class FusedLion(FusedOptimizer):
         p = p - lr * sign(beta1 * m + (1 - beta1) * g)
         m = beta2 * m + (1 - beta2) * g
 
-    Its updates are larger than Adam's: the authors take a rate three to ten times lower, and a weight decay as
-    many times higher. A NaN among the gradients becomes one in the parameter.
+    Its updates are larger than Adam's: the authors take a rate three to ten times lower, and a weight decay
+    as many times higher. A NaN among the gradients becomes one in the parameter.
 
     Args:
         params: as for :class:`FusedAdam`.
