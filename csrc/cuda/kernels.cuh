@@ -234,7 +234,8 @@ __device__ inline double sum_over_block(double lane) {
     if (threadIdx.x < apart) lanes[threadIdx.x] += lanes[threadIdx.x + apart];
     __syncthreads();
   }
-  return lanes[0];
+  // Not in the others, which may get here when the first one already writes the next sum's.
+  return threadIdx.x == 0 ? lanes[0] : 0.0;
 }
 
 // The sum of the squares of a chunk's gradients; in the first thread. All of them are read before
