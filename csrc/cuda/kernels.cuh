@@ -234,7 +234,7 @@ __device__ inline double sum_over_block(double lane) {
     if (threadIdx.x < apart) lanes[threadIdx.x] += lanes[threadIdx.x + apart];
     __syncthreads();
   }
-  return lanes[0];
+  return threadIdx.x == 0 ? lanes[0] : 0.0;  // the others may be at the next sum before it is read
 }
 
 // The sum of the squares of a chunk's gradients; in the first thread. All of them are read before
