@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,17 +26,14 @@ THREADS = 256  # of a block
 
 
 class Kernel(NamedTuple):
-    """clock_kernel, or a step_kernel and what it is an instance for."""
+    """A rule's clock_kernel, or a step_kernel and what it is an instance for."""
 
     name: str
+    rule: str
     param: str = ""
-    momentum: str = ""
+    state: str = ""
     strided: bool = False
     capacity: int = 0  # tensors that a launch takes
-
-    def bytes_per_element(self, has_momentum: bool) -> int:
-        """Reads parameter, gradient and momentum, writes parameter and momentum."""
-        return 3 * ITEMSIZE[self.param] + (2 * ITEMSIZE[self.momentum] if has_momentum else 0)
 
 
 class Resources(NamedTuple):
@@ -82,17 +80,19 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> str:
 def kernel_of(symbol: str) -> Kernel:
     """The kernel that a mangled name means.
 
-    >>> kernel_of("_ZN6fastlr11step_kernelINS_8BFloat16ES1_Lb0ELi480EEEvNS_13StepArgumentsIXT2_EEE")
-    Kernel(name='step_kernel', param='bfloat16', momentum='bfloat16', strided=False, capacity=480)
+    >>> kernel_of("_ZN6fastlr11step_kernelINS_4AdamENS_8BFloat16ES2_Lb0ELi480EEEvNS_13StepArgumentsIXT3_EEE")
+    Kernel(name='step_kernel', rule='adam', param='bfloat16', state='bfloat16', strided=False, capacity=480)
     """
     types = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
     one = "|".join(types)
-    if found := re.match(rf"_ZN6fastlr11step_kernelI({one})({one}|S1_)Lb([01])ELi(\d+)EEEv", symbol):
-        param, momentum, strided, capacity = found.groups()
-        types["S1_"] = types[param]  # "the same again"
-        return Kernel("step_kernel", types[param], types[momentum], strided == "1", int(capacity))
-    if re.match(r"_ZN6fastlr\S*12clock_kernelE", symbol):
-        return Kernel("clock_kernel")
+    if found := re.match(
+        rf"_ZN6fastlr11step_kernelINS_\d+([A-Z][a-z]+)E({one})({one}|S2_)Lb([01])ELi(\d+)EEEv", symbol
+    ):
+        rule, param, state, strided, capacity = found.groups()
+        types["S2_"] = types[param]  # "the same again"
+        return Kernel("step_kernel", rule.lower(), types[param], types[state], strided == "1", int(capacity))
+    if found := re.match(r"_ZN6fastlr\S*12clock_kernelINS_\d+([A-Z][a-z]+)EEE", symbol):
+        return Kernel("clock_kernel", found[1].lower())
     raise ValueError(f"unknown kernel {symbol}")
 
 
@@ -159,28 +159,53 @@ def markdown(heads: list[str], rows: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def bytes_per_element(param: str, state: str, slots: int) -> int:
+    """Reads parameter, gradient and so many slots of state, writes parameter and slots."""
+    return 3 * ITEMSIZE[param] + 2 * slots * ITEMSIZE[state]
+
+
+def range_of(numbers: Iterable[int]) -> str:
+    """A number, or "70 to 72"."""
+    found = sorted(numbers)
+    low, high = found[0], found[-1]
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def table_of_rule(
+    rule: str,
+    resources: dict[str, dict[Kernel, Resources]],
+    disassembly: dict[str, dict[Kernel, list[Instruction]]],
+) -> str:
+    """Its kernels: one row for those that differ only in how many tensors a launch takes."""
+    alike: dict[tuple[str, ...], list[Kernel]] = {}
+    for kernel in sorted(next(iter(resources.values()))):
+        if kernel.rule == rule:
+            layout = "strided" if kernel.strided else "dense"
+            what = (kernel.param, kernel.state, layout) if kernel.param else ("clock", "", "")
+            alike.setdefault(what, []).append(kernel)
+    rows: list[list[object]] = []
+    for what, kernels in alike.items():
+        vectors = {vector_accesses(disassembly[a][k]) for a in resources for k in kernels}
+        texts = [f"{loads} + {stores}" for loads, stores in sorted(vectors)]
+        registers = [range_of(resources[a][k].registers for k in kernels) for a in resources]
+        rows.append([*what, ", ".join(texts) if what[1] else "", *registers])
+    return markdown(["parameter", "state", "layout", "128-bit loads + stores", *resources], rows)
+
+
 def report(
     resources: dict[str, dict[Kernel, Resources]], disassembly: dict[str, dict[Kernel, list[Instruction]]]
 ) -> str:
     """What :func:`read_resources` and :func:`disassemble` found, as tables."""
-    architectures = sorted(resources, key=lambda name: int(name.removeprefix("sm_")))
-    kernels = sorted(resources[architectures[0]])
-    steps = [kernel for kernel in kernels if kernel.name == "step_kernel"]
+    resources = {a: resources[a] for a in sorted(resources, key=lambda name: int(name.removeprefix("sm_")))}
+    steps = [kernel for kernel in next(iter(resources.values())) if kernel.name == "step_kernel"]
+    rules = sorted({kernel.rule for kernel in steps})
+    tables = "\n\n".join(f"### {rule}\n\n{table_of_rule(rule, resources, disassembly)}" for rule in rules)
 
-    rows: list[list[object]] = []
-    for kernel in kernels:
-        traffic: list[object] = ["", "", ""]
-        if kernel in steps:
-            vectors = {vector_accesses(disassembly[a][kernel]) for a in architectures}
-            texts = [f"{loads} + {stores}" for loads, stores in sorted(vectors)]
-            traffic = [kernel.bytes_per_element(True), kernel.bytes_per_element(False), ", ".join(texts)]
-        layout = "strided" if kernel.strided else "dense"
-        what: list[object] = [kernel.param, kernel.momentum, layout, f"{kernel.capacity:,}"]
-        if kernel not in steps:
-            what = ["clock", "", "", ""]
-        rows.append([*what, *traffic, *(resources[a][kernel].registers for a in architectures)])
-    heads = ["parameter", "momentum", "layout", "tensors a launch"]
-    heads += ["bytes an element", "without momentum", "128-bit loads + stores", *architectures]
+    pairs = sorted({(kernel.param, kernel.state) for kernel in steps})
+    of_pairs: list[list[object]] = [
+        [*pair, *(bytes_per_element(*pair, slots) for slots in range(4))] for pair in pairs
+    ]
+    slots = ["parameter", "state", "no slot of state", "one", "two", "three"]
 
     capacities = sorted({kernel.capacity for kernel in steps})
     counts = {
@@ -191,19 +216,25 @@ def report(
     of_counts: list[list[object]] = [
         [name, *(launches(tensors, capacity) for capacity in capacities)] for name, tensors in counts.items()
     ]
-    used = [resources[a][kernel] for a in architectures for kernel in steps]
+    used = [kernels[kernel] for kernels in resources.values() for kernel in steps]
     return f"""# What the compiler made of the CUDA kernels
 
-From the machine code for {", ".join(architectures)}; no GPU was needed, and nothing here is a timing.
+From the machine code for {", ".join(resources)}; no GPU was needed, and nothing here is a timing.
 
-## Registers of a thread, and bytes that an element moves
+## Registers of a thread, and vector accesses of a round
 
-{markdown(heads, rows)}
+{tables}
 
-An element's parameter, gradient and momentum are read, its parameter and momentum written.
-No step kernel takes more than {max(r.registers for r in used)} registers, so that at least \
-{min(r.resident_blocks() for r in used)} blocks of {THREADS} threads fit on a
-multiprocessor; stack and local memory of all of them together: {sum(r.stack + r.local for r in used)} bytes.
+State that is not live is neither read nor written. No step kernel takes more than \
+{max(r.registers for r in used)} registers, so that at
+least {min(r.resident_blocks() for r in used)} blocks of {THREADS} threads fit on a multiprocessor; stack \
+and local memory of all of them together: {sum(r.stack + r.local for r in used)} bytes.
+
+## Bytes that an element moves
+
+{markdown(slots, of_pairs)}
+
+Parameter, gradient and state are read, parameter and state written.
 
 ## Launches of a step, all tensors of one storage type
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +16,13 @@ pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="reads the machine code of x86-64"
 )
 
-ENTRY_POINTS = {
-    "baseline": "update_baseline",
-    "x86-64-v2": "update_x86_64_v2",
-    "x86-64-v3": "update_x86_64_v3",
-    "x86-64-v4": "update_x86_64_v4",
-}
-FMA = re.compile(r"vfn?m(add|sub)\d+(?P<width>[ps])[sd]$")
+LEVELS = ("baseline", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+# Multiply-adds, roots and quotients, which only the rules' loops and sums of squares have.
+ARITHMETIC = re.compile(r"v(fn?m(add|sub)\d+|sqrt|div)(?P<width>[ps])[sd]$")
+# The loop of a rule with some live slots, of a plain step, one with coupled weight decay or another.
+LOOP = re.compile(r"update_live<fastlr::\w+, (\d+u, \w+, \w+), (?:float|double), ")
+# A function that updates elements: its rule, and how it stores parameters.
+UPDATES = re.compile(r"update_\w+<fastlr::([A-Z]\w+), (?:\d+u, \w+, \w+, )?(?:fastlr::)?(\w+)")
 
 
 class Instruction(NamedTuple):
@@ -33,6 +32,10 @@ class Instruction(NamedTuple):
 
 
 Functions = dict[str, list[Instruction]]
+
+
+def suffixed(name: str, level: str) -> str:
+    return f"{name}_{level.replace('-', '_')}"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = toolchain.CSRC / "cpu" / "kernels.cpp"
 
     def compile_one(level: str) -> Path:
-        target = ENTRY_POINTS[level].replace("update_", "kernels_")
+        target = suffixed("kernels", level)
         command = commands.get((target, "cpu/kernels.cpp"))
         if command is None:
             pytest.skip(f"CMake builds no {level} kernels with this compiler")
@@ -53,7 +56,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         return build / f"{level}.o"
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ENTRY_POINTS, pool.map(compile_one, ENTRY_POINTS), strict=True))
+        return dict(zip(LEVELS, pool.map(compile_one, LEVELS), strict=True))
 
 
 def disassemble(path: Path) -> Functions:
@@ -78,39 +81,58 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [[i for i in code if first <= i.address <= last] for first, last in inner]
 
 
-def arithmetic_loops(code: list[Instruction]) -> Counter[str]:
-    """Counts the loops with multiply-adds: all "packed" (on full vectors), all "scalar", or "mixed"."""
-    found: Counter[str] = Counter()
+def packed_loops(code: list[Instruction]) -> int:
+    """The loops in which all arithmetic is packed, some of it on full vectors."""
+    found = 0
     for loop in loops(code):
-        widths = {m["width"] for i in loop if (m := FMA.match(i.mnemonic))}
-        vectors = any(FMA.match(i.mnemonic) and re.search("%[yz]mm", i.operands) for i in loop)
-        if widths == {"p"} and vectors:
-            found["packed"] += 1
-        elif widths == {"s"}:
-            found["scalar"] += 1
-        elif widths:
-            found["mixed"] += 1
+        arithmetic = [(i, m["width"]) for i in loop if (m := ARITHMETIC.match(i.mnemonic))]
+        full = any(re.search("%[yz]mm", i.operands) for i, _ in arithmetic)
+        found += full and {width for _, width in arithmetic} == {"p"}
+    return found
+
+
+def versions_of_rules() -> dict[str, int]:
+    """By the names of the rules' structs the loops that each has in a compute type: see LOOP."""
+    found = {}
+    for path in (toolchain.CSRC / "rules").glob("*.h"):
+        text = path.read_text()
+        if name := re.search(r"struct (\w+) : RuleDefaults", text):
+            sets = re.search(r"kLiveSets\[\] = \{(.*?)\}", text, re.DOTALL)
+            assert sets is not None, path
+            found[name[1]] = 3 * (sets[1].count(",") + 1)
+    # GCC makes four of one with momentum: whether it is the first, and whether nesterov.
+    found["Sgd"] += 3 * 3
+    assert len(found) >= 6
     return found
 
 
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])
 def test_every_update_loop_is_packed(objects: dict[str, Path], level: str):
+    """GCC vectorises no loop with many conditions or a call, and says nothing of it."""
     functions = disassemble(objects[level])
-    checked = 0
+    versions = versions_of_rules()
+    checked = set()
     for name, code in functions.items():
-        if not any(FMA.match(i.mnemonic) for i in code):
+        calls = [i.operands for i in code if i.mnemonic in ("call", "jmp") and name not in i.operands]
+        called = {version[1] for operands in calls if (version := LOOP.search(operands))}
+        if not called and not any(ARITHMETIC.match(i.mnemonic) for i in code):
             continue
-        found = arithmetic_loops(code)
-        if "squares" in name:  # of less than 256 values at the end of a chunk, the last few one by one
-            assert found["packed"] >= 1, f"{found} in {name}"
-            continue
-        # Besides the vector loops, what is left of a length runs once through straight-line code.
-        assert found["scalar"] == 0, f"{found} in {name}"
-        # One for each kind of step (first, later, without momentum) at the least.
-        assert found["packed"] >= 3, f"{found} in {name}"
-        checked += 1
-    # Dense and strided for seven pairs of types; some are inlined into the entry point.
-    assert checked >= 7, list(functions)
+        # What is left of a length runs once through code that is not packed, before or behind the loop.
+        packed = packed_loops(code)
+        if "squares" in name:
+            assert packed >= 1, name
+        elif LOOP.search(name):
+            assert packed == 1, name
+        else:
+            updates = UPDATES.search(name)
+            assert updates is not None, name
+            rule, stored = updates.groups()
+            # The others are inlined, perhaps at two places.
+            here = versions[rule] - len(called)
+            assert packed % here == 0 if here else packed == 0, f"{packed} of {here} in {name}"
+            assert packed or not here, f"0 of {here} in {name}"
+            checked.add((rule, "double" if stored == "double" else "float"))
+    assert checked == {(rule, compute) for rule in versions for compute in ("float", "double")}
 
 
 @pytest.mark.parametrize(
@@ -122,18 +144,20 @@ def test_every_update_loop_is_packed(objects: dict[str, Path], level: str):
     ids=["float16", "bfloat16"],
 )
 def test_half_conversions_are_packed(objects: dict[str, Path], half: str, instructions: tuple[str, ...]):
-    # update_dense<T, T> and what it calls, which may be inlined into it.
-    functions = {
-        name: code
-        for name, code in disassemble(objects["x86-64-v3"]).items()
-        if re.search(
-            rf"update_dense<fastlr::{half}, fastlr::{half}>|(load|store)_dense\(.*fastlr::{half}", name
-        )
-    }
-    assert functions
-    in_loops = [i for code in functions.values() for loop in loops(code) for i in loop]
-    for mnemonic in instructions:
-        assert any(i.mnemonic == mnemonic and "%ymm" in i.operands for i in in_loops), mnemonic
+    functions = disassemble(objects["x86-64-v3"])
+    for rule in versions_of_rules():
+        # update_dense<rule, T, T> and what it calls, which may be inlined into it.
+        dense = rf"update_dense<fastlr::{rule}, fastlr::{half}, fastlr::{half}>"
+        found = [
+            code
+            for name, code in functions.items()
+            if re.search(rf"{dense}|(load|store)_dense\(.*fastlr::{half}", name)
+        ]
+        assert found, rule
+        in_loops = [i for code in found for loop in loops(code) for i in loop]
+        for mnemonic in instructions:
+            packed = any(i.mnemonic == mnemonic and "%ymm" in i.operands for i in in_loops)
+            assert packed, f"{mnemonic} of {rule}"
 
 
 @pytest.mark.parametrize("level", ["baseline", "x86-64-v2"])
@@ -144,13 +168,12 @@ def test_lower_levels_hold_no_avx(objects: dict[str, Path], level: str):
     assert not [i for i in code if i.mnemonic.startswith("v") or re.search("%[yz]mm", i.operands)]
 
 
-@pytest.mark.parametrize("level", ENTRY_POINTS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_only_the_entry_points_are_visible_to_the_linker(objects: dict[str, Path], level: str):
     """Another definition could be merged with another level's; see NOTE: [internal linkage]."""
     listed = toolchain.run_or_fail("nm", "-C", "--defined-only", "--extern-only", objects[level])
     names = [re.sub(r"\(.*", "", line.split(maxsplit=2)[2]) for line in listed.splitlines()]
-    update = f"fastlr::{ENTRY_POINTS[level]}"
-    assert sorted(names) == sorted([update, update.replace("update", "squares")])
+    assert sorted(names) == [f"fastlr::{suffixed(name, level)}" for name in ("kernels", "squares")]
 
 
 def test_the_rest_is_compiled_for_any_machine(tmp_path: Path):

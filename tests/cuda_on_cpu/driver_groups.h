@@ -94,6 +94,7 @@ struct Group {
   std::map<std::string, Scheduled> driven;  // the options that a schedule drives
   int64_t updates = 0;
   int64_t samples = 0;
+  int64_t age = 0;  // of the leader's state, for which the scalars are formed when the clock moves
   bool past_end = false;
 
   Group(const Rule& rule, const Values& options) : rule(&rule), options(options) {}
@@ -101,7 +102,7 @@ struct Group {
   // Lets a schedule drive an option from a clock on, at which the group then stands.
   Group& drive(const std::string& option, Scheduled schedule, int64_t start = 0) {
     schedule.start = start;
-    if (start != 0) updates = start;
+    if (start != 0) updates = age = start;
     driven[option] = std::move(schedule);
     return *this;
   }

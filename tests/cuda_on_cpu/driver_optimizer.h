@@ -79,6 +79,7 @@ class Optimizer {
       if (tensor.numel != 0) chunks -= (tensor.numel - 1) / kChunkElements + 1;
     }
     CHECK(chunks == 0, "%" PRId64 " chunks too many", chunks);
+    find_leaders(cut);
     tensors_ = std::make_unique<DeviceArray<DeviceTensor>>(cut.tensors.size());
     tensors_->upload(device_, cut.tensors);
     layouts_ = std::make_unique<DeviceArray<StridedLayout>>(cut.layouts.size());
@@ -143,7 +144,11 @@ class Optimizer {
       for (const auto& c : cases_) c->append_squares(sums);
       squared_norm_ = sum_in_lanes(sums) * inverse_scale * inverse_scale;
     }
-    for (const auto& c : cases_) c->expect_update(groups_[c->group].now(), inverse_scale);
+    for (const auto& c : cases_) {
+      const int64_t age = c->age;
+      c->expect_update(groups_[c->group].now(), inverse_scale);
+      if (c.get() == leaders_[c->group] && c->age != age) groups_[c->group].age = c->age;
+    }
     for (Group& group : groups_) group.move(1, 0);
   }
 
@@ -180,7 +185,7 @@ class Optimizer {
       CHECK(clocks[i].samples == group.samples, "group %zu: %" PRId64 ", not %" PRId64, i,
             clocks[i].samples, group.samples);
       CHECK(clocks[i].past_end == group.past_end, "group %zu", i);
-      check_next(clocks[i], group.now(), i);
+      check_next(clocks[i], group, i);
     }
   }
 
@@ -194,11 +199,27 @@ class Optimizer {
   unsigned most_blocks = 0;  // of a launch
 
  private:
+  // One tensor of each group that has state.
+  void find_leaders(const Launches& cut) {
+    leaders_.assign(groups_.size(), nullptr);
+    for (const DeviceTensor& tensor : cut.tensors) {
+      if (tensor.leads_group == 0) continue;
+      CHECK(tensor.age != nullptr && leaders_[tensor.group] == nullptr, "group %d", tensor.group);
+      leaders_[tensor.group] = cases_[tensor.age - ages_->data()].get();
+    }
+    for (const auto& c : cases_) {
+      const bool has_leader = leaders_[c->group] != nullptr;
+      CHECK(has_leader == (groups_[c->group].slots(reference_) != 0), "group %d", c->group);
+    }
+  }
+
   // What the group's next update uses.
-  void check_next(const GroupClock& clock, const Values& values, size_t group) const {
-    const Options options = in_order(rule_, values);
+  void check_next(const GroupClock& clock, const Group& group, size_t index) const {
+    const int64_t age = rule_.counts_steps ? group.age : std::min<int64_t>(group.age, 1);
+    CHECK(clock.age == age, "group %zu: age %" PRId64 ", not %" PRId64, index, clock.age, age);
+    const Options options = in_order(rule_, group.now());
     for (int k = 0; k < rule_.options; ++k) {
-      CHECK(clock.options[k] == options[k], "group %zu: %s %a, not %a", group, rule_.option[k].name,
+      CHECK(clock.options[k] == options[k], "group %zu: %s %a, not %a", index, rule_.option[k].name,
             clock.options[k], options[k]);
     }
   }
@@ -252,7 +273,7 @@ class Optimizer {
       std::memset(&clock, 0xff, sizeof clock);  // `next` comes from evaluate()
       clock.updates = group.updates;
       clock.samples = group.samples;
-      clock.next_age = group.updates;
+      clock.next_age = group.age;
       clock.past_end = false;
       clocks.push_back(clock);
     }
@@ -268,6 +289,7 @@ class Optimizer {
   const Rule& rule_;
   Cases cases_;
   std::vector<Group> groups_;
+  std::vector<const Case*> leaders_;  // of each group the one whose age is the group's
   std::vector<cuda::Launch> launches_;
   bool scaler_used_ = false;
   float found_inf_ = 0.0f, scale_ = 1.0f;

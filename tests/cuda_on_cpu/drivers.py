@@ -73,5 +73,6 @@ def link(kind: str, output: Path, replaced: dict[str, Path] | None = None) -> Pa
     return output
 
 
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    return toolchain.run(program, env={**os.environ, **toolchain.SANITIZER_OPTIONS}, timeout=300)
+def run(program: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """Its scenarios and rules of these names, or all."""
+    return toolchain.run(program, *names, env={**os.environ, **toolchain.SANITIZER_OPTIONS}, timeout=300)

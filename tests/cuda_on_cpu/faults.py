@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,18 +46,21 @@ EXTENSION_TESTS = "test_cuda_launcher.py"
 @dataclass(frozen=True)
 class Fault:
     """A text that stands in a file of csrc once, what takes its place, the build in which the fault is
-    noticed, and by what."""
+    noticed, by what, and the rule whose kernels are built and run for it."""
 
     file: str
     old: str
     new: str
     build: str
     noticed: str
+    rule: str = "sgd"
 
 
 TICKET = "is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;"
 ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks<R>(step.clocks, 1, 0);\n"
 ALIGNED = "(!is_live(live, k) || aligned(slots.at[k] + head))"
+AGES = "for (int32_t i = threadIdx.x; i < step.count; i += kThreads)"
+LEADS = "      if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);\n"
 MOVE = "  clock.updates += updates;\n  clock.samples += samples;\n"
 EVALUATE = """  clock.options = group.options;
   for (int i = 0; i < kMaxScheduled; ++i) {
@@ -66,6 +68,8 @@ EVALUATE = """  clock.options = group.options;
   }
 """
 RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
+ADDRESS = ("address", "address")
+UNDEFINED = ("address", "undefined")
 STATE = ("plain", "comparison of state")
 TENSORS = ("plain", "comparison of tensors")
 RACE = ("thread", "race")
@@ -108,7 +112,7 @@ FAULTS = {
         KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth - 1;", *TENSORS
     ),
     "tail too long": Fault(
-        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth + 1;", "address", "address"
+        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth + 1;", *ADDRESS
     ),
     "chunk too long": Fault(
         KERNELS,
@@ -120,32 +124,58 @@ FAULTS = {
         KERNELS,
         "(0 - reinterpret_cast<uintptr_t>(p)) % 16",
         "reinterpret_cast<uintptr_t>(p) % 16",
-        "address",
-        "undefined",
+        *UNDEFINED,
     ),
     "head one longer in the scalar loop": Fault(KERNELS, "e < head ? e", "e <= head ? e", *TENSORS),
     "vectors whatever the gradient's alignment": Fault(
-        KERNELS, "bool all_aligned = aligned(g + head);", "bool all_aligned = true;", "address", "undefined"
+        KERNELS, "bool all_aligned = aligned(g + head);", "bool all_aligned = true;", *UNDEFINED
     ),
-    "vectors whatever the state's alignment": Fault(KERNELS, ALIGNED, "true", "address", "undefined"),
+    "vectors whatever the state's alignment": Fault(KERNELS, ALIGNED, "true", *UNDEFINED),
+    "vectors whatever the second slot's alignment": Fault(
+        KERNELS, ALIGNED, f"(k == 1 || {ALIGNED})", *UNDEFINED, "adam"
+    ),
     "strided state by the parameter's strides": Fault(
-        KERNELS, "index * layout.slot[k][d]", "index * layout.param[d]", "address", "address"
+        KERNELS, "index * layout.slot[k][d]", "index * layout.param[d]", *ADDRESS
     ),
     "strided state by the first slot's strides": Fault(
-        KERNELS, "index * layout.slot[k][d]", "index * layout.slot[0][d]", *TENSORS
+        KERNELS, "index * layout.slot[k][d]", "index * layout.slot[0][d]", *TENSORS, "adam"
     ),
     "second slot not written back": Fault(
         KERNELS,
         "if (is_live(live, k)) store_vector(slots.at[k] + i",
         "if (is_live(live, k) && k != 1) store_vector(slots.at[k] + i",
         *TENSORS,
+        "adam",
+    ),
+    "second slot not written back beside vectors": Fault(
+        KERNELS,
+        "if (is_live(s.around.live, k)) store(",
+        "if (is_live(s.around.live, k) && k != 1) store(",
+        *TENSORS,
+        "adam",
+    ),
+    "vectors read of a slot that is not live": Fault(
+        KERNELS,
+        "if (is_live(live, k)) load_vector(slot_values[k]",
+        "load_vector(slot_values[k]",
+        *UNDEFINED,
+        "adam",
+    ),
+    "elements read of a slot that is not live": Fault(
+        KERNELS,
+        "is_live(s.around.live, k) ? static_cast<C>(load(slots.at[k][at[k]])) : C(0);",
+        "static_cast<C>(load(slots.at[k][at[k]]));",
+        *ADDRESS,
+        "adam",
+    ),
+    "elements written to a slot that is not live": Fault(
+        KERNELS, "if (is_live(s.around.live, k)) store(", "store(", *ADDRESS, "adam"
     ),
     "32-bit chunks": Fault(
         KERNELS,
         "(chunk - tensor.first_chunk) * kChunkElements;",
         "static_cast<int>(chunk - tensor.first_chunk) * static_cast<int>(kChunkElements);",
-        "address",
-        "undefined",
+        *UNDEFINED,
     ),
     "no grid stride": Fault(KERNELS, "chunk += gridDim.x", "++chunk", *TENSORS),
     "search stops one tensor early": Fault(KERNELS, "high - low > 1", "high - low > 2", *TENSORS),
@@ -161,8 +191,7 @@ FAULTS = {
         LAUNCHES,
         "entry.first_chunk = launch.head.chunks;",
         "entry.first_chunk = launch.head.chunks + static_cast<int64_t>(cut.launches.size());",
-        "address",
-        "address",
+        *ADDRESS,
     ),
     "empty chunk behind each tensor": Fault(
         LAUNCHES,
@@ -207,24 +236,57 @@ FAULTS = {
     "state ages without a live slot": Fault(
         KERNELS, "if (as<R>(clock.next).in_double.around.live == 0) continue;", "", *STATE
     ),
+    "ages of as many tensors as a block has threads": Fault(
+        KERNELS, AGES, AGES.replace("i < step.count", "i < step.count && i < kThreads"), *STATE
+    ),
+    "the group keeps its age": Fault(KERNELS, LEADS, "", *STATE, "adam"),
+    "the group's age one update late": Fault(
+        KERNELS, LEADS, LEADS.replace("(age)", "(age - 1.0f)"), *STATE, "adam"
+    ),
+    "the group's age before its clock moves": Fault(
+        KERNELS, LEADS, LEADS.replace("next_age", "age"), *STATE, "adam"
+    ),
+    "the group's age that of any tensor": Fault(
+        KERNELS, LEADS, LEADS.replace("if (tensor.leads_group) ", ""), *RACE, "adam"
+    ),
+    "a leader in each launch": Fault(
+        LAUNCHES,
+        " && led.insert(tensor.group).second",
+        " && (i == begin || led.insert(tensor.group).second)",
+        *STATE,
+    ),
+    "a leader without state": Fault(LAUNCHES, "tensor.step != nullptr && led", "led", *STATE),
     "own scalars at the group's age": Fault(
         KERNELS,
         "scalars<R, C>(clock.options, age, 1.0f)",
         "scalars<R, C>(clock.options, clock.age, 1.0f)",
         *TENSORS,
+        "adam",
     ),
-    "the group's scalars for every age": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS),
+    "own scalars formed by every thread": Fault(
+        KERNELS, "if (threadIdx.x == 0) own = scalars", "own = scalars", *RACE, "adam"
+    ),
+    "the group's scalars for every age": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS, "adam"),
+    "the group's scalars for a first update": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS),
     "the group's scalars at another age": Fault(
         TABLES,
         "form_scalars<R>(clock.options, clock.age,",
         "form_scalars<R>(clock.options, clock.age + 1,",
         *TENSORS,
+        "adam",
+    ),
+    "schedules of the first two options only": Fault(
+        TABLES,
+        "i < kMaxScheduled; ++i) {\n    clock",
+        "i < 2; ++i) {\n    clock",
+        *TENSORS,
+        "adam",
     ),
     "no barrier before own scalars are formed": Fault(
-        KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE
+        KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE, "adam"
     ),
     "no barrier before own scalars are used": Fault(
-        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE
+        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE, "adam"
     ),
     # Around the rules, and in them.
     "scale ignored": Fault(
@@ -234,25 +296,53 @@ FAULTS = {
         STEP, "if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;", "", *TENSORS
     ),
     "decoupled decay not taken": Fault(
-        STEP, "decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);", "T(1);", *TENSORS
+        STEP, "decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);", "T(1);", *TENSORS, "adam"
+    ),
+    "decoupled decay after the rule": Fault(
+        STEP,
+        "    p = p * s.around.of_parameter;\n  }\n  R::update(s.rule, live, p, g, slots);\n",
+        "  }\n  R::update(s.rule, live, p, g, slots);\n  p = p * s.around.of_parameter;\n",
+        *TENSORS,
+        "lion",
     ),
     "coupled decay taken with decoupled": Fault(
-        STEP, "decay != 0.0 && !decouples;", "decay != 0.0;", *TENSORS
+        STEP, "decay != 0.0 && !decouples;", "decay != 0.0;", *TENSORS, "adam"
     ),
     "sgd: the first update reads the buffer": Fault(
         "rules/sgd.h", "s.first ? kNothing<T> : m * s.momentum", "m * s.momentum", *TENSORS
     ),
     "adam: bias correction one update late": Fault(
-        "rules/adam.h", "power(options[kBeta2], age + 1)", "power(options[kBeta2], age + 2)", *TENSORS
+        "rules/adam.h", "power(options[kBeta2], age + 1)", "power(options[kBeta2], age + 2)", *TENSORS, "adam"
+    ),
+    "adam: root of the square that is not the largest": Fault(
+        "rules/adam.h", "(square_root(n) /", "(square_root(v) /", *TENSORS, "adam"
     ),
     "rmsprop: variance with the mean added": Fault(
-        "rules/rmsprop.h", "fused_multiply_add(-a, a, v)", "fused_multiply_add(a, a, v)", *TENSORS
+        "rules/rmsprop.h", "fused_multiply_add(-a, a, v)", "fused_multiply_add(a, a, v)", *TENSORS, "rmsprop"
     ),
     "adagrad: rate decays from the first update": Fault(
-        "rules/adagrad.h", "static_cast<double>(age) *", "static_cast<double>(age + 1) *", *TENSORS
+        "rules/adagrad.h", "static_cast<double>(age) *", "static_cast<double>(age + 1) *", *TENSORS, "adagrad"
     ),
     "adadelta: no eps under the first root": Fault(
-        "rules/adadelta.h", "square_root(slots[kDeltas] + s.eps)", "square_root(slots[kDeltas])", *TENSORS
+        "rules/adadelta.h",
+        "square_root(slots[kDeltas] + s.eps)",
+        "square_root(slots[kDeltas])",
+        *TENSORS,
+        "adadelta",
+    ),
+    "lion: the average moves by beta1": Fault(
+        "rules/lion.h",
+        "(s.one_minus_beta2, g, m * s.beta2)",
+        "(s.one_minus_beta1, g, m * s.beta1)",
+        *TENSORS,
+        "lion",
+    ),
+    "averages always from their start": Fault(
+        "rules/moments.h",
+        "const bool from_start = part < T(0.5);",
+        "const bool from_start = true;",
+        *TENSORS,
+        "adam",
     ),
     # The gradients' norm.
     "no barrier before lanes are added": Fault(
@@ -315,8 +405,7 @@ FAULTS = {
 
 def plant(fault: Fault, folder: Path) -> Path:
     """A copy of csrc with the fault."""
-    csrc = folder / "csrc"
-    shutil.copytree(toolchain.CSRC, csrc)
+    csrc = toolchain.copy_sources(folder, only="" if fault.build == EXTENSION else fault.rule)
     path = csrc / fault.file
     text = path.read_text()
     if text.count(fault.old) != 1:
@@ -348,7 +437,7 @@ def run_faulty(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     part = "launches" if fault.file == LAUNCHES else "kernels"
     replaced = next(n for n in drivers.PROGRAMS[fault.build] if n.split("-")[0] == part)
     path = drivers.compile_object(replaced, plant(fault, folder), folder / "faulty.o")
-    return drivers.run(drivers.link(fault.build, folder / "driver", {replaced: path}))
+    return drivers.run(drivers.link(fault.build, folder / "driver", {replaced: path}), fault.rule)
 
 
 def main(names: list[str]) -> int:

@@ -170,7 +170,7 @@ void check_rules(bool openmp) {
     if (i == 0) {
       check_steps(all[i], geometries(), {2, 1, 7, 2, 1, 7}, openmp);
     } else {
-      check_steps(all[i], few_geometries(), {2, 1, 7}, openmp);
+      check_steps(all[i], few_geometries(), {7, 1}, openmp);
     }
   }
 }

@@ -159,6 +159,17 @@ Update<C> adadelta(const Values& o, int64_t) {
   };
 }
 
+template <typename C>
+Update<C> lion(const Values& o, int64_t) {
+  const C beta1 = o.at("beta1"), rest1 = 1 - o.at("beta1"), beta2 = o.at("beta2");
+  const C rest2 = 1 - o.at("beta2"), lr = o.at("lr");
+  return [=](C& p, C g, C* slot) {
+    const C direction = std::fma(rest1, g, slot[0] * beta1);
+    if (direction != 0) p = direction > 0 ? p - lr : p + lr;
+    slot[0] = std::fma(rest2, g, slot[0] * beta2);
+  };
+}
+
 // The rule's update with what is done to gradient and parameter before it.
 template <typename C>
 Update<C> whole_update(const Reference& reference, const Values& o, int64_t age,
@@ -240,6 +251,12 @@ inline std::vector<Reference> references() {
        adadelta<double>,
        named({"lr", "rho", "weight_decay", "eps", "maximize"},
              {{1.0, 0.9, 0.0, 1e-3, 0}, {0.5, 0.95, 0.01, 1e-2, 1}, {0.1, 0.8, 0.0, 1e-6, 1}})},
+      {"lion",
+       {{"exp_avg", nullptr, Holds::kAny}},
+       lion<float>,
+       lion<double>,
+       named({"lr", "beta1", "beta2", "weight_decay", "maximize", "decoupled_weight_decay"},
+             {{0.01, 0.9, 0.99, 0.0, 0, 1}, {0.03, 0.5, 0.9, 0.1, 1, 1}})},
   };
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,6 +54,21 @@ def need_sanitizer(compiler: str, flags: tuple[str, ...], build: Path) -> None:
         done = run(*command)
         if done.returncode != 0:
             pytest.skip(f"this compiler or machine has no {flags[0]}: {done.stderr[-300:]}")
+
+
+def copy_sources(folder: Path, *, only: str = "") -> Path:
+    """A copy of csrc.
+
+    Args:
+        only: the name of a rule, which takes the place of all others in the list of rules, so that no other
+            kernels are compiled.
+    """
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    if only:
+        path = csrc / "rules.h"
+        path.write_text(re.sub(r"\bX\([A-Z]\w*\)", f"X({only.capitalize()})", path.read_text()))
+    return csrc
 
 
 def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
