@@ -89,7 +89,7 @@ def unpack(
             group[f"{name}_schedule"] = schedule
             if schedule is not None:
                 check_owner(option, schedule, where)
-        group = in_own_form(group, where)
+        group = in_own_form({key: _without_text(key, value) for key, value in group.items()}, where)
         groups.append(group)
         for key, parameter in zip(saved["params"], own["params"], strict=True):
             if key not in state:
@@ -113,6 +113,11 @@ def unpack(
                 + (f" (the file's last {name} is {found[place]!r})" if name == "lr" else "")
             )
     return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless)
+
+
+def _without_text(key: str, value: Any) -> Any:
+    """A file's value with a type as what :func:`pack` has made text of."""
+    return torch.float32 if key.endswith("_dtype") and value == "float32" else value
 
 
 def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:

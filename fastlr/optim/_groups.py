@@ -165,8 +165,6 @@ def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
 
 def checked_state_dtype(where: str, value: object, name: str = "state_dtype") -> torch.dtype | None:
     """The type that a group keeps state in: None for each parameter's own, or float32."""
-    if value == "float32":  # in a file
-        return torch.float32
     if value is not None and value is not torch.float32:
         raise ValueError(f"{name}{where} must be None or torch.float32, got {value!r}")
     return torch.float32 if value is not None else None

@@ -9,7 +9,7 @@ from typing_extensions import Self, Unpack
 
 from fastlr._checks import flag
 from fastlr.optim._base import FusedOptimizer, Params
-from fastlr.optim._groups import TorchOptions
+from fastlr.optim._groups import TorchOptions, check_torch_options
 from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
 from fastlr.optim.sgd import FusedSGD
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
@@ -180,6 +180,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         momentum_dtype: torch.dtype | None = None,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
+        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
             {
@@ -269,6 +270,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
         state_dtype: torch.dtype | None = None,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
+        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
             {
