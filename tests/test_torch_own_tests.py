@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -148,6 +149,17 @@ def test_steps_are_those_of_the_loop(case: Case, dtype: torch.dtype) -> None:
         fused.step()
         reference.step()
     assert_same(theirs, ours)
+
+
+def test_the_roots_of_bias_corrections_are_pythons() -> None:
+    """PyTorch takes them by ``x ** 0.5``, which is not always the correctly rounded root."""
+    beta2 = next(b for b in torch.linspace(0.1, 0.9, 9999).tolist() if (1 - b) ** 0.5 != math.sqrt(1 - b))
+    ours, theirs = twins([(33,)], torch.float64)
+    fused, reference = Case(RULES[1], {"betas": (0.9, beta2)}).build(ours, theirs)
+    set_gradients(0, ours, theirs)
+    fused.step()
+    reference.step()
+    assert_same(theirs, ours, close=ours[0].is_cuda)
 
 
 # How far an update may be from one with PyTorch's roots as they are, in units in the last place of the
