@@ -1,10 +1,21 @@
-/* The memory traffic of an SGD-momentum step without its arithmetic: reads three arrays, writes two. */
+/* The memory traffic of a step without its arithmetic: reads a parameter, a gradient and some slots of state,
+ * writes all but the gradient. */
 #include <stdint.h>
 
-void touch(uint32_t *p, const uint32_t *g, uint32_t *m, int64_t n, int threads) {
+void touch(uint32_t *p, const uint32_t *g, uint32_t *const *slots, int count, int64_t n, int threads) {
+  uint32_t *const m = slots[0], *const v = slots[count - 1];
+  if (count == 1) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < n; ++i) {
-    p[i] ^= g[i];
-    m[i] ^= g[i];
+    for (int64_t i = 0; i < n; ++i) {
+      p[i] ^= g[i];
+      m[i] ^= g[i];
+    }
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; ++i) {
+      p[i] ^= g[i];
+      m[i] ^= g[i];
+      v[i] ^= g[i];
+    }
   }
 }

@@ -1,4 +1,4 @@
-"""How long is a whole optimizer step on a GPU, schedule included, beside torch.optim.SGD and apex?
+"""How long is a whole optimizer step on a GPU, schedule included, beside torch.optim's and apex's?
 
 Each turn is a number of steps between two CUDA events. Where a step's launches take longer than its
 kernels, that is the time of the host; both are reported, so that it shows. "graph": a step captured once
@@ -6,7 +6,8 @@ and replayed; torch then needs its learning rate in a tensor, which CyclicLR fil
 
 For the large sets the same rounds time a copy from device to device that moves as many bytes as the step.
 
-    python benchmarks/gpu_step.py [--sets NAME ...] [--seconds 6] [--out benchmarks/results]
+    python benchmarks/gpu_step.py [--rules sgd adamw ...] [--sets NAME ...] [--seconds 6]
+                                  [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from cuda_static import Kernel
 from gpu import Gpu, Turn
 from models import PARAMETER_SETS, Shape
 from rounds import in_turn, summary
-from step import CYCLE, LARGE, SGD, TORCH, Step, cycled, make_fastlr, make_torch
+from rules import CYCLE, RULES, Rule, Step, cycled
+from step import LARGE
 
 import fastlr
 from fastlr._files import write_text
 
-BYTES = Kernel("step_kernel", "float32", "float32").bytes_per_element(has_momentum=True)
 COPY = "copy"
 
 
@@ -50,13 +50,14 @@ class Device(Protocol):
 # -- contenders ----------------------------------------------------------------------------------
 
 
-def capture_torch(device: Device, parameters: list[torch.nn.Parameter]) -> Step:
+def capture_torch(device: Device, rule: Rule, parameters: list[torch.nn.Parameter]) -> Step:
     rate = torch.tensor(CYCLE["base_lr"], dtype=torch.float32, device=device.device)
-    return cycled(torch.optim.SGD(parameters, lr=rate, fused=True, **SGD), device.capture)
+    captured: dict[str, Any] = {**rule.options, **(rule.captured or {})}
+    return cycled(rule.theirs(parameters, lr=rate, **captured), device.capture)  # type: ignore[call-arg]
 
 
 def find_apex() -> type[torch.optim.Optimizer] | None:
-    """None where apex or its CUDA extension is missing."""
+    """Its SGD; None where apex or its CUDA extension is missing."""
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedSGD
@@ -65,9 +66,9 @@ def find_apex() -> type[torch.optim.Optimizer] | None:
     return FusedSGD
 
 
-def make_copy(device: torch.device, elements: int) -> Step:
-    """Moves as many bytes as a step on so many float32: half of them read, half written."""
-    source = torch.zeros(elements * BYTES // 2, dtype=torch.uint8, device=device)
+def make_copy(device: torch.device, moved: int) -> Step:
+    """Moves so many bytes: half of them read, half written."""
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def step() -> None:
@@ -76,7 +77,7 @@ def make_copy(device: torch.device, elements: int) -> Step:
     return step
 
 
-def make_contenders(device: Device, shapes: list[Shape]) -> dict[str, Step]:
+def make_contenders(device: Device, rule: Rule, shapes: list[Shape]) -> dict[str, Step]:
     gradients = [torch.randn(shape, device=device.device) for shape in shapes]  # which nobody writes
 
     def model() -> list[torch.nn.Parameter]:
@@ -86,17 +87,19 @@ def make_contenders(device: Device, shapes: list[Shape]) -> dict[str, Step]:
         return parameters
 
     steps = {
-        "fastlr": make_fastlr(model()),
-        "fastlr, graph": device.capture(make_fastlr(model())),
-        "torch fused": make_torch(model(), TORCH["fused"]),
-        "torch foreach": make_torch(model(), TORCH["foreach"]),
-        "torch fused, graph": capture_torch(device, model()),
+        "fastlr": rule.make_fastlr(model()),
+        "fastlr, graph": device.capture(rule.make_fastlr(model())),
     }
-    if (apex := find_apex()) is not None:
-        steps["apex"] = cycled(apex(model(), lr=CYCLE["base_lr"], **SGD))
+    for form in ("fused", "foreach"):
+        if form in rule.forms:
+            steps[f"torch {form}"] = rule.make_torch(model(), rule.forms[form])
+    if rule.captured is not None:
+        steps[f"torch {next(iter(rule.captured))}, graph"] = capture_torch(device, rule, model())
+    if rule is RULES["sgd"] and (apex := find_apex()) is not None:
+        steps["apex"] = cycled(apex(model(), lr=CYCLE["base_lr"], **rule.options))
     elements = sum(math.prod(shape) for shape in shapes)
     if elements >= LARGE:
-        steps[COPY] = make_copy(device.device, elements)
+        steps[COPY] = make_copy(device.device, rule.bytes_per_element * elements)
     return steps
 
 
@@ -104,11 +107,11 @@ def make_contenders(device: Device, shapes: list[Shape]) -> dict[str, Step]:
 
 
 def measure(
-    device: Device, shapes: list[Shape], seconds: float, fewest: int = 12
+    device: Device, rule: Rule, shapes: list[Shape], seconds: float, fewest: int = 12
 ) -> dict[str, dict[str, float]]:
     """Of each contender: median microseconds, those of the host, the median ratio to fastlr within a round,
     and gigabytes a second."""
-    steps = make_contenders(device, shapes)
+    steps = make_contenders(device, rule, shapes)
     elements = sum(math.prod(shape) for shape in shapes)
     # So many that the first step's launch, which the device waits for, does not count.
     repeats = 20 if elements < 10 * LARGE else 10
@@ -120,7 +123,7 @@ def measure(
     of_host = summary({name: [turn.host for turn in found] for name, found in measured.items()})
     for name, result in results.items():
         result["host_us"] = of_host[name]["us"]
-        result["gb_per_s"] = BYTES * elements / (result["us"] * 1e3)
+        result["gb_per_s"] = rule.bytes_per_element * elements / (result["us"] * 1e3)
     return results
 
 
@@ -136,25 +139,26 @@ def print_set(name: str, shapes: list[Shape], results: dict[str, dict[str, float
 
 
 def run(
-    device: Device, sets: dict[str, list[Shape]], seconds: float, fewest: int = 12
+    device: Device, name_of_rule: str, sets: dict[str, list[Shape]], seconds: float, fewest: int = 12
 ) -> list[dict[str, Any]]:
     """Measures and prints each set; one that does not fit into the device's memory is left out."""
     found: list[dict[str, Any]] = []
     for name, shapes in sets.items():
         try:
-            results = measure(device, shapes, seconds, fewest)
+            results = measure(device, RULES[name_of_rule], shapes, seconds, fewest)
         except torch.OutOfMemoryError:
             print(f"\n{name}: does not fit into the device's memory")
             continue
         finally:
             gc.collect()  # optimizers and schedulers refer to each other
-        print_set(name, shapes, results)
-        found.append({"set": name, "times": results})
+        print_set(f"{name_of_rule}, {name}", shapes, results)
+        found.append({"rule": name_of_rule, "set": name, "times": results})
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rules", nargs="+", default=["sgd", "adamw"], choices=list(RULES))
     parser.add_argument("--sets", nargs="+", default=list(PARAMETER_SETS), choices=list(PARAMETER_SETS))
     parser.add_argument("--seconds", type=float, default=6.0, help="per set, at least 12 rounds")
     parser.add_argument("--out", type=Path, help="folder for gpu_step.json")
@@ -174,7 +178,8 @@ def main() -> None:
         "fastlr_cuda": info["cuda_status"],
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results = run(Gpu(), {name: PARAMETER_SETS[name] for name in arguments.sets}, arguments.seconds)
+    sets = {name: PARAMETER_SETS[name] for name in arguments.sets}
+    results = [result for rule in arguments.rules for result in run(Gpu(), rule, sets, arguments.seconds)]
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {**machine, "results": results}

@@ -71,6 +71,12 @@ inline void bind_plan(py::module_& m) {
       .def("initial_state", &Plan::initial_state, py::arg("values"))
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))
       .def(
+          "check_owned",
+          [](const Plan& plan, py::list param_groups, const std::vector<std::string>& but_for) {
+            with_python_errors([&] { plan.check_owned(param_groups.ptr(), but_for); });
+          },
+          py::arg("param_groups"), py::arg("but_for"))
+      .def(
           "publish",
           [](const Plan& plan, py::list param_groups) {
             with_python_errors([&] { plan.publish(param_groups.ptr()); });

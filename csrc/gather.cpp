@@ -1,6 +1,7 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -215,7 +216,7 @@ void Gathering::attach_step(const Place& place, PyObject* step, const TensorView
   }
   ref.step = static_cast<float*>(view.data);
   if (view.device.type != dlpack::kCpu || updated_on(p, place) != kHost) return;
-  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f)) {
+  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f && *ref.step == std::floor(*ref.step))) {
     refuse("the step of " + describe(place) + " must be a number of updates, got " +
            std::to_string(*ref.step) + ".");
   }
@@ -336,6 +337,7 @@ void Gathering::check_gradient_memory(const Place& place, const Parameter& param
 void Gathering::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
+  Owned held = Owned::borrow(tensor);  // a getter of gradients may be anybody's code
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
@@ -419,6 +421,13 @@ void Gathering::gather(const Place& place, size_t position) {
   const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
   uint32_t missing = find_state(parameter, live, with_step, entries);
+  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 &&
+      std::any_of(entries.begin(), entries.end(),
+                  [](PyObject* entry) { return entry != nullptr; })) {
+    refuse("the state of " + describe(place) +
+           " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
+           "state_dict again, or remove the state to start anew.");
+  }
   const bool has_slots = (missing & live) == 0;
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
@@ -433,7 +442,7 @@ void Gathering::gather(const Place& place, size_t position) {
         {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
   }
   tensors_.push_back(ref);
-  parameters_read_.push_back(Owned::borrow(tensor));
+  parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
 }
 
@@ -539,8 +548,17 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
-    const Py_ssize_t size = PyList_GET_SIZE(PyDict_GetItemWithError(group, names().params));
-    for (Py_ssize_t j = 0; j < size; ++j, ++position) gather({group, i, j}, position);
+    PyObject* const params = PyDict_GetItemWithError(group, names().params);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
+      if (position == parameters_.size() ||
+          parameters_[position].tensor != PyList_GET_ITEM(params, j)) {
+        break;
+      }
+      gather({group, i, j}, position);
+    }
+  }
+  if (position != parameters_.size()) {
+    throw std::runtime_error("the parameter groups have changed during the step");
   }
 }
 

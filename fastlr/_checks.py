@@ -27,26 +27,24 @@ def describe(value: object) -> str:
         return f"an integer of {int(value).bit_length()} bits"
 
 
-def _is_complex(value: object) -> bool:
-    """Also arrays and tensors of one complex number, whose imaginary part float() would drop."""
+def _is_numeric(value: object) -> bool:
+    """Whether ``float()`` would take a value for what it is, and no flag or text, or a complex number's real
+    part; also where it stands in an array or a tensor."""
+    if isinstance(value, (bool, str, bytes, bytearray, memoryview, complex)):
+        return False
     dtype = getattr(value, "dtype", None)
-    return (
-        isinstance(value, complex) or getattr(dtype, "kind", "") == "c" or getattr(dtype, "is_complex", False)
-    )
+    if isinstance(dtype, torch.dtype):
+        return dtype is not torch.bool and not dtype.is_complex
+    return getattr(dtype, "kind", "f") not in "bcSUOmM"
 
 
 def real(name: str, value: SupportsFloat, low: float = 0.0, *, above: bool = False) -> float:
     """A finite number >= low (or > low), as a float."""
     try:
-        number = math.nan if _is_complex(value) else float(value)
+        number = float(value) if _is_numeric(value) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of many elements
         number = math.nan
-    if (
-        isinstance(value, (str, bytes, bool))
-        or not math.isfinite(number)
-        or number < low
-        or (above and number == low)
-    ):
+    if not math.isfinite(number) or number < low or (above and number == low):
         bound = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {describe(value)}")
     return number
@@ -68,7 +66,7 @@ def count(name: str, value: object, low: int = 1) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}") from None
-    if isinstance(value, bool) or not low <= number < ENDLESS:
+    if not _is_numeric(value) or not low <= number < ENDLESS:
         beyond = ", beyond a 64-bit clock" if number >= ENDLESS else ""
         raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}{beyond}")
     return number
@@ -77,7 +75,7 @@ def count(name: str, value: object, low: int = 1) -> int:
 def index(name: str, value: object, size: int) -> int:
     """A place in a list of ``size`` items, counted from the front."""
     try:
-        place = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        place = operator.index(value) if _is_numeric(value) else -1  # type: ignore[arg-type]
     except TypeError:
         place = -1
     if not 0 <= place < size:
@@ -154,6 +152,8 @@ def vector(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Real numbers in one dimension, as an array of its own; from lists, arrays and tensors."""
     if isinstance(values, (list, tuple)):
         values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError(f"{name} must hold real numbers, got bool")
     elif hasattr(values, "tolist") and not isinstance(values, np.ndarray):
         values = values.tolist()  # of a tensor of any type, on any device
     try:

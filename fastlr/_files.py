@@ -51,12 +51,7 @@ def replacing(
         os.close(os.open(target, os.O_WRONLY))
     beside = os.path.join(os.path.dirname(target), f".fastlr-{secrets.token_hex(8)}.tmp")
     try:
-        # "x", and not tempfile, whose files nobody else may read: open() itself knows the umask.
-        file = open(beside, mode.replace("w", "x"), newline=newline, encoding=encoding)  # noqa: SIM115
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from error  # the name that the caller knows
-    try:
-        with file:
+        with _opened(beside, target, mode.replace("w", "x"), newline, encoding) as file:
             if before is not None:
                 if hasattr(os, "chown"):
                     with contextlib.suppress(PermissionError):  # only root gives files away
@@ -67,9 +62,18 @@ def replacing(
             os.fsync(file.fileno())
         os.replace(beside, target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it may not be there
             os.unlink(beside)
         raise
+
+
+def _opened(path: str, target: str, mode: str, newline: str | None, encoding: str | None) -> IO[Any]:
+    """A new file; an error names ``target``, which the caller knows."""
+    try:
+        # "x", and not tempfile, whose files nobody else may read: open() itself knows the umask.
+        return open(path, mode, newline=newline, encoding=encoding)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import importlib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -17,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 import fastlr
-from fastlr._checks import texts
+from fastlr._checks import file_name, texts
 from fastlr._files import write_text
 
 __all__ = ["main"]
@@ -146,13 +148,13 @@ def _add_range_test(parser: argparse.ArgumentParser) -> None:
 def _range_test(arguments: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401  # to be missed before the test, not after it
 
+    folder = _writable_folder("--out", arguments.out)
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "factory", "out")}
     if given.get("backup", "device") not in ("device", "host", "file"):
         given["backup"] = Path(given["backup"])
     found = fastlr.range_test(**{**_made(arguments.factory), **given})
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
-    folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     found.plot(folder / "range_test.png")
     found.to_csv(folder / "range_test.csv")
@@ -162,6 +164,17 @@ def _range_test(arguments: argparse.Namespace) -> None:
     print(f"\nreport: {folder / 'range_test.png'}, .csv, .json, .txt")
     if not found:
         raise ValueError(f"the range test gives no bounds: {found.reason}")
+
+
+def _writable_folder(option: str, name: str) -> Path:
+    """A folder that is there or can be made, which shows before the work that it is for."""
+    folder = Path(file_name(option, name))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    return folder
 
 
 def _made(name: str) -> dict[str, Any]:

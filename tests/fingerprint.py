@@ -11,8 +11,11 @@ from __future__ import annotations
 import array
 import collections
 import ctypes
+import functools
+import gc
 import hashlib
 import io
+import mmap
 import pickle
 import types
 import weakref
@@ -34,8 +37,19 @@ ATOMS = (
     torch.Size,
     np.generic,
 )
-GLOBAL = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
-UNORDERED = (set, frozenset)
+GLOBAL = (type, types.ModuleType, types.FunctionType)
+# What only leads to others.
+LINKS = {
+    types.MethodType: ("__self__",),
+    types.BuiltinMethodType: ("__self__",),
+    types.MethodWrapperType: ("__self__",),
+    functools.partial: ("func", "args", "keywords"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset", "fdel"),
+    slice: ("start", "stop", "step"),
+    BaseException: ("args",),
+}
 
 
 class Fingerprint(dict):
@@ -58,7 +72,7 @@ def fingerprint(**roots) -> Fingerprint:
             found.held[id(thing)] = thing
             content, children = _describe(thing)
             # Tuples and bound methods are made anew all the time, without anything being changed.
-            fleeting = isinstance(thing, (tuple, types.MethodType))
+            fleeting = isinstance(thing, (tuple, *LINKS))
             found[path] = (type(thing).__name__, None if fleeting else id(thing), content)
             queue.extend((f"{path}{step}", child) for step, child in children)
     return found
@@ -90,8 +104,8 @@ def _describe(thing):
         children += [(f"[{_name(key)}]", value) for key, value in thing.items()]
         children += [(f".key({_name(key)})", key) for key in thing]
         return [_name(key) for key in thing], children
-    if isinstance(thing, UNORDERED):
-        return sorted(map(_name, thing)), [*children, *((f"{{{_name(x)}}}", x) for x in thing)]
+    if isinstance(thing, (set, frozenset)):
+        return list(map(_name, thing)), [*children, *((f"{{{_name(x)}}}", x) for x in thing)]
     if isinstance(thing, (list, tuple, collections.deque)):
         return len(thing), [*children, *((f"[{i}]", value) for i, value in enumerate(thing))]
     if isinstance(thing, (bytearray, array.array)):
@@ -100,14 +114,29 @@ def _describe(thing):
         return bytes(thing), children
     if isinstance(thing, weakref.ref):
         return None, [*children, ("()", thing())]
-    if isinstance(thing, types.MethodType):
-        return thing.__name__, [("__self__", thing.__self__)]
+    for kind, names in LINKS.items():
+        if isinstance(thing, kind):
+            name = getattr(thing, "__name__", None)
+            return name, [*children, *((f".{name}", getattr(thing, name)) for name in names)]
+    if isinstance(thing, (types.MappingProxyType, type({}.values()))):
+        return None, [(f"({i})", held) for i, held in enumerate(gc.get_referents(thing))]
+    if isinstance(thing, memoryview):
+        return bytes(thing), [(".obj", thing.obj)]
+    if isinstance(thing, ctypes._Pointer):
+        return (bytes(thing), bytes(thing.contents)), []
+    if isinstance(thing, mmap.mmap):
+        return thing.tell(), children
+    if isinstance(thing, torch.UntypedStorage):
+        return [*thing], children
     if isinstance(thing, torch.Generator):
         return _digest(thing.get_state().numpy().tobytes()), children
     if isinstance(thing, (io.BytesIO, io.StringIO)):
         return (thing.getvalue(), thing.tell()), children
     if isinstance(thing, io.IOBase):
-        return (thing.closed or not thing.readable() or thing.tell()), children
+        try:
+            return (thing.closed or not thing.readable() or thing.tell()), children
+        except OSError:
+            return "somewhere between its lines", children
     native = not hasattr(thing, "__dict__") or type(thing).__module__ in ("random", "functools")
     return _pickled(thing) if native else None, children
 
@@ -131,6 +160,11 @@ def _describe_tensor(tensor):
             # A copy, as no storage that NumPy has seen can be resized.
             values = values.cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
             content.append(_digest(values.numpy().tobytes()))
+    elif tensor.layout is not torch.sparse_coo:  # compressed
+        by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        outer = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
+        parts = [getattr(values, name)() for name in (*outer, "values")]
+        content.append(_digest(b"".join(part.clone().numpy().tobytes() for part in parts)))
     else:
         values = values.coalesce()
         content.append(_digest(values.indices().numpy().tobytes() + values.values().numpy().tobytes()))

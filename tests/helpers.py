@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -76,3 +78,53 @@ def assert_same(
         if close:
             same |= (e - a).abs() <= CLOSE[e.dtype] * e.abs().clamp_min(1.0)
         assert bool(same.all()), f"tensor {index} of shape {tuple(e.shape)}: {(~same).sum()} elements differ"
+
+
+# -- layouts ----------------------------------------------------------------------------------------
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# What is done to a contiguous base of shape (6, 4, 5, 3) to get a parameter of some layout.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": channels_last,
+    "transposed": lambda x: x.transpose(0, 3),
+    "permuted": lambda x: x.permute(2, 0, 3, 1),
+    "every-second": lambda x: x[::2],
+    "column": lambda x: x[:, 1],
+    "inner": lambda x: x[1:3, 1:3, 1:4, ::2],
+    "one-element": lambda x: x[1:2, 1:2, 1:2, 1:2],
+    "unsqueezed": lambda x: x.unsqueeze(1)[:, :, ::2],
+    "misaligned": lambda x: x.flatten()[1:],
+}
+# How the gradient lies, given one that lies as the parameter.
+GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "same": lambda g: g,
+    "contiguous": lambda g: g.contiguous(),
+    "reversed-strides": lambda g: (
+        g.permute(*reversed(range(g.dim()))).contiguous().permute(*reversed(range(g.dim())))
+    ),
+    "gaps": lambda g: torch.stack([g, g], dim=-1)[..., 0],
+    "expanded": lambda g: g.flatten()[:1].view([1] * g.dim()).expand(g.shape),
+}
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def leaves(value: Any) -> set[type]:
+    if isinstance(value, dict):
+        return set().union(*map(leaves, value.values())) | {dict}
+    if isinstance(value, (list, tuple)):
+        return set().union({type(value)} - {list}, *map(leaves, value))
+    return {type(value)}

@@ -162,9 +162,103 @@ def sgd_nesterov(
     return float(Fraction(u) * Fraction(-lr) + Fraction(p)), m
 
 
-# -- the gradients' norm -------------------------------------------------------------------------------
+# -- the rules: one update of a parameter, as the papers and PyTorch's documentation have them ----------
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+State: TypeAlias = "dict[str, Floats]"
+
+# Each takes the parameter, its gradient, its state, which is empty before the first update and is changed,
+# and returns the parameter. t counts the parameter's own updates, from 1 on.
+
+
+def _ascent_and_decay(p: Floats, g: Floats, weight_decay: float, maximize: bool) -> Floats:
+    return (-g if maximize else g) + weight_decay * p
+
+
+def sgd(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, momentum: float = 0.0, dampening: float = 0.0,
+    weight_decay: float = 0.0, nesterov: bool = False, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = _ascent_and_decay(p, g, weight_decay, maximize)
+    if momentum == 0.0:
+        return p - lr * g
+    b = state.get("momentum_buffer")
+    b = state["momentum_buffer"] = g if b is None else momentum * b + (1 - dampening) * g
+    return p - lr * (g + momentum * b if nesterov else b)
+
+
+def adam(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8, weight_decay: float = 0.0, amsgrad: bool = False, maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> Floats:  # fmt: skip
+    g = _ascent_and_decay(p, g, 0.0 if decoupled_weight_decay else weight_decay, maximize)
+    if decoupled_weight_decay:
+        p = p - lr * weight_decay * p
+    beta1, beta2 = betas
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * g
+    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * g**2
+    if amsgrad:
+        v = state["max_exp_avg_sq"] = np.maximum(state.get("max_exp_avg_sq", 0.0), v)
+    return p - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
+
+
+def adamw(
+    p: Floats, g: Floats, state: State, t: int, *, weight_decay: float = 1e-2, **options: Any
+) -> Floats:
+    return adam(p, g, state, t, weight_decay=weight_decay, decoupled_weight_decay=True, **options)
+
+
+def rmsprop(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, alpha: float = 0.99, eps: float = 1e-8,
+    weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = _ascent_and_decay(p, g, weight_decay, maximize)
+    v = state["square_avg"] = alpha * state.get("square_avg", 0.0) + (1 - alpha) * g**2
+    if centered:
+        a = state["grad_avg"] = alpha * state.get("grad_avg", 0.0) + (1 - alpha) * g
+        v = v - a**2
+    d = g / (np.sqrt(v) + eps)
+    if momentum != 0.0:
+        d = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0.0) + d
+    return p - lr * d
+
+
+def adagrad(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, lr_decay: float = 0.0, eps: float = 1e-10,
+    weight_decay: float = 0.0, initial_accumulator_value: float = 0.0, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = _ascent_and_decay(p, g, weight_decay, maximize)
+    a = state["sum"] = state.get("sum", initial_accumulator_value) + g**2
+    return p - lr / (1 + (t - 1) * lr_decay) * g / (np.sqrt(a) + eps)
+
+
+def adadelta(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, rho: float = 0.9, eps: float = 1e-6,
+    weight_decay: float = 0.0, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = _ascent_and_decay(p, g, weight_decay, maximize)
+    v = state["square_avg"] = rho * state.get("square_avg", 0.0) + (1 - rho) * g**2
+    u = state.get("acc_delta", np.zeros_like(p))
+    d = np.sqrt(u + eps) / np.sqrt(v + eps) * g
+    state["acc_delta"] = rho * u + (1 - rho) * d**2
+    return p - lr * d
+
+
+def lion(
+    p: Floats, g: Floats, state: State, t: int, *, lr: float, betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0, maximize: bool = False,
+) -> Floats:  # fmt: skip
+    g = -g if maximize else g
+    beta1, beta2 = betas
+    m = state.get("exp_avg", np.zeros_like(p))
+    p = p - lr * weight_decay * p
+    p = p - lr * np.sign(beta1 * m + (1 - beta1) * g)
+    state["exp_avg"] = beta2 * m + (1 - beta2) * g
+    return p
+
+
+# -- the gradients' norm -------------------------------------------------------------------------------
 
 
 def _sum_in_lanes(values: Floats) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
+from rule_table import Rule, assert_same_run, close_on_devices, drive, with_rules
 
 import fastlr
 
@@ -29,33 +30,74 @@ def set_scaled_gradients(step: int, scale: float, *models: list[torch.nn.Paramet
             p.grad.mul_(scale)
 
 
+@with_rules
 @pytest.mark.parametrize("explicit_unscale", [False, True], ids=["scaled", "unscaled-before"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1024.0, 1000.0 / 3.0])
-def test_trajectory_equals_unscale_then_sgd(dtype: torch.dtype, explicit_unscale: bool, scale: float) -> None:
-    ours, theirs = twins([(9,), (513,)], dtype)
-    fused = fastlr.FusedSGD(ours, lr=0.1, **OPTIONS)
-    reference = torch.optim.SGD(theirs, lr=0.1, foreach=False, **OPTIONS)
+def test_trajectory_equals_unscale_then_torch(
+    rule: Rule, dtype: torch.dtype, explicit_unscale: bool, scale: float, backend: str
+) -> None:
+    """Skipped steps, the first one too, age no state; one parameter is of another age than the rest."""
+    skips = (0, 2, 5)
+    ours, theirs = twins([(9,), (513,), (7,)], dtype)
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
     scalers = scaler(scale), scaler(scale, "cpu")
-    for step in range(8):
+    for step in range(9):
         set_scaled_gradients(step, scalers[0].get_scale(), ours, theirs)
-        if step in (2, 5):
-            for model in (ours, theirs):
+        for model in (ours, theirs):
+            if step in skips:
                 model[0].grad[3] = float("inf")
+            if step in (0, 1, 2, 3, 6):
+                model[2].grad = None
         if explicit_unscale:
             scalers[0].unscale_(fused)
-        kept = [p.grad.clone() for p in ours]
+        kept = [p.grad.clone() for p in ours[:2]]
         scalers[0].step(fused)
         scalers[1].step(reference)
-        assert_same(kept, [p.grad for p in ours])
+        assert_same(kept, [p.grad for p in ours[:2]])
         for s in scalers:
             s.update()
         assert scalers[0].get_scale() == scalers[1].get_scale()
-        assert fused.last_step_skipped == (step in (2, 5))
-        assert_same(theirs, ours)
-    assert fused.clock().updates == 6
+        assert fused.last_step_skipped == (step in skips)
+        assert_same(theirs, ours, close_on_devices(rule, backend))
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+    assert fused.clock().updates == 9 - len(skips)
+    if rule.counts:
+        assert [int(fused.state[p]["step"]) for p in ours] == [6, 6, 3]
     assert not hasattr(fused, "grad_scale")
     assert not hasattr(fused, "found_inf")
+
+
+@with_rules
+@pytest.mark.parametrize("scheduled", [False, True], ids=["fixed", "scheduled"])
+def test_a_skipped_step_moves_no_schedule(rule: Rule, scheduled: bool, backend: str) -> None:
+    ours, theirs = twins([(9,), (5,)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    drives = rule.drives if scheduled else {}
+    fused.set_schedule(**drives)
+    found, applied = torch.zeros(()), 0
+    for step in range(10):
+        set_gradients(step, ours, theirs)
+        if step < 4:  # a first step that is skipped, then a late gradient whose first one is
+            ours[1].grad = theirs[1].grad = None
+        found.fill_(float(step in (0, 1, 4, 7)))
+        fused.found_inf = found
+        fused.step()
+        del fused.found_inf
+        if not found:
+            drive(reference.param_groups[0], drives, applied)
+            reference.step()
+            applied += 1
+        assert_same(theirs, ours, close_on_devices(rule, backend))
+    assert fused.sync().updates == applied == 6
+    file = fused.state_dict()["state"]
+    for key, entry in reference.state_dict()["state"].items():
+        assert {name for name, value in entry.items() if value is not None} == set(file[key])
+        assert_same(
+            [value for value in entry.values() if value is not None],
+            [file[key][name] for name, value in entry.items() if value is not None],
+            close_on_devices(rule, backend),
+        )
 
 
 def test_a_skipped_step_stays_skipped_until_the_next() -> None:

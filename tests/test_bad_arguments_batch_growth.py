@@ -45,9 +45,11 @@ def batch() -> fastlr.Batch:
 
 # -- the table: what no argument of a kind may be ------------------------------------------------------------
 
+NOT_NUMERIC = [np.True_, torch.tensor(True), np.array(True), bytearray(b"3"), memoryview(b"3"), np.array("3")]
 NOT_COUNT = [-1, 1.5, 4.0, math.nan, math.inf, "3", None, [3], True, 2**70, 1j, np.float64(4.0)]
+NOT_COUNT += NOT_NUMERIC
 NOT_REAL = [math.nan, math.inf, -1.0, "0.1", None, [0.1], 1j, np.complex128(1 + 1j), True, 10**400,
-            torch.tensor([0.1, 0.2]), torch.tensor(1 + 0j)]  # fmt: skip
+            torch.tensor([0.1, 0.2]), torch.tensor(1 + 0j), *NOT_NUMERIC]  # fmt: skip
 NOT_WORD = ["grow", "", None, 3, ["carry"], np.array(["carry"])]
 NOT_FLAG = [1, 0.0, "yes", [True]]
 NOT_OBJECT = [None, 3, "a", [1], {}]
@@ -95,7 +97,7 @@ REFUSED: dict[str, list[Any]] = {
         [{"params": [torch.zeros(1)]}],
         [DATA, DATA],
     ],
-    "data set": [None, 3, iter([]), DATA[1:]],
+    "data set": [None, 3, iter([]), DATA[1:], torch.tensor(24), np.array(24)],
     "plan's dict": [
         None,
         3,
@@ -234,7 +236,8 @@ class Reducing:
 
 
 def label(value: object) -> str:
-    return f"{type(value).__name__}:{value!r}"[:30]
+    shown = "" if isinstance(value, memoryview) else repr(value)  # which says where it lies
+    return f"{type(value).__name__}:{shown}"[:30]
 
 
 @pytest.mark.filterwarnings("ignore:.*one batch size only")
@@ -366,6 +369,8 @@ BAD_STATES: dict[str, dict[str, list[Any]]] = {
     "AdaptiveGrowth": {
         "batch_size": [*COUNTED, 0, 25],
         "above": COUNTED,
+        "observations": [*COUNTED, 10**6],
+        "sample": COUNTED,
         "log": [
             None,
             3,

@@ -72,6 +72,7 @@ RMSPROP = {**COMMON, "alpha": "up to one", "momentum": "momentum", "eps": "numbe
 ADAGRAD = {**COMMON, "lr_decay": "number >= 0", "initial_accumulator_value": "number >= 0",
            "eps": "number >= 0"}  # fmt: skip
 ADADELTA = {**COMMON, "rho": "up to one", "eps": "number >= 0"}
+LION = {**COMMON, "betas": "betas"}
 OPTIONS = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
 CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",
          "mode": "mode", "gamma": "real", "cycle_momentum": "flag", "base_momentum": "size",
@@ -137,6 +138,7 @@ KINDS = {
     "FusedAdamW": Kind(fastlr.FusedAdamW, ADAMW),
     "FusedCyclicAdam": Kind(fastlr.FusedCyclicAdam, CYCLIC_ADAM, needed=cycle),
     "FusedCyclicAdamW": Kind(fastlr.FusedCyclicAdamW, CYCLIC_ADAM, needed=cycle),
+    "FusedLion": Kind(fastlr.FusedLion, LION),
     "FusedRMSprop": Kind(fastlr.FusedRMSprop, RMSPROP, ("foreach", "capturable", "differentiable")),
     "FusedAdagrad": Kind(fastlr.FusedAdagrad, ADAGRAD, ("foreach", "fused", "differentiable")),
     "FusedAdadelta": Kind(fastlr.FusedAdadelta, ADADELTA, ("foreach", "capturable", "differentiable")),

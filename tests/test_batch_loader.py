@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import pickle
 import random
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -430,6 +431,48 @@ class Named(dict[str, Any]):
         self.name = name
 
 
+class Own(MutableMapping[str, Any]):
+    """A mapping whose copy shares what holds its items."""
+
+    def __init__(self, name: str, **items: Any) -> None:
+        self.name, self.items_ = name, items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+class OwnList(MutableSequence[Any]):
+    def __init__(self, *items: Any) -> None:
+        self.items = list(items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.items[index] = value
+
+    def __delitem__(self, index: Any) -> None:
+        del self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def insert(self, index: int, value: Any) -> None:
+        self.items.insert(index, value)
+
+
 class Encoding(collections.UserDict[str, Any]):
     """As transformers' BatchEncoding: a mapping that moves itself."""
 
@@ -446,6 +489,8 @@ CONTAINERS: dict[str, Any] = {
     "OrderedDict": collections.OrderedDict(b=ONE, a="text"),
     "UserDict": collections.UserDict(x=ONE),
     "dict with a constructor of its own": Named("name", x=ONE),
+    "mapping of one's own": Own("name", x=ONE),
+    "sequence of one's own": OwnList(ONE),
     "Mapping": Immutable({"x": ONE}),
     "mappingproxy": types.MappingProxyType({"x": ONE}),
     "list": [ONE, None],
@@ -515,6 +560,17 @@ def test_a_container_that_cannot_be_made_anew_is_named() -> None:
         TypeError, match=r"a Odd in a batch's data cannot be made anew from a dict.*to\(\.\.\.\)"
     ):
         of(Odd(1, 2)).to(torch.float64)
+
+
+def test_a_container_that_cannot_be_copied_is_named_and_left_as_it_was() -> None:
+    class Deep(Own):
+        def __init__(self, **items: Any) -> None:
+            self.items_ = collections.ChainMap(items)  # type: ignore[assignment]
+
+    data = Deep(x=ONE)
+    with pytest.raises(TypeError, match=r"a Deep in a batch's data cannot be copied: .* __copy__\(\)"):
+        of(data).to(torch.float64)
+    assert data["x"] is ONE
 
 
 def test_sync_asks_the_model_only_before_an_updates_end() -> None:
@@ -1016,3 +1072,61 @@ def test_ctrl_c_right_after_an_update_leaves_loader_and_optimizer_at_one_sample(
     assert optimizer.clock() == (1, first.samples)
     assert loader.state_dict()["samples"] == loader.samples == first.samples
     assert next(iter(loader)).position == first.samples
+
+
+# -- range tests -----------------------------------------------------------------------------------------
+
+
+class Bound:
+    """A training by a plan, in which there can be a range test."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(4, 3)
+        self.data = torch.utils.data.TensorDataset(torch.randn(48, 4), torch.randint(3, (48,)))
+        plan = BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=48, epochs=2, lr=0.1, momentum=0.9)
+        self.opt = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr, momentum=plan.momentum)
+        self.loader = GrowingLoader(self.data, plan, 4).bind(self.opt)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.model(batch.data[0]), batch.data[1]) * batch.weight
+
+    def range_test(self, kind: str) -> None:
+        options: dict[str, Any] = {"num_steps": 8, "progress": False}
+        if kind == "DataLoader":
+            options["train_loader"] = DataLoader(self.data, 8, shuffle=True)
+            options["loss_fn"] = torch.nn.functional.cross_entropy
+        else:
+            own = self.loader if kind == "bound" else GrowingLoader(self.data, self.loader.plan)
+            options |= {"step_fn": self.loss, "train_loader": own}
+        assert len(fastlr.range_test(self.model, self.opt, **options).losses) == 8
+
+    def train(self, kind: str | None = None) -> list[Any]:
+        updates = 0
+        if kind is not None:
+            self.range_test(kind)
+        for epoch in self.loader.epochs():
+            for batch in epoch:
+                self.loss(batch).backward()
+                if batch.ends_update:
+                    self.opt.step()
+                    self.opt.zero_grad()
+                    updates += 1
+                    if kind not in (None, "bound") and updates % 5 == 0:
+                        self.range_test(kind)
+        weights = [p.tolist() for p in self.model.parameters()]
+        return [weights, tuple(self.opt.clock()), self.loader.state_dict(), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "GrowingLoader", "bound"])
+def test_a_range_test_of_a_bound_optimizer_leaves_no_trace(kind: str) -> None:
+    assert Bound().train(kind) == Bound().train()
+
+
+def test_a_bound_optimizer_and_its_loader_are_copied_after_an_epoch() -> None:
+    run = Bound()
+    list(next(run.loader.epochs()))
+    loader, opt = copy.deepcopy((run.loader, run.opt))
+    assert pickle.loads(pickle.dumps(loader)).state_dict() == loader.state_dict() == run.loader.state_dict()
+    assert opt.clock() == run.opt.clock()
+    assert loader._place._optimizer is opt

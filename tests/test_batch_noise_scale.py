@@ -206,7 +206,7 @@ def grow(scales: list[float], **options: Any) -> tuple[AdaptiveGrowth, GrowingLo
 
 def test_growth_needs_patience_and_margin() -> None:
     growth, _, _ = grow([8.0, 8.0, 7.9, 8.0, 8.0, 8.0, 8.0])
-    assert [(entry.before, entry.after, entry.sample) for entry in growth.log] == [(4, 8, 20)]
+    assert [(entry.before, entry.after, entry.sample) for entry in growth.log] == [(4, 8, 24)]
     growth, _, _ = grow([8.0] * 9, margin=1.5)
     assert growth.log == []
     growth, _, _ = grow([12.0] * 9, margin=1.5)
@@ -233,9 +233,79 @@ def test_growth_is_advice_unless_applied(caplog: pytest.LogCaptureFixture) -> No
 
 def test_growth_is_saved() -> None:
     growth, loader, _ = grow([1e6] * 5)
-    other = AdaptiveGrowth(Told(), loader, max_batch_size=16, patience=3)
+    noise = Told()
+    other = AdaptiveGrowth(noise, loader, max_batch_size=16, patience=3)
+    with pytest.raises(
+        ValueError, match="seen 5 observations, the noise scale has 0; load the noise scale's"
+    ):
+        other.load_state_dict(growth.state_dict())
+    noise.load_state_dict(growth._noise.state_dict())
     other.load_state_dict(growth.state_dict())
     assert (other.batch_size, other.log, other._above) == (growth.batch_size, growth.log, growth._above)
+
+
+class Adaptive:
+    """A training whose batch follows the noise scale, with all that a checkpoint holds."""
+
+    def __init__(self, by_parameters: bool) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(5, 3)
+        data = torch.utils.data.TensorDataset(torch.randn(48, 5), torch.randint(3, (48,)))
+        plan = BatchPlan.from_phases([(0, 4), (2, 12)], dataset_size=48, epochs=3, lr=0.1, momentum=0.9)
+        self.optimizer = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr, momentum=plan.momentum)
+        self.loader = GrowingLoader(data, plan, micro_batch_size=2).bind(self.optimizer)
+        measured = list(self.model.parameters()) if by_parameters else self.optimizer
+        self.noise = GradientNoiseScale(measured, decay=0.5)
+        options = {"max_batch_size": 32, "apply": True, "patience": 2, "margin": 0.01}
+        self.growth = AdaptiveGrowth(self.noise, self.loader, **options)
+
+    def save(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(part.state_dict()) for name, part in vars(self).items()}
+
+    def train(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What was saved right after each step, and right after the growth has seen it."""
+        stepped, seen = [], []
+        for batch in self.loader:
+            x, y = batch.data
+            (torch.nn.functional.cross_entropy(self.model(x), y) * batch.weight).backward()
+            self.noise.observe(batch)
+            if batch.ends_update:
+                self.optimizer.step()
+                stepped.append(self.save())
+                self.optimizer.zero_grad()
+                self.growth.update(batch)
+                seen.append(self.save())
+        return stepped, seen
+
+
+@pytest.mark.parametrize("by_parameters", [False, True], ids=["optimizer", "parameters"])
+def test_a_run_that_grows_resumes_from_right_after_any_step(by_parameters: bool) -> None:
+    whole = Adaptive(by_parameters)
+    stepped, seen = whole.train()
+    end = whole.save()
+    assert len(end["growth"]["log"]) >= 2
+    for state in stepped + seen:
+        resumed = Adaptive(by_parameters)
+        for name, part in vars(resumed).items():
+            part.load_state_dict(state[name])
+        resumed.train()
+        now = resumed.save()
+        assert now["growth"] == end["growth"]
+        assert now["loader"] == end["loader"]
+        assert all(
+            torch.equal(a, b) for a, b in zip(now["model"].values(), end["model"].values(), strict=True)
+        )
+
+
+def test_growth_is_loaded_after_the_loader() -> None:
+    run = Adaptive(by_parameters=False)
+    state = run.train()[0][1]
+    other = Adaptive(by_parameters=False)
+    other.noise.load_state_dict(state["noise"])
+    before = other.save()
+    with pytest.raises(ValueError, match=r"from sample 8 .* stands at 0; load the loader's state first"):
+        other.growth.load_state_dict(state["growth"])
+    assert other.growth.state_dict() == before["growth"]
 
 
 LOADER = GrowingLoader(

@@ -1,18 +1,18 @@
-"""state_dict and load_state_dict: torch's format, exact continuation, nothing lost."""
+"""state_dict and load_state_dict: torch's format, exact continuation, nothing lost.
+
+What is the same for every rule is in ``test_rules_checkpoint.py``."""
 
 from __future__ import annotations
 
 import copy
-import io
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, parameters, set_gradients, train, twins
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.distributed.checkpoint.state_dict import _init_optim_state
+from helpers import assert_same, leaves, parameters, set_gradients, through_file, train, twins
 
 import fastlr
 
@@ -24,21 +24,6 @@ SCHEDULES = {
     "table": fastlr.Tabulated(lambda t: 0.1 / (1 + t), 50),
     "epochs": fastlr.MultiStep(0.1, [1, 3], 0.5, unit="epoch").in_updates(3),
 }
-
-
-def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def leaves(value: Any) -> set[type]:
-    if isinstance(value, dict):
-        return set().union(*map(leaves, value.values())) | {dict}
-    if isinstance(value, (list, tuple)):
-        return set().union({type(value)} - {list}, *map(leaves, value))
-    return {type(value)}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -57,77 +42,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(schedule: fastlr.Schedule) ->
     train(8, (whole, optimizer.step), (halves, second.step), start=7)
     assert_same(whole, halves)
     assert second.clock() == optimizer.clock() == (15, 0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    saves=st.sets(st.integers(0, 11), max_size=5),
-    momentum=st.sampled_from([0.0, 0.9]),
-    dampening=st.sampled_from([0.0, 0.25]),
-    late=st.integers(0, 11),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    momentum_dtype=st.sampled_from([None, torch.float32]),
-)
-def test_saving_and_loading_midway_changes_nothing(
-    saves: set[int],
-    momentum: float,
-    dampening: float,
-    late: int,
-    dtype: torch.dtype,
-    momentum_dtype: torch.dtype | None,
-) -> None:
-    def make(model: list[torch.nn.Parameter]) -> fastlr.FusedCyclicSGD:
-        return fastlr.FusedCyclicSGD(
-            model, 0.01, 0.3, 3, mode="triangular2", momentum=momentum, dampening=dampening,
-            momentum_dtype=momentum_dtype,
-        )  # fmt: skip
-
-    one, other = parameters([(9,), (4,)], dtype), parameters([(9,), (4,)], dtype)
-    steady, resumed = make(one), make(other)
-    for step in range(12):
-        if step in saves:
-            saved = through_file(resumed.state_dict())
-            resumed = make(other)
-            resumed.load_state_dict(saved)
-        set_gradients(step, one, other)
-        if step < late:
-            one[1].grad = other[1].grad = None
-        steady.step()
-        resumed.step()
-    assert_same(one, other)
-    assert resumed.state_dict()["param_groups"] == steady.state_dict()["param_groups"]
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_an_sgd_checkpoint_loads_and_goes_back(momentum: float, backend: str) -> None:
-    options: dict[str, Any] = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.01}
-    ours, theirs = twins([(9,), (5, 4), (3,)])
-    reference = torch.optim.SGD(theirs, foreach=False, **options)
-    fused = fastlr.FusedSGD(ours, lr=0.7)
-    for model in (ours, theirs):
-        model[2].requires_grad_(False)
-
-    def step_all(start: int, *optimizers: torch.optim.Optimizer) -> None:
-        for step in range(start, start + 3):
-            set_gradients(step, ours, theirs)
-            ours[2].grad = theirs[2].grad = None
-            for optimizer in optimizers:
-                optimizer.step()
-
-    step_all(0, reference)
-    with torch.no_grad():
-        for p, q in zip(ours, theirs, strict=True):
-            p.copy_(q)
-    fused.load_state_dict(through_file(reference.state_dict()))
-    assert fused.param_groups[0]["lr"] == 0.1
-    step_all(3, reference, fused)
-    assert_same(theirs, ours)
-
-    back = torch.optim.SGD(ours, lr=0.7, foreach=False)
-    back.load_state_dict(through_file(fused.state_dict()))
-    assert set(back.state) <= set(ours[:2])
-    step_all(6, reference, back)
-    assert_same(theirs, ours, close=backend == "cuda")
 
 
 def test_a_checkpoint_with_momentum_buffer_none_loads() -> None:
@@ -262,38 +176,6 @@ def test_state_dict_hooks_see_the_file_and_the_loaded_optimizer() -> None:
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows(momentum: float) -> None:
-    ours, theirs = parameters([(9,), (4,)]), parameters([(9,), (4,)])
-    options: dict[str, Any] = {"momentum": momentum, "dampening": 0.3, "weight_decay": 0.1}
-    touched = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.9), **options)
-    untouched = fastlr.FusedSGD(theirs, lr=fastlr.Exponential(0.1, 0.9), **options)
-    calls: list[str] = []
-    touched.register_step_post_hook(lambda *_: calls.append("post"))
-    for _ in range(2):  # a save, then a load: without momentum each of them initializes anew
-        _init_optim_state(touched)
-        assert_same(theirs, ours)
-        assert touched.clock() == (0, 0)
-        assert touched.param_groups[0]["lr"] == 0.1
-        assert set(touched.state) == (set(ours) if momentum else set())
-    assert calls == []
-
-    saved = through_file(touched.state_dict())
-    touched.load_state_dict(saved)
-    for step in range(4):
-        set_gradients(step, ours, theirs)
-        if step < 2:
-            ours[1].grad = theirs[1].grad = None
-        touched.step()
-        untouched.step()
-        assert_same(theirs, ours)
-        assert len(touched.state) == len(untouched.state)
-    if not momentum:
-        touched.zero_grad()
-        _init_optim_state(touched)  # in the middle of a run, where there is no state either
-        assert touched.clock() == untouched.clock() == (4, 0)
-
-
 # -- files of another optimizer, in the middle of a run ---------------------------------------------
 
 
@@ -400,6 +282,10 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "no-state": (without("state"), r"dict under 'state', .* got the keys \['param_groups'\]"),
     "groups": (lambda saved: {**saved, "param_groups": {}}, "list under 'param_groups', .* got dict"),
     "group": (lambda saved: {**saved, "param_groups": [3, 4]}, "parameter group 0 must be a dict .* got int"),
+    "fresh": (
+        group_with(fresh="no"),
+        "fresh of the file's parameter group 1 must be True or False, got 'no'",
+    ),
     "params": (group_with(params=None), "parameter group 1 must be a dict with a list under 'params'"),
     "fewer-params": (group_with(params=[]), "doesn't match the size"),
     "entry": (entry(3), "state of parameter 1 must be a dict .* got int"),
@@ -495,3 +381,22 @@ def test_numpys_values_are_saved_as_plain_ones() -> None:
     kept = copy.deepcopy(saved)
     optimizer.load_state_dict(saved)
     assert optimizer.state_dict() == kept
+
+
+WRITTEN = {
+    "tensor": ("weight_decay", torch.tensor(0.25)),
+    "fraction": ("dampening", Fraction(1, 4)),
+    "decimal": ("lr", Decimal("0.25")),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_what_a_step_takes_a_file_brings_back(name: str, value: Any) -> None:
+    model = parameters([(4,)])
+    set_gradients(0, model)
+    optimizer = fastlr.FusedSGD(model, lr=0.1, momentum=0.9)
+    optimizer.param_groups[0][name] = value
+    optimizer.step()
+    other = fastlr.FusedSGD(model, lr=0.1, momentum=0.9)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert other.param_groups[0][name] == 0.25

@@ -248,6 +248,9 @@ RANGE_TEST_ERRORS = {
     "frozen": ("jobs.made:frozen", "the model is frozen"),
     "broken": ("jobs.made:broken", "the data are not here"),
     "out of range": ("jobs.made:learns --start-lr 2000", "start_lr must be < end_lr"),
+    "out is a file": ("jobs.made:learns --out jobs/made.py", "Not a directory: 'jobs/made.py'"),
+    "out is in a file": ("jobs.made:learns --out jobs/made.py/report", "Not a directory"),
+    "out is nothing": ("jobs.made:learns --out=", "--out must name a file, got ''"),
 }
 
 
@@ -256,6 +259,7 @@ def test_a_range_test_that_cannot_be_run_says_why(capsys, factories, line, messa
     code, out, err = run(capsys, "range-test", *line.split())
     assert code == 1
     assert message in err
+    assert "backup of" not in err  # it is said before the sweep
     assert out == ""
     assert not (factories / "report").exists()
 

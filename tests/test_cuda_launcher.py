@@ -521,7 +521,7 @@ def test_a_graph_keeps_alive_what_it_refers_to(cuda: ModuleType, streams: Stream
     captured = [weakref.ref(optimizer.found_inf), weakref.ref(optimizer.grad_scale)]
     captured += [weakref.ref(entry["momentum_buffer"]) for entry in optimizer.state.values()]
     tables = [memory for memory in streams.memory if memory() is not None]
-    assert len(tables) == 5  # clocks and groups, schedules, tensors, squares, flags
+    assert len(tables) == 4  # clocks and groups, schedules, tensors, squares
     gone = weakref.ref(ours[0])
     del optimizer, ours
     gc.collect()

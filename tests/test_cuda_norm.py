@@ -200,9 +200,9 @@ def test_its_table_follows_the_streams(cuda: ModuleType, streams: Streams):
         streams.current = stream
         train(1, (model, opt.step))
     allocated, recorded = {p for p, _ in streams.allocated}, {p for p, s in streams.recorded if s == 8}
-    assert len(allocated) == len(streams.allocated) == 4  # state, flags, tensors and sums of squares
+    assert len(allocated) == len(streams.allocated) == 3  # clocks and groups, tensors and sums of squares
     assert recorded == allocated
-    assert len(streams.recorded) == 4
+    assert len(streams.recorded) == 3
 
 
 # -- of any tensors ------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same
+from rule_table import Rule, with_rules
+from rule_table import assert_same_run as assert_same_rules_run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -96,33 +98,50 @@ def trained_for(steps: int) -> tuple[torch.nn.Module, fastlr.FusedCyclicSGD]:
     return model, train(model, make_optimizer(model), steps)
 
 
+def trained_by_rule(
+    rule: Rule, steps: int, *, scheduled: bool, seed: int = 0, **options: Any
+) -> tuple[torch.nn.Module, Any]:
+    model = make_model(seed)
+    opt = rule.make(model.parameters(), **options)
+    if scheduled:
+        opt.set_schedule(**rule.drives)
+    return model, train(model, opt, steps)
+
+
+@with_rules
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_distributed_state_dict_helpers_change_nothing(steps: int, options: StateDictOptions):
-    untouched, touched = trained_for(steps), trained_for(steps)
-    weights = [p.detach().clone() for p in touched[0].parameters()]
+def test_distributed_helpers_change_no_rules_run(rule: Rule, steps: int, options: StateDictOptions):
+    untouched, touched = (trained_by_rule(rule, steps, scheduled=True, **rule.full) for _ in range(2))
     saved = get_optimizer_state_dict(*touched, options=options)
-    assert touched[1].clock() == (steps, 0)
     set_optimizer_state_dict(*touched, saved, options=options)
     assert touched[1].clock() == (steps, 0)
-    assert_same(weights, touched[0].parameters())
     for model, opt in (untouched, touched):
-        train(model, opt, 6, start=steps)
-    assert_same_run(untouched, touched)
+        train(model, opt, 4, start=steps)
+    assert_same_optimizers(rule, untouched, touched)
+
+
+def assert_same_optimizers(rule: Rule, expected: tuple[Any, Any], actual: tuple[Any, Any]) -> None:
+    models = [list(model.parameters()) for model, _ in (expected, actual)]
+    assert_same_rules_run(rule, (expected[1], models[0]), (actual[1], models[1]))
+    groups, others = (opt.state_dict()["param_groups"] for _, opt in (expected, actual))
+    assert groups == others
 
 
 @one_process
+@with_rules
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("steps", [0, 4])
-def test_distributed_checkpoint_continues_the_run(tmp_path: Path, steps: int, options: StateDictOptions):
-    uninterrupted = trained_for(steps + 6)
-    model, opt = trained_for(steps)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_distributed_checkpoint_continues_every_rule(
+    tmp_path: Path, rule: Rule, steps: int, options: StateDictOptions
+):
+    uninterrupted = trained_by_rule(rule, steps + 4, scheduled=True, **rule.full)
+    model, opt = trained_by_rule(rule, steps, scheduled=True, **rule.full)
     saved = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, opt, options=options)}
     dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
-
-    fresh = make_model(seed=1)
+    fresh, fresh_opt = trained_by_rule(rule, 0, scheduled=True, seed=1, **rule.full)
     # What is read must have the same keys; the values are the file's.
-    fresh_opt = fastlr.FusedCyclicSGD(fresh.parameters(), base_lr=0.5, max_lr=0.6, momentum=0.5)
+    fresh_opt.set_schedule(lr=fastlr.Triangular2(0.25, 0.5, 1, 1))
     template = {
         "model": fresh.state_dict(),
         "optim": get_optimizer_state_dict(fresh, fresh_opt, options=options),
@@ -130,21 +149,26 @@ def test_distributed_checkpoint_continues_the_run(tmp_path: Path, steps: int, op
     dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
     fresh.load_state_dict(template["model"])
     set_optimizer_state_dict(fresh, fresh_opt, template["optim"], options=options)
-    train(fresh, fresh_opt, 6, start=steps)
-    assert_same_run(uninterrupted, (fresh, fresh_opt))
+    train(fresh, fresh_opt, 4, start=steps)
+    assert_same_optimizers(rule, uninterrupted, (fresh, fresh_opt))
 
 
-def test_distributed_helpers_carry_an_sgd_run_over():
+@with_rules
+@pytest.mark.parametrize("back", [False, True], ids=["from-torch", "to-torch"])
+def test_distributed_helpers_carry_a_run_over(rule: Rule, back: bool):
     model = make_model()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1, foreach=False)
-    train(model, sgd, 4)
-    fused_model = copy.deepcopy(model)
-    fused = fastlr.FusedSGD(fused_model.parameters(), lr=0.5, momentum=0.5)
-    set_optimizer_state_dict(fused_model, fused, get_optimizer_state_dict(model, sgd))
-    assert_same(model.parameters(), fused_model.parameters())
-    train(model, sgd, 3)
-    train(fused_model, fused, 3)
-    assert_same(model.parameters(), fused_model.parameters())
+    made = rule.make, rule.make_torch
+    first, other = reversed(made) if not back else made
+    opt = first(model.parameters(), **rule.full)
+    train(model, opt, 4)
+    carried_model = copy.deepcopy(model)
+    carried = other(carried_model.parameters(), **rule.full)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))  # torch's would share its tensors
+    set_optimizer_state_dict(carried_model, carried, saved)
+    train(model, opt, 3, start=4)
+    train(carried_model, carried, 3, start=4)
+    models = list(model.parameters()), list(carried_model.parameters())
+    assert_same_rules_run(rule, (opt, models[0]), (carried, models[1]))
 
 
 # -- Lightning -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_a_spawned_process_imports_it() -> None:
 
 def test_help_and_completion_see_the_class() -> None:
     optimizer = imported("FusedCyclicSGD")
-    assert inspect.getmodule(optimizer) is sys.modules["fastlr.optim.sgd"]
+    assert inspect.getmodule(optimizer) is sys.modules["fastlr.optim.cyclic"]
     assert inspect.getsource(optimizer).startswith("class FusedCyclicSGD(")
     assert "step_size_up" in inspect.signature(optimizer).parameters
     assert {"lr", "momentum", "torch_options"} <= typing.get_type_hints(fastlr.FusedSGD.__init__).keys()

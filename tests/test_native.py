@@ -41,9 +41,11 @@ def build_driver(
     own = [compiler, "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     items = [("driver", [*own, *(sanitizer if whole else ())], toolchain.NATIVE / "driver.cpp")]
     for (target, source), command in commands.items():
-        if source.startswith("cpu/") and (whole or target in ("_core", "kernels_baseline")):
+        kept = source.startswith("cpu/") and (whole or target in ("_core", "kernels_baseline"))
+        if kept or source == "rules.cpp":
             levels = () if whole else ("-UFASTLR_X86_LEVELS",)
-            items.append((target, [*command, *sanitizer, *levels], toolchain.CSRC / source))
+            name = f"{target}-{Path(source).stem}"
+            items.append((name, [*command, *sanitizer, *levels], toolchain.CSRC / source))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, items))
     # --no-as-needed: step_cpu.cpp refers to OpenMP weakly, which alone does not keep the library.

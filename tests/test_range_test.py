@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import signal
 
@@ -806,6 +807,21 @@ def test_repeats_start_from_the_same_weights_over_other_batches():
     assert_same(job.everything(), before)
 
 
+def test_a_metric_that_is_no_number_is_said():
+    model, _, batches = quadratic()
+    opt = torch.optim.SGD(model.parameters())
+    options = {"num_steps": 40, "end_lr": 0.1, "val_every": 2, "progress": False}
+    values = itertools.cycle([float("nan"), float("inf"), 0.5, -float("inf")])
+
+    def value(output, target):
+        return next(values)
+
+    loss_fn = torch.nn.functional.mse_loss
+    found = fastlr.range_test(model, opt, loss_fn, batches, batches[:1], metric=value, **options)
+    assert "value was inf or NaN in 15 of its measurements" in found.notes
+    assert found.reason.startswith("value has 5 finite values, of 6 that are needed; ")
+
+
 def test_repeats_that_are_no_repeats_are_said():
     model, _, batches = quadratic()
     opt = torch.optim.SGD(model.parameters())
@@ -819,7 +835,7 @@ def test_repeats_that_are_no_repeats_are_said():
 def test_a_ctrl_c_while_everything_is_put_back_waits_until_it_is():
     done = []
     with pytest.raises(KeyboardInterrupt):
-        snapshot._undone(
+        snapshot.undone(
             lambda: done.append(False), lambda: (signal.raise_signal(signal.SIGINT), done.append(True))
         )
     assert done == [False, True]

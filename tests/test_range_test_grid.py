@@ -158,6 +158,50 @@ def test_every_update_has_as_many_samples_as_the_grid_says(size):
     assert sizes == {size}
 
 
+@pytest.mark.parametrize("batches", ["pairs", "dicts"])
+def test_a_function_gives_the_batches_of_the_size_that_the_grid_says(batches):
+    job, sizes = Job(OPTIMIZERS["FusedSGD"]), set()
+
+    def loader(size):
+        made = DataLoader(job.data, size)  # of 256 samples: the last batch has 56 or 1
+        return [{"x": x, "y": [y]} for x, y in made] if batches == "dicts" else made
+
+    def step_fn(batch):
+        x, y = (batch["x"], batch["y"][0]) if batches == "dicts" else batch
+        sizes.add(len(y))
+        return cross_entropy(job.model(x), y)
+
+    options = {"step_fn": step_fn, "num_steps": 12, "end_lr": 0.01, "progress": False}
+    for size in (100, 51):
+        sizes.clear()
+        fastlr.range_test_grid(job.model, job.optimizer, train_loader=loader, batch_size=[size], **options)
+        assert sizes == {size}
+
+
+def test_a_function_without_batches_of_the_size_is_refused():
+    job = Job(OPTIMIZERS["FusedSGD"])
+    batches = [(torch.randn(3, 6), torch.arange(3)), (torch.randn(2, 6), torch.arange(2))]
+    message = "for batch_size 5 returned a loader without a batch of that size: .* tensors have 2, 3 rows"
+    with pytest.raises(ValueError, match=message):
+        job.grid(lambda size: batches, batch_size=[5])
+    with pytest.raises(TypeError, match="train_loader is an iterator"):
+        job.grid(lambda size: iter(batches), batch_size=[3])
+
+
+def test_what_the_function_draws_is_put_back_and_the_same_for_each_size():
+    job, parts = Job(OPTIMIZERS["FusedSGD"]), []
+
+    def loader(size):
+        parts.append(torch.utils.data.random_split(job.data, [200, 56])[0])
+        return DataLoader(parts[-1], size, shuffle=True)
+
+    before = torch.get_rng_state()
+    job.grid(loader, batch_size=[8, 16], num_steps=4, end_lr=0.01)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(parts) == 2
+    assert parts[0].indices == parts[1].indices
+
+
 def test_an_interruption_leaves_no_trace():
     job, calls = Job(OPTIMIZERS["FusedCyclicSGD"]), iter(range(1000))
     before = copy.deepcopy(job.optimizer.state_dict())

@@ -9,10 +9,12 @@ import ctypes
 import functools
 import io
 import itertools
+import mmap
 import multiprocessing
 import random
 import threading
 import types
+import warnings
 import weakref
 
 import numpy as np
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 import fastlr
-from fastlr.range_test import snapshot
+from fastlr.range_test import keeping, snapshot
 
 FEATURES, CLASSES, SAMPLES = 5, 3, 24
 
@@ -104,6 +106,30 @@ def locked():
     return values
 
 
+def of_tensor():
+    return torch.zeros(3).numpy()
+
+
+def windows():
+    """Read-only, over an array that is not."""
+    return np.lib.stride_tricks.sliding_window_view(np.zeros(5), 3)
+
+
+def write_under(values):
+    under = values
+    while not under.flags.writeable:
+        under = under.base if isinstance(under.base, np.ndarray) else under.base.base
+    under += 1
+
+
+class Interface:
+    """An array for NumPy, whose memory is a tensor's."""
+
+    def __init__(self):
+        self.tensor = torch.zeros(3)
+        self.__array_interface__ = self.tensor.numpy().__array_interface__
+
+
 def write_locked(values):
     values.flags.writeable = True
     values += 1
@@ -153,6 +179,10 @@ def sparse():
     return torch.eye(3).to_sparse().coalesce()
 
 
+with warnings.catch_warnings():  # once in a process PyTorch says that these are new
+    warnings.simplefilter("ignore")
+    FULL = torch.ones(3, 3).to_sparse_csr()
+
 # Each kind of state that may hide in a model, sampler or data set: how it is made, and how it changes.
 HIDDEN = {
     "torch.Generator": (torch.Generator, lambda s: torch.rand(3, generator=s)),
@@ -172,7 +202,8 @@ HIDDEN = {
     "defaultdict": (lambda: collections.defaultdict(list), lambda s: s["x"].append(1)),
     "Counter": (lambda: collections.Counter("abc"), lambda s: s.update("a")),
     "UserDict": (lambda: collections.UserDict(a=1), lambda s: s.update(a=2)),
-    "set": (lambda: {"a", "b"}, lambda s: (s.discard("a"), s.add("c"))),
+    "set": (lambda: {1, 2, 3}, lambda s: (s.discard(2), s.add(4))),
+    "set, emptied": (lambda: set(range(0, 90, 3)), lambda s: s.clear()),
     "frozenset of objects": (lambda: frozenset([Plain(n=0)]), lambda s: change(next(iter(s)), n=1)),
     "deque": (lambda: collections.deque([1, 2], maxlen=3), lambda s: (s.popleft(), s.extend([4, 5]))),
     "tuple of lists": (lambda: ([1], ([2],)), lambda s: s[1][0].append(3)),
@@ -190,15 +221,51 @@ HIDDEN = {
     "weak references": (weak, use_weak),
     "partial": (lambda: functools.partial(print, [1]), lambda s: s.args[0].append(2)),
     "bound method": (lambda: Plain(n=1).method, lambda s: change(s.__self__, n=2)),
+    "native bound method": (lambda: random.Random(1).random, lambda s: s()),
+    "bound method of a list": (lambda: [].append, lambda s: s(1)),
+    "bound method of a generator": (
+        lambda: torch.Generator().manual_seed,
+        lambda s: s(3 + s.__self__.initial_seed()),
+    ),
+    "special method of a list": (lambda: [].__iadd__, lambda s: s([1])),
+    "staticmethod": (lambda: staticmethod([].append), lambda s: s(1)),
+    "classmethod": (lambda: classmethod([].append), lambda s: s.__func__(1)),
+    "property": (lambda: property(random.Random(1).random), lambda s: s.fget()),
+    "slice": (lambda: slice([1], None), lambda s: s.start.append(2)),
+    "exception": (lambda: ValueError([1]), lambda s: s.args[0].append(2)),
+    "mappingproxy": (lambda: types.MappingProxyType({1: [2]}), lambda s: s[1].append(3)),
+    "values of a dict": (lambda: {1: [2]}.values(), lambda s: next(iter(s)).append(3)),
+    "memoryview": (lambda: memoryview(bytearray(3)), lambda s: s.__setitem__(0, s[0] + 1)),
+    "pointer": (lambda: ctypes.pointer(ctypes.c_int(1)), lambda s: setattr(s.contents, "value", 2)),
+    "mmap": (lambda: mmap.mmap(-1, 16), lambda s: s.read(3)),
+    "storage": (lambda: torch.zeros(3).untyped_storage(), lambda s: s.fill_(s[0] + 1)),
     "BytesIO": (lambda: io.BytesIO(b"abc"), lambda s: s.write(b"xyzuvw")),
     "StringIO": (lambda: io.StringIO("abc"), lambda s: s.write("xyzuvw")),
     "file": (text_file, lambda s: s.read(7)),
+    "file, read by lines": (text_file, lambda s: next(s)),
     "array": (lambda: np.arange(3), lambda s: np.add(s, 1, out=s)),
     "array, resized": (lambda: np.arange(3), lambda s: s.resize(s.size + 4, refcheck=False)),
     "array, made read-only": (lambda: np.arange(3), lambda s: s.setflags(write=False)),
     "array, reshaped": (lambda: np.arange(6)[:], lambda s: setattr(s, "shape", (2, s.size // 2))),
     "array, read-only but written": (locked, write_locked),
     "array that nobody can write": (lambda: np.frombuffer(b"abcd", np.uint8), unused),
+    "array of a tensor": (of_tensor, lambda s: s.__iadd__(1)),
+    "array of a shared tensor": (
+        lambda: torch.zeros(3).share_memory_().numpy(),
+        lambda s: s.__iadd__(1),
+    ),
+    "array by DLPack": (lambda: np.from_dlpack(torch.zeros(3)), lambda s: s.__iadd__(1)),
+    "array by its interface": (lambda: np.asarray(Interface()), lambda s: s.__iadd__(1)),
+    "array with strides": (
+        lambda: np.lib.stride_tricks.as_strided(np.zeros(6), (3, 2), (16, 8)),
+        lambda s: s.__iadd__(1),
+    ),
+    "array of windows": (windows, write_under),
+    "array, repeated": (lambda: np.broadcast_to(np.zeros(1), 3), write_under),
+    "array of another type": (
+        lambda: np.zeros(2),
+        lambda s: setattr(s, "dtype", np.int64 if s.dtype == np.float64 else np.float64),
+    ),
     "array, in Fortran's order": (lambda: np.ones((2, 3), order="F"), lambda s: s.fill(2.0)),
     "array of objects": (lambda: np.array([[1], Plain(n=1)], dtype=object), lambda s: change(s[1], n=2)),
     "tensor": (lambda: torch.zeros(3), lambda s: s.add_(1)),
@@ -220,6 +287,11 @@ HIDDEN = {
     "tensor, half": (lambda: torch.tensor([float("nan"), -0.0], dtype=torch.float16), lambda s: s.fill_(1)),
     "tensor, complex": (lambda: torch.ones(2, dtype=torch.complex64), lambda s: s.mul_(1j)),
     "tensor, sparse": (sparse, lambda s: s.mul_(2)),
+    "tensor, CSR": (lambda: torch.eye(3).to_sparse_csr(), lambda s: s.values().add_(1)),
+    "tensor, CSC": (lambda: torch.eye(3).to_sparse_csc(), lambda s: s.values().add_(1)),
+    "tensor, BSR": (lambda: torch.eye(4).to_sparse_bsr((2, 2)), lambda s: s.mul_(2)),
+    "tensor, BSC": (lambda: torch.eye(4).to_sparse_bsc((2, 2)), lambda s: s.mul_(2)),
+    "tensor, CSR, filled": (lambda: torch.eye(3).to_sparse_csr(), lambda s: s.add_(FULL)),
     "module": (lambda: torch.nn.BatchNorm1d(2), lambda s: s(torch.randn(4, 2))),
     "module with another child": (lambda: torch.nn.Sequential(), lambda s: s.append(torch.nn.ReLU())),
     "module with a list for a buffer": (lambda: torch.nn.Flatten(), lambda s: s._buffers.update(x=[1])),
@@ -396,6 +468,48 @@ def test_loaders_that_a_model_holds_are_put_back_once_and_not_between_repeats():
     assert "epoch" not in vars(inner.batch_sampler.sampler)
 
 
+def test_the_global_generators_go_on_between_repeats_whoever_holds_them():
+    job, drawn = Job(), []
+    job.model.holds = [random.random, random.shuffle, np.random.rand, torch.default_generator]
+    generators = (random.random, np.random.rand, lambda: float(torch.rand(())))
+    job.model.register_forward_pre_hook(
+        lambda module, args: drawn.append([draw() for draw in generators]) if module.training else None
+    )
+    before = random.getstate()
+    job.range_test(repeats=2)
+    assert all(len(set(numbers)) == 16 for numbers in zip(*drawn, strict=True))
+    assert random.getstate() == before
+
+
+def popped(pool):
+    """A pool of samples most of which are used up, in a table that has room for all."""
+    pool -= {i for i in range(200) if i % 13}
+    return pool
+
+
+SETS = {
+    "untouched": (lambda: popped(set(range(200))), unused, True),
+    "some more": (lambda: set(range(0, 64, 3)), lambda s: s.update({7, 71}), True),
+    "one less": (lambda: set(range(0, 64, 3)), lambda s: s.discard(9), True),
+    "refilled": (lambda: set(range(0, 64, 3)), lambda s: (s.clear(), s.update(range(900))), True),
+    "enlarged": (lambda: popped(set(range(200))), lambda s: s.update(range(5000)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "use", "in_order"), SETS.values(), ids=SETS.keys())
+def test_the_order_of_a_set_is_as_before_or_the_notes_say_so(make, use, in_order):
+    job = Job(sampler=Hiding({"set": (make, use)}))
+    pool = job.loader.parts[0]["loader"].batch_sampler.sampler.hiding.states[0]
+    before = list(pool)
+    notes = [note for note in job.range_test(repeats=2).notes if "set" in note]
+    assert sorted(pool) == sorted(before)
+    assert (list(pool) == before) == in_order == (not notes)
+    for note in notes:
+        assert note.startswith(
+            "train_loader.parts[0]['loader'].batch_sampler.sampler.hiding.states[0]: changed"
+        )
+
+
 class Counted(list):
     """Tells when somebody looks."""
 
@@ -510,21 +624,42 @@ class InPlace(Dataset):
 
     def __getitem__(self, i):
         self.small += 1
-        if self.write:
-            self.values[i] = self.values[i] + 1
-        return torch.as_tensor(self.values[i]).float(), 0
+        if self.write is not None:
+            self.write(self.values, i)
+        return torch.as_tensor(self.values[i]).float() / 16_000, 0
 
 
 LARGE = {
-    "tensor": lambda: torch.ones(8, 1000),
-    "view": lambda: torch.ones(16, 1000)[::2],
-    "array": lambda: np.ones((8, 1000), np.float32),
-    "array, strided": lambda: np.ones((8, 2000), np.float32)[:, ::2],
-    "array, transposed": lambda: np.ones((1000, 8), np.float32).T,
+    "tensor": lambda: torch.arange(8000.0).view(8, 1000),
+    "view": lambda: torch.arange(16000.0).view(16, 1000)[1::2],
+    "tensor, transposed": lambda: torch.arange(8000.0).view(1000, 8).T,
+    "array": lambda: np.arange(8000, dtype=np.float32).reshape(8, 1000),
+    "array, strided": lambda: np.arange(16000, dtype=np.float32).reshape(8, 2000)[:, ::2],
+    "array, transposed": lambda: np.arange(8000, dtype=np.float32).reshape(1000, 8).T,
 }
 
 
-@pytest.mark.parametrize("write", [False, True], ids=["read", "written"])
+def write_item(values, i):
+    values[i] = values[i] + 1
+
+
+def write_past_the_counter(values, i):
+    (values.data if isinstance(values, torch.Tensor) else values)[i] += 1
+
+
+def write_by_numpy(values, i):
+    np.asarray(values)[i] += 1
+
+
+def shuffle(values, i):
+    values[[0, 1, 2, 3, 4]] = values[[1, 2, 3, 4, 0]]
+
+
+WRITES = {"read": None, "item": write_item, "past the counter": write_past_the_counter}
+WRITES |= {"by NumPy": write_by_numpy, "shuffled": shuffle}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 @pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
 def test_large_data_are_not_copied_but_watched(make, write, monkeypatch):
     monkeypatch.setattr(snapshot, "LIMIT", 20_000)  # the data take 32,000 bytes
@@ -570,7 +705,12 @@ def test_a_data_set_on_disk_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(snapshot, "LIMIT", 50_000)
     job = Job()
     job.loader.memory = np.memmap(tmp_path / "data", np.float32, "w+", shape=(100_000,))
-    assert not [note for note in job.range_test().notes if "too large" in note]
+    job.loader.tensor = torch.from_file(str(tmp_path / "tensor"), shared=True, size=100_000)
+    read = []
+    monkeypatch.setattr(keeping.zlib, "crc32", lambda *_: read.append(1))
+    (watched,) = [note for note in job.range_test().notes if "too large" in note]
+    assert watched == "train_loader.tensor: too large to be copied, and watched instead"
+    assert not read
 
 
 # -- what cannot be put back ---------------------------------------------------------------------------
@@ -613,6 +753,40 @@ def test_what_is_in_flight_is_refused_by_name_before_the_sweep(place, make, mess
     assert job.model.calls == 0
 
 
+class Measure:
+    def __init__(self):
+        self.calls, self.values = 0, torch.zeros(2)
+
+    def __call__(self, *arguments, **named):
+        self.calls += 1
+        self.values += 1
+        return 0.0
+
+    def method(self, *arguments):
+        return self(*arguments)
+
+
+def first_of(measure, *arguments, other=None):
+    measure(*arguments)
+    return other(*arguments) if other is not None else 0.0
+
+
+def test_what_a_partial_function_is_made_of_is_put_back():
+    job = Job()
+    parts = [Measure() for _ in range(3)]
+    criterion = functools.partial(functools.partial(job.criterion))
+    metric = functools.partial(functools.partial(first_of, parts[0]), other=functools.partial(parts[1]))
+    before = [job.fingerprint(), fingerprint(parts=parts)]
+    given = (job.model, job.optimizer, criterion, job.loader, job.val_loader)
+    fastlr.range_test(*given, metric=metric, num_steps=4, val_every=1, progress=False)
+    after = [job.fingerprint(), fingerprint(parts=parts)]
+    assert [differences(*pair) for pair in zip(before, after, strict=True)] == [[], []]
+    # The object of a method is whoever tests, and remembers.
+    metric = functools.partial(first_of, parts[0].method, other=parts[1].method)
+    fastlr.range_test(*given, metric=metric, num_steps=4, val_every=1, progress=False)
+    assert parts[0].calls == parts[1].calls > 0
+
+
 class Unreadable(random.Random):
     def getstate(self):
         raise OSError("no state")
@@ -642,6 +816,14 @@ def test_a_pipe_is_refused_by_name():
         job.loader.stream = file
         with pytest.raises(TypeError, match=r"train_loader\.stream is a file without a position"):
             job.range_test()
+
+
+def test_a_file_that_is_being_read_by_lines_is_refused_by_name():
+    job = Job()
+    job.loader.lines = text_file()
+    next(job.loader.lines)
+    with pytest.raises(TypeError, match=r"train_loader\.lines is a file .* is being read by next"):
+        job.range_test()
 
 
 def test_what_is_no_state_of_training_is_left_alone():

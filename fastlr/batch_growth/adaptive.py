@@ -117,18 +117,24 @@ class AdaptiveGrowth:
         ``opt.step()`` where ``noise`` reads an optimizer.
 
         Args:
-            batch: the batch that was observed; only an update's last one counts. Every rank has to call it.
+            batch: the batch that was observed; only an update's last one counts, and the run's last one has
+                nothing to grow for. Every rank has to call it.
 
         Returns:
             Whether the batch grew, or, where advisory, should.
         """
         if not isinstance(batch, Batch):
             raise TypeError(f"batch must be a Batch of a GrowingLoader, got {describe(batch)}")
-        if not batch.ends_update or self._noise.observations == self._observations:
+        return batch.ends_update and self._look()
+
+    def _look(self) -> bool:
+        """Takes an observation into account that was not so far."""
+        sample = self._loader.samples
+        if self._noise.observations == self._observations or sample == self._loader.plan.total_samples:
             return False
         self._observations = self._noise.observations
         # The plan may have grown by itself.
-        self.batch_size = max(self.batch_size, self._loader.plan.phase_at(batch.position).batch_size)
+        self.batch_size = max(self.batch_size, self._loader.plan.phase_at(sample).batch_size)
         after = self.batch_size * self.factor
         scale = self._noise.scale
         self._above = self._above + 1 if scale >= self.margin * after else 0
@@ -137,7 +143,7 @@ class AdaptiveGrowth:
         self._above = 0
         if self.apply:
             self._loader.grow(after)
-        growth = Growth(batch.position, scale, self.batch_size, after)
+        growth = Growth(sample, scale, self.batch_size, after)
         self.log.append(growth)
         _LOG.info(
             "noise scale %.4g at sample %d: the batch %s from %d to %d",
@@ -147,27 +153,48 @@ class AdaptiveGrowth:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The size, the count and the log; plain numbers and lists."""
+        """The size, the counts and the log; plain numbers and lists.
+
+        Save it with the noise scale's, the loader's and the optimizer's. Between ``opt.step()`` and
+        :meth:`update` there is an observation to be taken into account, which :meth:`load_state_dict` does.
+        """
         return {
             "batch_size": self.batch_size,
             "above": self._above,
+            "observations": self._observations,
+            "sample": self._loader.samples,
             "log": [list(growth) for growth in self.log],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` returned; load the noise scale's first.
+        """Goes on from what :meth:`state_dict` returned; load the optimizer, loader and noise scale first.
 
         Raises:
-            ValueError: it is damaged; nothing has changed then.
+            ValueError: it is damaged, or the loader or noise scale stand elsewhere than the file's; nothing
+                has changed then.
         """
-        state = saved_state("an AdaptiveGrowth", state, ("batch_size", "above", "log"))
+        keys = ("batch_size", "above", "observations", "sample", "log")
+        state = saved_state("an AdaptiveGrowth", state, keys)
         batch_size, above = count("batch_size", state["batch_size"]), count("above", state["above"], 0)
         size = self._loader.plan.dataset_size
         if batch_size > size:
             raise ValueError(f"batch_size must be <= the data set's {size:,} samples, got {batch_size:,}")
+        observations = count("observations", state["observations"], 0)
+        sample = count("sample", state["sample"], 0)
         log = [_growth(entry) for entry in items("log", state["log"])]
+        if observations > self._noise.observations:
+            raise ValueError(
+                f"the file has seen {observations:,} observations, the noise scale has "
+                f"{self._noise.observations:,}; load the noise scale's state first"
+            )
+        if observations < self._noise.observations and sample != self._loader.samples:
+            raise ValueError(
+                f"the file is from sample {sample:,} and has an observation to take into account there, the "
+                f"loader stands at {self._loader.samples:,}; load the loader's state first"
+            )
         self.batch_size, self._above, self.log = batch_size, above, log
-        self._observations = self._noise.observations
+        self._observations = observations
+        self._look()
 
 
 def _growth(entry: object) -> Growth:

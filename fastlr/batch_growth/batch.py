@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,10 +102,7 @@ def _each(value: Any, change: Callable[[Any], Any], method: str) -> Any:
 def _with(container: Any, items: dict[Any, Any]) -> Any:
     """The container with these items in place of its own, in its type."""
     if isinstance(container, (MutableMapping, MutableSequence)):
-        container = copy.copy(container)
-        for key, item in items.items():
-            container[key] = item
-        return container
+        return _refilled(container, items)
     if not isinstance(container, (Mapping, Sequence)):  # a dataclass
         container = copy.copy(container)
         for name, item in items.items():
@@ -119,3 +117,24 @@ def _with(container: Any, items: dict[Any, Any]) -> Any:
             f"a {kind.__name__} in a batch's data cannot be made anew from a {type(values).__name__} of its "
             "items; give it methods to(...) and pin_memory(), or let collate_fn return a dict or a tuple"
         ) from error
+
+
+def _refilled(container: Any, items: dict[Any, Any]) -> Any:
+    """A copy that has these items, while the container keeps its own."""
+    before = {key: container[key] for key in items}
+    new = copy.copy(container)
+    if not isinstance(new, (dict, list, deque)) and not hasattr(new, "__copy__"):
+        # A copy of a class of one's own shares its attributes, one of which may hold the items.
+        for name, value in list(getattr(new, "__dict__", {}).items()):
+            if isinstance(value, (dict, list, deque)):
+                vars(new)[name] = copy.copy(value)
+    for key, item in items.items():
+        new[key] = item
+    if all(container[key] is item for key, item in before.items()):
+        return new
+    for key, item in before.items():
+        container[key] = item
+    raise TypeError(
+        f"a {type(new).__name__} in a batch's data cannot be copied: its copies share what holds its items; "
+        "give it a method __copy__(), or to(...) and pin_memory()"
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from fastlr._checks import count, flag, function, real
+from fastlr._checks import count, describe, flag, function, real
 from fastlr.batch_growth.plan import BatchPlan
 
 # What the loader decides itself, and what says so instead.
@@ -45,12 +45,14 @@ def check_size(dataset: Any, plan: BatchPlan) -> None:
             return
         wrong = size < plan.dataset_size
     else:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        try:
+            size = len(dataset)
+        except TypeError:  # also of a tensor or array without a dimension
+            size = -1
+        if size < 0 or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                "dataset must have a length and items, or be an IterableDataset, got "
-                f"{type(dataset).__name__}"
+                f"dataset must have a length and items, or be an IterableDataset, got {describe(dataset)}"
             )
-        size = len(dataset)
         wrong = size != plan.dataset_size
     if wrong:
         raise ValueError(

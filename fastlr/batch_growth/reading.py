@@ -62,7 +62,7 @@ class BatchSource:
         return batches if self._count is None else self._counted(batches, self._count)
 
     def _read(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
-        sent = self._feed.aim(sampler.micro_batches(samples, epoch))
+        sent = self._feed.aim(sampler, samples, epoch)
         for data in self.loader:
             micro = sent.popleft()
             update = micro.update
@@ -113,19 +113,25 @@ class BatchSource:
 
 
 class _Feed:
-    """The batch sampler of the ``DataLoader``: what was sent to be read is noted, in order."""
+    """The batch sampler of the ``DataLoader``: what was sent to be read is noted, in order.
+
+    What it yields next is kept as where that begins, and not as an iterator, which nothing could copy.
+    """
 
     def __init__(self) -> None:
-        self._next: Iterator[MicroBatch] = iter(())
+        self._next: tuple[GrowingBatchSampler, int, int] | None = None
         self._sent: deque[MicroBatch] = deque()
 
-    def aim(self, micro_batches: Iterator[MicroBatch]) -> deque[MicroBatch]:
+    def aim(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> deque[MicroBatch]:
         """Sets what the next iterator yields; returns where that is noted."""
-        self._next, self._sent = micro_batches, deque()
+        self._next, self._sent = (sampler, samples, epoch), deque()
         return self._sent
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self._noted(self._next, self._sent)
+        if self._next is None:
+            return iter(())
+        sampler, samples, epoch = self._next
+        return self._noted(sampler.micro_batches(samples, epoch), self._sent)
 
     @staticmethod
     def _noted(micro_batches: Iterator[MicroBatch], sent: deque[MicroBatch]) -> Iterator[MicroBatch]:

@@ -99,6 +99,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         """A file's group, completed by the optimizer's own, in this class's form and checked."""
         group = {**group, **self._fixed}
+        if group["state_dtype"] == "float32":
+            group["state_dtype"] = torch.float32
         return {**group, **self._checked(group, where)}
 
     # -- groups and schedules --------------------------------------------------------------------
@@ -181,6 +183,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}; that are {', '.join(names)}"
             )
         now = self.sync()
+        taken = [name for name, value in given.items() if value is not None]
+        for place in range(size):
+            self._plan.check_owned([self.param_groups[place]], taken if place in indices else [])
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
@@ -249,6 +254,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = {"updates": updates, "samples": samples}
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
+        self._plan.check_owned(self.param_groups, [])
         for place, group in enumerate(self.param_groups):
             for option in self._options.scheduled:
                 name = option.name
@@ -460,7 +466,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self._rule_state, state_dict)
+        pack(self._options, self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the

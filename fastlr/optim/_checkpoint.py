@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
-from fastlr._checks import count, plain
+from fastlr._checks import count, flag, plain
 from fastlr.optim._groups import RuleOptions, check_owner, clock_of
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
 
-def pack(rule_state: RuleState, state_dict: dict[str, Any]) -> None:
+def pack(options: RuleOptions, rule_state: RuleState, state_dict: dict[str, Any]) -> None:
     """Makes a state_dict of plain values, without what torch's of the same rule has not."""
     for group in state_dict["param_groups"]:
         rule_state.in_file(state_dict["state"], group["params"])
+        group |= options.plain(group)
         for key, value in group.items():
             if isinstance(value, Schedule):
                 group[key] = value.to_dict()
@@ -72,7 +73,7 @@ def unpack(
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
         group = {**own, "fresh": False, **saved}
-        group |= options.without_tensors(group)
+        group |= {"fresh": flag(f"fresh{where}", group["fresh"]), **options.without_tensors(group)}
         for key in ("updates", "samples", *(f"{option.name}_start" for option in options.scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)
         for option in options.scheduled:
@@ -89,7 +90,7 @@ def unpack(
             group[f"{name}_schedule"] = schedule
             if schedule is not None:
                 check_owner(option, schedule, where)
-        group = in_own_form({key: _without_text(key, value) for key, value in group.items()}, where)
+        group = in_own_form(group, where)
         groups.append(group)
         for key, parameter in zip(saved["params"], own["params"], strict=True):
             if key not in state:
@@ -115,11 +116,6 @@ def unpack(
     return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless)
 
 
-def _without_text(key: str, value: Any) -> Any:
-    """A file's value with a type as what :func:`pack` has made text of."""
-    return torch.float32 if key.endswith("_dtype") and value == "float32" else value
-
-
 def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
     """Raises ValueError for what no optimizer's state_dict looks like. names: of the rule's state."""
     for name, kind in (("param_groups", list), ("state", dict)):
@@ -135,7 +131,9 @@ def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:
                 f"the file's parameter group {place} must be a dict with a list under 'params', got "
                 f"{type(params).__name__}"
             )
-        for key in group["params"]:
+        if len(set(params)) != len(params):
+            raise ValueError(f"the file's parameter group {place} has parameters twice: {params}")
+        for key in params:
             entry = state_dict["state"].get(key, {})
             if not isinstance(entry, dict):
                 raise ValueError(

@@ -106,14 +106,23 @@ class RuleOptions:
                 held[option.tuple] = (*held.get(option.tuple, ()), values[option.name])
         return held
 
+    def plain(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters of a group that steps take, whatever their types, as Python's own."""
+        changed = dict(group)
+        for option in self.all:
+            if (option.tuple or option.name) in group:  # somebody may have taken one out
+                value = (bool if option.flag else float)(self.value(changed, option))
+                changed |= self.entry(changed, option, value)
+        return changed
+
     def numbers(self, group: Mapping[str, Any]) -> list[float]:
         """A checked group's hyperparameters, in the order of the options."""
         return [float(self.value(group, option)) for option in self.all]
 
     def without_tensors(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
+        """Those of a group's numbers that are tensors of one, as torch's rates may be, as numbers."""
         changed: dict[str, Any] = {}
-        for option in self.scheduled:
+        for option in self.all:
             value = self.value({**group, **changed}, option)
             if isinstance(value, torch.Tensor) and value.numel() == 1:
                 changed |= self.entry({**group, **changed}, option, value.item())

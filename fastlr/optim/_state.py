@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -66,9 +67,10 @@ class RuleState:
             loaded[name] = Runtime.new_state(parameter, group["state_dtype"], 0.0).copy_(found)
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
-            age = float(step)
+            single = not isinstance(step, torch.Tensor) or step.numel() == 1
+            age = float(step) if single else math.nan
             if not (age >= 0.0 and age.is_integer()):
-                raise ValueError(f"the file's step {key} must be a number of updates, got {age!r}")
+                raise ValueError(f"the file's step {key} must be a number of updates, got {step!r}")
             loaded[STEP] = Runtime.new_step(parameter, age)
         elif loaded and self.counts_steps:
             raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")

@@ -100,6 +100,8 @@ class FusedSGD(FusedOptimizer):
 
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         # A file of version 0.1 knows the other name only.
+        if group.get("momentum_dtype") == "float32":
+            group = {**group, "momentum_dtype": torch.float32}
         return super()._from_file(with_state_dtype(group, where, old_file=True), where)
 
 

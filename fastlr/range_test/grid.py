@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fastlr import plotting
+from fastlr import _core, plotting
 from fastlr._checks import count, describe, items, real
 from fastlr._files import replacing
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
+from fastlr.range_test.snapshot import same_random_numbers, undone
 from fastlr.range_test.sweep import range_test
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def range_test_grid(
     Args:
         model, optimizer, loss_fn, train_loader, val_loader: as for :func:`range_test`. With ``batch_size``
             the train_loader is a DataLoader, which is made anew for each size and leaves out a last batch
-            of fewer samples; or a function ``(batch_size) -> loader``.
+            of fewer samples; or a function ``(batch_size) -> loader``. Of its batches those are left out in
+            which no tensor has batch_size rows, and the random numbers that it draws are put back.
         weight_decay: values to try, >= 0; none: the optimizer's own.
         momentum: values to try, in [0, 1): ``momentum``, or the first of ``betas``.
         batch_size: values to try, >= 1 and at most the samples that the train_loader draws in an epoch.
@@ -189,26 +191,29 @@ def range_test_grid(
             raise ValueError(f"{type(optimizer).__name__} has neither momentum nor betas to try values of")
     loaders: dict[float | None, Any] = {None: train_loader}
     for size in axes.get("batch_size", []):
-        loaders[size] = _with_batch_size(train_loader, int(size))
+        # Each from the same random numbers, as the tests; and none of them stay drawn.
+        same_random_numbers(partial(_add_loader, loaders, train_loader, int(size)))
     settings = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    results = []
+    results: list[RangeTestResult] = []
+
+    def tested(setting: dict[str, float]) -> None:
+        _set(optimizer, setting)
+        loader = loaders[setting.get("batch_size")]
+        results.append(range_test(model, optimizer, loss_fn, loader, val_loader, **options))
+
     for setting in settings:
-        with _set(optimizer, setting):
-            loader = loaders[setting.get("batch_size")]
-            results.append(range_test(model, optimizer, loss_fn, loader, val_loader, **options))
+        undone(partial(tested, setting), _kept_settings(optimizer))
     return RangeTestGrid(tuple(settings), tuple(results))
 
 
 def _axis(name: str, values: Sequence[float]) -> list[float]:
     """The values to try of a setting."""
     try:
-        tried = () if isinstance(values, (str, bytes)) else tuple(values)
+        tried = items(name, values)
     except TypeError:
-        tried = None
-    if tried is None or isinstance(values, (str, bytes, dict)):
         raise TypeError(
             f"{name} must be a list of values to try, got {describe(values)}; for one value pass [{values!r}]"
-        )
+        ) from None
     if name == "batch_size":
         return [count(name, value) for value in tried]
     axis = [real(name, value) for value in tried]
@@ -217,18 +222,56 @@ def _axis(name: str, values: Sequence[float]) -> list[float]:
     return axis
 
 
+class _Full:
+    """The batches of a loader that have so many samples; others, such as a smaller last one, are left out.
+
+    A batch has as many samples as one of its tensors has rows; one without tensors is taken as it is.
+    """
+
+    def __init__(self, loader: Iterable[Any], batch_size: int) -> None:
+        self.loader, self.batch_size = loader, batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        others: set[int] = set()
+        full = False
+        for batch in self.loader:
+            rows = set(_rows(batch))
+            if not rows or self.batch_size in rows:
+                full = True
+                yield batch
+            others |= rows
+        if others and not full:
+            raise ValueError(
+                f"the function for batch_size {self.batch_size} returned a loader without a batch of that "
+                f"size: its batches' tensors have {', '.join(map(str, sorted(others)))} rows"
+            )
+
+
+def _rows(batch: Any) -> Iterator[int]:
+    if isinstance(batch, torch.Tensor):
+        yield from batch.shape[:1]
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _rows(part)
+
+
+def _add_loader(loaders: dict[float | None, Any], loader: Any, batch_size: int) -> None:
+    loaders[batch_size] = _with_batch_size(loader, batch_size)
+
+
 def _with_batch_size(loader: Any, batch_size: int) -> Any:
     """A loader of batches of that size, once there is data for one."""
     if callable(loader) and not hasattr(loader, "__iter__"):
         made = loader(batch_size)
-        if isinstance(made, DataLoader) and made.batch_size not in (None, batch_size):
-            raise ValueError(
-                f"the function for batch_size {batch_size} returned a DataLoader of batch_size "
-                f"{made.batch_size}; pass what it is called with on to the DataLoader"
-            )
         if isinstance(made, DataLoader) and made.batch_size is not None:
+            if made.batch_size != batch_size:
+                raise ValueError(
+                    f"the function for batch_size {batch_size} returned a DataLoader of batch_size "
+                    f"{made.batch_size}; pass what it is called with on to the DataLoader"
+                )
             _check_filled(made, batch_size)
-        return made
+        takes_part = isinstance(made, Iterable) and not isinstance(made, (Iterator, str, bytes, dict))
+        return _Full(made, batch_size) if takes_part else made  # which the test refuses
     if (
         type(loader) is not DataLoader
         or loader.batch_size is None
@@ -258,23 +301,28 @@ def _check_filled(loader: DataLoader[Any], batch_size: int) -> None:
         )
 
 
-@contextmanager
-def _set(optimizer: torch.optim.Optimizer, setting: dict[str, float]) -> Iterator[None]:
+def _set(optimizer: torch.optim.Optimizer, setting: dict[str, float]) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        if "weight_decay" in setting:
+            group["weight_decay"] = setting["weight_decay"]
+        if "momentum" not in setting:
+            continue
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.set_schedule(momentum=setting["momentum"], group=index)
+        elif "momentum" in group:
+            group["momentum"] = setting["momentum"]
+        else:
+            group["betas"] = (setting["momentum"], *group["betas"][1:])
+
+
+def _kept_settings(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What gives every group what it has now, on devices as well."""
     before = [dict(group) for group in optimizer.param_groups]
-    try:
-        for index, group in enumerate(optimizer.param_groups):
-            if "weight_decay" in setting:
-                group["weight_decay"] = setting["weight_decay"]
-            if "momentum" not in setting:
-                continue
-            if isinstance(optimizer, FusedOptimizer):
-                optimizer.set_schedule(momentum=setting["momentum"], group=index)
-            elif "momentum" in group:
-                group["momentum"] = setting["momentum"]
-            else:
-                group["betas"] = (setting["momentum"], *group["betas"][1:])
-        yield
-    finally:
-        for group, own in zip(optimizer.param_groups, before, strict=True):
-            group.clear()
-            group.update(own)
+    put_back_devices = optimizer.keep_devices() if isinstance(optimizer, FusedOptimizer) else None
+
+    def put_back_settings() -> None:
+        _core.update_groups(optimizer.param_groups, before)
+        if put_back_devices is not None:
+            put_back_devices()
+
+    return put_back_settings

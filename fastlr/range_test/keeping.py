@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import operator
 import types
@@ -74,10 +75,22 @@ class KeptTensor:
             values = values.values()
         return values.numel() * values.element_size()
 
-    @property
-    def version(self) -> int:
-        """Of what the tensor's memory holds."""
-        return (self._tensor if self._alias is None else self._alias)._version
+    def summary(self) -> tuple[int, ...]:
+        """Of what the tensor's memory holds: a checksum, or where it is not the host's the version counter,
+        which misses what is written through ``.data`` or by other libraries."""
+        if self._alias is None:
+            return (self._tensor._version,)
+        storage = self._alias.untyped_storage()
+        size = storage.nbytes()
+        if self._alias.device.type != "cpu" or storage.filename is not None:  # a file is far away
+            return (self._alias._version, size)
+        begin = int(self._alias.storage_offset()) * self._alias.element_size()
+        end = min(_reach(self._alias), size)
+        if begin >= end:
+            return (0, size)
+        # Not by NumPy: no storage that it has seen can be resized any more.
+        memory = (ctypes.c_char * (end - begin)).from_address(storage.data_ptr() + begin)
+        return (zlib.crc32(memory), size)
 
     def put_back_values(self, values: torch.Tensor | None) -> None:
         """Puts the memory back as it was; no values: they were not copied."""
@@ -88,10 +101,13 @@ class KeptTensor:
             if values is not None:
                 self.values.copy_(values)
         elif values is not None:
-            if self._tensor.layout in (torch.sparse_coo, *_COMPRESSED):  # how many there are may differ
-                self._tensor.data = values.to(self._tensor.device, copy=True)
-            else:
-                self._tensor.copy_(values)
+            tensor = self._tensor
+            if tensor.layout is torch.sparse_coo:  # how many values there are may differ
+                tensor.data = values.to(tensor.device, copy=True)
+                return
+            if tensor.layout in _COMPRESSED and tensor._nnz() != values._nnz():
+                tensor.resize_as_sparse_(values)
+            tensor.copy_(values)
 
     def put_back_tensor(self) -> None:
         """Makes the tensor lie in that memory again, with the gradient and hooks that it had."""
@@ -193,37 +209,81 @@ def keep_dict(thing: dict[Any, Any]) -> tuple[dict[Any, Any], Undo]:
 
 
 def keep_items(thing: Any, base: Any) -> tuple[Iterable[Any], Undo]:
-    """Of a list, deque or set, by the methods of that type."""
-    contents = set(set.__iter__(thing)) if base is set else list(base.__iter__(thing))
-    add = set.update if base is set else base.extend
+    """Of a list or deque, by the methods of that type."""
+    contents = list(base.__iter__(thing))
 
     def undo() -> None:
-        if base.__len__(thing) == len(contents):
-            if base is not set and _same(base.__iter__(thing), contents):
-                return
-            if base is set and {id(x) for x in set.__iter__(thing)} == {id(x) for x in contents}:
-                return
+        if base.__len__(thing) == len(contents) and _same(base.__iter__(thing), contents):
+            return
         base.clear(thing)
-        add(thing, contents)
+        base.extend(thing, contents)
 
     return contents, undo
 
 
-def keep_array(values: np.ndarray[Any, Any]) -> Undo:
-    before, writeable = values.copy(order="K"), values.flags.writeable
+# NOTE: [the order of a set]
+# A set goes through its hash table, and where an item stands there depends on all that was ever added and
+# discarded. No method of a set brings back a table, and none shows where pop() would go on. What was added is
+# discarded, and the rest added, which keeps the order as long as the table was not enlarged; else the set is
+# filled anew. Where neither gives the order of before, that is told.
+
+
+def keep_set(thing: set[Any], reordered: Callable[[], object]) -> tuple[Iterable[Any], Undo]:
+    """Calls ``reordered`` when the items could be put back, but not their order."""
+    contents = list(set.__iter__(thing))
+
+    def as_before() -> bool:
+        return set.__len__(thing) == len(contents) and _same(set.__iter__(thing), contents)
 
     def undo() -> None:
+        if as_before():
+            return
+        before = set(map(id, contents))
+        set.difference_update(thing, [item for item in set.__iter__(thing) if id(item) not in before])
+        set.update(thing, contents)
+        if as_before():
+            return
+        set.clear(thing)
+        set.update(thing, contents)
+        if not as_before():
+            reordered()
+
+    return contents, undo
+
+
+def is_locked(values: np.ndarray[Any, Any]) -> bool:
+    """Whether nobody can write to it, other than through what it is a view of."""
+    if values.flags.writeable:
+        return False
+    try:
+        values.flags.writeable = True
+    except ValueError:
+        return True
+    values.flags.writeable = False
+    return False
+
+
+def keep_array(values: np.ndarray[Any, Any]) -> Undo:
+    """Of an array that is not locked."""
+    before, writeable = values.copy(order="K"), values.flags.writeable
+    # One that owns its memory can be made writeable again. Another may be the only way to its memory, such as
+    # one of a tensor's; a view from when it was writeable remains so.
+    owns = values.flags.owndata or not writeable
+    view = values if owns else np.ndarray.view(values, np.ndarray)
+
+    def undo() -> None:
+        if values.dtype != before.dtype:
+            values.dtype = before.dtype  # type: ignore[misc]
         if values.shape != before.shape:
             if values.size == before.size:
                 values.shape = before.shape
             else:
                 values.resize(before.shape, refcheck=False)
-        try:
-            values.flags.writeable = True
-        except ValueError:
-            return  # nobody else can write to it either
-        np.copyto(values, before)
-        values.flags.writeable = writeable
+        if not view.flags.writeable:
+            view.flags.writeable = True
+        np.copyto(view, before)
+        if values.flags.writeable != writeable:
+            values.flags.writeable = writeable
 
     return undo
 

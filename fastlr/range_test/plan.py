@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,8 @@ def _each(value: float | Sequence[float], name: str, groups: int) -> list[float]
 def _schedule(sweep: Sweep, start: float, end: float, rates: int, staircase: int) -> Schedule:
     if sweep == "exponential":
         factor = (end / start) ** (1 / (rates - 1))
+        if factor == math.inf:
+            raise ValueError(f"end_lr must be < 1e308 times start_lr, got start_lr={start!r}, end_lr={end!r}")
         return Exponential(start, factor) if staircase == 1 else StepDecay(start, staircase, factor)
     ramp = LinearRamp(start, end, rates - 1)
     return ramp if staircase == 1 else Tabulated(np.repeat(ramp.values(0, rates), staircase))

@@ -1,8 +1,9 @@
 """What can be reached from some objects, and how to put all of it back as it was.
 
-The walk follows attributes, slots, containers, the objects of bound methods and of partial functions. It
-stops at what cannot change (numbers, strings, functions, classes) and at what is no state of training and
-must not be wound back: modules, loggers, threads, processes, locks, sockets, and PyTorch's own machinery.
+The walk follows attributes, slots, containers, and what only leads to others: views, bound methods, also
+those of native types, partial functions and the like. It stops at what cannot change (numbers, strings,
+functions, classes) and at what is no state of training and must not be wound back: modules, loggers, threads,
+processes, locks, sockets, and PyTorch's own machinery.
 Objects are put back in place: the same dict with the entries of before, in their order.
 """
 
@@ -14,8 +15,10 @@ import copy
 import ctypes
 import enum
 import functools
+import gc
 import io
 import logging
+import mmap
 import random
 import sys
 import threading
@@ -37,10 +40,12 @@ from fastlr.range_test.keeping import (
     attributes_of,
     checksum,
     empty_slot,
+    is_locked,
     is_mapped,
     keep_array,
     keep_dict,
     keep_items,
+    keep_set,
     slots_of,
 )
 
@@ -49,21 +54,25 @@ from fastlr.range_test.keeping import (
 # A copy of that would double the memory it takes, for data that hardly anybody writes to. So the walk, which
 # reaches the near before the far, copies up to this many bytes of tensors and arrays, and as much again of
 # objects and containers, so that a sampler's state is not left out for large data. It watches tensors and
-# arrays that do not fit in: the first have version counters, the second a checksum, which costs about a
-# second for each GiB.
+# arrays that do not fit in, by a checksum, which costs about half a second for each GiB, twice. Memory of
+# devices and of files is not read for that: version counters of tensors see what PyTorch's functions write.
 LIMIT = 2**28
 
 # What an object costs besides its contents: an entry among those seen, its path, its dict and the undo.
 _OVERHEAD = 1024
 
 _ATOMS = frozenset(
-    {int, float, complex, bool, str, bytes, range, slice, type(None), type(Ellipsis), torch.dtype}
-    | {torch.device, torch.Size, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type}
+    {int, float, complex, bool, str, bytes, range, type(None), type(Ellipsis), torch.dtype}
+    | {torch.device, torch.Size, types.FunctionType, types.ModuleType, type}
 )
 _INERT = (
-    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType),
+    *(type, types.ModuleType, types.FunctionType, types.CodeType),
     *(enum.Enum, functools._lru_cache_wrapper, np.generic, np.dtype),
     *(logging.Filterer, threading.Thread, BaseProcess),
+)
+# Whoever runs the test puts these back, at the end; between repeats they go on.
+_GLOBAL_GENERATORS = frozenset(
+    map(id, (random.random.__self__, np.random.rand.__self__, torch.default_generator))  # type: ignore[attr-defined]
 )
 # With the attribute that is None when they are done.
 _IN_FLIGHT: dict[type, str] = {
@@ -80,7 +89,29 @@ _CONTAINERS: dict[type, int] = {
     array.array: 8,
     bytearray: 1,
 }
-_CTYPES: tuple[type, ...] = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
+_CTYPES: tuple[type, ...] = (
+    ctypes._SimpleCData,
+    ctypes.Array,
+    ctypes.Structure,
+    ctypes.Union,
+    ctypes._Pointer,
+)
+# Objects that cannot change and lead to others, with the attributes that do.
+_LINKS: dict[type, tuple[str, ...]] = {
+    types.MethodType: ("__self__",),
+    types.BuiltinMethodType: ("__self__",),
+    types.MethodWrapperType: ("__self__",),
+    functools.partial: ("func", "args", "keywords"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    property: ("fget", "fset", "fdel"),
+    slice: ("start", "stop", "step"),
+    memoryview: ("obj",),
+    BaseException: ("args", "__cause__", "__context__"),
+    np.random.Generator: ("bit_generator",),
+}
+# The same without attributes: what they show is found by the garbage collector's means.
+_VIEWS: tuple[type, ...] = (types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()))
 
 # Objects of these packages have state in C++, on other ranks or in other threads that belongs together with
 # their attributes, such as whether they have been set up; or they run the training that the test is called
@@ -116,6 +147,7 @@ class Reachable:
         tensors: the tensors, whose values the caller keeps.
         watched: what is too large to be copied: asks whether it is still as it was.
         beyond: containers that are too large to be copied, or hold too much to be walked.
+        reordered: sets that hold what they held, once that is put back, but in another order.
         loaders: the DataLoaders.
         data: loaders, samplers and data sets that a walk without a limit met; it leaves them to one with.
     """
@@ -126,6 +158,7 @@ class Reachable:
         self.tensors: list[KeptTensor] = []
         self.watched: list[tuple[Path, Callable[[], bool]]] = []
         self.beyond: list[Path] = []
+        self.reordered: list[Path] = []
         self.loaders: list[DataLoader[Any]] = []
         self.data: list[tuple[Path, object]] = []
         self._others = {} if others is None else others
@@ -156,6 +189,8 @@ class Reachable:
 
     def _meet(self, thing: object, parent: Path, step: str) -> None:
         if _is_constant(thing) or id(thing) in self.seen or id(thing) in self._others:
+            return
+        if id(thing) in _GLOBAL_GENERATORS:
             return
         path = Path(parent, step) if step else parent
         self.seen[id(thing)] = thing
@@ -195,6 +230,8 @@ class Reachable:
         elif issubclass(kind, np.ndarray):
             self._array(thing, path)
             self._attributes(thing, path, kind)
+        elif issubclass(kind, torch.UntypedStorage):
+            self._tensor(torch.empty(0, dtype=torch.uint8, device=thing.device).set_(thing), path)
         elif issubclass(kind, io.IOBase):
             self._file(thing, path, kind)
         else:
@@ -229,7 +266,10 @@ class Reachable:
             before = base.__getitem__(thing, slice(None))
             self.undo.append((path, functools.partial(base.__setitem__, thing, slice(None), before)))
         else:
-            items, undo = keep_items(thing, base)
+            if base is set:
+                items, undo = keep_set(thing, lambda: self.reordered.append(path))
+            else:
+                items, undo = keep_items(thing, base)
             self.undo.append((path, undo))
             self._meet_all(enumerate(items), path)
         return True
@@ -248,11 +288,12 @@ class Reachable:
                 f"{path} is a {kind.__name__} in the middle of its work, which cannot be put back; make it "
                 "where it is used, or set it to None for the test"
             )
-        if issubclass(kind, types.MethodType):
-            self._meet(thing.__self__, path, ".__self__")
-        elif issubclass(kind, functools.partial):
-            for name in ("func", "args", "keywords"):
+        if issubclass(kind, tuple(_LINKS)):
+            for name in next(_LINKS[base] for base in _LINKS if issubclass(kind, base)):
                 self._meet(getattr(thing, name), path, f".{name}")
+        elif issubclass(kind, _VIEWS):
+            for held in gc.get_referents(thing):
+                self._meet(held, path, "")
         elif issubclass(kind, random.Random):
             if not issubclass(kind, random.SystemRandom):
                 self.undo.append((path, functools.partial(thing.setstate, thing.getstate())))
@@ -260,8 +301,6 @@ class Reachable:
             self.undo.append((path, functools.partial(thing.set_state, thing.get_state())))
         elif issubclass(kind, np.random.RandomState):
             self.undo.append((path, functools.partial(thing.set_state, thing.get_state(legacy=False))))
-        elif issubclass(kind, np.random.Generator):
-            self._meet(thing.bit_generator, path, ".bit_generator")
         elif issubclass(kind, np.random.BitGenerator):
             state = copy.deepcopy(thing.state)
             self.undo.append((path, functools.partial(setattr, thing, "state", state)))
@@ -272,6 +311,10 @@ class Reachable:
         elif issubclass(kind, _CTYPES):
             content, address = bytes(thing), ctypes.addressof(thing)
             self.undo.append((path, lambda: ctypes.memmove(address, content, len(content))))
+            self._meet(thing._objects, path, "._objects")
+        elif issubclass(kind, mmap.mmap):
+            if not thing.closed:
+                self.undo.append((path, functools.partial(thing.seek, thing.tell())))
         else:
             return False
         return True
@@ -324,23 +367,25 @@ class Reachable:
             seekable = False
         if not seekable:
             raise CannotPutBackError(
-                f"{path} is a file without a position to go back to; open it where it is read, or set it to "
-                "None for the test"
+                f"{path} is a file without a position to go back to, as a pipe, or one that is being read by "
+                "next(); open it where it is read, or set it to None for the test"
             )
-        self.undo.append((path, lambda: file.tell() == position or file.seek(position)))
+        self.undo.append((path, functools.partial(file.seek, position)))  # next(file) rules out tell()
 
     # -- NumPy's and PyTorch's -----------------------------------------------------------------------
 
     def _array(self, values: np.ndarray[Any, Any], path: Path) -> None:
         if is_mapped(values):
             return  # a file, and as far away as those
-        if self._affords("data", values.nbytes):
+        if is_locked(values):
+            self._meet(values.base, path, ".base")
+        elif self._affords("data", values.nbytes):
             self.undo.append((path, keep_array(values)))
             if values.dtype == object:
                 self._meet_all(enumerate(values.flat), path, ".flat[{}]")
         elif values.dtype.hasobject:
             self.beyond.append(path)
-        elif values.flags.writeable:
+        else:
             before = checksum(values)
             self.watched.append((path, lambda: checksum(values) == before))
 
@@ -363,8 +408,8 @@ class Reachable:
         elif self._affords("data", kept.bytes):
             kept.copied = True
         else:
-            version = kept.version
-            self.watched.append((path, lambda: kept.version == version))
+            before = kept.summary()
+            self.watched.append((path, lambda: kept.summary() == before))
         self.tensors.append(kept)
         self._meet(kept.gradient, path, ".grad")
         for name, hooks in kept.hooks.items():

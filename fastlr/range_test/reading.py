@@ -110,8 +110,9 @@ class Curve:
         if self.accuracies is not None:
             times = int(self.measured.sum())
             if times < 6 or self._best_accuracy is None:
-                few = f"{self.metric_name} was measured {times} times, of 6 that are needed"
-                return Reading(rates, None, f"{few}; lower val_every or raise num_steps")
+                few = f"{self.metric_name} has {times} finite values, of 6 that are needed"
+                remedy = "lower val_every or raise num_steps, or look at a metric that gives inf or NaN"
+                return Reading(rates, None, f"{few}; {remedy}")
             top, lrs = self._best_accuracy, lrs[int(self.measured.argmax()) :]
         if top.reason is not None:
             return Reading(rates, None, top.reason)

@@ -45,11 +45,13 @@ class Record:
         points: index into ``lrs``, loss and metric (NaN: not measured) of each update that was applied, as
             far as read.
         stopped: why the sweep is over; None: it is not.
+        lost: how many of the metric's values were inf or NaN, as far as read.
     """
 
     def __init__(self, lrs: Array, factor: float, *, held: bool, device: torch.device) -> None:
         self.points: list[tuple[int, float, float]] = []
         self.stopped: str | None = None
+        self.lost = 0
         self._lrs, self._factor, self._held = lrs, factor, held
         self._rows = torch.zeros((len(lrs), 4), dtype=kept_dtype(device), device=device)
         self._read = self._written = self._skipped = 0
@@ -90,11 +92,11 @@ class Record:
         for loss, skipped, metric, weight in block.tolist():
             index = len(self.points) if self._held else self._read
             self._read += 1
-            self._take(index, loss, skipped > 0, metric / weight if weight > 0 else math.nan)
+            self._take(index, loss, skipped > 0, metric / weight if weight > 0 else None)
             if self.stopped is not None:
                 return
 
-    def _take(self, index: int, loss: float, skipped: bool, metric: float) -> None:
+    def _take(self, index: int, loss: float, skipped: bool, metric: float | None) -> None:
         lr = self._lrs[index]
         if not math.isfinite(loss):
             self.stopped = f"the loss was {loss} at lr {lr:.3g}"
@@ -104,7 +106,8 @@ class Record:
             if self._skipped == _MOST_SKIPPED:
                 self.stopped = f"the GradScaler skipped {_MOST_SKIPPED} updates in a row at lr {lr:.3g}"
             return
-        self.points.append((index, loss, metric))
+        self.points.append((index, loss, math.nan if metric is None else metric))
+        self.lost += metric is not None and not math.isfinite(metric)
         self._mean = _DECAY * self._mean + (1 - _DECAY) * loss
         smooth = self._mean / (1 - _DECAY ** len(self.points))
         if len(self.points) == 1:

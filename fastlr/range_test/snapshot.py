@@ -83,6 +83,17 @@ class Snapshot:
             )
         return remarks
 
+    @property
+    def afterthoughts(self) -> list[str]:
+        """What is worth knowing about how things were put back."""
+        reordered = [path for part in (self._training, self._data) for path in part.reordered]
+        if not reordered:
+            return []
+        return [
+            f"{_listed(reordered)}: changed by the sweep; the items of before are back, but the order in "
+            "which a set gives them is another one"
+        ]
+
     def write(self) -> None:
         """Makes the backup.
 
@@ -146,6 +157,7 @@ class Snapshot:
             for path, unchanged in part.watched:
                 attempt(path, _require_unchanged, unchanged)
         for part in parts:
+            part.reordered.clear()
             for path, undo in part.undo:
                 attempt(path, undo)
         attempt(Place(None, "the backup"), self._load)
@@ -188,7 +200,7 @@ class Snapshot:
                 vars(loader)["_iterator"] = None
             work()
 
-        _undone(with_new_workers, self._undo)
+        undone(with_new_workers, self._undo)
 
     def _undo(self) -> None:
         try:
@@ -219,7 +231,7 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _undone(work: Callable[[], object], undo: Callable[[], object]) -> None:
+def undone(work: Callable[[], object], undo: Callable[[], object]) -> None:
     """Does the work and undoes it, whatever happens; a Ctrl-C then waits until that is done.
 
     There is no gap between the two: Ctrl-C is seen at calls only, and none comes between the end of the work
@@ -267,4 +279,4 @@ def same_random_numbers(work: Callable[[], object]) -> None:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
-    _undone(work, put_back)
+    undone(work, put_back)

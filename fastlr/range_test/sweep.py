@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import numpy as np
@@ -63,17 +63,22 @@ def range_test(
 
     Afterwards, also after an exception or Ctrl-C, everything is bit for bit as before: whatever can be
     reached from the model, the optimizer, the GradScaler, the loaders (their samplers, data sets, generators,
-    and what they wrap) and a loss_fn, step_fn or metric that is an object, through attributes, slots and
-    containers; and the random numbers of Python, NumPy, torch and CUDA. The objects are those of before, too.
+    and what they wrap) and a loss_fn, step_fn or metric that is an object, or a ``functools.partial`` that
+    holds some, through attributes, slots and containers; and the random numbers of Python, NumPy, torch and
+    CUDA. The objects are those of before, too.
     What cannot be put back, such as a running generator or an iterator, is refused before the sweep, by name.
+    A set that the sweep has changed holds its items again, but Python has no way to promise their order:
+    where it is another one the result's notes say so, and ``pop()`` may go on elsewhere in any case.
     Out of reach are the variables of functions and classes, the object of a bound method that is passed as
-    loss_fn, step_fn or metric, the contents of files, other processes, threads and locks, and what native
-    code keeps to itself.
+    loss_fn, step_fn or metric, the contents of files (also of those mapped into memory) and of memory that
+    processes share, context variables and those of a thread, other processes, threads and locks, and what
+    native code keeps to itself, such as a ``SimpleQueue``, an ``lru_cache``, a hash or a data base.
 
     Of the tensors and arrays that the loaders hold, 256 MiB are copied at most, the nearest first. Those that
-    do not fit in are not copied but watched: tensors by their version counters, arrays by a checksum. If the
-    sweep writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied,
-    too; what is beyond is neither copied nor watched, which the result's notes say.
+    do not fit in are not copied but watched, by a checksum of their memory (on devices, and of files mapped
+    into memory, by tensors' version counters, which miss what is written through ``.data``). If the sweep
+    writes to them, that is an error afterwards. Of other objects and containers 256 MiB are copied, too; what
+    is beyond is neither copied nor watched, which the result's notes say.
 
     A fastlr optimizer runs the sweep as its schedule; for any other the rate is written into its groups.
     Losses stay on the device and are read 16 at a time. From the first loss that is inf or NaN on the weights
@@ -166,9 +171,8 @@ def range_test(
             if plan.leap is not None:
                 note(plan.leap)
             training = {"model": model, "optimizer": optimizer, "scaler": scaler}
-            called = {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}
-            # The object of a bound method is whoever tests, with what it remembers of the test.
-            training |= {k: v for k, v in called.items() if not isinstance(v, (MethodType, partial))}
+            for name, function in {"loss_fn": loss_fn, "step_fn": step_fn, "metric": metric}.items():
+                training |= _taking_part(name, function)
             loaders = {"train_loader": train_loader, "val_loader": val_loader}
             snapshot = Snapshot(training, loaders, backup)
             for remark in snapshot.remarks:
@@ -189,8 +193,12 @@ def range_test(
                         model, optimizer, scaler, plan, batches, batch_loss, context, measure, tell.advance
                     )
                     results.append(plan.result(record, measure.name if measure.wanted else None))
+                    if record.lost:
+                        note(f"{measure.name} was inf or NaN in {record.lost} of its measurements")
 
             snapshot.untouched(sweeps)
+            for afterthought in snapshot.afterthoughts:
+                note(afterthought)
             if any(
                 len(result.losses) and np.array_equal(result.losses, results[0].losses)
                 for result in results[1:]
@@ -203,6 +211,23 @@ def range_test(
     if notes:
         return RangeTestResult.from_repeats([r._replaced(notes=tuple(notes)) for r in results])
     return RangeTestResult.from_repeats(results)
+
+
+def _taking_part(name: str, function: object) -> dict[str, object]:
+    """What takes part in the training of something that is called, or of what a partial one is made of.
+
+    The object of a bound method does not: that is whoever tests, with what it remembers of the test.
+    """
+    if isinstance(function, (MethodType, BuiltinMethodType)):
+        return {}
+    if not isinstance(function, partial):
+        return {name: function}
+    parts = {"func": function.func, **{f"args[{i}]": value for i, value in enumerate(function.args)}}
+    parts |= {f"keywords[{key!r}]": value for key, value in function.keywords.items()}
+    found: dict[str, object] = {}
+    for part, value in parts.items():
+        found |= _taking_part(f"{name}.{part}", value)
+    return found
 
 
 def _swept(
@@ -298,6 +323,8 @@ def _check(
                 f"{name} is an iterator, whose batches cannot be put back; pass a DataLoader or a list"
             )
         iterable = hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")
+        if getattr(loader, "shape", None) == ():  # of an array, which cannot be iterated over all the same
+            iterable = False
         if loader is not None and (not iterable or isinstance(loader, (str, bytes, dict))):
             raise TypeError(f"{name} must be batches to iterate over, got {type(loader).__name__}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):

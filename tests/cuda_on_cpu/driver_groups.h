@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <functional>
+#include <map>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,19 +14,13 @@
 namespace fastlr {
 
 struct Scheduled {
-  std::vector<Segment> segments;  // empty: a number
+  std::vector<Segment> segments;
   std::vector<double> table;
   int64_t start = 0;
   int64_t end = kEndless;
   bool in_samples = false;
   std::function<double(int64_t)> value;  // by the clock since `start`
 };
-
-inline Scheduled number(double value) {
-  Scheduled s;
-  s.value = [=](int64_t) { return value; };
-  return s;
-}
 
 inline Segment segment(Curve curve) {
   Segment s{};
@@ -91,58 +87,69 @@ inline Scheduled line_of_samples(double from, double to, int64_t steps) {
   return s;
 }
 
-// A parameter group, and where it stands.
+// A parameter group of a rule, and where it stands.
 struct Group {
-  SgdOptions options;
-  Scheduled lr;
-  Scheduled momentum;
+  const Rule* rule;
+  Values options;
+  std::map<std::string, Scheduled> driven;  // the options that a schedule drives
   int64_t updates = 0;
   int64_t samples = 0;
   bool past_end = false;
 
-  Group(const SgdOptions& options)
-      : options(options), lr(number(options.lr)), momentum(number(options.momentum)) {}
-  Group(const SgdOptions& options, Scheduled lr, int64_t start)
-      : options(options), lr(std::move(lr)), momentum(number(options.momentum)) {
-    this->lr.start = start;
-    updates = start;
+  Group(const Rule& rule, const Values& options) : rule(&rule), options(options) {}
+
+  // Lets a schedule drive an option from a clock on, at which the group then stands.
+  Group& drive(const std::string& option, Scheduled schedule, int64_t start = 0) {
+    schedule.start = start;
+    if (start != 0) updates = start;
+    driven[option] = std::move(schedule);
+    return *this;
   }
 
   int64_t local(const Scheduled& s) const { return (s.in_samples ? samples : updates) - s.start; }
-  bool ended(const Scheduled& s) const { return !s.segments.empty() && local(s) > s.end; }
-  bool has_buffers() const { return !momentum.segments.empty() || options.momentum != 0; }
-  SgdOptions now() const {
-    SgdOptions now = options;
-    now.lr = lr.value(local(lr));
-    now.momentum = momentum.value(local(momentum));
+  // The slots that are live at some clock.
+  uint32_t slots(const Reference& reference) const {
+    Values ever = options;
+    for (const auto& entry : driven) ever[entry.first] = 1.0;
+    return live_slots(reference, ever);
+  }
+  Values now() const {
+    Values now = options;
+    for (const auto& [option, schedule] : driven) now[option] = schedule.value(local(schedule));
     return now;
   }
   void move(int64_t more_updates, int64_t more_samples) {
-    if (more_updates != 0 && (ended(lr) || ended(momentum))) past_end = true;
+    for (const auto& entry : driven) {
+      if (more_updates != 0 && local(entry.second) > entry.second.end) past_end = true;
+    }
     updates += more_updates;
     samples += more_samples;
   }
 };
 
-inline std::vector<Group> make_groups() {
-  // lr, momentum, dampening, weight_decay, nesterov, maximize
+constexpr unsigned kGroupsOfTensors = 6;
+
+// Groups of each of the reference's options, some of them driven by schedules, and more groups than
+// a block has threads, whose clocks move all the same.
+inline std::vector<Group> make_groups(const Rule& rule, const Reference& reference) {
   std::vector<Group> groups;
-  groups.emplace_back(SgdOptions{0.1, 0.0, 0.0, 0.01, false, false});  // without momentum
-  groups.emplace_back(SgdOptions{0, 0.9, 0.0, 5e-4, true, false},
-                      cycle(0.01, 0.1, 3, 2, Decay::kHalving), 0);  // triangular2
-  groups.emplace_back(SgdOptions{0, 0, 0.0, 0.0, false, false},
-                      cycle(0.001, 0.03, 2, 2, Decay::kHeight, 0.9), 997);  // exp_range, and
-  groups.back().momentum = cycle(0.95, 0.85, 2, 2, Decay::kNone);           // cycled momentum
-  groups.back().momentum.start = 997;
-  groups.emplace_back(SgdOptions{0.03, 0.9, 0.1, 5e-4, false, true});
-  groups.emplace_back(SgdOptions{0, 0, 0.5, 0.0, false, false}, tabulated({0.1, 0.05, 0.025}), 0);
-  groups.back().momentum = tabulated({0.0, 0.5, 0.0, 0.9});  // through zero, and both end
-  groups.emplace_back(SgdOptions{0, 0.5, 0.0, 0.1, true, true}, line_of_samples(0.1, 0.01, 300), 0);
-  // More groups than a block has threads, whose clocks move all the same.
-  while (groups.size() < 300)
-    groups.emplace_back(SgdOptions{static_cast<double>(groups.size()), 0, 0, 0, false, false});
+  for (size_t i = 0; i < kGroupsOfTensors; ++i)
+    groups.emplace_back(rule, reference.options[i % reference.options.size()]);
+  groups[1].drive("lr", cycle(0.01, 0.1, 3, 2, Decay::kHalving));             // triangular2
+  groups[2].drive("lr", cycle(0.001, 0.03, 2, 2, Decay::kHeight, 0.9), 997);  // exp_range
+  groups[4].drive("lr", tabulated({0.1, 0.05, 0.025}));                       // which ends
+  groups[5].drive("lr", line_of_samples(0.1, 0.01, 300));
+  // The rule's others: cycled, and through zero to an end.
+  for (int k = 1; k < rule.scheduled; ++k) {
+    const std::string option = rule.option[k].name;
+    groups[2].drive(option, cycle(0.95, 0.85, 2, 2, Decay::kNone), 997);
+    groups[4].drive(option, tabulated({0.0, 0.5, 0.0, 0.9}));
+  }
+  while (groups.size() < 300) {
+    groups.emplace_back(rule, reference.options[0]);
+    groups.back().options["lr"] = static_cast<double>(groups.size());
+  }
   return groups;
 }
-constexpr unsigned kGroupsOfTensors = 6;
 
 }  // namespace fastlr

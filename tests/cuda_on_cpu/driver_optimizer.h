@@ -53,31 +53,30 @@ class DeviceArray {
 // An optimizer on one device, and what it must have done.
 class Optimizer {
  public:
-  Optimizer(int device, Cases cases, bool in_order = false)
-      : device_(device), cases_(std::move(cases)), groups_(make_groups()) {
-    cuda::preload(device_);
-    std::vector<DeviceWork> work;
+  Optimizer(int device, const Reference& reference, Cases cases, bool in_order = false)
+      : device_(device),
+        reference_(reference),
+        rule_(*find_rule(reference.rule)),
+        cases_(std::move(cases)),
+        groups_(make_groups(rule_, reference_)) {
+    cuda::preload(device_, rule_);
+    std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
-    std::vector<int32_t> flags;
-    flags_ = std::make_unique<DeviceArray<int32_t>>(cases_.size());
+    std::vector<float> ages;
+    ages_ = std::make_unique<DeviceArray<float>>(cases_.size());
     for (const auto& c : cases_) {
-      TensorRef ref = c->ref(layouts);
-      int32_t* flag = flags_->data() + flags.size();
-      flags.push_back(c->first ? 0 : 1);
-      case_groups_.push_back(ref.group);
-      if (!groups_[ref.group].has_buffers()) {
-        ref.momentum = nullptr;
-        flag = nullptr;
-      }
-      work.push_back({ref, flag});
+      const uint32_t slots = groups_[c->group].slots(reference_);
+      tensors.push_back(c->ref(slots, layouts));
+      if (slots != 0) tensors.back().step = ages_->data() + ages.size();
+      ages.push_back(static_cast<float>(c->age));
     }
-    flags_->upload(device_, flags);
+    ages_->upload(device_, ages);
 
-    Launches cut = cut_into_launches(work, layouts, in_order);
+    Launches cut = cut_into_launches(tensors, layouts, in_order);
     int64_t chunks = 0;
-    for (const cuda::Launch& launch : cut.launches) chunks += launch.chunks;
-    for (const DeviceWork& item : work) {
-      if (item.tensor.numel != 0) chunks -= (item.tensor.numel - 1) / kChunkElements + 1;
+    for (const cuda::Launch& launch : cut.launches) chunks += launch.head.chunks;
+    for (const TensorRef& tensor : tensors) {
+      if (tensor.numel != 0) chunks -= (tensor.numel - 1) / kChunkElements + 1;
     }
     CHECK(chunks == 0, "%" PRId64 " chunks too many", chunks);
     tensors_ = std::make_unique<DeviceArray<DeviceTensor>>(cut.tensors.size());
@@ -87,9 +86,9 @@ class Optimizer {
     squares_ = std::make_unique<DeviceArray<double>>(static_cast<size_t>(cut.chunks));
     launches_ = std::move(cut.launches);
     for (size_t i = 0; i < launches_.size(); ++i) {
-      launches_[i].tensors = tensors_->data() + cut.firsts[i];
-      launches_[i].layouts = layouts_->data();
-      launches_[i].step_chunks = cut.chunks;
+      launches_[i].head.tensors = tensors_->data() + cut.firsts[i];
+      launches_[i].head.layouts = layouts_->data();
+      launches_[i].head.step_chunks = cut.chunks;
     }
     upload_groups();
   }
@@ -102,7 +101,7 @@ class Optimizer {
     leave_device(device_);
     Clocks given = clocks();
     if (updates == 0) given.found_inf = nullptr;  // samples are consumed all the same
-    cuda::launch_clock(device_, kStream, given, updates, samples, norm_measured_);
+    cuda::launch_clock(device_, kStream, rule_, given, updates, samples, norm_measured_);
     CHECK(last_launch().grid[0] == 1, "clocks have one block");
   }
 
@@ -117,14 +116,15 @@ class Optimizer {
   // Launches a step, or captures it.
   void launch() {
     for (cuda::Launch& launch : launches_) {
-      launch.squares = norm_measured_ ? squares_->data() : nullptr;
-      launch.clocks = clocks();
-      launch.grad_scale = scaler_used_ ? &scale_ : nullptr;
+      launch.head.squares = norm_measured_ ? squares_->data() : nullptr;
+      launch.head.clocks = clocks();
+      launch.head.grad_scale = scaler_used_ ? &scale_ : nullptr;
       leave_device(device_);
-      cuda::launch_step(device_, kStream, launch);
+      cuda::launch_step(device_, kStream, rule_, launch);
       const unsigned blocks = last_launch().grid[0];
-      CHECK(blocks >= 1 && blocks <= std::max<int64_t>(launch.chunks, 1) && blocks <= kMostResident,
-            "%u blocks for %" PRId64 " chunks", blocks, launch.chunks);
+      CHECK(blocks >= 1 && blocks <= std::max<int64_t>(launch.head.chunks, 1) &&
+                blocks <= kMostResident,
+            "%u blocks for %" PRId64 " chunks", blocks, launch.head.chunks);
       most_blocks = std::max(most_blocks, blocks);
     }
   }
@@ -143,8 +143,7 @@ class Optimizer {
       for (const auto& c : cases_) c->append_squares(sums);
       squared_norm_ = sum_in_lanes(sums) * inverse_scale * inverse_scale;
     }
-    for (size_t i = 0; i < cases_.size(); ++i)
-      cases_[i]->expect_update(groups_[case_groups_[i]].now(), inverse_scale);
+    for (const auto& c : cases_) c->expect_update(groups_[c->group].now(), inverse_scale);
     for (Group& group : groups_) group.move(1, 0);
   }
 
@@ -161,9 +160,10 @@ class Optimizer {
 
   void check() {
     for (const auto& c : cases_) c->check();
-    const std::vector<int32_t> flags = flags_->download(device_);
-    for (size_t i = 0; i < flags.size(); ++i)
-      CHECK(flags[i] == (cases_[i]->first ? 0 : 1), "flag %zu is %d", i, flags[i]);
+    const std::vector<float> ages = ages_->download(device_);
+    for (size_t i = 0; i < ages.size(); ++i)
+      CHECK(ages[i] == static_cast<float>(cases_[i]->age), "age %zu is %g, not %" PRId64, i,
+            double(ages[i]), cases_[i]->age);
     const DeviceState state = state_.download(device_)[0];
     CHECK(state.ticket == 0, "%u", state.ticket);
     CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
@@ -180,8 +180,7 @@ class Optimizer {
       CHECK(clocks[i].samples == group.samples, "group %zu: %" PRId64 ", not %" PRId64, i,
             clocks[i].samples, group.samples);
       CHECK(clocks[i].past_end == group.past_end, "group %zu", i);
-      check_next(clocks[i].next.in_float, group.now(), i);
-      check_next(clocks[i].next.in_double, group.now(), i);
+      check_next(clocks[i], group.now(), i);
     }
   }
 
@@ -195,13 +194,13 @@ class Optimizer {
   unsigned most_blocks = 0;  // of a launch
 
  private:
-  template <typename T>
-  static void check_next(const SgdScalars<T>& next, const SgdOptions& options, size_t group) {
-    CHECK(next.neg_lr == static_cast<T>(-options.lr), "group %zu: lr %a, not %a", group,
-          double(-next.neg_lr), options.lr);
-    CHECK(next.momentum == static_cast<T>(options.momentum), "group %zu: momentum %a, not %a",
-          group, double(next.momentum), options.momentum);
-    CHECK(next.has_momentum == (options.momentum != 0), "group %zu", group);
+  // What the group's next update uses.
+  void check_next(const GroupClock& clock, const Values& values, size_t group) const {
+    const Options options = in_order(rule_, values);
+    for (int k = 0; k < rule_.options; ++k) {
+      CHECK(clock.options[k] == options[k], "group %zu: %s %a, not %a", group, rule_.option[k].name,
+            clock.options[k], options[k]);
+    }
   }
 
   // The last that the emulation was asked for, which must have been on this device and stream.
@@ -220,9 +219,9 @@ class Optimizer {
     std::vector<Segment> segments;
     std::vector<double> table;
     for (const Group& group : groups_) {
-      for (const Scheduled* s : {&group.lr, &group.momentum}) {
-        segments.insert(segments.end(), s->segments.begin(), s->segments.end());
-        table.insert(table.end(), s->table.begin(), s->table.end());
+      for (const auto& [option, s] : group.driven) {
+        segments.insert(segments.end(), s.segments.begin(), s.segments.end());
+        table.insert(table.end(), s.table.begin(), s.table.end());
       }
     }
     segments_ = std::make_unique<DeviceArray<Segment>>(segments.size());
@@ -242,12 +241,18 @@ class Optimizer {
     std::vector<DeviceGroup> entries;
     std::vector<GroupClock> clocks;
     for (const Group& group : groups_) {
-      const DeviceSchedule lr = place(group.lr), momentum = place(group.momentum);
-      entries.push_back({in_order(group.options), {lr, momentum}});
+      DeviceGroup entry{in_order(rule_, group.options), {}};
+      for (const auto& [option, schedule] : group.driven) {
+        for (int k = 0; k < rule_.scheduled; ++k) {
+          if (option == rule_.option[k].name) entry.schedule[k] = place(schedule);
+        }
+      }
+      entries.push_back(entry);
       GroupClock clock;
       std::memset(&clock, 0xff, sizeof clock);  // `next` comes from evaluate()
       clock.updates = group.updates;
       clock.samples = group.samples;
+      clock.next_age = group.updates;
       clock.past_end = false;
       clocks.push_back(clock);
     }
@@ -259,8 +264,9 @@ class Optimizer {
   }
 
   int device_;
+  const Reference& reference_;
+  const Rule& rule_;
   Cases cases_;
-  std::vector<int> case_groups_;
   std::vector<Group> groups_;
   std::vector<cuda::Launch> launches_;
   bool scaler_used_ = false;
@@ -270,9 +276,9 @@ class Optimizer {
   bool norm_kept_ = false;      // ... and of the last one
   double squared_norm_ = 0.0;
   DeviceArray<DeviceState> state_{1};
-  DeviceArray<DeviceGroup> entries_{make_groups().size()};
-  DeviceArray<GroupClock> clocks_{make_groups().size()};
-  std::unique_ptr<DeviceArray<int32_t>> flags_;
+  DeviceArray<DeviceGroup> entries_{groups_.size()};
+  DeviceArray<GroupClock> clocks_{groups_.size()};
+  std::unique_ptr<DeviceArray<float>> ages_;
   std::unique_ptr<DeviceArray<DeviceTensor>> tensors_;
   std::unique_ptr<DeviceArray<StridedLayout>> layouts_;
   std::unique_ptr<DeviceArray<double>> squares_;

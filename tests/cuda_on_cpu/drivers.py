@@ -22,6 +22,7 @@ SANITIZERS: dict[str, tuple[str, ...]] = {
 # for ThreadSanitizer, and the driver's own loops would be slow under the other.
 KERNELS = "launcher.cpp"
 LAUNCHES = "cuda/launches.cpp"
+RULES = "rules.cpp"
 OBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "driver": ("kernels_driver.cpp", ("-O1",)),
     "driver-thread": ("kernels_driver.cpp", ("-O1", *SANITIZERS["thread"])),
@@ -30,19 +31,20 @@ OBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels-thread": (KERNELS, ("-O1", *SANITIZERS["thread"])),
     "kernels-address": (KERNELS, ("-O0", *SANITIZERS["address"])),
     "launches": (LAUNCHES, ("-O0",)),
+    "rules": (RULES, ("-O0",)),
     "launches-address": (LAUNCHES, ("-O0", *SANITIZERS["address"])),
 }
 PROGRAMS = {
-    "plain": ("driver", "emulator", "kernels", "launches"),
-    "address": ("driver", "emulator", "kernels-address", "launches-address"),
-    "thread": ("driver-thread", "emulator", "kernels-thread", "launches"),
+    "plain": ("driver", "emulator", "kernels", "launches", "rules"),
+    "address": ("driver", "emulator", "kernels-address", "launches-address", "rules"),
+    "thread": ("driver-thread", "emulator", "kernels-thread", "launches", "rules"),
 }
 
 
 def compile_object(name: str, csrc: Path, output: Path) -> Path:
     """Compiles one of OBJECTS, with the project's sources from `csrc`."""
     source, flags = OBJECTS[name]
-    path = csrc / source if source == LAUNCHES else build.HERE / source
+    path = csrc / source if source in (LAUNCHES, RULES) else build.HERE / source
     includes = (f"-I{build.HERE}", f"-I{csrc}", f"-I{toolchain.NATIVE.parent}", f"-I{toolchain.NATIVE}")
     command = (build.compiler(), *build.LANGUAGE_FLAGS, *flags, *includes, "-x", "c++", "-c", path)
     toolchain.run_or_fail(*command, "-o", output)

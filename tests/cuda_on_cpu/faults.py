@@ -36,6 +36,7 @@ LAUNCHER = "cuda/step_cuda.cu"
 LAUNCH = "cuda/launch.cuh"
 LAUNCHES = "cuda/launches.cpp"
 TABLES = "cuda/tables.h"
+STEP = "step.h"
 DEVICE_PLAN = "cuda/device_plan.cpp"
 DEVICE_MEMORY = "cuda/device_memory.cpp"
 
@@ -56,8 +57,8 @@ class Fault:
 
 
 TICKET = "is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;"
-ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks(step.clocks, 1, 0);\n"
-ALIGNED = "aligned(g + head) && (!s.has_momentum || aligned(m + head)) && n > head"
+ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks<R>(step.clocks, 1, 0);\n"
+ALIGNED = "(!is_live(live, k) || aligned(slots.at[k] + head))"
 MOVE = "  clock.updates += updates;\n  clock.samples += samples;\n"
 EVALUATE = """  clock.options = group.options;
   for (int i = 0; i < kMaxScheduled; ++i) {
@@ -98,7 +99,9 @@ FAULTS = {
         KERNELS, f"{TICKET}\n    __threadfence();", f"{TICKET}\n    __threadfence_block();", *RACE
     ),
     "no fence after the ticket": Fault(KERNELS, f"{TICKET}\n    __threadfence();", TICKET, *RACE),
-    "last block by index": Fault(KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", *TENSORS),
+    "last block by index": Fault(
+        KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", "plain", "emulator"
+    ),
     "ticket not reset": Fault(KERNELS, "    state.ticket = 0;\n", "", *STATE),
     # Elements.
     "tail too short": Fault(
@@ -120,15 +123,22 @@ FAULTS = {
         "address",
         "undefined",
     ),
-    "head one longer in the scalar loop": Fault(KERNELS, "k < head ? k", "k <= head ? k", *TENSORS),
+    "head one longer in the scalar loop": Fault(KERNELS, "e < head ? e", "e <= head ? e", *TENSORS),
     "vectors whatever the gradient's alignment": Fault(
-        KERNELS, ALIGNED, ALIGNED.replace("aligned(g + head)", "true"), "address", "undefined"
+        KERNELS, "bool all_aligned = aligned(g + head);", "bool all_aligned = true;", "address", "undefined"
     ),
-    "vectors whatever the momentum's alignment": Fault(
-        KERNELS, ALIGNED, "aligned(g + head) && n > head", "address", "undefined"
+    "vectors whatever the state's alignment": Fault(KERNELS, ALIGNED, "true", "address", "undefined"),
+    "strided state by the parameter's strides": Fault(
+        KERNELS, "index * layout.slot[k][d]", "index * layout.param[d]", "address", "address"
     ),
-    "strided momentum by the parameter's strides": Fault(
-        KERNELS, "index * layout.momentum[d]", "index * layout.param[d]", "address", "address"
+    "strided state by the first slot's strides": Fault(
+        KERNELS, "index * layout.slot[k][d]", "index * layout.slot[0][d]", *TENSORS
+    ),
+    "second slot not written back": Fault(
+        KERNELS,
+        "if (is_live(live, k)) store_vector(slots.at[k] + i",
+        "if (is_live(live, k) && k != 1) store_vector(slots.at[k] + i",
+        *TENSORS,
     ),
     "32-bit chunks": Fault(
         KERNELS,
@@ -145,31 +155,33 @@ FAULTS = {
         LAUNCHES, "std::min(begin + capacity, batch", "std::min(begin + capacity - 1, batch", *STATE
     ),
     "last tensor not counted": Fault(
-        LAUNCH, "<int32_t>(launch.grads.size());", "<int32_t>(launch.grads.size()) - 1;", *TENSORS
+        LAUNCHES, "<int32_t>(launch.grads.size());", "<int32_t>(launch.grads.size()) - 1;", *TENSORS
     ),
     "chunks counted on from the launch before": Fault(
         LAUNCHES,
-        "entry.first_chunk = launch.chunks;",
-        "entry.first_chunk = launch.chunks + static_cast<int64_t>(cut.launches.size());",
+        "entry.first_chunk = launch.head.chunks;",
+        "entry.first_chunk = launch.head.chunks + static_cast<int64_t>(cut.launches.size());",
         "address",
         "address",
     ),
     "empty chunk behind each tensor": Fault(
         LAUNCHES,
-        "launch.chunks += chunks_of(tensor.numel);",
-        "launch.chunks += chunks_of(tensor.numel + 1);",
+        "launch.head.chunks += chunks_of(tensor.numel);",
+        "launch.head.chunks += chunks_of(tensor.numel + 1);",
         *STATE,
     ),
     "large arguments for an old driver": Fault(
         LAUNCHER, "launch.grads.size() > static", "launch.grads.size() >= static", "plain", "launcher"
     ),
     "kernel first loaded in a capture": Fault(
-        LAUNCHER, "  load(residency, &clock_kernel, multiprocessors);\n", "", *STATE
+        LAUNCHER, "  load(residency, kClockKernels[rule.index], multiprocessors);\n", "", *STATE
     ),
     "launch on whatever device is current": Fault(
         LAUNCHER, "const Launch& launch) {\n  use_device(device);\n", "const Launch& launch) {\n", *STATE
     ),
-    "a block for each chunk": Fault(LAUNCH, "std::min(launch.chunks, resident)", "launch.chunks", *STATE),
+    "a block for each chunk": Fault(
+        LAUNCH, "std::min(launch.head.chunks, resident)", "launch.head.chunks", *STATE
+    ),
     # Clocks and flags.
     "clock never moved": Fault(KERNELS, ADVANCE, "", *STATE),
     "clock moved by every launch": Fault(
@@ -186,9 +198,61 @@ FAULTS = {
     "unusable scale applied": Fault(
         KERNELS, "amp.applied = !amp.invalid_scale && ", "amp.applied = ", *TENSORS
     ),
-    "first update noted on a skipped step": Fault(KERNELS, "  if (amp.applied) {\n", "  {\n", *STATE),
-    "first update noted by the last launch only": Fault(
+    "state ages on a skipped step": Fault(KERNELS, "  if (amp.applied) {\n", "  {\n", *STATE),
+    "state ages in the last launch only": Fault(
         KERNELS, "  if (amp.applied) {\n", "  if (amp.applied && step.ends_step) {\n", *STATE
+    ),
+    # Ages, and what follows from them.
+    "state never ages": Fault(KERNELS, "      *tensor.age = age;\n", "", *STATE),
+    "state ages without a live slot": Fault(
+        KERNELS, "if (as<R>(clock.next).in_double.around.live == 0) continue;", "", *STATE
+    ),
+    "own scalars at the group's age": Fault(
+        KERNELS,
+        "scalars<R, C>(clock.options, age, 1.0f)",
+        "scalars<R, C>(clock.options, clock.age, 1.0f)",
+        *TENSORS,
+    ),
+    "the group's scalars for every age": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS),
+    "the group's scalars at another age": Fault(
+        TABLES,
+        "form_scalars<R>(clock.options, clock.age,",
+        "form_scalars<R>(clock.options, clock.age + 1,",
+        *TENSORS,
+    ),
+    "no barrier before own scalars are formed": Fault(
+        KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE
+    ),
+    "no barrier before own scalars are used": Fault(
+        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE
+    ),
+    # Around the rules, and in them.
+    "scale ignored": Fault(
+        KERNELS, "s.around.of_gradient *= static_cast<C>(amp.inverse_scale);", "", *TENSORS
+    ),
+    "maximize ignored": Fault(
+        STEP, "if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;", "", *TENSORS
+    ),
+    "decoupled decay not taken": Fault(
+        STEP, "decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);", "T(1);", *TENSORS
+    ),
+    "coupled decay taken with decoupled": Fault(
+        STEP, "decay != 0.0 && !decouples;", "decay != 0.0;", *TENSORS
+    ),
+    "sgd: the first update reads the buffer": Fault(
+        "rules/sgd.h", "s.first ? kNothing<T> : m * s.momentum", "m * s.momentum", *TENSORS
+    ),
+    "adam: bias correction one update late": Fault(
+        "rules/adam.h", "power(options[kBeta2], age + 1)", "power(options[kBeta2], age + 2)", *TENSORS
+    ),
+    "rmsprop: variance with the mean added": Fault(
+        "rules/rmsprop.h", "fused_multiply_add(-a, a, v)", "fused_multiply_add(a, a, v)", *TENSORS
+    ),
+    "adagrad: rate decays from the first update": Fault(
+        "rules/adagrad.h", "static_cast<double>(age) *", "static_cast<double>(age + 1) *", *TENSORS
+    ),
+    "adadelta: no eps under the first root": Fault(
+        "rules/adadelta.h", "square_root(slots[kDeltas] + s.eps)", "square_root(slots[kDeltas])", *TENSORS
     ),
     # The gradients' norm.
     "no barrier before lanes are added": Fault(
@@ -201,7 +265,7 @@ FAULTS = {
         *RACE,
     ),
     "squares by the parameter's strides": Fault(
-        KERNELS, "places_of(*layout, i).grad", "places_of(*layout, i).param", *STATE
+        KERNELS, "places_of<0>(*layout, i).grad", "places_of<0>(*layout, i).param", *STATE
     ),
     "squares of a chunk's first elements only": Fault(
         KERNELS,
@@ -212,7 +276,7 @@ FAULTS = {
     "squares numbered within the launch": Fault(
         KERNELS, "tensor.first_square + (chunk - tensor.first_chunk)", "chunk", *STATE
     ),
-    "squares of all tensors in one place": Fault(LAUNCHES, "{&item, cut.chunks}", "{&item, 0}", *STATE),
+    "squares of all tensors in one place": Fault(LAUNCHES, "{&tensor, cut.chunks}", "{&tensor, 0}", *STATE),
     "norm of the last launch only": Fault(KERNELS, "i < step.step_chunks", "i < step.chunks", *STATE),
     "norm of the scaled gradients": Fault(
         KERNELS,

@@ -32,38 +32,26 @@ constexpr int32_t kLargeLaunch = 3900;
 // Each device is one seed's: it keeps the number of blocks that was resident when it was preloaded.
 constexpr int kDevices = kFew ? 2 : 5;
 
+const std::vector<Reference> kReferences = references();
+
 // Makes tensors of random groups.
 struct Maker {
+  const Reference& reference;
   Cases& cases;
   std::mt19937& random;
 
   template <typename P, typename M>
-  void add(const Geometry& geometry, StorageType type, StorageType momentum_type,
-           const Leads& leads) {
-    const int group = static_cast<int>(random() % kGroupsOfTensors);
+  void add(const Geometry& geometry, StorageType type, StorageType state_type, const Leads& leads) {
     const bool in_place = geometry.strides.empty() && random() % 8 == 0;
-    cases.push_back(std::make_unique<TypedCase<P, M>>(geometry, type, momentum_type, group,
+    cases.push_back(std::make_unique<TypedCase<P, M>>(reference, geometry, type, state_type,
                                                       in_place, leads, random));
-    cases.back()->first = random() % 4 != 0;  // else its momentum was loaded
+    cases.back()->group = static_cast<int>(random() % kGroupsOfTensors);
+    // Most have missed no update of their group; others have, or were loaded.
+    if (random() % 4 == 0) cases.back()->age = 1 + static_cast<int64_t>(random() % 40);
   }
 };
 
-Geometry flat(int64_t n) { return {"flat " + std::to_string(n), {n}, {}}; }
-
-// Calls f(type, momentum type, P{}, M{}) for each pair of storage types that there is a kernel for.
-template <typename F>
-void for_each_pair(F f) {
-  using S = StorageType;
-  f(S::kFloat32, S::kFloat32, float{}, float{});
-  f(S::kFloat64, S::kFloat64, double{}, double{});
-  f(S::kFloat64, S::kFloat32, double{}, float{});
-  f(S::kBFloat16, S::kBFloat16, BFloat16{}, BFloat16{});
-  f(S::kBFloat16, S::kFloat32, BFloat16{}, float{});
-  f(S::kFloat16, S::kFloat16, Float16{}, Float16{});
-  f(S::kFloat16, S::kFloat32, Float16{}, float{});
-}
-
-// Where parameter, gradient and momentum start within 16 bytes. Of 8 x 8 x 8 combinations those in
+// Where parameter, gradient and state start within 16 bytes. Of 8 x 8 x 8 combinations those in
 // which a gradient is aligned with its parameter, or would be were the head counted otherwise.
 template <typename P, typename M>
 std::vector<Leads> misalignments() {
@@ -74,7 +62,7 @@ std::vector<Leads> misalignments() {
       for (int64_t m = 0; m < kM; ++m) {
         const bool telling = (g == p || g == (kP - p) % kP || g == p + 1) &&
                              (m == p % kM || m == (p + 1) % kM || kM < kP);
-        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, m});
+        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, {m, m, m}});
       }
     }
   }
@@ -82,27 +70,27 @@ std::vector<Leads> misalignments() {
 }
 
 // Of each storage type all sizes, layouts and misalignments, or a few of them.
-Cases make_cases(bool few, std::mt19937& random) {
+Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
   Cases cases;
-  Maker maker{cases, random};
+  Maker maker{reference, cases, random};
   const auto lead = [&] { return static_cast<int64_t>(random() % 8); };
-  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
+  for_each_pair([&](StorageType type, StorageType state_type, auto p, auto m) {
     using P = decltype(p);
     using M = decltype(m);
     const auto add = [&](const Geometry& geometry, const Leads& leads) {
-      maker.add<P, M>(geometry, type, momentum_type, leads);
+      maker.add<P, M>(geometry, type, state_type, leads);
     };
     for (const int64_t n : {0, 1, 7, 8, 9, 16, 17, 33}) {
       const int64_t same = lead();
-      add(flat(n), {0, 0, 0});
-      add(flat(n), {same, same, same});
+      add(flat(n), Leads::same(0));
+      add(flat(n), Leads::same(same));
     }
     for (const int64_t near :
          {kChunkElements - 1, kChunkElements, kChunkElements + 1, 2 * kChunkElements + 3}) {
       if (few && (sizeof(P) == 2 || near == kChunkElements)) continue;
       const int64_t same = lead();
-      add(flat(near), {same, same, same});
-      if (!few) add(flat(near), {lead(), lead(), lead()});
+      add(flat(near), Leads::same(same));
+      if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead()}});
     }
     for (const Leads& leads : misalignments<P, M>())
       if (!few || random() % 16 == 0) add(flat(1 + static_cast<int64_t>(random() % 70)), leads);
@@ -110,7 +98,7 @@ Cases make_cases(bool few, std::mt19937& random) {
       if (geometry.strides.empty() ||
           (elements(geometry) > 1000 && (few || type != StorageType::kFloat32)))
         continue;
-      add(geometry, {lead(), lead(), lead()});
+      add(geometry, {lead(), lead(), {lead(), lead(), lead()}});
     }
   });
   std::shuffle(cases.begin(), cases.end(), random);
@@ -118,31 +106,31 @@ Cases make_cases(bool few, std::mt19937& random) {
 }
 
 // A few tensors of each storage type, dense and strided.
-Cases some_cases(std::mt19937& random) {
+Cases some_cases(const Reference& reference, std::mt19937& random) {
   Cases cases;
-  Maker maker{cases, random};
+  Maker maker{reference, cases, random};
   const Geometry strided{"gaps", {5, 7}, {{30, 3}, {1, 5}, {7, 1}}};
-  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
+  for_each_pair([&](StorageType type, StorageType state_type, auto p, auto m) {
     for (const Geometry& geometry : {flat(40), strided, flat(3)})
-      maker.add<decltype(p), decltype(m)>(geometry, type, momentum_type, {1, 1, 1});
+      maker.add<decltype(p), decltype(m)>(geometry, type, state_type, Leads::same(1));
   });
   maker.add<float, float>(flat(kChunkElements + 5), StorageType::kFloat32, StorageType::kFloat32,
-                          {0, 0, 0});
+                          Leads::same(0));
   return cases;
 }
 
 // `count` tensors of one storage type. Most are empty, as these cost no time; those beside the
 // boundaries of launches are not.
 template <typename P, typename M>
-void add_many(Cases& cases, size_t count, StorageType type, StorageType momentum_type,
-              std::mt19937& random) {
-  Maker maker{cases, random};
+void add_many(const Reference& reference, Cases& cases, size_t count, StorageType type,
+              StorageType state_type, std::mt19937& random) {
+  Maker maker{reference, cases, random};
   const size_t capacity = static_cast<size_t>(cuda::launch_capacity(false));
   for (size_t i = 0; i < count; ++i) {
     const size_t at = i % capacity;
     const bool beside = at <= 1 || at + 2 >= capacity || i + 2 >= count;
     const int64_t n = beside ? 5 : random() % 50 == 0 ? 40 : 0;
-    maker.add<P, M>(flat(n), type, momentum_type, {0, 0, 0});
+    maker.add<P, M>(flat(n), type, state_type, Leads::same(0));
   }
 }
 
@@ -150,14 +138,15 @@ void preload_all() {
   emulator::set_device_count(kDevices);
   for (int device = 0; device < kDevices; ++device) {
     emulator::set_seed(static_cast<uint64_t>(device));
-    cuda::preload(device);
+    for (const Reference& reference : kReferences)
+      cuda::preload(device, *find_rule(reference.rule));
   }
 }
 
 // Everything is captured before any kernel has run: what is loaded then could not be captured.
-void check_capture() {
+void check_capture(const Reference& reference) {
   std::mt19937 random(1);
-  Cases cases = some_cases(random);
+  Cases cases = some_cases(reference, random);
   const auto captured = [](const std::function<void()>& function) {
     emulator::begin_capture(kStream);
     CHECK(cuda::is_capturing(0, kStream), "while it is");
@@ -167,10 +156,12 @@ void check_capture() {
     return graph;
   };
   // Of each storage type enough for a kernel with large arguments.
-  for_each_pair([&](StorageType type, StorageType momentum_type, auto p, auto m) {
-    add_many<decltype(p), decltype(m)>(cases, kSmallLaunch + 10, type, momentum_type, random);
+  for_each_pair([&](StorageType type, StorageType state_type, auto p, auto m) {
+    add_many<decltype(p), decltype(m)>(reference, cases, kSmallLaunch + 10, type, state_type,
+                                       random);
   });
-  Optimizer large(0, std::move(cases)), small(0, some_cases(random));
+  Optimizer large(0, reference, std::move(cases)),
+      small(0, reference, some_cases(reference, random));
   for (Optimizer* optimizer : {&large, &small}) {
     optimizer->with_scaler(true);
     optimizer->measure_norm(true);
@@ -194,11 +185,14 @@ void check_capture() {
 }
 
 // All kinds of tensors and groups, through steps that are skipped and steps that are not.
-void check_steps() {
+void check_steps(const Reference& reference) {
   unsigned most_blocks = 0;
-  for (int device = 0; device < kDevices; ++device) {
+  // How elements and threads are dealt out matters to all rules alike: the first takes all devices.
+  const bool first = &reference == &kReferences.front();
+  for (int device = 0; device < (first ? kDevices : 2); ++device) {
     std::mt19937 random(static_cast<unsigned>(device));
-    Optimizer optimizer(device, make_cases(kFew || device != 0, random));
+    const bool few = kFew || device != 0 || !first;
+    Optimizer optimizer(device, reference, make_cases(reference, few, random));
     // Of the devices some get blocks as many as are resident, and the others do not.
     emulator::set_seed(static_cast<uint64_t>(device % 2 ? device : 100 + device));
     optimizer.evaluate();
@@ -239,9 +233,9 @@ void check_steps() {
   CHECK(most_blocks > 1, "no grid had several blocks");
 }
 
-void check_launches_in_order() {
+void check_launches_in_order(const Reference& reference) {
   std::mt19937 random(3);
-  Optimizer optimizer(1, some_cases(random), true);
+  Optimizer optimizer(1, reference, some_cases(reference, random), true);
   CHECK(optimizer.launches() == 22, "%zu", optimizer.launches());
   optimizer.evaluate();
   optimizer.measure_norm(true);
@@ -249,7 +243,7 @@ void check_launches_in_order() {
 }
 
 // Where one launch does not take all tensors.
-void check_launch_boundaries() {
+void check_launch_boundaries(const Reference& reference) {
   struct Boundary {
     int driver, limit;
     size_t tensors, launches;
@@ -269,9 +263,9 @@ void check_launch_boundaries() {
     CHECK(cuda::launch_capacity(false) == most, "%d", cuda::launch_capacity(false));
     CHECK(cuda::launch_capacity(true) <= kSmallLaunch, "%d", cuda::launch_capacity(true));
     Cases cases;
-    add_many<float, float>(cases, boundary.tensors, StorageType::kFloat32, StorageType::kFloat32,
-                           random);
-    Optimizer optimizer(static_cast<int>(boundary.tensors) % kDevices, std::move(cases));
+    add_many<float, float>(reference, cases, boundary.tensors, StorageType::kFloat32,
+                           StorageType::kFloat32, random);
+    Optimizer optimizer(static_cast<int>(boundary.tensors) % kDevices, reference, std::move(cases));
     CHECK(optimizer.launches() == boundary.launches, "%zu tensors take %zu launches",
           boundary.tensors, optimizer.launches());
     optimizer.evaluate();
@@ -285,7 +279,7 @@ void check_launch_boundaries() {
   // A device whose kernels were loaded under an old driver.
   emulator::set_device_count(kDevices + 1);
   emulator::set_driver_version(12000);
-  Optimizer optimizer(kDevices, some_cases(random));
+  Optimizer optimizer(kDevices, reference, some_cases(reference, random));
   optimizer.evaluate();
   optimizer.step();
   emulator::set_driver_version(12010);
@@ -310,7 +304,8 @@ class Sparse {
 };
 
 // The last chunks of a tensor of more than 2**31 elements: a launch whose tensor began before it.
-void check_large_tensor() {
+void check_large_tensor(const Reference& reference) {
+  const Rule& rule = *find_rule(reference.rule);
   constexpr int64_t kBefore = int64_t{1} << 31, kRest = 2 * kChunkElements + 7;
   Sparse p(kBefore + kRest, kRest), g(kBefore + kRest, kRest);
   for (const bool strided : {false, true}) {
@@ -330,24 +325,25 @@ void check_large_tensor() {
     layout.shape[1] = tensor.numel;
     layout.param[1] = layout.grad[1] = 1;
     DeviceGroup group{};
-    group.options.value[Sgd::kLr] = 0.5;
+    group.options.value[0] = 0.5;  // the rate; without momentum
     GroupClock clock{};
     DeviceState state{};
     state.groups = 1;
     cuda::Launch launch{};
-    launch.type = launch.momentum_type = StorageType::kFloat32;
+    launch.type = launch.state_type = StorageType::kFloat32;
     launch.strided = strided;
-    launch.clocks = {&state, &group, &clock, nullptr};
-    launch.tensors = &tensor;
-    launch.layouts = &layout;
     double squares[3];
-    launch.squares = squares;
-    launch.step_chunks = 3;
-    launch.chunks = 3;
-    launch.ends_step = true;
+    launch.head.clocks = {&state, &group, &clock, nullptr};
+    launch.head.tensors = &tensor;
+    launch.head.layouts = &layout;
+    launch.head.squares = squares;
+    launch.head.step_chunks = 3;
+    launch.head.chunks = 3;
+    launch.head.count = 1;
+    launch.head.ends_step = true;
     launch.grads = {g.data()};
-    cuda::launch_clock(0, kStream, launch.clocks, 0, 0, false);
-    cuda::launch_step(0, kStream, launch);
+    cuda::launch_clock(0, kStream, rule, launch.head.clocks, 0, 0, false);
+    cuda::launch_step(0, kStream, rule, launch);
     CHECK(clock.updates == 1, "%" PRId64, clock.updates);
     double squared_norm = 0;  // of small integers, and so exact
     for (int64_t i = kBefore; i < kBefore + kRest; ++i) squared_norm += g.data()[i] * g.data()[i];
@@ -362,14 +358,15 @@ void check_large_tensor() {
 
 struct Scenario {
   const char* name;
-  void (*run)();
+  void (*run)(const Reference& reference);
+  bool of_all_rules;  // or of the first, where the rule makes no difference
 };
 // Captures come first; what takes long comes last.
-const Scenario kScenarios[] = {{"capture", check_capture},
-                               {"in-order", check_launches_in_order},
-                               {"large", check_large_tensor},
-                               {"boundaries", check_launch_boundaries},
-                               {"steps", check_steps}};
+const Scenario kScenarios[] = {{"capture", check_capture, true},
+                               {"in-order", check_launches_in_order, false},
+                               {"large", check_large_tensor, false},
+                               {"boundaries", check_launch_boundaries, false},
+                               {"steps", check_steps, true}};
 
 }  // namespace
 
@@ -379,7 +376,10 @@ int main(int argc, char** argv) {
     for (const Scenario& scenario : kScenarios) {
       bool wanted = argc == 1;
       for (int i = 1; i < argc; ++i) wanted = wanted || std::strcmp(argv[i], scenario.name) == 0;
-      if (wanted) scenario.run();
+      for (const Reference& reference : kReferences) {
+        const bool first = &reference == &kReferences.front();
+        if (wanted && (first || scenario.of_all_rules)) scenario.run(reference);
+      }
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

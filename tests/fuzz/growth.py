@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import fastlr
@@ -18,6 +21,9 @@ from fastlr import BatchPlan, GrowingLoader
 
 # A plan that the ranks or the micro-batches cannot meet is drawn anew; so many refusals are a fault.
 TRIES = 200
+
+# torch's, Python's and NumPy's.
+GENERATORS = 3
 
 
 @dataclass
@@ -33,6 +39,9 @@ class Case:
             of that update.
         layers: what the model has besides its linear layer.
         by_count: whether weights come from ``count``.
+        skips: every how manyth sample an update that begins there is skipped, as by GradScaler; 0: none.
+        seeded: whether the data set draws numbers, each sample under a seed of its own.
+        noise: what the noise scale is measured on: ``"parameters"``, ``"optimizer"`` or None.
     """
 
     size: int
@@ -47,6 +56,9 @@ class Case:
     growths: dict[int, tuple[int, str]]
     layers: list[str] = field(default_factory=list)
     by_count: bool = False
+    skips: int = 0
+    seeded: bool = False
+    noise: str | None = None
 
     def plan(self) -> BatchPlan:
         total = self.size * self.epochs
@@ -57,11 +69,34 @@ class Case:
 
     def loader(self, rank: int = 0) -> GrowingLoader:
         place = {"rank": rank, "world_size": self.world}
-        count = (lambda data: 1 + int(data.sum()) % 5) if self.by_count else None
         return GrowingLoader(
-            torch.arange(self.size), self.plan(), self.micro, shuffle=self.shuffle, count=count,
-            num_workers=self.workers, seed_samples=False, **place,
+            Drawing(self.size) if self.seeded else torch.arange(self.size), self.plan(), self.micro,
+            shuffle=self.shuffle, count=counted if self.by_count else None, num_workers=self.workers,
+            seed_samples=self.seeded, **place,
         )  # fmt: skip
+
+
+class Drawing(torch.utils.data.Dataset[Any]):
+    """Samples with a number drawn by each of the generators."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> tuple[int, torch.Tensor]:
+        drawn = [float(torch.rand((), dtype=torch.float64)), random.random(), float(np.random.rand())]  # noqa: NPY002
+        return i, torch.tensor(drawn, dtype=torch.float64)
+
+
+def places(data: Any) -> torch.Tensor:
+    """Which samples a batch's data are."""
+    return data if isinstance(data, torch.Tensor) else data[0]
+
+
+def counted(data: Any) -> int:
+    return 1 + int(places(data).sum()) % 5
 
 
 def case(seed: int) -> Case:
@@ -97,6 +132,8 @@ def _draw(rng: random.Random) -> Case:
         size, epochs, starts, sizes, tail, world, rng.choice([None, 1, 2, 3, 5]),
         2 if rng.random() < 0.15 else 0, rng.random() < 0.7, growths,
         rng.sample(["dropout", "drift"], rng.randint(0, 2)), world == 1 and rng.random() < 0.2,
+        rng.choice([0, 0, 1, 2, 3]), rng.random() < 0.5,
+        rng.choice([None, "parameters", "optimizer"]) if world == 1 else None,
     )  # fmt: skip
 
 
@@ -132,7 +169,41 @@ class Drift(torch.nn.Module):
         return x - self.mean
 
 
+PARTS = ("model", "optimizer", "loader", "noise")
 LAYERS = {"dropout": lambda: torch.nn.Dropout(0.5), "drift": Drift}
+
+
+class Taken(NamedTuple):
+    """A micro-batch."""
+
+    position: int
+    samples: int
+    indices: list[int]
+    weight: float
+    drawn: list[float]
+
+
+class NoiseScale:
+    """The noise scale once more, by the paper's formulas, from the gradients."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.observations = decay, 0
+        self.gradient = self.noise = self.weight = 0.0
+
+    def observe(self, batch: fastlr.Batch, gradients: list[torch.Tensor], applied: bool) -> None:
+        squares = sum(float(g.double().square().sum()) for g in gradients)
+        if batch.starts_update:
+            self.small = batch.samples, squares / batch.weight**2
+        if not (batch.ends_update and not batch.starts_update and batch.full and applied):
+            return
+        (b1, g1), (b2, g2) = self.small, (batch.global_batch, squares)
+        self.observations += 1
+        for name, value in {
+            "gradient": (b2 * g2 - b1 * g1) / (b2 - b1),
+            "noise": (g1 - g2) * b1 * b2 / (b2 - b1),
+            "weight": 1.0,
+        }.items():
+            setattr(self, name, self.decay * getattr(self, name) + (1 - self.decay) * value)
 
 
 class Run:
@@ -147,20 +218,22 @@ class Run:
         plan = case.plan()
         self.optimizer = fastlr.FusedSGD(self.model.parameters(), lr=plan.lr, momentum=plan.momentum)
         self.loader = case.loader(rank).bind(self.optimizer)
+        measured = self.optimizer if case.noise == "optimizer" else self.model.parameters()
+        self.noise, self.own_noise = fastlr.GradientNoiseScale(measured, decay=0.9), NoiseScale(0.9)
         self.saved: list[bytes] = []
         self.updates: list[tuple[int, int]] = []
         self.epochs: list[int] = []
-        self.taken: list[tuple[int, int, list[int]]] = []  # (update's start, micro-batch's size, samples)
+        self.taken: list[Taken] = []
 
     def save(self) -> bytes:
         file = io.BytesIO()
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "loader")}
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
         torch.save({**parts, "rng": torch.get_rng_state()}, file)
         return file.getvalue()
 
     def load(self, file: bytes) -> None:
         state = torch.load(io.BytesIO(file), weights_only=True)
-        for name in ("model", "optimizer", "loader"):
+        for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
 
@@ -184,16 +257,27 @@ class Run:
             for batch in epoch:
                 assert batch.epoch == epoch.index == batch.position // self.case.size
                 assert batch.position == self.loader.samples == self.optimizer.clock().samples
-                self.taken.append((batch.position, batch.samples, batch.data.tolist()))
-                loss = self.model(self.features[batch.data]).sin().mean()  # which no rate lets diverge
+                at, drawn = places(batch.data), batch.data[1] if self.case.seeded else torch.zeros(0)
+                noted = drawn.flatten().tolist()
+                self.taken.append(Taken(batch.position, batch.samples, at.tolist(), batch.weight, noted))
+                x = self.features[at]
+                x = x + drawn.to(x) if self.case.seeded else x
+                loss = self.model(x).sin().mean()  # which no rate lets diverge
                 (loss * batch.weight).backward()
                 if batch.ends_update:
                     self.grow(self.optimizer.clock().updates + 1, "before")
                 if not self.case.layers:  # nothing that an update under way has changed already
                     self.saved.append(self.save())
+                skipped = self.case.skips > 0 and batch.position % self.case.skips == 0
+                self.observe(batch, skipped)
                 if not batch.ends_update:
                     continue
+                if skipped:
+                    self.optimizer.found_inf = torch.ones(())
                 self.optimizer.step()
+                assert self.optimizer.last_step_skipped == skipped
+                if skipped:
+                    del self.optimizer.found_inf
                 self.optimizer.zero_grad()
                 self.grow(self.optimizer.clock().updates, "after")
                 self.updates.append((batch.position, batch.global_batch))
@@ -201,6 +285,15 @@ class Run:
             assert epoch.finished
             self.saved.append(self.save())
         assert self.loader.samples == self.optimizer.clock().samples == self.case.size * self.case.epochs
+
+    def observe(self, batch: fastlr.Batch, skipped: bool) -> None:
+        if self.case.noise is None:
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "an update of one micro-batch")
+            self.noise.observe(batch)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.own_noise.observe(batch, gradients, not skipped or self.case.noise == "parameters")
 
     def trained(self) -> list[torch.Tensor]:
         """All that training changed: weights, buffers, momenta."""

@@ -35,6 +35,9 @@ from fuzz.rules import RULES
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 20
 
+# A file has no position once it is read by lines, and some training before the test may do so.
+KINDS = [kind for kind in HIDDEN if kind != "file, read by lines"]
+
 
 class Stop(Exception):
     """What a job raises in the middle."""
@@ -158,7 +161,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         p, lr=fastlr.Cosine(0.1, 0.0, 40, unit="sample"), momentum=fastlr.Triangular(0.8, 0.9, 3)
     ),
     "FusedCyclicSGD": lambda p: fastlr.FusedCyclicSGD(p, 0.01, 0.1, 3, cycle_momentum=True, nesterov=True),
-    **{name: rule.fused for name, rule in RULES.items() if rule.counts},
+    **{name: rule.fused for name, rule in RULES.items() if name != "sgd"},
     "scheduled AdamW": lambda p: fastlr.FusedAdamW(
         p,
         lr=fastlr.Cosine(0.1, 0.0, 40, unit="sample"),
@@ -209,7 +212,7 @@ class Job:
         self.log.append(what)
 
     def hiding(self) -> Hiding:
-        kinds = self.rng.sample(list(HIDDEN), self.rng.choice([0, 1, 3]))
+        kinds = self.rng.sample(KINDS, self.rng.choice([0, 1, 3]))
         draws = self.rng.sample(["python", "numpy", "torch"], self.rng.choice([0, 1]))
         self.note(f"hides {kinds}, draws {draws}")
         return Hiding(kinds, draws)

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from rule_table import Lion
 
 import fastlr
 
@@ -32,6 +33,7 @@ class Rule:
         counts: whether PyTorch's optimizer counts a parameter's updates.
         initial: what the elements of new state are.
         eager: whether PyTorch's optimizer makes its state when it is built.
+        begins_with_gradient: whether a parameter's first gradient is its first state.
     """
 
     fused: type[fastlr.FusedOptimizer]
@@ -49,6 +51,7 @@ class Rule:
     counts: bool = True
     initial: Callable[[Values], float] = lambda values: 0.0
     eager: bool = False
+    begins_with_gradient: bool = False
 
     def in_tuples(self, values: Values) -> Values:
         """Values by their options' names as a group holds them."""
@@ -174,6 +177,7 @@ RULES = {
         slots={"momentum_buffer": _has_momentum},
         averages=("momentum_buffer",),
         counts=False,
+        begins_with_gradient=True,
     ),
     "adam": _ADAM,
     "adamw": replace(
@@ -232,6 +236,18 @@ RULES = {
         options={"eps": _one_of(1e-6, 1e-6, 1e-3, 0.0), **_MAXIMIZE},
         wrong={**_EVERY_WRONG, "rho": _NOT_UP_TO_ONE, "eps": _NEGATIVE},
         slots={"square_avg": _always, "acc_delta": _always},
+    ),
+    "lion": Rule(
+        fused=fastlr.FusedLion,
+        cyclic=None,
+        torch=Lion,
+        scheduled={"lr": 0.1, "beta1": 0.97, "beta2": 0.999, "weight_decay": 0.1},
+        options=_MAXIMIZE,
+        tuples=_ADAM.tuples,
+        wrong={**_EVERY_WRONG, "beta1": _NOT_BELOW_ONE, "beta2": _NOT_BELOW_ONE, "betas": _NO_BETAS},
+        slots={"exp_avg": _always},
+        averages=("exp_avg",),
+        counts=False,
     ),
 }
 

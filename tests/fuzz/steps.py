@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import reference
 import torch
-from correct_roots import with_correct_roots
+from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
@@ -263,7 +263,7 @@ class Run:
         ]
         made = self.rule.torch(groups, lr=0.1, foreach=False)
         made.state.clear()  # what an eager one has made; see prepare_reference()
-        return with_correct_roots(made)
+        return taking_exact_roots(made)
 
     def reference_options(self, group: Group) -> dict[str, Any]:
         return {name: as_plain(value) for name, value in group.options.items() if name != SLOT_TYPE}
@@ -282,7 +282,7 @@ class Run:
         for group in self.groups:
             values = self.values(group)
             for pair in group.pairs:
-                if pair.theirs.grad is not None and self.rule.counts:
+                if pair.theirs.grad is not None and not self.rule.begins_with_gradient:
                     self.make_state(group, pair, values)
 
     def make_state(self, group: Group, pair: Pair, values: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ class Run:
                 fill = self.rule.initial(values)
                 state[name] = rounded(torch.full_like(pair.theirs, fill, requires_grad=False), dtype)
                 pair.slot_dtype = dtype
-        if state.get(STEP) is None:
+        if self.rule.counts and state.get(STEP) is None:
             state[STEP] = torch.tensor(0.0)
 
     # -- one step --------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class Run:
             self.norm = float("nan") if found else inverse * self.expected_norm(kept)
         if not found:
             self.step_reference()
-        elif self.backend != "cpu":  # the device finds out, when the state is there
+        elif self.backend != "cpu" and self.rule.counts:  # the device finds out, when the state is there
             self.prepare_reference()
         self.samples += consumed
         if rng.random() < 0.4:

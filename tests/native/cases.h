@@ -1,4 +1,4 @@
-// Tensors for a step of the native code, and a plain scalar reference of what it must leave.
+// Tensors for a step of the native code, and what it must leave in them.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 #include <vector>
 
 #include "half_formats.h"
-#include "step.h"
+#include "references.h"
+#include "tensors.h"
 
 #define CHECK(condition, ...)                                     \
   do {                                                            \
@@ -38,13 +39,15 @@ inline const int64_t kTrail = __asan_region_is_poisoned != nullptr ? 0 : 8;
 template <typename T>
 class Memory {
  public:
-  Memory(int64_t size, int64_t lead, std::mt19937& random)
+  Memory(int64_t size, int64_t lead, Holds holds, std::mt19937& random)
       : lead_(lead), count_(lead + size + kTrail), all_(new T[count_]), before_(new T[count_]) {
     CHECK(reinterpret_cast<uintptr_t>(all_.get()) % 16 == 0, "%p", static_cast<void*>(all_.get()));
     std::uniform_int_distribution<int> exponent(-24, 4), mantissa(512, 1023);
     for (int64_t i = 0; i < count_; ++i) {
-      const int value = random() % 2 ? mantissa(random) : -mantissa(random);
-      encode(all_[i], std::ldexp(static_cast<float>(value), exponent(random) - 10));
+      const bool negative = holds != Holds::kSquares && random() % 2 == 0;
+      const int value = negative ? -mantissa(random) : mantissa(random);
+      const int down = holds == Holds::kMean ? 30 : 10;  // less than what is under the root
+      encode(all_[i], std::ldexp(static_cast<float>(value), exponent(random) - down));
       before_[i] = all_[i];
     }
   }
@@ -54,6 +57,8 @@ class Memory {
   void expect(int64_t i, T value) { before_[lead_ + i] = value; }
   void check(const std::string& name) const {
     for (int64_t i = 0; i < count_; ++i) {
+      // As from a variance that rounding has made negative: a NaN's bits are nobody's promise.
+      if (std::isnan(decode(all_[i])) && std::isnan(decode(before_[i]))) continue;
       CHECK(std::memcmp(&all_[i], &before_[i], sizeof(T)) == 0, "element %ld of %s: %a, not %a",
             static_cast<long>(i - lead_), name.c_str(), double(decode(all_[i])),
             double(decode(before_[i])));
@@ -65,12 +70,15 @@ class Memory {
   std::unique_ptr<T[]> all_, before_;
 };
 
-// The leads of a tensor's three memories: where they start within a vector.
+// The leads of a tensor's memories: where they start within a vector.
 struct Leads {
-  int64_t param, grad, momentum;
+  int64_t param, grad;
+  int64_t slot[kMaxSlots];
+
+  static Leads same(int64_t lead) { return {lead, lead, {lead, lead, lead}}; }
 };
 
-// A shape; strides of parameter, gradient and momentum (none: all dense in row-major order).
+// A shape; strides of parameter, gradient and the first slot (none: all dense in row-major order).
 struct Geometry {
   std::string name;
   std::vector<int64_t> shape;
@@ -89,13 +97,27 @@ inline std::vector<int64_t> packed(const std::vector<int64_t>& shape) {
   return strides;
 }
 
+// Those of the slots behind the first are others than its own: by columns, and with gaps.
+inline std::vector<std::vector<int64_t>> all_strides(const Geometry& geometry) {
+  std::vector<std::vector<int64_t>> all = geometry.strides;
+  if (all.empty()) return all;
+  const std::vector<int64_t>& shape = geometry.shape;
+  all.push_back(packed({shape.rbegin(), shape.rend()}));
+  std::reverse(all.back().begin(), all.back().end());
+  all.push_back(packed(shape));
+  for (int64_t& stride : all.back()) stride *= 2;
+  return all;
+}
+
+inline Geometry flat(int64_t n) { return {"flat " + std::to_string(n), {n}, {}}; }
+
 inline std::vector<Geometry> geometries() {
   std::vector<Geometry> all;
   for (const int64_t n :
        {0, 1, 7, 8, 9, 16, 17, 33, 511, 512, 513, 1027, 16383, 16384, 16385, 20011})
-    all.push_back({"flat " + std::to_string(n), {n}, {}});
+    all.push_back(flat(n));
   all.push_back({"gradient transposed", {19, 27}, {{27, 1}, {1, 19}, {27, 1}}});
-  all.push_back({"momentum transposed", {512}, {{1}, {1}, {3}}});
+  all.push_back({"slot with gaps", {512}, {{1}, {1}, {3}}});
   all.push_back({"parameter with gaps", {7, 5, 11}, {{200, 33, 3}, {55, 11, 1}, {1, 7, 35}}});
   all.push_back({"gradient expanded", {33, 31}, {{40, 1}, {0, 0}, {31, 1}}});
   all.push_back({"complex", {13, 21, 2}, {{100, 4, 1}, {2, 26, 1}, {42, 2, 1}}});
@@ -106,36 +128,6 @@ inline std::vector<Geometry> geometries() {
   std::reverse(reversed.begin(), reversed.end());
   all.push_back({"64 dimensions", deep, {packed(deep), reversed, packed(deep)}});
   return all;
-}
-
-// A group's options by name, as the references know them.
-struct SgdOptions {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-};
-
-inline Options in_order(const SgdOptions& o) {
-  return {{o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov ? 1.0 : 0.0,
-           o.maximize ? 1.0 : 0.0}};
-}
-
-template <typename C>
-void reference(const SgdOptions& o, float inverse_scale, bool first, C& param, C grad,
-               C& momentum) {
-  if (inverse_scale != 1.0f) grad *= static_cast<C>(inverse_scale);
-  if (o.maximize) grad = -grad;
-  if (o.weight_decay != 0) grad = std::fma(static_cast<C>(o.weight_decay), param, grad);
-  C direction = grad;
-  if (o.momentum != 0) {
-    const C decayed = momentum * static_cast<C>(o.momentum);
-    momentum = first ? grad : std::fma(grad, static_cast<C>(1 - o.dampening), decayed);
-    direction = o.nesterov ? std::fma(momentum, static_cast<C>(o.momentum), grad) : momentum;
-  }
-  param = std::fma(direction, static_cast<C>(-o.lr), param);
 }
 
 // Adds values times factors in the order that NOTE: [sums in lanes] gives.
@@ -156,69 +148,95 @@ inline double sum_in_lanes(const std::vector<double>& values) {
   return sum_in_lanes(values, std::vector<double>(values.size(), 1.0));
 }
 
+// A few of them, for what does not depend on where elements lie.
+inline std::vector<Geometry> few_geometries() {
+  std::vector<Geometry> few;
+  for (Geometry& geometry : geometries()) {
+    const int64_t n = elements(geometry);
+    const bool dense = geometry.strides.empty();
+    if (dense ? n == 0 || n == 7 || n == 33 || n == 513 || n == 1027 : n < 600)
+      few.push_back(std::move(geometry));
+  }
+  return few;
+}
+
 // One tensor in the step, and its reference.
 struct Case {
   virtual ~Case() = default;
   // Appends the sums of the squares of the gradient's chunks.
   virtual void append_squares(std::vector<double>& sums) const = 0;
-  virtual TensorRef ref(std::vector<StridedLayout>& layouts) = 0;
-  virtual void expect_update(const SgdOptions& options, float inverse_scale) = 0;
+  // kept: a bit for each slot that there is memory for.
+  virtual TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) = 0;
+  virtual void expect_update(const Values& options, float inverse_scale) = 0;
   virtual void check() const = 0;
-  bool first = true;  // momentum holds nothing yet
+  int group = 0;
+  int64_t age = 0;  // updates that its state has seen
 };
 
 template <typename P, typename M>
 class TypedCase : public Case {
  public:
-  TypedCase(const Geometry& geometry, StorageType type, StorageType momentum_type, int group,
-            bool in_place, const Leads& leads, std::mt19937& random)
-      : geometry_(geometry),
+  TypedCase(const Reference& reference, const Geometry& geometry, StorageType type,
+            StorageType state_type, bool in_place, const Leads& leads, std::mt19937& random)
+      : reference_(reference),
+        geometry_(geometry),
+        strides_(all_strides(geometry)),
         type_(type),
-        momentum_type_(momentum_type),
-        group_(group),
+        state_type_(state_type),
         in_place_(in_place),
-        param_(extent(0), leads.param, random),
-        grad_(extent(1), leads.grad, random),
-        momentum_(extent(2), leads.momentum, random) {}
+        param_(extent(0), leads.param, Holds::kAny, random),
+        grad_(extent(1), leads.grad, Holds::kAny, random) {
+    for (size_t k = 0; k < reference.slots.size(); ++k)
+      slots_.emplace_back(extent(2 + k), leads.slot[k], reference.slots[k].holds, random);
+  }
 
-  TensorRef ref(std::vector<StridedLayout>& layouts) override {
+  TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) override {
     TensorRef ref{};
     ref.param = param_.data();
     ref.grad = in_place_ ? static_cast<const void*>(param_.data()) : grad_.data();
-    ref.momentum = momentum_.data();
+    for (size_t k = 0; k < slots_.size(); ++k)
+      ref.slot[k] = is_live(kept, static_cast<int>(k)) ? slots_[k].data() : nullptr;
+    ref.age = age;
     ref.numel = numel();
-    ref.group = group_;
+    ref.group = group;
     ref.type = type_;
-    ref.momentum_type = momentum_type_;
-    ref.first = first;
+    ref.state_type = state_type_;
     ref.layout = -1;
-    if (!geometry_.strides.empty()) {
+    if (!strides_.empty()) {
       StridedLayout layout{};
       layout.ndim = static_cast<int32_t>(geometry_.shape.size());
-      int64_t* const strides[] = {layout.param, layout.grad, layout.momentum};
       std::copy(geometry_.shape.begin(), geometry_.shape.end(), layout.shape);
-      for (int k = 0; k < 3; ++k)
-        std::copy(geometry_.strides[k].begin(), geometry_.strides[k].end(), strides[k]);
+      std::copy(strides_[0].begin(), strides_[0].end(), layout.param);
+      std::copy(strides_[1].begin(), strides_[1].end(), layout.grad);
+      for (int k = 0; k < kMaxSlots; ++k)
+        std::copy(strides_[2 + k].begin(), strides_[2 + k].end(), layout.slot[k]);
       ref.layout = static_cast<int32_t>(layouts.size());
       layouts.push_back(layout);
     }
     return ref;
   }
 
-  void expect_update(const SgdOptions& options, float inverse_scale) override {
+  void expect_update(const Values& options, float inverse_scale) override {
+    using C = compute_t<P>;
+    const Update<C> update = whole_update<C>(reference_, options, age, inverse_scale);
     for (int64_t i = 0; i < numel(); ++i) {
-      compute_t<P> p = decode(param_.before()[at(0, i)]);
-      compute_t<P> m = decode(momentum_.before()[at(2, i)]);
-      const compute_t<P> g = in_place_ ? p : decode(grad_.before()[at(1, i)]);
-      reference(options, inverse_scale, first, p, g, m);
+      C p = decode(param_.before()[at(0, i)]);
+      const C g = in_place_ ? p : decode(grad_.before()[at(1, i)]);
+      C state[kMaxSlots];
+      for (size_t k = 0; k < slots_.size(); ++k)
+        state[k] = decode(slots_[k].before()[at(2 + k, i)]);
+      update(p, g, state);
       P new_p;
-      M new_m = momentum_.before()[at(2, i)];
       encode(new_p, p);
-      if (options.momentum != 0) encode(new_m, m);
       param_.expect(at(0, i), new_p);
-      momentum_.expect(at(2, i), new_m);
+      for (size_t k = 0; k < slots_.size(); ++k) {
+        if (!is_live(reference_.slots[k], options)) continue;
+        M value;
+        encode(value, state[k]);
+        slots_[k].expect(at(2 + k, i), value);
+      }
     }
-    if (options.momentum != 0) first = false;
+    if (live_slots(reference_, options) != 0) ++age;
   }
 
   void append_squares(std::vector<double>& sums) const override {
@@ -234,48 +252,49 @@ class TypedCase : public Case {
   }
 
   void check() const override {
-    const std::string where = " of " + geometry_.name + ", type " + std::to_string(int(type_)) +
-                              ", momentum type " + std::to_string(int(momentum_type_)) +
-                              ", options " + std::to_string(group_);
+    const std::string where = std::string(" of ") + reference_.rule + ", " + geometry_.name +
+                              ", type " + std::to_string(int(type_)) + ", state's type " +
+                              std::to_string(int(state_type_)) + ", options " +
+                              std::to_string(group) + ", age " + std::to_string(age);
     param_.check("parameter" + where);
     grad_.check("gradient" + where);
-    momentum_.check("momentum" + where);
+    for (size_t k = 0; k < slots_.size(); ++k) slots_[k].check(reference_.slots[k].name + where);
   }
 
  private:
   int64_t numel() const { return elements(geometry_); }
-  // Where the i-th element, in row-major order, of parameter (0), gradient or momentum lies.
-  int64_t at(int which, int64_t i) const {
-    if (geometry_.strides.empty()) return i;
+  // Where the i-th element, in row-major order, of parameter (0), gradient (1) or a slot lies.
+  int64_t at(size_t which, int64_t i) const {
+    if (strides_.empty()) return i;
     int64_t offset = 0;
     for (size_t d = geometry_.shape.size(); d-- > 0; i /= geometry_.shape[d])
-      offset += i % geometry_.shape[d] * geometry_.strides[which][d];
+      offset += i % geometry_.shape[d] * strides_[which][d];
     return offset;
   }
-  int64_t extent(int which) const { return numel() == 0 ? 0 : at(which, numel() - 1) + 1; }
+  int64_t extent(size_t which) const { return numel() == 0 ? 0 : at(which, numel() - 1) + 1; }
 
+  const Reference& reference_;
   Geometry geometry_;
-  StorageType type_, momentum_type_;
-  int group_;
+  std::vector<std::vector<int64_t>> strides_;
+  StorageType type_, state_type_;
   bool in_place_;  // the gradient is the parameter
   Memory<P> param_, grad_;
-  Memory<M> momentum_;
+  std::vector<Memory<M>> slots_;
 };
 
 using Cases = std::vector<std::unique_ptr<Case>>;
 
-template <typename P, typename M>
-void add_cases(Cases& cases, StorageType type, StorageType momentum_type, int groups,
-               std::mt19937& random) {
-  for (const Geometry& geometry : geometries()) {
-    for (int group = 0; group < groups; ++group) {
-      if (elements(geometry) > 5000 && group % 2 == 1) continue;  // to save time
-      const int64_t lead = static_cast<int64_t>(random() % 8);
-      const bool in_place = geometry.strides.empty() && group == groups - 1;
-      cases.push_back(std::make_unique<TypedCase<P, M>>(geometry, type, momentum_type, group,
-                                                        in_place, Leads{lead, lead, lead}, random));
-    }
-  }
+// Calls f(type, type of state, P{}, M{}) for each pair of storage types that there are kernels for.
+template <typename F>
+void for_each_pair(F f) {
+  using S = StorageType;
+  f(S::kFloat32, S::kFloat32, float{}, float{});
+  f(S::kFloat64, S::kFloat64, double{}, double{});
+  f(S::kFloat64, S::kFloat32, double{}, float{});
+  f(S::kBFloat16, S::kBFloat16, BFloat16{}, BFloat16{});
+  f(S::kBFloat16, S::kFloat32, BFloat16{}, float{});
+  f(S::kFloat16, S::kFloat16, Float16{}, Float16{});
+  f(S::kFloat16, S::kFloat32, Float16{}, float{});
 }
 
 }  // namespace fastlr

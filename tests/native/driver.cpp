@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <random>
 #include <thread>
 #include <vector>
@@ -14,11 +15,16 @@
 #include "cases.h"
 #include "cpu/step_cpu.h"
 #include "half_formats.h"
+#include "rules.h"
 #include "squares.h"
 
 using namespace fastlr;
 
 namespace {
+
+#define FASTLR_ONE(rule) +1
+constexpr size_t kRules = 0 FASTLR_FOR_EACH_RULE(FASTLR_ONE);
+#undef FASTLR_ONE
 
 template <typename Half, typename Convert>
 void check_conversion(const HalfFormat& format, Convert convert) {
@@ -50,28 +56,28 @@ void check_conversion(const HalfFormat& format, Convert convert) {
 
 // As step_cpu and measured_step_cpu, with each share in a thread of its own. sums: of each chunk's
 // squares, or empty.
-void step_std(const std::vector<TensorRef>& tensors, const std::vector<StridedLayout>& layouts,
-              const std::vector<GroupScalars>& groups, int threads, std::vector<double>& sums) {
+void step_std(const HostStep& step, int threads, std::vector<double>& sums) {
   int64_t total = 0, chunks = 0;
   std::vector<int64_t> first_chunks;
-  for (const TensorRef& tensor : tensors) {
+  for (const TensorRef& tensor : step.tensors) {
     total += tensor.numel;
     first_chunks.push_back(chunks);
     chunks += chunks_of(tensor.numel);
   }
   ChunkKernel kernel = nullptr;
   for (const SimdLevel& level : usable_simd_levels())
-    if (std::strcmp(level.name, simd_level()) == 0) kernel = level.kernel;
+    if (std::strcmp(level.name, simd_level()) == 0) kernel = level.kernels[step.rule.index];
   std::vector<std::thread> running;
   for (int part = 0; part < threads; ++part) {
     running.emplace_back([&, part] {
-      for_each_chunk(tensors, total, part, threads, kChunkElements, [&](const Chunk& share) {
-        const TensorRef& tensor = tensors[share.tensor];
-        const StridedLayout* layout = tensor.layout < 0 ? nullptr : &layouts[tensor.layout];
+      for_each_chunk(step.tensors, total, part, threads, kChunkElements, [&](const Chunk& share) {
+        const TensorRef& tensor = step.tensors[share.tensor];
+        const StridedLayout* layout = tensor.layout < 0 ? nullptr : &step.layouts[tensor.layout];
+        const AnyScalars& scalars = step.scalars[step.scalars_of[share.tensor]];
         for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
           const int64_t end = std::min(begin + kChunkElements, share.end);
           double lanes[kLanes] = {};
-          kernel(tensor, layout, groups[tensor.group], begin, end, sums.empty() ? nullptr : lanes);
+          kernel(tensor, layout, scalars, begin, end, sums.empty() ? nullptr : lanes);
           if (sums.empty()) continue;
           sums[first_chunks[share.tensor] + begin / kChunkElements] =
               sum_of_lanes(lanes, end - begin);
@@ -82,57 +88,89 @@ void step_std(const std::vector<TensorRef>& tensors, const std::vector<StridedLa
   for (std::thread& thread : running) thread.join();
 }
 
-void check_steps(bool openmp) {
-  const std::vector<SgdOptions> options{
-      // lr, momentum, dampening, weight_decay, nesterov, maximize
-      {0.1, 0.0, 0.0, 0.0, false, false},  {0.1, 0.0, 0.0, 0.01, false, true},
-      {0.03, 0.9, 0.0, 0.0, false, false}, {0.03, 0.9, 0.1, 5e-4, false, false},
-      {0.01, 0.9, 0.0, 5e-4, true, false}, {0.01, 0.5, 0.0, 0.1, true, true},
-  };
-  const int groups = static_cast<int>(options.size());
-  using S = StorageType;
-  std::mt19937 random(2);
+// Tensors of each storage type, geometry and set of options.
+Cases make_cases(const Reference& reference, const std::vector<Geometry>& geometries,
+                 std::mt19937& random) {
   Cases cases;
-  add_cases<float, float>(cases, S::kFloat32, S::kFloat32, groups, random);
-  add_cases<double, double>(cases, S::kFloat64, S::kFloat64, groups, random);
-  add_cases<double, float>(cases, S::kFloat64, S::kFloat32, groups, random);
-  add_cases<BFloat16, BFloat16>(cases, S::kBFloat16, S::kBFloat16, groups, random);
-  add_cases<BFloat16, float>(cases, S::kBFloat16, S::kFloat32, groups, random);
-  add_cases<Float16, Float16>(cases, S::kFloat16, S::kFloat16, groups, random);
-  add_cases<Float16, float>(cases, S::kFloat16, S::kFloat32, groups, random);
+  const int groups = static_cast<int>(reference.options.size());
+  for_each_pair([&](StorageType type, StorageType state_type, auto p, auto m) {
+    using Typed = TypedCase<decltype(p), decltype(m)>;
+    for (const Geometry& geometry : geometries) {
+      for (int group = 0; group < groups; ++group) {
+        if (elements(geometry) > 5000 && group % 2 == 1) continue;  // to save time
+        const bool in_place = geometry.strides.empty() && group == groups - 1;
+        const Leads leads = Leads::same(static_cast<int64_t>(random() % 8));
+        cases.push_back(std::make_unique<Typed>(reference, geometry, type, state_type, in_place,
+                                                leads, random));
+        cases.back()->group = group;
+        cases.back()->age = std::vector<int64_t>{0, 0, 1, 40}[random() % 4];
+      }
+    }
+  });
+  return cases;
+}
+
+// Steps with so many threads each, of which every other one measures the gradients.
+void check_steps(const Reference& reference, const std::vector<Geometry>& geometries,
+                 const std::vector<int>& steps, bool openmp) {
+  const Rule* const rule = find_rule(reference.rule);
+  CHECK(rule != nullptr, "%s", reference.rule);
+  std::mt19937 random(2);
+  const Cases cases = make_cases(reference, geometries, random);
   bool measures = false;
-  for (const int threads : {2, 1, 7, 2, 1, 7}) {
-    measures = !measures;  // for each number of threads once
+  for (const int threads : steps) {
+    measures = !measures;
     const float inverse_scale = threads == 1 ? 0.125f : 1.0f;
-    std::vector<GroupScalars> scalars;
-    for (const SgdOptions& o : options)
-      scalars.push_back({sgd_scalars<float>(in_order(o), inverse_scale),
-                         sgd_scalars<double>(in_order(o), inverse_scale)});
     std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
+    std::vector<AnyScalars> scalars;
+    std::vector<int32_t> scalars_of;
+    std::map<std::pair<int, int64_t>, int32_t> formed;  // by group and age
     for (const auto& c : cases) {
-      tensors.push_back(c->ref(layouts));
-      if (options[tensors.back().group].momentum == 0) tensors.back().momentum = nullptr;
+      const Values& options = reference.options[static_cast<size_t>(c->group)];
+      tensors.push_back(c->ref(live_slots(reference, options), layouts));
+      const auto [at, is_new] =
+          formed.try_emplace({c->group, c->age}, static_cast<int32_t>(scalars.size()));
+      if (is_new) {
+        scalars.emplace_back();
+        rule->scalars(in_order(*rule, options), c->age, inverse_scale, scalars.back());
+      }
+      scalars_of.push_back(at->second);
     }
+    const HostStep step{*rule, tensors, layouts, scalars, scalars_of};
     std::vector<double> sums;
     for (const auto& c : cases) c->append_squares(sums);
     const double expected = sum_in_lanes(sums);
     double found = expected;
     if (!openmp) {
       std::vector<double> sums_found(measures ? sums.size() : 0);
-      step_std(tensors, layouts, scalars, threads, sums_found);
+      step_std(step, threads, sums_found);
       if (measures) found = sum_in_lanes(sums_found);
     } else if (measures) {
       CHECK(squared_norm_cpu(tensors, layouts, threads) == expected, "%d threads", threads);
       ChunkSums memory(tensors);
-      found = measured_step_cpu(tensors, layouts, scalars, threads, false, memory);
+      found = measured_step_cpu(step, threads, false, memory);
     } else {
-      step_cpu(tensors, layouts, scalars, threads, false);
+      step_cpu(step, threads, false);
     }
     CHECK(found == expected, "%d threads: %a, not %a", threads, found, expected);
-    for (size_t i = 0; i < cases.size(); ++i) {
-      cases[i]->expect_update(options[tensors[i].group], inverse_scale);
-      cases[i]->check();
+    for (const auto& c : cases) {
+      c->expect_update(reference.options[static_cast<size_t>(c->group)], inverse_scale);
+      c->check();
+    }
+  }
+}
+
+// Where elements lie matters to all rules alike: one of them takes all geometries, each number of
+// threads with and without measuring.
+void check_rules(bool openmp) {
+  const std::vector<Reference> all = references();
+  CHECK(all.size() == kRules, "%zu references for %zu rules", all.size(), kRules);
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (i == 0) {
+      check_steps(all[i], geometries(), {2, 1, 7, 2, 1, 7}, openmp);
+    } else {
+      check_steps(all[i], few_geometries(), {2, 1, 7}, openmp);
     }
   }
 }
@@ -230,7 +268,7 @@ int main(int argc, char** argv) {
     check_chunks();
     check_schedules();
   }
-  check_steps(openmp);
+  check_rules(openmp);
   std::printf("ok\n");
   return 0;
 }

@@ -32,7 +32,8 @@ class HalfFormat {
     return bits >> 15 ? -value : value;
   }
 
-  uint16_t encode(double x) const {  // not of a NaN
+  uint16_t encode(double x) const {
+    if (std::isnan(x)) return static_cast<uint16_t>(infinity_ + 1);
     const double magnitude = std::fabs(x);
     // The first value that is not less; infinity stands for the power of two that would come next.
     const auto above = std::lower_bound(values_.begin(), values_.end(), magnitude);

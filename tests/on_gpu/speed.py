@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import gpu_step
@@ -11,6 +12,8 @@ from models import PARAMETER_SETS
 from . import report
 from .device import open_device
 from .environment import environment
+
+RULES = ("sgd", "adamw")
 
 # One tensor each: how well the work of a persistent grid is dealt out.
 SINGLE = {f"{n} M in one tensor": [(n * 1_000_000,)] for n in (1, 5, 25, 100)}
@@ -26,8 +29,8 @@ def main() -> int:
     made.figures["sets"] = list(sets)
     made.figures["results"] = []
     device = open_device(options.backend)
-    for name, shapes in sets.items():
-        made.figures["results"] += gpu_step.run(device, {name: shapes}, options.seconds)
+    for rule, (name, shapes) in itertools.product(RULES, sets.items()):
+        made.figures["results"] += gpu_step.run(device, rule, {name: shapes}, options.seconds)
         made.save()
         if options.backend == "cuda":
             torch.cuda.empty_cache()
@@ -35,7 +38,8 @@ def main() -> int:
     for found in made.figures["results"]:
         us = {name: times["us"] for name, times in found["times"].items()}
         eager = min(us["torch fused"], us["torch foreach"]) / us["fastlr"]
-        told.append(f"{found['set']} {eager:.2f} ({us['torch fused, graph'] / us['fastlr, graph']:.2f})")
+        graph = us["torch fused, graph"] / us["fastlr, graph"]
+        told.append(f"{found['rule']} {found['set']} {eager:.2f} ({graph:.2f})")
     made.headline = "torch's fastest step over fastlr's (in graphs): " + ", ".join(told)
     made.save()
     return 0

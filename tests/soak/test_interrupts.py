@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from helpers import parameters, set_gradients
 
 import fastlr
+from fastlr import _files
 from soak.interrupts import chosen, interrupted, places
 
 SHAPES = [(3,), (8, 5), (), (129,)]
@@ -228,31 +230,62 @@ def test_a_training_goes_on_after_ctrl_c(soak: bool) -> None:
         assert same(run.saved(), expected), f"gone on after place {place} of {count}"
 
 
-def test_a_range_test_leaves_no_trace_of_ctrl_c(soak: bool) -> None:
+@pytest.mark.parametrize("kind", ["one", "grid", "grid of torch's"])
+def test_a_range_test_leaves_no_trace_of_ctrl_c(kind: str, soak: bool) -> None:
     data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
     loader = torch.utils.data.DataLoader(data, batch_size=5, shuffle=True)
 
-    def make() -> tuple[torch.nn.Module, fastlr.FusedSGD]:
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-        return model, fastlr.FusedSGD(model.parameters(), lr=fastlr.Cosine(0.1, 0.0, 9), momentum=0.9)
+        groups = [{"params": layer.parameters()} for layer in model]
+        if kind == "grid of torch's":
+            return model, torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        return model, fastlr.FusedSGD(groups, lr=fastlr.Cosine(0.1, 0.0, 9), momentum=0.9)
 
-    def call(model: torch.nn.Module, optimizer: fastlr.FusedSGD) -> None:
-        loss_fn = torch.nn.functional.cross_entropy
-        fastlr.range_test(model, optimizer, loss_fn, loader, num_steps=2, progress=False)
+    def call(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        arguments = (model, optimizer, torch.nn.functional.cross_entropy, loader)
+        if kind == "one":
+            fastlr.range_test(*arguments, num_steps=2, progress=False)
+        else:
+            tried = {"weight_decay": [0.5], "momentum": [0.8]}
+            fastlr.range_test_grid(*arguments, **tried, num_steps=2, progress=False)
 
-    def state(model: torch.nn.Module, optimizer: fastlr.FusedSGD) -> list[Any]:
+    def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
         return clone([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
 
-    count = places(lambda: call(*make()))
+    call(*make())  # what is done only once is done now
+    subject = make()
+    count = places(lambda: call(*subject))
     # Also where putting back begins and ends.
-    undoing = places(lambda: call(*make()), until="_undo")
-    around = range(undoing - 30, undoing + 30, 1 if soak else 15)
+    name = "_undo" if kind == "one" else "put_back_settings"
+    undoing = places(lambda: call(*subject), until=name)
+    around = range(undoing - 30, min(undoing + 30, count), 1 if soak or kind != "one" else 15)
     for place in [*chosen(count, 300 if soak else 3, seed=2), *around]:
-        subject = make()
         before = state(*subject)
-        interrupted(lambda s=subject: call(*s), place)
+        interrupted(lambda: call(*subject), place)
         assert same(state(*subject), before), f"a trace after place {place} of {count}"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Of a file that nobody has got from open() yet.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_ctrl_c_leaves_a_file_as_it_was_or_all_new(there: bool, tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+
+    def write() -> None:
+        _files.write_text(path, "new")
+
+    write()
+    for place in range(places(write)):
+        path.unlink()
+        if there:
+            path.write_text("old")
+        interrupted(write, place)
+        found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+        before = {"result.txt": "old"} if there else {}
+        assert found in (before, {"result.txt": "new"}), f"place {place}"
+        path.touch()
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""A training killed at random moments, also while it writes its checkpoint, ends as one that was not."""
+"""What is killed leaves whole files.
+
+A training, also one that writes its checkpoint, ends as if it had not been; a written result is the old one
+or the new one.
+"""
 
 from __future__ import annotations
 
@@ -170,3 +174,74 @@ def test_killed_at_random_moments(
     )
     assert resumed
     assert in_write or not soak
+
+
+# Writes the second file over the first in a child that kills itself at a chosen place of the call, and prints
+# what is neither the one nor the other, or lies beside it and does not say that it is half.
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+import torch, fastlr
+from fastlr import _files
+from soak.interrupts import chosen, interrupted, places
+
+torch.set_num_threads(1)
+path, kind, there, most = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "there", int(sys.argv[4])
+lrs = np.geomspace(1e-5, 1.0, 200)
+results = [fastlr.RangeTestResult(lrs, np.full(200, level)) for level in (1.0, 2.0)]
+grids = [fastlr.RangeTestGrid(({"momentum": level},), (results[0],)) for level in (0.5, 0.9)]
+old, new = {
+    "text": [lambda text=text: _files.write_text(path, text * 50_000) for text in ("old", "new")],
+    "json": [lambda result=result: result.to_json(path) for result in results],
+    "csv": [lambda result=result: result.to_csv(path) for result in results],
+    "grid": [lambda grid=grid: grid.to_csv(path) for grid in grids],
+}[kind]
+whole = []
+for write in (old, new):
+    write()
+    whole.append(path.read_bytes())
+assert whole[0] != whole[1]
+allowed = [whole[0] if there else None, whole[1]]
+
+
+def prepare():
+    path.unlink(missing_ok=True)
+    if there:
+        path.write_bytes(whole[0])
+
+
+prepare()
+count = places(new)
+found = set()
+for place in sorted({0, *chosen(count, most, seed=0), *range(max(count - 60, 0), count)}):
+    prepare()
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        interrupted(new, place)
+        os._exit(0)  # it has fewer places now
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, -signal.SIGKILL), place
+    content = path.read_bytes() if path.exists() else None
+    beside = [file for file in path.parent.iterdir() if file != path]
+    if content not in allowed or not all(file.name.startswith(".fastlr-") for file in beside):
+        size = None if content is None else len(content)
+        print(f"killed at place {place} of {count}: {size} bytes, beside it {beside}")
+    found.add((allowed.index(content) if content in allowed else -1, bool(beside)))
+    for file in beside:
+        file.unlink()
+assert found >= {(0, False), (0, True), (1, False)}, found  # before, inside and after the write
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="makes a process for each kill")
+@pytest.mark.parametrize("there", ["new", "there"])
+@pytest.mark.parametrize("kind", ["text", "json", "csv", "grid"])
+def test_killed_at_places_of_a_write(kind: str, there: str, tmp_path: Path, soak: bool) -> None:
+    """The file is the old one or the new one, whichever call the kill comes with."""
+    if not soak and (kind, there) not in (("text", "new"), ("text", "there"), ("json", "there")):
+        pytest.skip("only with --soak")
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "result"), kind, there, str(400 if soak else 30)]
+    done = subprocess.run(command, cwd=toolchain.TESTS, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,161 @@
+"""The constructors of every rule take what torch's take, in the same places and with the same defaults."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from typing import Any
+
+import pytest
+import torch
+from helpers import parameters, train
+from rule_table import RULES, Rule, assert_same_run, with_rules
+
+import fastlr
+from fastlr.optim._groups import TorchOptions
+
+# How torch makes a step, which here is always the same; what of it asks for nothing else is taken.
+TAKEN: dict[str, tuple[bool | None, ...]] = {
+    "foreach": (None, False),
+    "fused": (None, True),
+    "capturable": (None, False, True),
+    "differentiable": (None, False),
+}
+REFUSED = {
+    "foreach": (True, "foreach must be False or None, got True: every step updates all parameters in one"),
+    "fused": (False, "fused must be True or None, got False: every step is fused; leave it out"),
+    "differentiable": (True, "differentiable must be False or None, got True: no gradient flows"),
+}
+WRITTEN_FOR = (2, 13)  # torch's signatures may grow
+
+
+def arguments(kind: type) -> dict[str, inspect.Parameter]:
+    found = dict(inspect.signature(kind).parameters)
+    found.pop("self", None)
+    return found
+
+
+def of_torch(rule: Rule) -> dict[str, inspect.Parameter]:
+    if tuple(map(int, torch.__version__.split(".")[:2])) != WRITTEN_FOR:
+        pytest.skip(f"compares with the signatures of PyTorch {WRITTEN_FOR[0]}.{WRITTEN_FOR[1]}")
+    return arguments(rule.torch)
+
+
+@with_rules
+def test_names_order_and_defaults_are_torchs(rule: Rule) -> None:
+    theirs, ours = of_torch(rule), arguments(rule.fused)
+    positional = [
+        [name for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD] for found in (theirs, ours)
+    ]
+    assert positional[0] == positional[1]
+    passed_on = set(TAKEN) if "torch_options" in ours else set()
+    assert set(theirs) <= set(ours) | passed_on
+    for name, theirs_one in theirs.items():
+        if name not in TAKEN:
+            assert ours[name].default == theirs_one.default, name
+            assert ours[name].kind == theirs_one.kind, name
+        elif name in ours:
+            assert ours[name].default is None, name
+    # And nothing of ours where a positional argument of torch's may come to stand.
+    own = set(ours) - set(theirs) - {"torch_options"}
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
+    assert own <= {"state_dtype", "momentum_dtype"}
+
+
+def test_the_options_of_a_step_are_all_there() -> None:
+    assert set(typing.get_type_hints(TorchOptions)) == set(TAKEN)
+
+
+def options_of(rule: Rule) -> list[str]:
+    ours = arguments(rule.fused)
+    return [name for name in TAKEN if name in ours or "torch_options" in ours]
+
+
+@with_rules
+def test_options_that_ask_for_nothing_else_are_taken(rule: Rule) -> None:
+    model = parameters([(4,)])
+    for name in options_of(rule):
+        for value in TAKEN[name]:
+            optimizer = rule.make(model, **{name: value})
+            assert name not in optimizer.param_groups[0]
+
+
+@with_rules
+def test_options_that_ask_for_something_else_are_refused(rule: Rule) -> None:
+    model = parameters([(4,)])
+    for name in options_of(rule):
+        if name in REFUSED:
+            value, message = REFUSED[name]
+            with pytest.raises(ValueError, match=message):
+                rule.make(model, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+            rule.make(model, **{name: "no"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nope'"):
+        rule.make(model, nope=None)
+
+
+@with_rules
+def test_arguments_by_position_are_torchs(rule: Rule) -> None:
+    """Each of another value than its default."""
+    other = {
+        "lr": 0.125, "momentum": 0.5, "dampening": 0.0, "weight_decay": 0.25, "nesterov": True, "alpha": 0.75,
+        "betas": (0.5, 0.75), "eps": 0.5, "amsgrad": True, "centered": True, "lr_decay": 0.5, "rho": 0.5,
+        "initial_accumulator_value": 0.5, "maximize": True, "foreach": False, "capturable": False,
+        "differentiable": False,
+    }  # fmt: skip
+    names = [name for name, p in of_torch(rule).items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    values = [other[name] for name in names]
+    ours, theirs = parameters([(9,)]), parameters([(9,)])
+    fused, reference = rule.fused(ours, *values), rule.torch(theirs, *values)
+    for name in set(names) - set(TAKEN):
+        assert fused.param_groups[0][name] == reference.param_groups[0][name] == other[name]
+    reference.param_groups[0]["foreach"] = False
+    train(3, (theirs, reference.step), (ours, fused.step))
+    assert_same_run(rule, (reference, theirs), (fused, ours))
+
+
+# What lies out of range, by option; each rule has some.
+OUT_OF_RANGE: dict[str, list[Any]] = {
+    "lr": [-0.1, float("nan"), float("inf")],
+    "weight_decay": [-0.1, float("nan")],
+    "eps": [-1e-9, float("inf")],
+    "momentum": [-0.1, 1.0],
+    "alpha": [-0.1, 1.1],
+    "rho": [-0.1, 1.1, float("nan")],
+    "lr_decay": [-0.1],
+    "initial_accumulator_value": [-0.1],
+    "beta1": [1.0],
+    "beta2": [-0.1],
+}
+
+
+@with_rules
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_values_out_of_range_are_refused(rule: Rule, name: str) -> None:
+    held = "betas" if name.startswith("beta") else name
+    if held not in arguments(rule.fused):
+        pytest.skip("an option of other rules")
+    for value in OUT_OF_RANGE[name]:
+        given = {"beta1": (value, 0.5), "beta2": (0.5, value)}.get(name, value)
+        model = parameters([(4,), (4,)])
+        with pytest.raises(ValueError, match=rf"^{name} of parameter group 0 must be .*, got "):
+            rule.make(model, **{held: given})
+        optimizer = rule.make(model[:1])
+        with pytest.raises(ValueError, match=rf"^{name} of parameter group 1 must be .*, got "):
+            optimizer.add_param_group({"params": model[1:], held: given})
+        train(1, (model[:1], optimizer.step))
+        before, kept = model[0].detach().clone(), optimizer.param_groups[0][held]
+        optimizer.param_groups[0][held] = given
+        with pytest.raises(ValueError, match=rf"^{name} of parameter group 0 must be .*, got "):
+            optimizer.step()
+        assert torch.equal(before, model[0].detach())
+        optimizer.param_groups[0][held] = kept
+        optimizer.step()
+
+
+@with_rules
+def test_a_repr_names_the_rule_and_its_options(rule: Rule) -> None:
+    text = repr(rule.make(parameters([(4,)]), lr=fastlr.Constant(0.25)))
+    assert text.startswith(f"{rule.fused.__name__} (")
+    assert all(f"    {name}: " in text for name in arguments(rule.fused) if name in RULES["SGD"].full)
+    assert "lr: 0.25" in text

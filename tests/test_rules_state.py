@@ -1,0 +1,409 @@
+"""The state of every rule: how it lies in memory, what may be done to it between steps, what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import GRADIENTS, LAYOUTS, assert_same, channels_last, parameters, set_gradients, train, twins
+from rule_table import (
+    RULES,
+    Rule,
+    assert_same_run,
+    close_on_devices,
+    slots,
+    states,
+    with_counting_rules,
+    with_rules,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastlr
+from fastlr import _core
+from fastlr._runtime import Runtime
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of the transposed shape."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+@with_rules
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout_updates_its_own_elements_only(rule: Rule, dtype: torch.dtype) -> None:
+    """Each kind of parameter with each kind of gradient, against dense ones, which are tested elsewhere."""
+    ours, theirs, gradients, bases, covers = [], [], [], [], []
+    for layout in LAYOUTS.values():
+        for gradient in GRADIENTS.values():
+            base = parameters([(6, 4, 5, 3)], dtype, seed=len(ours))[0].detach()
+            base = layout(base) if layout is channels_last else base
+            covered = torch.zeros_like(base, dtype=torch.bool)
+            view, cover = (base, covered) if layout is channels_last else (layout(base), layout(covered))
+            cover.fill_(True)
+            ours.append(torch.nn.Parameter(view))
+            theirs.append(torch.nn.Parameter(view.clone(memory_format=torch.contiguous_format)))
+            gradients.append(gradient)
+            bases.append(base)
+            covers.append(covered)
+    before = [base.clone() for base in bases]
+    fused, dense = rule.make(ours, **rule.full), rule.make(theirs, **rule.full)
+    for step in range(3):
+        set_gradients(step, ours)
+        for p, q, gradient in zip(ours, theirs, gradients, strict=True):
+            p.grad = gradient(p.grad)
+            q.grad = p.grad.clone(memory_format=torch.contiguous_format)
+        fused.step()
+        dense.step()
+    assert_same_run(rule, (dense, theirs), (fused, ours))
+    for old, base, covered in zip(before, bases, covers, strict=True):
+        assert torch.equal(old[~covered], base[~covered])
+        assert not torch.equal(old[covered], base[covered])
+
+
+# How each of a parameter's tensors of state lies, in turn.
+STRIDES: list[Callable[[torch.Tensor], torch.Tensor]] = [transposed, with_gaps, torch.clone]
+
+
+@with_rules
+@pytest.mark.parametrize("turn", range(3))
+def test_slots_that_lie_each_in_their_own_way_are_used_where_they_lie(
+    rule: Rule, turn: int, backend: str
+) -> None:
+    ours, theirs = twins([(6, 5), (4, 3, 2), (9,)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    train(2, (theirs, reference.step), (ours, fused.step))
+    kept = []
+    for p in ours:
+        for place, (name, value) in enumerate(sorted(slots(fused, p).items())):
+            fused.state[p][name] = STRIDES[(place + turn) % 3](value)
+            kept.append(fused.state[p][name])
+    train(4, (theirs, reference.step), (ours, fused.step), start=2)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+    now = [value for p in ours for _, value in sorted(slots(fused, p).items())]
+    assert all(a is b for a, b in zip(kept, now, strict=True))
+
+
+@with_rules
+def test_state_is_loaded_into_the_parameters_layout(rule: Rule, backend: str) -> None:
+    ours, theirs = twins([(6, 5), (4, 3, 2)])
+    reference = rule.make_torch(theirs, **rule.full)
+    train(3, (theirs, reference.step))
+    saved = reference.state_dict()
+    for entry in saved["state"].values():
+        for place, name in enumerate(sorted(entry)):
+            if name != "step":
+                entry[name] = STRIDES[place % 3](entry[name])
+    for p, q in zip(ours, theirs, strict=True):
+        p.data = transposed(q.detach().to(p.device))
+    fused = rule.make(ours)
+    fused.load_state_dict(saved)
+    for p in ours:
+        assert all(value.stride() == p.stride() for value in slots(fused, p).values())
+    train(3, (theirs, reference.step), (ours, fused.step), start=3)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+@with_rules
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+@pytest.mark.parametrize("place", ["meta", "fake"])
+def test_tensors_without_values_get_their_state_and_the_clock_moves(
+    rule: Rule, place: str, exchange: bool
+) -> None:
+    mode = FakeTensorMode() if place == "fake" else torch.device("meta")
+    _core.set_exchange_enabled(exchange)
+    try:
+        with mode:
+            p = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+            optimizer = rule.make([p], state_dtype=torch.float32, **rule.full)
+            optimizer.set_schedule(lr=fastlr.Exponential(0.5, 0.5))
+            for _ in range(2):
+                p.grad = torch.ones_like(p)
+                optimizer.step()
+    finally:
+        _core.set_exchange_enabled(True)
+    assert optimizer.clock().updates == 2
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    assert p._version == 2
+    reference = rule.torch([q := torch.nn.Parameter(torch.ones(3, 2, device="cpu"))], **rule.full)
+    q.grad = torch.ones_like(q)
+    reference.step()
+    assert set(optimizer.state[p]) == set(reference.state[q])
+    for name, value in slots(optimizer, p).items():
+        assert (value.shape, value.device, value.dtype) == (p.shape, p.device, torch.float32), name
+        assert type(value) is type(p.data)
+
+
+# -- surgery: what may change between two steps ----------------------------------------------------
+
+# Options before and after, and what torch's state needs then, which it does not make itself.
+SWITCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "Adam-amsgrad": ("Adam", {}, {"amsgrad": True}, ("max_exp_avg_sq",)),
+    "Adam-amsgrad-off": ("Adam", {"amsgrad": True}, {"amsgrad": False}, ()),
+    "AdamW-amsgrad": ("AdamW", {}, {"amsgrad": True}, ("max_exp_avg_sq",)),
+    "Adam-decoupled": ("Adam", {"weight_decay": 0.1}, {"decoupled_weight_decay": True}, ()),
+    "RMSprop-momentum": ("RMSprop", {}, {"momentum": 0.9}, ("momentum_buffer",)),
+    "RMSprop-momentum-off": ("RMSprop", {"momentum": 0.9}, {"momentum": 0.0}, ()),
+    "RMSprop-centered": ("RMSprop", {}, {"centered": True}, ("grad_avg",)),
+    "RMSprop-both": ("RMSprop", {}, {"centered": True, "momentum": 0.5}, ("grad_avg", "momentum_buffer")),
+    "SGD-momentum": ("SGD", {}, {"momentum": 0.9}, ()),
+    "Adagrad-lr_decay": ("Adagrad", {}, {"lr_decay": 0.1}, ()),
+    "Adadelta-rho": ("Adadelta", {}, {"rho": 0.5, "eps": 1e-3}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "before", "after", "made"), SWITCHED.values(), ids=SWITCHED.keys())
+def test_options_switched_in_mid_run(
+    name: str, before: dict[str, Any], after: dict[str, Any], made: tuple[str, ...], backend: str
+) -> None:
+    """Also of a parameter that gets its first gradient only then."""
+    rule = RULES[name]
+    ours, theirs = twins([(9,), (5, 3)])
+    fused, reference = rule.make(ours, **before), rule.make_torch(theirs, **before)
+    for step in range(8):
+        set_gradients(step, ours, theirs)
+        if step < 5:
+            ours[1].grad = theirs[1].grad = None
+        if step == 4:
+            fused.param_groups[0].update(after)
+            reference.param_groups[0].update(after)
+            for key in made:
+                reference.state[theirs[0]][key] = torch.zeros_like(theirs[0])
+        fused.step()
+        reference.step()
+        assert_same(theirs, ours, close_on_devices(rule, backend))
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+def replace_slot(optimizer: Any, p: torch.Tensor, name: str) -> None:
+    optimizer.state[p][name] = optimizer.state[p][name].clone()
+
+
+def move_data(optimizer: Any, p: torch.Tensor, name: str) -> None:
+    optimizer.state[p][name].data = optimizer.state[p][name].data.clone()
+
+
+def replace_entry(optimizer: Any, p: torch.Tensor, name: str) -> None:
+    optimizer.state[p] = dict(reversed(optimizer.state[p].items()))
+
+
+def replace_all(optimizer: Any, p: torch.Tensor, name: str) -> None:
+    state = optimizer.state
+    optimizer.state = type(state)(dict)
+    for key, value in reversed(state.items()):
+        optimizer.state[key] = dict(value)
+
+
+def move_parameter(optimizer: Any, p: torch.Tensor, name: str) -> None:
+    p.data = transposed(p.data)
+
+
+CHANGES = [replace_slot, move_data, replace_entry, replace_all, move_parameter]
+
+
+@with_rules
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_nothing_is_remembered_that_may_move(rule: Rule, change: Callable[..., None], backend: str) -> None:
+    ours, theirs = twins([(5, 5), (3, 7)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    for step in range(6):
+        train(1, (theirs, reference.step), (ours, fused.step), start=step)
+        for p in ours:
+            for name in list(fused.state[p]):
+                old = fused.state[p][name]
+                pointer = old.data_ptr()
+                change(fused, p, name)
+                if fused.state[p][name] is not old and fused.state[p][name].data_ptr() != pointer:
+                    old.fill_(float("nan"))
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+@with_rules
+def test_a_parameter_whose_state_is_taken_away_starts_anew(rule: Rule, backend: str) -> None:
+    ours, theirs = twins([(9,), (5,)])
+    fused = rule.make(ours, **rule.full)
+    train(3, (ours, fused.step))
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.detach())
+    fused.state.clear()
+    reference = rule.make_torch(theirs, **rule.full)
+    train(3, (theirs, reference.step), (ours, fused.step), start=3)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+@with_rules
+def test_the_type_of_a_model_may_change_before_its_state_is_loaded_again(rule: Rule, backend: str) -> None:
+    ours, theirs = twins([(9,), (5,)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    train(3, (theirs, reference.step), (ours, fused.step))
+    for model, optimizer in ((ours, fused), (theirs, reference)):
+        saved = optimizer.state_dict()
+        for p in model:
+            p.grad = None
+            p.data = p.data.double()
+        optimizer.load_state_dict(saved)
+    train(3, (theirs, reference.step), (ours, fused.step), start=3)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+# -- bad state is named before anything is written -------------------------------------------------
+
+BAD_SLOTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "shape": (lambda m: m[:3].clone(), r"the {slot} of parameter 1 .*, shape \(7,\) has shape \(3,\)"),
+    "type": (lambda m: m.double(), "the {slot} of parameter 1 .* has float64; a parameter of float32 takes"),
+    "half": (lambda m: m.half(), "the {slot} of parameter 1 .* has float16; a parameter of float32 takes"),
+    "complex": (lambda m: m.to(torch.complex64), "the {slot} of parameter 1 .* has complex64; a param"),
+    "expanded": (lambda m: m[:1].expand(7), "the {slot} of parameter 1 .* has elements that share memory"),
+    "meta": (lambda m: m.to("meta"), "the {slot} of parameter 1 .* is a meta or fake tensor without memory"),
+    "sparse": (lambda m: m.to_sparse(), "the {slot} of parameter 1 .* has layout torch.sparse_coo"),
+}  # fmt: skip
+
+
+@with_rules
+@pytest.mark.parametrize(("make", "message"), BAD_SLOTS.values(), ids=BAD_SLOTS.keys())
+def test_bad_slots_are_refused(rule: Rule, make: Callable[..., torch.Tensor], message: str) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    for slot in slots(optimizer, model[1]):
+        kept = optimizer.state[model[1]][slot]
+        optimizer.state[model[1]][slot] = make(kept)
+        assert_refused(optimizer, model, message.format(slot=slot))
+        optimizer.state[model[1]][slot] = kept
+    train(1, (model, optimizer.step), start=2)
+    assert optimizer.sync().updates == 3
+
+
+def assert_refused(optimizer: Any, model: list[torch.nn.Parameter], message: str) -> None:
+    """A step raises and has changed nothing."""
+
+    def tensors() -> list[torch.Tensor]:
+        plain = [t for t in states(optimizer, model) if not (t.is_meta or t.is_sparse)]
+        return [t.detach().clone() for t in (*model, *plain)]
+
+    before, clock = tensors(), optimizer.sync()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same(before, tensors())
+    assert optimizer.sync() == clock
+
+
+@with_rules
+@pytest.mark.parametrize("shift", [0, 3], ids=["the-same", "a-part"])
+def test_state_that_shares_memory_is_refused(rule: Rule, shift: int) -> None:
+    """With another slot, with the parameter, with the gradient."""
+    model = parameters([(9,), (7,)])
+    memory = torch.zeros(3, 10)
+    model[1].data = memory[0, :7].copy_(model[1].detach())
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    entry = optimizer.state[model[1]]
+    for slot in slots(optimizer, model[1]):
+        kept = entry[slot]
+        entry[slot] = memory[0, shift : shift + 7]
+        assert_refused(
+            optimizer, model, f"the {slot} of parameter 1 .* shares memory with the parameter; .*clone"
+        )
+        entry[slot] = memory[1, :7].copy_(kept)
+        gradient, model[1].grad = model[1].grad, memory[1, shift : shift + 7]
+        assert_refused(
+            optimizer, model, f"gradient of parameter 1 .* shares memory with its own {slot}; .*clone"
+        )
+        model[1].grad = gradient
+        for other in slots(optimizer, model[1]):
+            if other == slot:
+                continue
+            kept_other, entry[other] = entry[other], memory[1, shift : shift + 7]
+            names = rf"({slot} and the {other}|{other} and the {slot})"
+            assert_refused(optimizer, model, rf"the {names} of parameter 1 .* share memory; .*clone")
+            entry[other] = kept_other
+        entry[slot] = kept
+    train(1, (model, optimizer.step), start=2)
+
+
+SEVERAL = {
+    name: rule for name, rule in RULES.items() if len(_core.Plan(rule.fused._rule, Runtime()).slots()) > 1
+}
+
+
+@pytest.mark.parametrize("rule", SEVERAL.values(), ids=SEVERAL.keys())
+def test_slots_of_two_types_are_refused(rule: Rule) -> None:
+    model = parameters([(9,), (7,)], torch.bfloat16)
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    names = sorted(slots(optimizer, model[1]))
+    optimizer.state[model[1]][names[0]] = optimizer.state[model[1]][names[0]].float()
+    assert_refused(
+        optimizer, model, "of parameter 1 of group 0.* have (float32 and bfloat16|bfloat16 and float32)"
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+
+
+BAD_STEPS: dict[str, tuple[Callable[[], Any], str]] = {
+    "int64": (lambda: torch.tensor(2), "must be one float32 on cpu, got an unsupported type of shape ()"),
+    "float64": (lambda: torch.tensor(2.0, dtype=torch.float64), "must be one float32 on cpu, got float64"),
+    "two": (lambda: torch.tensor([2.0, 2.0]), "must be one float32 on cpu, got float32 of shape (2,)"),
+    "none": (lambda: torch.zeros(0), "must be one float32 on cpu, got float32 of shape (0,)"),
+}
+BAD_AGES: dict[str, tuple[float, str]] = {
+    "negative": (-1.0, "must be a number of updates, got -1"),
+    "nan": (float("nan"), "must be a number of updates, got nan"),
+    "infinite": (float("inf"), "must be a number of updates, got inf"),
+    "between": (2.5, "must be a number of updates, got 2.5"),
+}
+
+
+@with_counting_rules
+@pytest.mark.parametrize(("step", "message"), BAD_STEPS.values(), ids=BAD_STEPS.keys())
+def test_bad_steps_are_refused(
+    rule: Rule, step: Callable[[], torch.Tensor], message: str, backend: str
+) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    kept = optimizer.state[model[1]]["step"]
+    optimizer.state[model[1]]["step"] = step()
+    device = "cuda:0" if backend == "cuda" else "cpu"
+    assert_refused(optimizer, model, f"step of parameter 1 .*{re.escape(message)}".replace("cpu", device))
+    optimizer.state[model[1]]["step"] = kept
+    optimizer.step()
+
+
+@with_counting_rules
+@pytest.mark.parametrize(("age", "message"), BAD_AGES.values(), ids=BAD_AGES.keys())
+def test_bad_ages_are_refused(rule: Rule, age: float, message: str, backend: str) -> None:
+    if backend != "cpu":
+        pytest.skip("a device's memory is not read before a step")
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    optimizer.state[model[1]]["step"].fill_(age)
+    assert_refused(optimizer, model, f"step of parameter 1 .*{re.escape(message)}")
+
+
+@with_counting_rules
+def test_state_without_its_step_is_refused(rule: Rule) -> None:
+    """Its age is nowhere else; as new it would be corrected for a bias that it has not."""
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    kept = optimizer.state[model[1]].pop("step")
+    assert_refused(optimizer, model, "the state of parameter 1 of group 0, .* has no step")
+    optimizer.state[model[1]]["step"] = kept
+    optimizer.step()
