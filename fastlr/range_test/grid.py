@@ -303,7 +303,7 @@ def _check_filled(loader: DataLoader[Any], batch_size: int) -> None:
 
 def _set(optimizer: torch.optim.Optimizer, setting: dict[str, float]) -> None:
     for index, group in enumerate(optimizer.param_groups):
-        given = {name: value for name, value in setting.items() if name != "batch_size"}
+        given: dict[str, Any] = {name: value for name, value in setting.items() if name != "batch_size"}
         if isinstance(optimizer, FusedOptimizer):  # also takes it from what drives it
             if "momentum" in given and "betas" in group:
                 given["beta1"] = given.pop("momentum")
