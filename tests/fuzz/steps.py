@@ -557,7 +557,7 @@ class Run:
         if kind == "one of them" and self.rule.counts:  # the age stays, and what is made anew joins it
             kind, names = "deleted", [self.rng.choice(names)]
         elif kind in ("deleted", "None") and self.rule.counts:
-            names.append(STEP)
+            names = list(own)  # also what is not the reference's, see check_slots()
         if kind == "aged" and self.rule.counts:
             age = self.rng.choice([0, 3, 10**6])
             for step in (own[STEP], theirs[STEP]):
@@ -565,7 +565,7 @@ class Run:
         for name in names:
             slot = own.get(name)
             if not isinstance(slot, torch.Tensor):
-                continue  # the reference's alone, see check_slots()
+                continue  # the reference's alone
             if kind == "moved":
                 slot.data = slot.data.clone()
             elif kind == "laid out":
@@ -574,9 +574,11 @@ class Run:
                 slot.zero_()
                 theirs[name].zero_()
             elif kind in ("deleted", "None"):
-                theirs[name] = own[name] = None
+                own[name] = None
                 if kind == "deleted":
                     del own[name]
+                if name in theirs:
+                    theirs[name] = None
             elif kind == "new":
                 values = random_values(self.rng, slot.shape, slot.dtype)
                 if name not in self.rule.averages:
