@@ -420,7 +420,7 @@ void Gathering::gather(const Place& place, size_t position) {
   const uint32_t live = rule.live_slots(group.options, driven);
   const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
-  const uint32_t missing = find_state(parameter, live, with_step, entries);
+  uint32_t missing = find_state(parameter, live, with_step, entries);
   if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 &&
       std::any_of(entries.begin(), entries.end(),
                   [](PyObject* entry) { return entry != nullptr; })) {
@@ -429,6 +429,8 @@ void Gathering::gather(const Place& place, size_t position) {
            "state_dict again, or remove the state to start anew.");
   }
   const bool has_slots = (missing & live) == 0;
+  // As on the host: whoever deletes a buffer there is has its parameter begin anew.
+  if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
   ref.age = has_slots ? 1 : 0;
   sources_.push_back({tensor, updated_by, {}, nullptr});
   if (missing == 0) {

@@ -44,12 +44,7 @@ class Rule(NamedTuple):
 
     def make_torch(self, model: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
         """What :meth:`make` is compared with; its step takes roots that are rounded correctly."""
-        optimizer = self.torch(model, **{"lr": self.lr, "foreach": False, **options})
-        # A method, as torch's schedulers wrap it.
-        optimizer.step = types.MethodType(  # type: ignore[method-assign]
-            with_exact_roots(type(optimizer).step), optimizer
-        )
-        return optimizer
+        return taking_exact_roots(self.torch(model, **{"lr": self.lr, "foreach": False, **options}))
 
 
 class Lion(torch.optim.Optimizer):
@@ -97,16 +92,20 @@ class ExactRoots(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         x = args[0]
         with np.errstate(invalid="ignore"):
-            root = torch.from_numpy(np.sqrt(x.detach().contiguous().numpy())).reshape(x.shape)
+            root = torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
         return x.copy_(root) if func is torch.ops.aten.sqrt_.default else root
 
 
-def with_exact_roots(step: Callable[..., Any]) -> Callable[..., Any]:
+def taking_exact_roots(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer, whose steps do from now on."""
+    step = type(optimizer).step
+
     def exact(*args: Any, **kwargs: Any) -> Any:
         with ExactRoots():
             return step(*args, **kwargs)
 
-    return exact
+    optimizer.step = types.MethodType(exact, optimizer)  # a method, as torch's schedulers wrap it
+    return optimizer
 
 
 LR = fastlr.Triangular2(0.001, 0.05, 3, 4)

@@ -12,8 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ import torch
 from helpers import parameters, train
 
 import fastlr
+from fastlr.optim._base import Scheduled
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 EPOCHS = fastlr.Constant(0.1, unit="epoch")
@@ -34,14 +34,13 @@ REFUSED: dict[str, list[Any]] = {
     "new rate": [-0.1, NAN, INF, HUGE, EPOCHS, *NOT_NUMBERS],
     "momentum": [-0.1, 1.0, 1.5, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), None, *NOT_NUMBERS],
     "new momentum": [-0.1, 1.0, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), *NOT_NUMBERS],
+    "up to one": [-0.1, 1.1, NAN, HUGE, EPOCHS, fastlr.Constant(1.1), None, *NOT_NUMBERS],
+    "new up to one": [-0.1, 1.1, NAN, HUGE, EPOCHS, fastlr.Constant(1.1), *NOT_NUMBERS],
+    "betas": [None, 0.9, (), (0.9,), (0.9, 0.99, 0.999), {0.9, 0.99}, {0.9: 0.99}, "ab",
+              np.array([0.9, 0.99]), (1.0, 0.9), (0.9, 1.0), [-0.1, 0.9], (NAN, 0.9), (0.9, HUGE),
+              (0.9, EPOCHS), (0.9, None), (fastlr.Constant(1.0), 0.9), *((bad, 0.9) for bad in NOT_NUMBERS)],
+    "new betas": [0.9, (0.9,), (0.9, 1.0), (0.9, EPOCHS), (0.9, "0.9"), {0.9, 0.99}],
     "number": [NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
-    "decay": [-1, -1e-300, NAN, INF, HUGE, None, EPOCHS, *NOT_NUMBERS],
-    "new decay": [-1, NAN, HUGE, EPOCHS, *NOT_NUMBERS],
-    "up to one": [-0.1, 1.5, NAN, HUGE, EPOCHS, fastlr.Constant(1.5), None, *NOT_NUMBERS],
-    "betas": [None, 0.9, (), (0.9,), (0.9, 0.99, 0.999), "ab", {0.9: 0.99}, (0.9, 1.0), (-0.1, 0.99),
-              (NAN, 0.9), (0.9, "0.99"), (True, 0.9), (0.9, None), (0.9, EPOCHS),
-              (fastlr.Constant(1.0), 0.9)],
-    "new betas": [(0.9,), (0.9, 1.0), (NAN, 0.9), (0.9, EPOCHS)],
     "number >= 0": [-1, -1e-300, NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
     "real": [-1, NAN, INF, HUGE, 10**5000, None, "0.1", 1j, np.complex64(1j), True, np.array([1j]),
              torch.tensor([0.1, 0.2])],
@@ -64,27 +63,16 @@ REFUSED: dict[str, list[Any]] = {
     "state_dict": [None, [], {}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}],
 }  # fmt: skip
 
-SGD = {"lr": "rate", "momentum": "momentum", "dampening": "number", "weight_decay": "decay",
-       "nesterov": "flag", "maximize": "flag", "state_dtype": "dtype", "momentum_dtype": "dtype"}  # fmt: skip
-ADAM = {"lr": "rate", "betas": "betas", "eps": "number >= 0", "weight_decay": "decay", "amsgrad": "flag",
-        "maximize": "flag", "state_dtype": "dtype"}  # fmt: skip
-# Of each rule's plain optimizer.
-RULES: dict[str, dict[str, str]] = {
-    "FusedSGD": SGD,
-    "FusedAdam": {**ADAM, "decoupled_weight_decay": "flag"},
-    "FusedAdamW": ADAM,
-    "FusedRMSprop": {"lr": "rate", "alpha": "up to one", "eps": "number >= 0", "weight_decay": "decay",
-                     "momentum": "momentum", "centered": "flag", "maximize": "flag", "state_dtype": "dtype",
-                     "capturable": "either", "foreach": "false", "differentiable": "false"},
-    "FusedAdagrad": {"lr": "rate", "lr_decay": "number >= 0", "weight_decay": "decay",
-                     "initial_accumulator_value": "number >= 0", "eps": "number >= 0", "maximize": "flag",
-                     "state_dtype": "dtype", "foreach": "false", "differentiable": "false", "fused": "true"},
-    "FusedAdadelta": {"lr": "rate", "rho": "up to one", "eps": "number >= 0", "weight_decay": "decay",
-                      "maximize": "flag", "state_dtype": "dtype", "capturable": "either", "foreach": "false",
-                      "differentiable": "false"},
-    "FusedLion": {"lr": "rate", "betas": "betas", "weight_decay": "decay", "maximize": "flag",
-                  "state_dtype": "dtype"},
-}  # fmt: skip
+# Of each optimizer: its arguments, which its groups take too, but for the options of torch's optimizers.
+COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype"}
+SGD = {**COMMON, "momentum": "momentum", "dampening": "number", "nesterov": "flag", "momentum_dtype": "dtype"}
+ADAMW = {**COMMON, "betas": "betas", "eps": "number >= 0", "amsgrad": "flag"}
+ADAM = {**ADAMW, "decoupled_weight_decay": "flag"}
+RMSPROP = {**COMMON, "alpha": "up to one", "momentum": "momentum", "eps": "number >= 0", "centered": "flag"}
+ADAGRAD = {**COMMON, "lr_decay": "number >= 0", "initial_accumulator_value": "number >= 0",
+           "eps": "number >= 0"}  # fmt: skip
+ADADELTA = {**COMMON, "rho": "up to one", "eps": "number >= 0"}
+LION = {**COMMON, "betas": "betas"}
 OPTIONS = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
 CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",
          "mode": "mode", "gamma": "real", "cycle_momentum": "flag", "base_momentum": "size",
@@ -93,62 +81,98 @@ BOUNDS = {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 4, "mode": "exp_range",
 MOMENTA = {"cycle_momentum": True, "base_momentum": 0.8, "max_momentum": 0.9}
 
 
-def sgd() -> fastlr.FusedSGD:
-    model = parameters([(3,), (2,)])
-    optimizer = fastlr.FusedSGD(
-        [{"params": [p]} for p in model], lr=fastlr.Exponential(0.5, 0.9), momentum=0.9
-    )
-    train(2, (model, optimizer.step))
-    return optimizer
+class Kind(NamedTuple):
+    """An optimizer.
+
+    Attributes:
+        kinds: of what its groups take.
+        torch_options: which of OPTIONS it takes.
+        needed: arguments without which there is none.
+        driven: what a schedule can drive, besides the kinds of the same names.
+    """
+
+    fused: type[fastlr.FusedOptimizer]
+    kinds: dict[str, str]
+    torch_options: tuple[str, ...] = tuple(OPTIONS)
+    needed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}
+
+    def build(self, given: dict[str, Any], *groups: dict[str, Any]) -> fastlr.FusedOptimizer:
+        made = groups or ({},)
+        return self.fused(
+            [{"params": parameters([(3,)]), **group} for group in made], **self.needed(given), **given
+        )
+
+    def trained(self) -> fastlr.FusedOptimizer:
+        optimizer = self.build({}, {}, {})
+        train(2, ([p for group in optimizer.param_groups for p in group["params"]], optimizer.step))
+        return optimizer
+
+    @property
+    def scheduled(self) -> dict[str, str]:
+        """What set_schedule() takes, in kinds for which None means no change."""
+        kinds = {name: kind.removeprefix("new ") for name, kind in self.kinds.items()} | {"lr": "rate"}
+        if "betas" in kinds:
+            kinds |= {"beta1": "momentum", "beta2": "momentum"}
+        if self.fused in CYCLIC:
+            kinds["momentum" if "betas" not in kinds else "beta1"] = "momentum"
+        return {name: f"new {kind}" for name, kind in kinds.items() if f"new {kind}" in REFUSED}
 
 
-def cyclic_sgd(arguments: dict[str, Any]) -> dict[str, Any]:
-    cycled = "base_momentum" in arguments or "max_momentum" in arguments
-    return {**BOUNDS, **(MOMENTA if cycled else {}), **arguments}
+def cycle(given: dict[str, Any]) -> dict[str, Any]:
+    cycled = "base_momentum" in given or "max_momentum" in given
+    needed = {**BOUNDS, **(MOMENTA if cycled else {})}
+    return {name: value for name, value in needed.items() if name not in given}
 
 
-def built(name: str, cyclic: bool, _: object, **arguments: Any) -> object:
-    return getattr(fastlr, name)(parameters([(3,)]), **(cyclic_sgd(arguments) if cyclic else arguments))
+def cyclic(kinds: dict[str, str], *without: str) -> dict[str, str]:
+    return {**CYCLE, **{name: kind for name, kind in kinds.items() if name not in ("lr", *without)}}
+
+
+CYCLIC = (fastlr.FusedCyclicSGD, fastlr.FusedCyclicAdam, fastlr.FusedCyclicAdamW)
+# weight_decay=None is the class's own there
+CYCLIC_ADAM = {**cyclic(ADAMW), "weight_decay": "new rate"}
+KINDS = {
+    "FusedSGD": Kind(fastlr.FusedSGD, SGD),
+    "FusedCyclicSGD": Kind(fastlr.FusedCyclicSGD, cyclic(SGD, "momentum"), needed=cycle),
+    "FusedAdam": Kind(fastlr.FusedAdam, ADAM),
+    "FusedAdamW": Kind(fastlr.FusedAdamW, ADAMW),
+    "FusedCyclicAdam": Kind(fastlr.FusedCyclicAdam, CYCLIC_ADAM, needed=cycle),
+    "FusedCyclicAdamW": Kind(fastlr.FusedCyclicAdamW, CYCLIC_ADAM, needed=cycle),
+    "FusedLion": Kind(fastlr.FusedLion, LION),
+    "FusedRMSprop": Kind(fastlr.FusedRMSprop, RMSPROP, ("foreach", "capturable", "differentiable")),
+    "FusedAdagrad": Kind(fastlr.FusedAdagrad, ADAGRAD, ("foreach", "fused", "differentiable")),
+    "FusedAdadelta": Kind(fastlr.FusedAdadelta, ADADELTA, ("foreach", "capturable", "differentiable")),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+Table = dict[str, tuple[Callable[..., object], dict[str, str]]]
+
+
+def calls_of(name: str, kind: Kind) -> Table:
+    options = {option: OPTIONS[option] for option in kind.torch_options}
+    return {
+        name: (lambda _, **a: kind.build(a), {**kind.kinds, **options}),
+        f"{name}.add_param_group": (
+            lambda optimizer, **a: optimizer.add_param_group({"params": parameters([(3,)]), **a}),
+            {**kind.kinds, "differentiable": "false"},
+        ),
+        f"{name}.set_schedule": (
+            lambda optimizer, **a: optimizer.set_schedule(**a),
+            {**kind.scheduled, "group": "group", "start": "start"},
+        ),
+        f"{name}.load_state_dict": (
+            lambda optimizer, **a: optimizer.load_state_dict(**a), {"state_dict": "state_dict"}
+        ),
+    }  # fmt: skip
 
 
 # What is called: from the arguments to test, and an optimizer that must not change (or is not there).
-CALLS: dict[str, tuple[Callable[..., object], dict[str, str]]] = {
-    **{
-        name: (partial(built, name, False), {**kinds, **({} if "foreach" in kinds else OPTIONS)})
-        for name, kinds in RULES.items()
-    },
-    **{
-        name: (
-            partial(built, name, True),
-            {**CYCLE, **{key: kind for key, kind in ADAM.items() if key not in ("lr", "weight_decay")},
-             "weight_decay": "new decay", **OPTIONS},
-        )
-        for name in ("FusedCyclicAdam", "FusedCyclicAdamW")
-    },
-    "FusedCyclicSGD": (
-        lambda _, **a: fastlr.FusedCyclicSGD(parameters([(3,)]), **cyclic_sgd(a)),
-        {**CYCLE, **{name: kind for name, kind in SGD.items() if name not in ("lr", "momentum")}, **OPTIONS},
-    ),
-    "FusedSGD.add_param_group": (
-        lambda optimizer, **a: optimizer.add_param_group({"params": parameters([(3,)]), **a}),
-        {**SGD, "differentiable": "false"},
-    ),
-    "FusedSGD.set_schedule": (
-        lambda optimizer, **a: optimizer.set_schedule(**a),
-        {"lr": "new rate", "momentum": "new momentum", "weight_decay": "new decay", "group": "group",
-         "start": "start"},
-    ),
-    "FusedAdam.set_schedule": (
-        lambda _, **a: fastlr.FusedAdam(parameters([(3,)])).set_schedule(**a),
-        {"betas": "new betas", "beta1": "new momentum", "beta2": "new momentum"},
-    ),
+CALLS: Table = {
+    **{what: call for name, kind in KINDS.items() for what, call in calls_of(name, kind).items()},
     "FusedSGD.set_clock": (
         lambda optimizer, **a: optimizer.set_clock(**a), {"updates": "new count", "samples": "new count"}
     ),
     "FusedSGD.advance_samples": (lambda optimizer, **a: optimizer.advance_samples(**a), {"samples": "count"}),
-    "FusedSGD.load_state_dict": (
-        lambda optimizer, **a: optimizer.load_state_dict(**a), {"state_dict": "state_dict"}
-    ),
     "FusedSGD.measure_grad_norm": (
         lambda optimizer, **a: setattr(optimizer, *a.popitem()), {"measure_grad_norm": "flag"}
     ),
@@ -180,15 +204,15 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, str]]] = {
 
 # Where the message says another word: that of the schedule, which takes the value as it is.
 CALLED = {"base_lr": "base", "max_lr": "max", "base_momentum": "base", "max_momentum": "max",
-          "data": "(type|a schedule)", "betas": "(betas|beta1|beta2)"}  # fmt: skip
+          "data": "(type|a schedule)", "betas": "beta[12s]"}  # fmt: skip
 # What says more of a value than its repr would.
 TOLD = "the keys|counts epochs|peaks at|the name of a schedule"
 
 
 def shown(value: Any) -> str:
-    """How a message may show a value, as a pattern."""
-    if isinstance(value, tuple):
-        return "|".join([re.escape(repr(value)), *map(shown, value)])
+    """How a message may show a value, or the part of it that is wrong, as a pattern."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return "|".join(shown(part) for part in value)
     try:
         text = repr(value)
     except ValueError:
@@ -204,19 +228,19 @@ def label(value: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("call", "name", "bad"),
+    ("what", "name", "bad"),
     [
-        pytest.param(call, name, bad, id=f"{what}-{name}-{label(bad)}")
-        for what, (call, kinds) in CALLS.items()
+        pytest.param(what, name, bad, id=f"{what}-{name}-{label(bad)}")
+        for what, (_, kinds) in CALLS.items()
         for name, kind in kinds.items()
         for bad in REFUSED[kind]
     ],
 )
-def test_refused(call: Callable[..., object], name: str, bad: Any) -> None:
-    optimizer = sgd()
+def test_refused(what: str, name: str, bad: Any) -> None:
+    optimizer = KINDS.get(what.split(".")[0], KINDS["FusedSGD"]).trained()
     before = str(optimizer.state_dict())
     with pytest.raises((ValueError, TypeError)) as error:
-        call(optimizer, **{name: bad})
+        CALLS[what][0](optimizer, **{name: bad})
     message = str(error.value)
     assert re.match(rf"({name}|{CALLED.get(name, name)})\b", message), message
     assert re.search(shown(bad), message), message
@@ -224,53 +248,167 @@ def test_refused(call: Callable[..., object], name: str, bad: Any) -> None:
 
 
 ACCEPTED: dict[str, list[Any]] = {
-    "foreach": [None, False, np.bool_(False)],
-    "fused": [None, True],
-    "capturable": [None, False, True],
-    "differentiable": [None, False],
-    "state_dtype": [None, torch.float32],
-    "lr": [0, 0.1, np.float32(0.1), np.int64(1), fastlr.Constant(0.1)],
-    "maximize": [True, np.bool_(False)],
+    "rate": [0, 0.1, np.float32(0.1), np.int64(1), fastlr.Constant(0.1)],
+    "momentum": [0, 0.9, np.float64(0.9), fastlr.Constant(0.9)],
+    "up to one": [0, 1, np.float32(0.5), fastlr.Constant(0.5)],
+    "betas": [(0, 0.9), [0.9, np.float32(0.99)], (fastlr.Constant(0.9), fastlr.Constant(0.99))],
+    "number >= 0": [0, np.float64(0.5)],
+    "flag": [True, np.bool_(False)],
+    "dtype": [None, torch.float32],
+    "false": [None, False, np.bool_(False)],
+    "true": [None, True],
+    "either": [None, False, True],
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in ACCEPTED.items() for value in values]
-)
-def test_accepted(name: str, value: Any) -> None:
-    optimizer = fastlr.FusedSGD(parameters([(3,)]), **{name: value})
-    assert name in optimizer.param_groups[0] or name in OPTIONS
-    assert not set(OPTIONS) & set(optimizer.param_groups[0])
+@every_kind
+def test_accepted(kind: Kind) -> None:
+    options = {option: OPTIONS[option] for option in kind.torch_options}
+    for name, found in {**kind.kinds, **options}.items():
+        for value in ACCEPTED.get(found.removeprefix("new "), []):
+            given = {"momentum": 0.9} if name == "nesterov" else {}
+            if name in CYCLE or (name == "nesterov" and kind.fused in CYCLIC):
+                continue
+            group = kind.build({**given, name: value}).param_groups[0]
+            held = "state_dtype" if name == "momentum_dtype" else name
+            assert held in group or name in OPTIONS
+            assert not set(OPTIONS) & set(group)
+            numbers = group[held] if name == "betas" else [group.get(held)]
+            assert all(type(number) in (float, bool, torch.dtype, type(None)) for number in numbers)
 
 
-def test_other_keywords_are_unexpected() -> None:
-    for build in (fastlr.FusedSGD, lambda p, **a: fastlr.FusedCyclicSGD(p, 0.1, 0.5, **a)):
-        with pytest.raises(TypeError, match=r"Fused\w*SGD\(\) got an unexpected keyword argument 'decay'"):
-            build(parameters([(3,)]), decay=0.1)
+@every_kind
+def test_other_keywords_are_unexpected(kind: Kind) -> None:
+    for name in {"decay", "lr", "rho", "decoupled_weight_decay"} - set(kind.kinds):
+        with pytest.raises(
+            TypeError, match=rf"Fused\w*(\.__init__)?\(\) got an unexpected keyword .* '{name}'"
+        ):
+            kind.build({name: 0.1})
 
 
-WRITTEN = {
-    "lr": ("a number", ["0.1", None, True, 1j]),
-    "momentum": ("a number", ["0.1", False]),
-    "dampening": ("a number", [None, torch.zeros(2)]),
-    "weight_decay": ("a number", ["0.1", True]),
-    "maximize": ("True or False", ["False", 1, None, torch.tensor(True)]),
-    "nesterov": ("True or False", ["False", 0.0]),
-    "updates": ("an integer of 64 bits", ["3", 1.5, 2**63]),
-    "samples": ("an integer of 64 bits", [None, -(2**63) - 1]),
+@every_kind
+def test_what_no_schedule_can_drive_is_said_with_what_it_can(kind: Kind) -> None:
+    optimizer = kind.trained()
+    names = [name for name in kind.scheduled if name != "betas"]
+    before = str(optimizer.state_dict())
+    unknown = [name for name in ("momentum", "beta1", "alpha", "rho", "eps", "nesterov") if name not in names]
+    for name in unknown:
+        with pytest.raises(
+            TypeError, match=f"^set_schedule\\(\\) got '{name}', which is nothing that a"
+        ) as error:
+            optimizer.set_schedule(**{name: 0.5})
+        told = str(error.value).split("; that are ")[1].split(", ")
+        assert sorted(told) == sorted(names)
+    if "betas" not in kind.scheduled:
+        with pytest.raises(TypeError, match="got 'betas'"):
+            optimizer.set_schedule(betas=(0.9, 0.99))
+    assert str(optimizer.state_dict()) == before
+
+
+@every_kind
+def test_a_schedule_that_leaves_the_range_on_the_way_is_refused(kind: Kind) -> None:
+    beyond = fastlr.LinearRamp(0.5, 1.5, 100)
+    for name, found in kind.scheduled.items():
+        if found in ("new momentum", "new up to one"):
+            with pytest.raises(
+                ValueError, match=f"^{name} of parameter group 0 must stay in .* peaks at 1.5"
+            ):
+                kind.trained().set_schedule(**{name: beyond})
+
+
+@pytest.mark.parametrize("name", ["FusedAdamW", "FusedCyclicAdamW"])
+def test_the_decay_of_adamw_is_always_decoupled(name: str) -> None:
+    optimizer = KINDS[name].trained()
+    before = str(optimizer.state_dict())
+    refused = f"decoupled_weight_decay of parameter group 2 must be True in {name}, got False; leave it out"
+    with pytest.raises(ValueError, match=refused):
+        optimizer.add_param_group({"params": parameters([(3,)]), "decoupled_weight_decay": False})
+    assert str(optimizer.state_dict()) == before
+    optimizer.add_param_group({"params": parameters([(3,)]), "decoupled_weight_decay": True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decoupled_weight_decay'"):
+        KINDS[name].build({"decoupled_weight_decay": False})
+
+
+@pytest.mark.parametrize("name", ["FusedSGD", "FusedCyclicSGD"])
+def test_two_names_for_the_type_of_state_must_agree(name: str) -> None:
+    optimizer = KINDS[name].trained()
+    for both in [(None, torch.float32), (torch.float32, None)]:
+        group = dict(zip(("momentum_dtype", "state_dtype"), both, strict=True), params=parameters([(3,)]))
+        if both[1] is None:  # which says nothing
+            optimizer.add_param_group(group)
+            assert optimizer.param_groups[-1]["state_dtype"] is torch.float32
+            continue
+        with pytest.raises(
+            ValueError, match="momentum_dtype of parameter group 2 is another name for state_dtype"
+        ):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 2
+
+
+# What a step takes of what was written into a group, by the kind of the option: the type that it asks for,
+# and what is something else; a range, and what is beyond it.
+_BELOW_ONE = (r"in \[0, 1\)", [-0.1, 1.0, NAN])
+WRITTEN_TYPES = {
+    "number": ("a number", ["0.1", None, True, 1j, torch.zeros(2)]),
+    "flag": ("True or False", ["False", 1, 0.0, None, torch.tensor(True)]),
+    "betas": ("a tuple of 2 numbers", [0.9, (), (0.9,), [0.9, 0.9, 0.9], "ab", None, np.array([0.9, 0.9])]),
+    "clock": ("an integer of 64 bits", ["3", 1.5, 2**63, None, -(2**63) - 1]),
+}
+WRITTEN_RANGES = {
+    "rate": ("finite and >= 0", [-1e-9, NAN, INF]),
+    "new rate": ("finite and >= 0", [-1e-9, NAN, INF]),
+    "number >= 0": ("finite and >= 0", [-1.0, NAN, INF]),
+    "number": ("finite", [NAN, -INF]),
+    "momentum": _BELOW_ONE,
+    "up to one": (r"in \[0, 1\]", [-0.1, 1.1, NAN]),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, (_, values) in WRITTEN.items() for value in values]
-)
-def test_what_is_written_into_a_group_is_checked_by_the_step(name: str, value: Any) -> None:
-    optimizer = fastlr.FusedSGD([{"params": parameters([(3,)])}, {"params": parameters([(2,)])}], lr=0.1)
-    optimizer.param_groups[1][name] = value
-    got = re.escape(f"{value!r} ({type(value).__name__})")
-    place = "(parameter group 1|a parameter group)"
-    with pytest.raises(ValueError, match=f"{name} of {place} must be {WRITTEN[name][0]}, got {got}"):
-        optimizer.step()
+def refusing_steps(kind: Kind) -> list[tuple[str, Any, str, str]]:
+    """Under which key to write which value, and what the step says of which option."""
+    found: list[tuple[str, Any, str, str]] = []
+    for key in ("updates", "samples"):
+        expected, values = WRITTEN_TYPES["clock"]
+        found += [(key, value, key, f"{expected}, got {got(value)}") for value in values]
+    for key, what in kind.kinds.items():
+        if key in CYCLE or what == "dtype":
+            continue
+        if what == "betas":
+            expected, values = WRITTEN_TYPES["betas"]
+            found += [(key, value, key, f"{expected}, got {got(value)}") for value in values]
+            for place, part in enumerate(("beta1", "beta2")):
+                tuples = lambda value, place=place: (*(0.5,) * place, value, *(0.5,) * (1 - place))  # noqa: E731
+                expected, values = WRITTEN_TYPES["number"]
+                found += [(key, tuples(v), part, f"{expected}, got {got(v)}") for v in values]
+                expected, values = _BELOW_ONE
+                found += [(key, tuples(v), part, f"{expected}, got {v}") for v in values]
+            continue
+        expected, values = WRITTEN_TYPES["flag" if what == "flag" else "number"]
+        found += [(key, value, key, f"{expected}, got {got(value)}") for value in values]
+        expected, values = WRITTEN_RANGES.get(what, ("", []))
+        found += [(key, value, key, f"{expected}, got {value}") for value in values]
+    return found
+
+
+def got(value: object) -> str:
+    return re.escape(f"{value!r} (") + r"(\w+\.)?" + re.escape(f"{type(value).__name__})")
+
+
+@every_kind
+def test_what_is_written_into_a_group_is_checked_by_the_step(kind: Kind) -> None:
+    optimizer = kind.trained()
+    optimizer.set_schedule(lr=0.1)
+    train(1, ([p for group in optimizer.param_groups for p in group["params"]], optimizer.step))
+    group = optimizer.param_groups[1]
+    before = str(optimizer.state_dict())
+    for key, value, name, expected in refusing_steps(kind):
+        kept, group[key] = group[key], value
+        with pytest.raises(
+            ValueError, match=f"^{name} of (parameter group 1|a parameter group) must be {expected}"
+        ):
+            optimizer.step()
+        group[key] = kept
+    assert str(optimizer.state_dict()) == before
 
 
 def test_a_momentum_of_one_is_refused_with_the_reason() -> None:
@@ -283,8 +421,7 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     names = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            others = parameter.annotation  # by name, of a TypedDict
-            names |= set(OPTIONS) if "TorchOptions" in str(others) else {"momentum", "weight_decay"}
+            names |= set(OPTIONS)
         else:
             names.add(name)
     return names - {"self", "params"}
@@ -298,18 +435,17 @@ def test_the_table_names_every_argument() -> None:
         return found.fset if isinstance(found, property) else found
 
     for what, (_, kinds) in CALLS.items():
-        named = set(kinds)
-        if what == "FusedSGD.add_param_group":
-            continue  # takes a dict
-        if what == "FusedAdam.set_schedule":
-            continue  # one function for all rules
-        elsewhere = {"momentum"} if what == "FusedCyclicSGD" else set()
-        expected = arguments_of(function(what)) - elsewhere
-        assert named == ({"measure_grad_norm"} if what.endswith("grad_norm") else expected), what
+        if what.endswith((".add_param_group", ".measure_grad_norm")):
+            continue  # takes a dict, is set
+        if what.endswith(".set_schedule"):  # what a schedule can drive depends on the rule
+            assert set(kinds) - set(Scheduled.__annotations__) == {"lr", "group", "start"}
+            continue
+        elsewhere = {"momentum"} if what == "FusedCyclicSGD" else set()  # with cycles it is None or fixed
+        assert set(kinds) == arguments_of(function(what)) - elsewhere, what
 
     methods = {
         f"{kind.__name__}.{name}"
-        for kind in (fastlr.FusedSGD, fastlr.FusedCyclicSGD, fastlr.Schedule, fastlr.Triangular)
+        for kind in (*(made.fused for made in KINDS.values()), fastlr.Schedule, fastlr.Triangular)
         for base in kind.__mro__
         if base.__module__.startswith("fastlr")
         for name, value in vars(base).items()

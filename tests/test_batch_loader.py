@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_table import Rule, with_rules
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import fastlr
@@ -758,6 +759,77 @@ def test_a_clock_that_stands_elsewhere_is_noticed() -> None:
         RuntimeError, match=r"lr schedule stands at sample 7, the loader at 0; load the state of both"
     ):
         next(iter(loader))
+
+
+@with_rules
+def test_every_rule_goes_by_a_plan(rule: Rule) -> None:
+    """By the plan's rate, and what the rule has as momentum by the plan's, where it has any."""
+    plan = make_plan()
+    plan = dataclasses.replace(plan, lr=fastlr.LinearRamp(0.1, 0.0, 3 * N, unit="sample"))
+    part = next((name for name in ("momentum", "beta1") if name in rule.drives), None)
+    model = torch.nn.Linear(1, 1)
+    optimizer = rule.make(model.parameters(), lr=plan.lr)
+    if part is not None:
+        optimizer.set_schedule(**{part: plan.momentum})
+    loader = GrowingLoader(Numbers(), plan, micro_batch_size=2).bind(optimizer)
+    for batch in loader:
+        (model(batch.data[:, None].float()).mean() * batch.weight).backward()
+        if batch.ends_update:
+            assert optimizer.param_groups[0]["lr"] == plan.lr(batch.position)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.clock() == (plan.total_updates, 3 * N)
+    if part is not None:
+        loader = GrowingLoader(Numbers(), plan).bind(rule.make(model.parameters()))
+        other = loader._place._optimizer
+        other.advance_samples(7)
+        other.set_schedule(**{part: plan.momentum}, start="zero")
+        with pytest.raises(RuntimeError, match=rf"{part} schedule stands at sample 7, the loader at 0"):
+            next(iter(loader))
+
+
+def decaying_plan(**options: Any) -> BatchPlan:
+    return BatchPlan.from_schedule(
+        fastlr.MultiStep(0.1, [1, 2], 0.5, unit="epoch"),
+        **{"batch_size": 2, "dataset_size": 24, "epochs": 3, **options},
+    )
+
+
+@with_rules
+def test_linear_scaling_with_an_adaptive_rule_is_told(rule: Rule) -> None:
+    optimizer = rule.make(torch.nn.Linear(1, 1).parameters())
+    loader = GrowingLoader(Numbers(24), decaying_plan())
+    if rule.fused is fastlr.FusedSGD:
+        assert loader.bind(optimizer) is loader
+        return
+    name = rule.fused.__name__
+    with pytest.warns(
+        UserWarning, match=f'as SGD does .scaling="linear".*in {name} .* scaling="sqrt"'
+    ) as told:
+        assert loader.bind(optimizer) is loader
+    assert told[0].filename == __file__
+    assert optimizer.clock() == (0, 0)
+    for batch in loader:  # goes on all the same
+        if batch.ends_update:
+            optimizer.step()
+    assert optimizer.clock().samples == 72
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        decaying_plan(scaling="sqrt", max_batch_size=8),
+        decaying_plan(mode="decay"),
+        decaying_plan(max_batch_size=2),  # which leaves nothing to trade
+        make_plan(),  # whose rates are as they were given
+        make_plan().grown(8, 12),
+    ],
+    ids=["sqrt", "decay", "constant batch", "by hand", "grown by measurement"],
+)
+@pytest.mark.parametrize("fused", [fastlr.FusedSGD, fastlr.FusedAdamW, fastlr.FusedCyclicAdam])
+def test_what_trades_no_rate_for_batch_is_bound_in_silence(plan: BatchPlan, fused: Any) -> None:
+    bounds = {"base_lr": 0.01, "max_lr": 0.1} if fused is fastlr.FusedCyclicAdam else {}
+    GrowingLoader(Numbers(plan.dataset_size), plan).bind(fused(torch.nn.Linear(1, 1).parameters(), **bounds))
 
 
 def test_binding_needs_a_samples_clock() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ def make_optimizer(model: torch.nn.Module) -> fastlr.FusedCyclicSGD:
     )
 
 
+def make_adamw(model: torch.nn.Module) -> fastlr.FusedAdamW:
+    return fastlr.FusedAdamW(
+        model.parameters(),
+        lr=fastlr.Triangular2(0.001, 0.02, step_size_up=3),
+        betas=(fastlr.Triangular(0.8, 0.95, 4, inverted=True), 0.99),
+        weight_decay=fastlr.Cosine(0.1, 0.0, 50),
+        amsgrad=True,
+    )
+
+
+Make = Callable[[torch.nn.Module], Any]
+with_optimizers = pytest.mark.parametrize(
+    "make", [make_optimizer, make_adamw], ids=["FusedCyclicSGD", "FusedAdamW"]
+)
+
+
 def make_data() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [
@@ -70,17 +86,16 @@ def train(
 def assert_same_run(
     expected: tuple[torch.nn.Module, fastlr.FusedSGD], actual: tuple[torch.nn.Module, fastlr.FusedSGD]
 ) -> None:
-    """The same weights, momenta, clock and rate, all to the bit."""
+    """The same weights, state, clock and rate, all to the bit."""
     (model, opt), (other_model, other_opt) = expected, actual
     assert opt.clock() == other_opt.clock()
     assert opt.param_groups[0]["lr"] == other_opt.param_groups[0]["lr"]
     assert opt.param_groups[0]["lr"] == opt.param_groups[0]["lr_schedule"](opt.clock().updates)
     assert_same(model.parameters(), other_model.parameters())
-    momenta = [
-        [o.state[p].get("momentum_buffer", torch.zeros(())) for p in m.parameters()]
-        for m, o in ((model, opt), (other_model, other_opt))
-    ]
-    assert_same(*momenta)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        state, other = opt.state[p], other_opt.state[q]
+        assert state.keys() == other.keys()
+        assert_same(state.values(), [other[name] for name in state])
 
 
 # -- torch.distributed.checkpoint ----------------------------------------------------------------
@@ -91,11 +106,6 @@ OPTIONS = {
     "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
 }
 one_process = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-
-def trained_for(steps: int) -> tuple[torch.nn.Module, fastlr.FusedCyclicSGD]:
-    model = make_model()
-    return model, train(model, make_optimizer(model), steps)
 
 
 def trained_by_rule(
@@ -177,8 +187,9 @@ def test_distributed_helpers_carry_a_run_over(rule: Rule, back: bool):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # Lightning on new PyTorch
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:GPU available but not used")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@with_optimizers
 @pytest.mark.parametrize("with_scheduler", [False, True], ids=["optimizer", "optimizer-and-scheduler"])
-def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool):
+def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool, make: Make):
     lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 
     class Module(lightning.LightningModule):
@@ -192,13 +203,13 @@ def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool):
             return torch.nn.functional.cross_entropy(self.model(batch["x"]), batch["labels"])
 
         def configure_optimizers(self) -> Any:
-            opt = make_optimizer(self.model)
+            opt = make(self.model)
             if not with_scheduler:
                 return opt
             scheduler = fastlr.integrations.ReadOnlyScheduler(opt)
             return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def run(seed: int, resume_from: Path | None = None) -> tuple[Module, fastlr.FusedCyclicSGD]:
+    def run(seed: int, resume_from: Path | None = None) -> tuple[Module, Any]:
         module = Module(seed)
         trainer = lightning.Trainer(
             max_epochs=4,
@@ -271,11 +282,12 @@ def make_trainer(model: Classifier, folder: Path, optimizers: tuple[Any, Any]) -
     )
 
 
+@with_optimizers
 @pytest.mark.usefixtures("_accelerate_state")
-def test_transformers_trainer_resumes_midway(tmp_path: Path):
-    def run(seed: int, resume_from: Path | None = None) -> tuple[Classifier, fastlr.FusedCyclicSGD, Any]:
+def test_transformers_trainer_resumes_midway(tmp_path: Path, make: Make):
+    def run(seed: int, resume_from: Path | None = None) -> tuple[Classifier, Any, Any]:
         model = Classifier(seed)
-        opt = make_optimizer(model)
+        opt = make(model)
         trainer = make_trainer(model, tmp_path, (opt, fastlr.integrations.ReadOnlyScheduler(opt)))
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         return model, opt, trainer
@@ -289,26 +301,29 @@ def test_transformers_trainer_resumes_midway(tmp_path: Path):
     assert_same_run((model, opt), (resumed, resumed_opt))
 
 
+@with_optimizers
 @pytest.mark.usefixtures("_accelerate_state")
-def test_transformers_own_scheduler_is_noticed(tmp_path: Path):
+def test_transformers_own_scheduler_is_noticed(tmp_path: Path, make: Make):
     model = Classifier(seed=0)
-    trainer = make_trainer(model, tmp_path, (make_optimizer(model), None))
+    trainer = make_trainer(model, tmp_path, (make(model), None))
     with pytest.raises(RuntimeError, match=r"a schedule owns it.*ReadOnlyScheduler"):
         trainer.train()
 
 
+@with_optimizers
 @pytest.mark.usefixtures("_accelerate_state")
-def test_accelerate_prepares_saves_and_loads(tmp_path: Path):
+def test_accelerate_prepares_saves_and_loads(tmp_path: Path, make: Make):
     import accelerate
 
     accelerator = accelerate.Accelerator(cpu=True)
 
     def prepared(seed: int) -> tuple[Any, Any, Any]:
         model = make_model(seed)
-        opt = make_optimizer(model)
+        opt = make(model)
         return accelerator.prepare(model, opt, fastlr.integrations.ReadOnlyScheduler(opt))
 
-    plain = trained_for(10)
+    plain_model = make_model()
+    plain = plain_model, train(plain_model, make(plain_model), 10)
     model, opt, scheduler = prepared(seed=0)
     train(model, opt, 4, after_step=scheduler.step)
     accelerator.save_state(str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from on_gpu.stages import (
     read_sanitizer,
     read_speed,
 )
+
+import fastlr
 
 
 def stage(name: str, code: str, limit: float = 30.0) -> Stage:
@@ -192,6 +195,38 @@ def test_a_run_that_is_ended_ends_its_stage(tmp_path: Path):
         assert process.wait(10) != 0
     time.sleep(4.5)
     assert not late.exists()
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Of stages c and f."""
+    monkeypatch.syspath_prepend(toolchain.ROOT / "benchmarks")
+    from on_gpu import launch_everything, smoke
+
+    return smoke, launch_everything
+
+
+def test_every_native_rule_is_launched_with_every_set_of_state(programs: tuple[Any, Any]):
+    smoke, launch_everything = programs
+    native = toolchain.ROOT / "csrc"
+    rules = re.findall(r"X\((\w+)\)", (native / "rules.h").read_text().split("FASTLR_FOR_EACH_RULE(X)")[1])
+    found = launch_everything.optimizers()
+    assert {rule.lower() for rule in rules} == set(found)
+    for rule, kind in found.items():
+        (sets,) = re.findall(r"kLiveSets\[\] = \{([^}]*)\}", (native / "rules" / f"{rule}.h").read_text())
+        assert len(launch_everything.options_of(kind)) == sets.count("0b")
+    assert smoke.missing_rules() == set()
+
+
+def test_a_new_optimizer_is_launched_and_missed_by_itself(
+    programs: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    smoke, launch_everything = programs
+    new = type("FusedNew", (fastlr.FusedOptimizer,), {"_rule": "new"})
+    monkeypatch.setattr(fastlr, "FusedNew", new, raising=False)
+    monkeypatch.setattr(fastlr.optim, "__all__", [*fastlr.optim.__all__, "FusedNew"])
+    assert launch_everything.optimizers()["new"] is new
+    assert smoke.missing_rules() == {"FusedNew"}
 
 
 @pytest.mark.repetition

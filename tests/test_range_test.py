@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from rule_table import RULES, with_rules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,10 +50,21 @@ class Net(torch.nn.Module):
         return self.last(self.dropout(self.frozen_norm(self.norm(self.first(x).relu()))))
 
 
+def driven(optimizer, rule):
+    """By schedules that go on for as long as a test."""
+    optimizer.set_schedule(**{**rule.drives, "weight_decay": fastlr.LinearRamp(0.2, 0.0, 500)})
+    return optimizer
+
+
 OPTIMIZERS = {
     "FusedSGD": lambda p: fastlr.FusedSGD(p, lr=0.05, momentum=0.9, nesterov=True),
     "FusedSGD on a schedule": lambda p: fastlr.FusedSGD(p, lr=fastlr.Cosine(0.1, 0.0, 40), momentum=0.9),
     "FusedCyclicSGD": lambda p: fastlr.FusedCyclicSGD(p, 0.01, 0.1, step_size_up=5, cycle_momentum=True),
+    # Every rule with all of its state, and every option that can have one on a schedule.
+    **{
+        f"{rule.fused.__name__}, all driven": lambda p, rule=rule: driven(rule.make(p, **rule.full), rule)
+        for rule in RULES.values()
+    },
     "torch SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "torch Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "torch Adam, lr a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
@@ -133,6 +145,50 @@ def test_training_goes_on_as_if_nothing_had_been(make_optimizer, warm):
     assert len(tested.range_test().losses) > 10
     tested.fit(3)
     assert_same(tested.everything(), plain.everything())
+
+
+@with_rules
+@pytest.mark.parametrize("warm", [0, 2], ids=["cold", "warm"])
+@pytest.mark.parametrize("where", ["cpu", "cuda-on-cpu"])
+def test_every_rules_state_is_as_it_was_on_devices_too(rule, warm, where, request):
+    """All of it: the step as well where only a device keeps one, and the types and places of all tensors."""
+    if where == "cuda-on-cpu":
+        request.getfixturevalue("on_emulated_cuda")
+    job = Job(lambda p: driven(rule.make(p, **rule.full, state_dtype=torch.float32), rule)).fit(warm)
+    optimizer = job.optimizer
+    present = [(p, name, tensor) for p, state in optimizer.state.items() for name, tensor in state.items()]
+    values = copy.deepcopy([tensor for _, _, tensor in present])
+    groups, clock = copy.deepcopy(optimizer.state_dict()["param_groups"]), optimizer.sync()
+    assert len(job.range_test(num_steps=12, end_lr=0.01).losses) == 12
+    assert sum(len(state) for state in optimizer.state.values()) == len(present)
+    assert bool(present) == bool(warm)
+    for (p, name, tensor), value in zip(present, values, strict=True):
+        assert optimizer.state[p][name] is tensor
+        assert_same(tensor, value, name)
+    assert optimizer.state_dict()["param_groups"] == groups
+    assert optimizer.sync() == clock
+    after = job.fit(2).everything()
+    plain = Job(lambda p: driven(rule.make(p, **rule.full, state_dtype=torch.float32), rule)).fit(warm)
+    assert_same(after, plain.fit(2).everything())
+
+
+@with_rules
+@pytest.mark.parametrize("where", ["cpu", "cuda-on-cpu"])
+def test_every_rule_finds_bounds_within_the_sweep(rule, where, request):
+    if where == "cuda-on-cpu":
+        request.getfixturevalue("on_emulated_cuda")
+    torch.manual_seed(0)
+    x = torch.randn(256, 6)
+    model, data = torch.nn.Linear(6, 3), TensorDataset(x, (x @ torch.randn(6, 3)).argmax(1))
+    loader = DataLoader(data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(1))
+    optimizer = rule.make(model.parameters())
+    found = fastlr.range_test(
+        model, optimizer, cross_entropy, loader, start_lr=1e-4, end_lr=1e4, num_steps=160, progress=False
+    )
+    assert found, found.reason
+    assert 1e-3 < found.base_lr < found.max_lr < 1e3
+    assert not optimizer.state
+    assert optimizer.sync() == (0, 0)
 
 
 @each_optimizer

@@ -8,6 +8,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from rule_table import RULES
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import fastlr
@@ -16,6 +17,17 @@ cross_entropy = torch.nn.functional.cross_entropy
 OPTIMIZERS = {
     "FusedSGD": lambda p: fastlr.FusedSGD(p, lr=0.05, momentum=0.5),
     "FusedCyclicSGD": lambda p: fastlr.FusedCyclicSGD(p, 0.01, 0.1, step_size_up=5, cycle_momentum=True),
+    **{
+        rule.fused.__name__: rule.make
+        for rule in RULES.values()
+        if {"momentum", "beta1"} & rule.drives.keys() and rule.fused is not fastlr.FusedSGD
+    },
+    "FusedAdamW, all driven": lambda p: fastlr.FusedAdamW(
+        p,
+        lr=fastlr.Triangular2(0.001, 0.01, 5),
+        betas=(fastlr.Triangular(0.5, 0.9, 5), 0.99),
+        weight_decay=fastlr.LinearRamp(0.1, 0.0, 20),
+    ),
     "torch SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.5),
     "torch Adam": lambda p: torch.optim.Adam(p, lr=0.01),
 }
@@ -38,6 +50,16 @@ class Job:
         return fastlr.range_test_grid(
             self.model, self.optimizer, cross_entropy, loader or self.loader, **options
         )
+
+
+@pytest.mark.parametrize("fused", [fastlr.FusedAdagrad, fastlr.FusedAdadelta])
+def test_a_rule_without_momentum_has_none_to_try(fused):
+    job = Job(fused)
+    with pytest.raises(ValueError, match=f"{fused.__name__} has neither momentum nor betas to try values of"):
+        job.grid(momentum=[0.9])
+    decays = job.grid(weight_decay=[0.0, 0.1], num_steps=20, end_lr=0.01)
+    assert [setting["weight_decay"] for setting in decays.settings] == [0.0, 0.1]
+    assert job.optimizer.param_groups[0]["weight_decay"] == 0.0
 
 
 @each_optimizer

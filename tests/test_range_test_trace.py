@@ -23,6 +23,7 @@ import torch
 from fingerprint import differences, fingerprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rule_table import RULES, with_rules
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 import fastlr
@@ -377,11 +378,11 @@ class Wrapper:
 class Job:
     """A training job; what is passed hides where its name says."""
 
-    def __init__(self, model=None, criterion=None, sampler=None, data=None, wrapper=None, optimizer=None):
+    def __init__(self, model=None, criterion=None, sampler=None, data=None, wrapper=None, rule=RULES["SGD"]):
         nothing = Hiding({})
         self.model = Net(model or nothing)
         self.criterion = Criterion(criterion or nothing)
-        self.optimizer = fastlr.FusedSGD(self.model.parameters(), momentum=0.9)
+        self.optimizer = rule.make(self.model.parameters(), **rule.full)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         sets = ConcatDataset([Data(data or nothing), Subset(Data(nothing), range(4))])
         batches = BatchSampler(Order(sampler or nothing), 6, drop_last=False)
@@ -413,6 +414,23 @@ def test_each_hidden_state_is_put_back(make, use, place):
     job = Job(**{place: Hiding({"one": (make, use)})})
     before = job.fingerprint()
     job.range_test()
+    assert differences(before, job.fingerprint()) == []
+
+
+@with_rules
+@pytest.mark.parametrize("backup", ["device", "host", "file"])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_state_of_every_rule_is_put_back(rule, backup, repeats):
+    job = Job(rule=rule)
+    job.optimizer.set_schedule(**rule.drives)
+    job.model.train()
+    for step in range(3):
+        for place, p in enumerate(job.model.parameters()):  # some of them begin late
+            p.grad = None if step < place % 3 else torch.full_like(p, 0.1 * (step + 1))
+        job.optimizer.step()
+    job.optimizer.zero_grad()
+    before = job.fingerprint()
+    job.range_test(backup=backup, repeats=repeats)
     assert differences(before, job.fingerprint()) == []
 
 

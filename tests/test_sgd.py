@@ -243,3 +243,17 @@ def test_empty_and_scalar_parameters_get_state_like_torch() -> None:
     train(2, (theirs, reference.step), (ours, fused.step))
     assert [b.shape for b in buffers(fused)] == [b.shape for b in buffers(reference)]
     assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("left", [{}, {"momentum_buffer": None}], ids=["deleted", "None"])
+def test_without_its_buffer_a_parameter_begins_anew(left: dict[str, Any]) -> None:
+    """Also where a count of its updates stands beside the buffer, as on CUDA devices."""
+    options = {"momentum": 0.9, "dampening": 0.4}
+    ours, theirs = twins([(33,), (7,)])
+    fused, reference = fastlr.FusedSGD(ours, lr=0.1, **options), torch_sgd(theirs, 0.1, options)
+    train(3, (ours, fused.step), (theirs, reference.step))
+    for state in (fused.state[ours[0]], reference.state[theirs[0]]):
+        del state["momentum_buffer"]
+        state.update(left)
+    train(3, (ours, fused.step), (theirs, reference.step), start=3)
+    assert_same(theirs, ours)

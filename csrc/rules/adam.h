@@ -5,8 +5,8 @@
 //   v = fma((1 - beta2) * g, g, v * beta2)
 //   n = max(n, v) with amsgrad, else v
 //   p = p + (-lr / (1 - beta1 ** t) * m) / (sqrt(n) / sqrt(1 - beta2 ** t) + eps)
-// All roots are rounded correctly. Those of PyTorch's, where it takes them from MKL (builds for
-// x86, more than a few dozen elements), are one unit in the last place off for 0.7 % of all
+// The roots of n are rounded correctly. Those of PyTorch's, where it takes them from MKL (builds
+// for x86, more than a few dozen elements), are one unit in the last place off for 0.7 % of all
 // numbers.
 #pragma once
 
@@ -60,7 +60,7 @@ struct Adam : RuleDefaults {
     s.first = average<T>(options[kBeta1]);
     s.second = square_average<T>(options[kBeta2]);
     s.neg_step_size = static_cast<T>(-(options[kLr] / correction1));
-    s.root_correction = static_cast<T>(sqrt(correction2));
+    s.root_correction = static_cast<T>(root(correction2));
     s.eps = static_cast<T>(options[kEps]);
     return s;
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, SupportsFloat
 
@@ -169,6 +170,10 @@ class GrowingLoader:
         Skipped AMP updates count too: their samples are gone. So the schedules ``plan.lr`` and
         ``plan.momentum`` stand where the batches do.
 
+        Warns where the plan trades rate for batch by SGD's linear scaling, which is the default, and the
+        optimizer's rule is an adaptive one. Not the other way round: nobody gets ``scaling="sqrt"`` without
+        asking for it, and there are those who scale SGD's rate so (arXiv 1705.08741).
+
         Args:
             optimizer: a fused optimizer, or a framework's wrapper around one.
 
@@ -194,6 +199,14 @@ class GrowingLoader:
             raise TypeError(
                 f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "
                 "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(batch.position) yourself"
+            )
+        trades = self.plan.mode in ("increase", "hybrid") and len(set(self.plan.batch_sizes)) > 1
+        if trades and self.plan.scaling == "linear" and optimizer._adapts:
+            warnings.warn(
+                'the plan trades rate for batch in proportion, as SGD does (scaling="linear"), but in '
+                f"{type(optimizer).__name__} the rate goes with the square root of the batch; make the plan "
+                'with scaling="sqrt", or ignore this warning where the proportion is meant',
+                stacklevel=2,
             )
         self._place.bind(optimizer)
         return self

@@ -133,10 +133,12 @@ class Place:
     def check_clock(self) -> None:
         """Raises RuntimeError where the bound optimizer's schedules stand elsewhere."""
         for group in self._optimizer.param_groups if self._optimizer is not None else ():
-            for name in ("lr", "momentum"):
-                schedule = group[f"{name}_schedule"]
+            for name in ("lr", "momentum", "beta1"):  # what a plan has; rules have one of the last, or none
+                schedule = group.get(f"{name}_schedule")
+                if schedule is None:
+                    continue
                 clock = group["samples"] - group[f"{name}_start"]
-                if schedule is not None and schedule.unit == "sample" and clock != self.samples:
+                if schedule.unit == "sample" and clock != self.samples:
                     raise RuntimeError(
                         f"the optimizer's {name} schedule stands at sample {clock:,}, the loader at "
                         f"{self.samples:,}; load the state of both from the same checkpoint, and put a "

@@ -54,6 +54,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     # What every group holds, whatever its maker or a file says.
     _fixed: dict[str, Any] = {}  # noqa: RUF012
 
+    # Whether a step is as long as the rate says, however large the gradients are.
+    _adapts = True
+
     _measures_grad_norm = False
     # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
     _samples_of_step = 0

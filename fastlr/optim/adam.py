@@ -8,7 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from fastlr.optim._base import FusedOptimizer, Params
-from fastlr.optim._groups import TorchOptions
+from fastlr.optim._groups import TorchOptions, check_torch_options
 from fastlr.schedules import Schedule
 
 Betas: TypeAlias = tuple[float | Schedule, float | Schedule]
@@ -134,6 +134,7 @@ class FusedAdamW(FusedAdam):
         state_dtype: torch.dtype | None = None,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
+        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
         super().__init__(
             params,
             lr,

@@ -59,6 +59,7 @@ class FusedSGD(FusedOptimizer):
     """
 
     _rule = "sgd"
+    _adapts = False
 
     def __init__(
         self,

@@ -303,16 +303,15 @@ def _check_filled(loader: DataLoader[Any], batch_size: int) -> None:
 
 def _set(optimizer: torch.optim.Optimizer, setting: dict[str, float]) -> None:
     for index, group in enumerate(optimizer.param_groups):
-        if "weight_decay" in setting:
-            group["weight_decay"] = setting["weight_decay"]
-        if "momentum" not in setting:
+        given: dict[str, Any] = {name: value for name, value in setting.items() if name != "batch_size"}
+        if isinstance(optimizer, FusedOptimizer):  # also takes it from what drives it
+            if "momentum" in given and "betas" in group:
+                given["beta1"] = given.pop("momentum")
+            optimizer.set_schedule(**given, group=index)
             continue
-        if isinstance(optimizer, FusedOptimizer):
-            optimizer.set_schedule(momentum=setting["momentum"], group=index)
-        elif "momentum" in group:
-            group["momentum"] = setting["momentum"]
-        else:
-            group["betas"] = (setting["momentum"], *group["betas"][1:])
+        if "momentum" in given and "momentum" not in group:
+            group["betas"] = (given.pop("momentum"), *group["betas"][1:])
+        group.update(given)
 
 
 def _kept_settings(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

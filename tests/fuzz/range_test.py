@@ -31,6 +31,7 @@ from torch.utils.data import (
 )
 
 import fastlr
+from fuzz.rules import RULES
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 20
 
@@ -155,11 +156,18 @@ class Criterion(torch.nn.Module):
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "FusedSGD": lambda p: fastlr.FusedSGD(p, momentum=0.9, weight_decay=1e-3),
+    "sgd": lambda p: fastlr.FusedSGD(p, momentum=0.9, weight_decay=1e-3),
     "scheduled": lambda p: fastlr.FusedSGD(
         p, lr=fastlr.Cosine(0.1, 0.0, 40, unit="sample"), momentum=fastlr.Triangular(0.8, 0.9, 3)
     ),
     "FusedCyclicSGD": lambda p: fastlr.FusedCyclicSGD(p, 0.01, 0.1, 3, cycle_momentum=True, nesterov=True),
+    **{name: rule.fused for name, rule in RULES.items() if name != "sgd"},
+    "scheduled AdamW": lambda p: fastlr.FusedAdamW(
+        p,
+        lr=fastlr.Cosine(0.1, 0.0, 40, unit="sample"),
+        betas=(fastlr.Triangular(0.8, 0.9, 3), 0.99),
+        amsgrad=True,
+    ),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "AdamW, tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),

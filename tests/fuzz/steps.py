@@ -1,13 +1,15 @@
 """Training runs at random: whatever people do to a fused optimizer between two steps.
 
-Beside every optimizer runs its counterpart of torch.optim on the CPU, on twins of the parameters: reals of
-the type that is computed in, which are rounded to the parameter's type after each step, and complex ones as
-pairs of reals. ``python -m fuzz.steps 17`` in this folder's parent shows what happens in the run of seed 17.
+Beside every optimizer runs its counterpart of torch.optim on the CPU, with correctly rounded roots, on twins
+of the parameters: reals of the type that is computed in, which are rounded to the parameter's type after each
+step, and complex ones as pairs of reals. ``python -m fuzz.steps 17`` in this folder's parent shows what
+happens in the run of seed 17.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import reference
 import torch
+from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
@@ -36,63 +39,7 @@ from fuzz.memory import (
     laid_out,
     random_values,
 )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An optimizer, what it is compared with, and what its groups may hold.
-
-    Attributes:
-        fused: the class, ``cyclic``: the one in CyclicLR's words, and ``torch``: their counterpart.
-        scheduled: the hyperparameters that schedules can drive, with the largest value drawn.
-        options: the others, with what draws them.
-        settled: makes drawn options agree with each other, and ``fits``: whether a step takes them together.
-        wrong: values that no step takes.
-        slot_type: the option for the type that slots are kept in.
-    """
-
-    fused: type[fastlr.optim.FusedOptimizer]
-    cyclic: type[fastlr.optim.FusedOptimizer] | None
-    torch: type[torch.optim.Optimizer]
-    scheduled: dict[str, float]
-    options: dict[str, Callable[[Random], Any]]
-    settled: Callable[[dict[str, Any]], None]
-    wrong: dict[str, list[Any]]
-    slot_type: str
-
-
-def _settled_sgd(values: dict[str, Any]) -> None:
-    if values["nesterov"]:
-        values["dampening"] = 0.0
-        if isinstance(values["momentum"], (int, float)) and values["momentum"] == 0.0:
-            values["momentum"] = 0.9
-
-
-_NO_NUMBERS = [float("nan"), float("inf"), "0.1", None, True, 1 + 2j]
-
-SGD = Rule(
-    fused=fastlr.FusedSGD,
-    cyclic=fastlr.FusedCyclicSGD,
-    torch=torch.optim.SGD,
-    scheduled={"lr": 0.3, "momentum": 0.97},
-    options={
-        "dampening": lambda rng: rng.choice([0.0, 0.0, 0.3, -0.5]),
-        "weight_decay": lambda rng: rng.choice([0.0, 5e-4, 0.1]),
-        "nesterov": lambda rng: rng.random() < 0.3,
-        "maximize": lambda rng: rng.random() < 0.2,
-    },
-    settled=_settled_sgd,
-    wrong={
-        "lr": [-1e-9, *_NO_NUMBERS],
-        "momentum": [-0.1, 1.0, *_NO_NUMBERS],
-        "dampening": _NO_NUMBERS,
-        "weight_decay": [-1e-9, *_NO_NUMBERS],
-        "nesterov": ["False", "True", 1, None],
-        "maximize": ["False", "", 0, torch.tensor(True)],
-    },
-    slot_type="momentum_dtype",
-)
-RULES = {"sgd": SGD}
+from fuzz.rules import Rule, rule_of
 
 
 @dataclass
@@ -103,6 +50,7 @@ class Pair:
         memory: what the parameter is a view of; None: a copy's own.
         first: the step at which it gets its first gradient.
         slot_dtype: of the state that it has, None: it has none.
+        shares: its memory with another, and PyTorch's count of its versions too.
     """
 
     ours: torch.nn.Parameter
@@ -110,6 +58,7 @@ class Pair:
     memory: Memory | None
     first: int
     slot_dtype: torch.dtype | None = None
+    shares: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,10 +79,14 @@ class Group:
     owners: dict[str, Any] = field(default_factory=dict)
     words: dict[str, Any] = field(default_factory=dict)
 
-    def given(self) -> dict[str, Any]:
+    def given(self, rule: Rule) -> dict[str, Any]:
         """A parameter group as an optimizer is given it."""
         owners = {name: o[0] if isinstance(o, tuple) else o for name, o in self.owners.items()}
-        return {**self.options, **(self.words or owners), "params": [pair.ours for pair in self.pairs]}
+        held = rule.in_tuples(owners)
+        if self.words:
+            for name in ("lr", rule.held_as(rule.cycled)[0]):
+                del held[name]
+        return {**self.options, **held, **self.words, "params": [pair.ours for pair in self.pairs]}
 
 
 def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -143,16 +96,19 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+SLOT_TYPE = "state_dtype"
+STEP = "step"
+
+
 class Run:
     """A run, made and done from a seed.
 
     Args:
-        rule: one of RULES.
         backend: "cpu", "cuda", ...: what updates the parameters.
     """
 
-    def __init__(self, seed: int, rule: Rule, backend: str = "cpu") -> None:
-        self.rng, self.rule, self.backend = Random(f"steps {seed}"), rule, backend
+    def __init__(self, seed: int, backend: str = "cpu") -> None:
+        self.rng, self.rule, self.backend = Random(f"steps {seed}"), rule_of(seed), backend
         self.log: list[str] = []
         self.updates = self.samples = self.steps = 0
         self.skipped: bool | None = False
@@ -160,7 +116,7 @@ class Run:
         self.measures = False
         self.groups: list[Group] = []
         torch.set_num_threads(self.rng.choice([1, 1, 2]))
-        self.cyclic = rule.cyclic is not None and self.rng.random() < 0.3
+        self.cyclic = self.rule.cyclic is not None and self.rng.random() < 0.3
         for _ in range(self.rng.choice([1, 1, 2, 3])):
             self.groups.append(self.new_group())
         self.optimizer = self.build(self.groups)
@@ -196,6 +152,7 @@ class Run:
         for low, high in ((0, rng.randint(20, 40)), (rng.randint(0, 20), 40)):
             view = memory.view((high - low,), (1,), low)
             made.append(self.pair(view, twin[low:high], memory))
+            made[-1].shares = True
         return made
 
     def pair(self, view: torch.Tensor, twin: torch.Tensor, memory: Memory) -> Pair:
@@ -207,7 +164,7 @@ class Run:
         pairs = [pair for _ in range(rng.choice([1, 2, 3, 5])) for pair in self.new_pairs()]
         options = {name: drawn(rng) for name, drawn in self.rule.options.items()}
         slot_type = rng.choice([None, None, torch.float32])
-        group = Group(pairs, {**options, self.rule.slot_type: slot_type})
+        group = Group(pairs, {**options, SLOT_TYPE: slot_type})
         self.set_owners(group)
         return group
 
@@ -217,8 +174,14 @@ class Run:
             group.words, cycled = self.words()
             group.owners |= cycled
         self.settle(group)
-        if group.words.get("momentum") is not None:
-            group.words["momentum"] = group.owners["momentum"]
+        key = self.rule.held_as(self.rule.cycled)[0]
+        owners = {name: o[0] if isinstance(o, tuple) else o for name, o in group.owners.items()}
+        if group.words and key == "betas":
+            if group.words["cycle_momentum"]:
+                owners[self.rule.cycled] = self.rng.choice([0.9, group.words["max_momentum"]])
+            group.words[key] = self.rule.in_tuples(owners)[key]
+        elif group.words and not group.words["cycle_momentum"]:
+            group.words[key] = owners[key]
 
     def words(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments in CyclicLR's words, and the schedules that they stand for."""
@@ -237,12 +200,14 @@ class Run:
         if rng.random() < 0.5:
             momentum = rng.choice([0.0, rng.uniform(0.0, 0.97)])
             words |= {"cycle_momentum": False, "base_momentum": None, "max_momentum": None}
-            return {**words, "momentum": momentum}, {"lr": lr, "momentum": momentum}
+            return words, {"lr": lr, self.rule.cycled: momentum}
         low, high = sorted((rng.uniform(0.1, 0.97), rng.uniform(0.1, 0.97)))
-        words |= {"cycle_momentum": True, "base_momentum": low, "max_momentum": high, "momentum": None}
+        words |= {"cycle_momentum": True, "base_momentum": low, "max_momentum": high}
+        if self.rule.cycled == "momentum":
+            words["momentum"] = None
         against = {**arguments, "base": low, "max": high, "inverted": True}
         against |= {"decay_base": False} if "decay_base" in against else {}
-        return words, {"lr": lr, "momentum": (policy(**against), self.updates)}
+        return words, {"lr": lr, self.rule.cycled: (policy(**against), self.updates)}
 
     def settle(self, group: Group) -> None:
         values = {
@@ -283,10 +248,11 @@ class Run:
 
     def build(self, groups: list[Group]) -> fastlr.optim.FusedOptimizer:
         """An optimizer of the groups, by arguments or by groups."""
-        made = [group.given() for group in groups]
+        made = [group.given(self.rule) for group in groups]
         kind = self.rule.cyclic if self.cyclic else self.rule.fused
         assert kind is not None
-        if len(made) == 1 and self.rng.random() < 0.5:
+        arguments = inspect.signature(kind).parameters
+        if len(made) == 1 and self.rng.random() < 0.5 and made[0].keys() <= arguments.keys():
             return kind(**made[0])
         return kind(made, **({"base_lr": 0.01, "max_lr": 0.02} if self.cyclic else {}))
 
@@ -295,19 +261,40 @@ class Run:
             {**self.reference_options(group), "params": [pair.theirs for pair in group.pairs]}
             for group in self.groups
         ]
-        return self.rule.torch(groups, lr=0.1, foreach=False)
+        made = self.rule.torch(groups, lr=0.1, foreach=False)
+        made.state.clear()  # what an eager one has made; see prepare_reference()
+        return taking_exact_roots(made)
 
     def reference_options(self, group: Group) -> dict[str, Any]:
-        return {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in group.options.items()
-            if name != self.rule.slot_type
-        }
+        return {name: as_plain(value) for name, value in group.options.items() if name != SLOT_TYPE}
+
+    def values(self, group: Group) -> dict[str, Any]:
+        """What the next step uses, by the names of the options."""
+        owned = {name: self.value(owner) for name, owner in group.owners.items()}
+        return {**self.reference_options(group), **owned}
 
     def tell_reference(self) -> None:
         for group, theirs in zip(self.groups, self.reference.param_groups, strict=True):
-            theirs.update(self.reference_options(group))
-            theirs.update({name: self.value(owner) for name, owner in group.owners.items()})
+            theirs.update(self.rule.in_tuples(self.values(group)))
+
+    def prepare_reference(self) -> None:
+        """Makes the state that PyTorch's optimizer takes for granted, as it makes all at a first update."""
+        for group in self.groups:
+            values = self.values(group)
+            for pair in group.pairs:
+                if pair.theirs.grad is not None and not self.rule.begins_with_gradient:
+                    self.make_state(group, pair, values)
+
+    def make_state(self, group: Group, pair: Pair, values: dict[str, Any]) -> None:
+        state = self.reference.state[pair.theirs]
+        dtype = pair.slot_dtype or group.options[SLOT_TYPE] or pair.dtype
+        for name in self.rule.live(values):
+            if state.get(name) is None:
+                fill = self.rule.initial(values)
+                state[name] = rounded(torch.full_like(pair.theirs, fill, requires_grad=False), dtype)
+                pair.slot_dtype = dtype
+        if self.rule.counts and state.get(STEP) is None:
+            state[STEP] = torch.tensor(0.0)
 
     # -- one step --------------------------------------------------------------------------------------
 
@@ -316,8 +303,13 @@ class Run:
             pair.ours.grad = pair.theirs.grad = None
             if self.steps < pair.first or self.rng.random() < 0.15:
                 continue
-            gradient = random_values(self.rng, pair.ours.shape, pair.dtype)
-            pair.ours.grad = gradient_laid_out(self.rng, gradient, pair.ours)
+            if (
+                self.rng.random() < 0.03 and not pair.shares
+            ):  # its own parameter, each element at its own place
+                pair.ours.grad = pair.ours.detach()
+            else:
+                gradient = random_values(self.rng, pair.ours.shape, pair.dtype)
+                pair.ours.grad = gradient_laid_out(self.rng, gradient, pair.ours)
             exact = pair.ours.grad.detach().cpu().resolve_conj().contiguous()
             pair.theirs.grad = as_reals(exact).to(pair.theirs.dtype, copy=True) * inverse
 
@@ -334,21 +326,37 @@ class Run:
             optimizer.grad_scale = torch.tensor(scale)
         self.note(f"step, found_inf={found}, grad_scale={scale}")
         kept = [pair.ours.grad.clone() if pair.ours.grad is not None else None for pair in self.pairs]
+        versions = [pair.ours._version for pair in self.pairs]
+        consumed = rng.choice([0, 0, 1, 32])
+        hook = None
+        if consumed:  # as a loader tells it, before the step
+            hook = optimizer.register_step_pre_hook(
+                lambda stepping, *_: setattr(stepping, "_samples_of_step", consumed)
+            )
         if rng.random() < 0.2:
             assert optimizer.step(lambda: 7.0) == 7.0
         else:
             optimizer.step()
+        if hook is not None:
+            hook.remove()
         for name in ("found_inf", "grad_scale"):
             optimizer.__dict__.pop(name, None)
-        for before, pair in zip(kept, self.pairs, strict=True):
-            assert before is None or same_bits(before, pair.ours.grad), "a gradient was written"
+        for before, version, pair in zip(kept, versions, self.pairs, strict=True):
+            gradient = pair.ours.grad
+            if gradient is None or gradient.data_ptr() != pair.ours.data_ptr():
+                assert before is None or same_bits(before, gradient), "a gradient was written"
+            counted = pair.ours._version - version
+            assert found or counted == (gradient is not None) or (pair.shares and counted <= 2), "its version"
         self.steps += 1
         self.skipped = bool(found)
         self.norm = None
         if self.measures:
-            self.norm = float("nan") if found else inverse * self.expected_norm()
+            self.norm = float("nan") if found else inverse * self.expected_norm(kept)
         if not found:
             self.step_reference()
+        elif self.backend != "cpu" and self.rule.counts:  # the device finds out, when the state is there
+            self.prepare_reference()
+        self.samples += consumed
         if rng.random() < 0.4:
             more = rng.choice([0, 1, 32])
             optimizer.advance_samples(more)
@@ -356,21 +364,36 @@ class Run:
 
     def step_reference(self) -> None:
         self.tell_reference()
+        self.prepare_reference()
         self.reference.step()
         self.updates += 1
         for group in self.groups:
             for pair in group.pairs:
                 pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
-                slots = {n: s for n, s in self.reference.state.get(pair.theirs, {}).items() if s is not None}
-                if slots and pair.slot_dtype is None:
-                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
-                for slot in slots.values():
-                    slot.copy_(rounded(slot, pair.slot_dtype))
+                if self.slots(pair) and pair.slot_dtype is None:
+                    pair.slot_dtype = group.options[SLOT_TYPE] or pair.dtype
+                self.round_slots(pair)
 
-    def expected_norm(self) -> float:
-        gradients = [
-            as_reals(p.ours.grad.cpu().resolve_conj()) for p in self.pairs if p.ours.grad is not None
-        ]
+    def slots(self, pair: Pair) -> dict[str, torch.Tensor]:
+        """What the reference has as a parameter's state."""
+        state = self.reference.state.get(pair.theirs, {})
+        return {name: slot for name, slot in state.items() if slot is not None and name != STEP}
+
+    def round_slots(self, pair: Pair) -> None:
+        for slot in self.slots(pair).values():
+            slot.copy_(rounded(slot, pair.slot_dtype))
+
+    def convert_slots(self) -> None:
+        """As a file that is loaded does, to the types that its groups name."""
+        for group in self.groups:
+            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
+            for pair in group.pairs:
+                pair.slot_dtype = pair.slot_dtype and (group.options[SLOT_TYPE] or pair.dtype)
+                if pair.slot_dtype is not None:
+                    self.round_slots(pair)
+
+    def expected_norm(self, kept: list[torch.Tensor | None]) -> float:
+        gradients = [as_reals(gradient.cpu().resolve_conj()) for gradient in kept if gradient is not None]
         return math.sqrt(reference.squared_norm([g.double().numpy() for g in gradients]))
 
     # -- what must hold --------------------------------------------------------------------------------
@@ -389,7 +412,7 @@ class Run:
                 schedule, start = owner if isinstance(owner, tuple) else (None, own[f"{name}_start"])
                 assert own[f"{name}_schedule"] == schedule
                 assert own[f"{name}_start"] == start
-                assert float(own[name]) == self.value(owner), name
+                assert float(self.rule.held(own, name)) == self.value(owner), name
             for name, value in group.options.items():
                 assert own[name] == value, name
         for number, pair in enumerate(self.pairs):
@@ -404,10 +427,19 @@ class Run:
             {(k, name): s for k, slots in state.items() for name, s in slots.items() if s is not None}
             for state in states
         )
-        assert ours.keys() == theirs.keys(), "other parameters have state"
+        for place in ours.keys() ^ theirs.keys():
+            # Where a schedule drives the momentum, a device has its buffer before there is a momentum.
+            made = ours.get(place, theirs.get(place))
+            early = self.backend != "cpu" and self.rule.counts and place[1] == "momentum_buffer"
+            assert early, f"{place} is there and should not be, or the other way round"
+            assert not made.any(), place
         for place, slot in ours.items():
-            pair = self.pairs[place[0]]
-            assert_twins(str(place), slot, theirs[place], slot_type(pair))
+            if place not in theirs:
+                continue
+            if place[1] == STEP:
+                assert slot == theirs[place], place
+            else:
+                assert_twins(str(place), slot, theirs[place], slot_type(self.pairs[place[0]]))
 
     # -- what people do between steps --------------------------------------------------------------------
 
@@ -425,23 +457,30 @@ class Run:
         before = copy.copy(model.options), copy.copy(model.owners)
         value = self.rng.choice(kinds)(drawn)
         (model.owners if name in model.owners else model.options)[name] = value
-        if not _takes_sgd(model):
+        if not self.rule.fits(self.values(model)):
             model.options, model.owners = before
             return
-        self.note(f"group {group}: {name} = {value!r}")
-        own[name] = value
+        key, held = self.rule.entry(own, name, value)
+        if isinstance(held, tuple) and self.rng.random() < 0.3:
+            held = list(held)
+        self.note(f"group {group}: {key} = {held!r}")
+        own[key] = held
 
     def set_schedule(self) -> None:
         rng = self.rng
         group = rng.choice([None, rng.randrange(len(self.groups))])
         start = rng.choice(["now", "zero"])
-        names = rng.sample(list(self.rule.scheduled), rng.choice([1, 1, 2]))
+        names = rng.sample(list(self.rule.scheduled), rng.choice([1, 1, 2, len(self.rule.scheduled)]))
         zero = self.clock if start == "now" else lambda schedule: 0
         owners = {name: self.new_owner(self.rule.scheduled[name], zero) for name in names}
         targets = self.groups if group is None else [self.groups[group]]
-        if not all(_takes_sgd(Group([], g.options, {**g.owners, **owners})) for g in targets):
+        if not all(
+            self.rule.fits(self.values(Group([], g.options, {**g.owners, **owners}))) for g in targets
+        ):
             return
         given = {name: o[0] if isinstance(o, tuple) else o for name, o in owners.items()}
+        if rng.random() < 0.5 and all(name in given for names in self.rule.tuples.values() for name in names):
+            given = self.rule.in_tuples(given)
         self.note(f"set_schedule({given}, group={group}, start={start!r})")
         self.optimizer.set_schedule(**given, group=group, start=start)
         for target in targets:
@@ -465,10 +504,10 @@ class Run:
             return
         group = self.new_group()
         self.note(f"add_param_group of {len(group.pairs)} with {group.owners}")
-        self.optimizer.add_param_group(group.given())
+        self.optimizer.add_param_group(group.given(self.rule))
         self.groups.append(group)
         theirs = {**self.reference_options(group), "params": [pair.theirs for pair in group.pairs]}
-        self.reference.add_param_group(theirs)
+        self.reference.add_param_group(theirs)  # which makes no state, also where it is eager
 
     def measure(self) -> None:
         self.measures = not self.measures
@@ -492,30 +531,62 @@ class Run:
         self.note(f"data of parameter {number} replaced, strides {pair.ours.stride()}")
 
     def operate_on_state(self) -> None:
-        """Buffers replaced, moved, cleared, deleted; dicts replaced."""
+        """Buffers replaced, moved, laid out otherwise, cleared, deleted; ages set; dicts replaced."""
         pairs = [pair for pair in self.pairs if self.optimizer.state.get(pair.ours) and pair.slot_dtype]
         if not pairs:
             return
         pair, state = self.rng.choice(pairs), self.optimizer.state
-        kind = self.rng.choice(["moved", "written", "deleted", "None", "new", "dict", "all dicts"])
+        kind = self.rng.choice(
+            [
+                "moved",
+                "laid out",
+                "written",
+                "deleted",
+                "None",
+                "new",
+                "one of them",
+                "aged",
+                "dict",
+                "all dicts",
+            ]
+        )
         self.note(f"state of parameter {[p is pair for p in self.pairs].index(True)}: {kind}")
-        theirs = self.reference.state[pair.theirs]
-        for name in [name for name, slot in theirs.items() if slot is not None]:
-            slot = state[pair.ours][name]
+        theirs, own = self.reference.state[pair.theirs], state[pair.ours]
+        slots = self.slots(pair)
+        names = list(slots)
+        if kind == "one of them" and self.rule.counts:  # the age stays, and what is made anew joins it
+            kind, names = "deleted", [self.rng.choice(names)]
+        elif kind in ("deleted", "None") and self.rule.counts:
+            names = list(own)  # also what is not the reference's, see check_slots()
+        if kind == "aged" and self.rule.counts:
+            age = self.rng.choice([0, 3, 10**6])
+            for step in (own[STEP], theirs[STEP]):
+                step.fill_(age)
+        for name in names:
+            slot = own.get(name)
+            if not isinstance(slot, torch.Tensor):
+                continue  # the reference's alone
             if kind == "moved":
                 slot.data = slot.data.clone()
+            elif kind == "laid out":
+                own[name] = laid_out(self.rng, slot.cpu())[0]
             elif kind == "written":
                 slot.zero_()
                 theirs[name].zero_()
             elif kind in ("deleted", "None"):
-                theirs[name] = state[pair.ours][name] = None
+                own[name] = None
                 if kind == "deleted":
-                    del state[pair.ours][name]
-                pair.slot_dtype = None
+                    del own[name]
+                if name in theirs:
+                    theirs[name] = None
             elif kind == "new":
                 values = random_values(self.rng, slot.shape, slot.dtype)
-                state[pair.ours][name] = laid_out(self.rng, values)[0]
+                if name not in self.rule.averages:
+                    as_reals(values).abs_()
+                own[name] = laid_out(self.rng, values)[0]
                 theirs[name].copy_(as_reals(values))
+        if not self.slots(pair):
+            pair.slot_dtype = None
         if kind == "dict":
             state[pair.ours] = dict(state[pair.ours])
         elif kind == "all dicts":
@@ -544,7 +615,7 @@ class Run:
         others = [Group(group.pairs, dict(group.options)) for group in self.groups]
         for other in others:
             other.options = {name: drawn(self.rng) for name, drawn in self.rule.options.items()}
-            other.options[self.rule.slot_type] = self.rng.choice([None, torch.float32])
+            other.options[SLOT_TYPE] = self.rng.choice([None, torch.float32])
             self.set_owners(other)
         into = self.build(others)
         if self.rng.random() < 0.3:
@@ -556,13 +627,21 @@ class Run:
         if into is not self.optimizer:
             self.skipped, self.measures = None, False
         self.optimizer = into
-        for group in self.groups:
-            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
-            for pair in group.pairs:
-                if pair.slot_dtype is not None:
-                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
-                    for slot in self.reference.state[pair.theirs].values():
-                        slot.copy_(rounded(slot, pair.slot_dtype))
+        self.convert_slots()
+
+    def go_through_pytorch(self) -> None:
+        """The file becomes another reference's, with the values that the groups have."""
+        if any(pair.dtype.is_complex for pair in self.pairs):
+            return
+        self.note("PyTorch's optimizer loaded the file")
+        theirs = self.build_reference()
+        theirs.load_state_dict(through_file(self.optimizer.state_dict()))
+        for group, own in zip(self.groups, theirs.param_groups, strict=True):
+            for name, value in self.values(group).items():
+                assert self.rule.held(own, name) == value, name
+            for key in own.keys() - theirs.defaults.keys() - {"params"}:
+                del own[key]  # clock and schedules, which it carries on but does not know
+        self.reference = theirs
 
     def load_the_references(self) -> None:
         """The file of PyTorch's own optimizer knows no schedules: they stay, and the clock with them."""
@@ -570,12 +649,12 @@ class Run:
             return
         self.note("loaded the file of PyTorch's optimizer")
         self.tell_reference()
-        self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
         for group in self.groups:
-            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
             for pair in group.pairs:
-                if pair.slot_dtype is not None:
-                    pair.slot_dtype = group.options[self.rule.slot_type] or pair.dtype
+                if self.rule.eager and pair.slot_dtype is None:  # as it was when that was built
+                    self.make_state(group, pair, self.values(group))
+        self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
+        self.convert_slots()
 
     def go_back(self) -> None:
         """To a checkpoint, after more steps."""
@@ -596,12 +675,9 @@ class Run:
             pair.theirs.data.copy_(twin)
         for group, (options, owners, dtypes) in zip(self.groups, model, strict=True):
             group.options, group.owners = options, owners
-            group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
             for pair, dtype in zip(group.pairs, dtypes, strict=True):
-                pair.slot_dtype = dtype and (options[self.rule.slot_type] or pair.dtype)
-                if dtype is not None:
-                    for slot in self.reference.state[pair.theirs].values():
-                        slot.copy_(rounded(slot, pair.slot_dtype))
+                pair.slot_dtype = dtype
+        self.convert_slots()
 
     def fail(self) -> None:
         """A step that raises, and what was wrong put back: nothing has moved."""
@@ -609,8 +685,9 @@ class Run:
         place = self.rng.randrange(len(self.groups))
         own = self.optimizer.param_groups[place]
         kinds: list[Callable[[], str | None]] = [lambda: self.spoil_group(own)] * 3
-        kinds += [self.spoil_gradient, self.spoil_slot]
+        kinds += [self.spoil_gradient, self.spoil_slot, self.overlap, self.overlap]
         groups = [dict(group) for group in self.optimizer.param_groups]
+        versions = [pair.ours._version for pair in self.pairs]
         with self.spoilt(self.rng.choice(kinds)) as what:
             if what is None:
                 return
@@ -621,6 +698,7 @@ class Run:
         for before, now in zip(groups, self.optimizer.param_groups, strict=True):
             assert before.keys() == now.keys()
             assert all(now[key] is before[key] for key in before)
+        assert versions == [pair.ours._version for pair in self.pairs]
         self.skipped = None
 
     @contextmanager
@@ -636,18 +714,26 @@ class Run:
             put_back()
 
     def spoil_group(self, own: dict[str, Any]) -> Any:
-        wrong = dict(self.rule.wrong)
+        def part(name: str, values: list[Any]) -> list[tuple[str, Any]]:
+            return [self.rule.entry(own, name, value) for value in values]
+
+        wrong = {
+            name: [(name, value) for value in values] if name in own else part(name, values)
+            for name, values in self.rule.wrong.items()
+        }
         for name in self.rule.scheduled:
             if own[f"{name}_schedule"] is not None:
-                wrong[name] = [*wrong[name], own[name] + 0.01]
-                wrong[f"{name}_start"] = [own["updates"] + own["samples"] + 1]
-            wrong[f"{name}_schedule"] = ["Cosine", 0.1]
-        wrong["updates"] = ["3", None, 2**63]
-        wrong["samples"] = [2**63, 1.5]
+                wrong[name] += part(name, [self.rule.held(own, name) + 0.01])
+                start = f"{name}_start"
+                wrong[start] = [(start, own["updates"] + own["samples"] + 1)]
+            wrong[f"{name}_schedule"] = [(f"{name}_schedule", value) for value in ("Cosine", 0.1)]
+        wrong["updates"] = [("updates", value) for value in ("3", None, 2**63)]
+        wrong["samples"] = [("samples", value) for value in (2**63, 1.5)]
         name = self.rng.choice(list(wrong))
-        before, value = own[name], self.rng.choice(wrong[name])
-        own[name] = value
-        return f"{name} = {value!r}", lambda: own.__setitem__(name, before)
+        key, value = self.rng.choice(wrong[name])
+        before = own[key]
+        own[key] = value
+        return f"{name} = {value!r}", lambda: own.__setitem__(key, before)
 
     def spoil_gradient(self) -> Any:
         pair = self.rng.choice(self.pairs)
@@ -657,25 +743,67 @@ class Run:
         pair.ours.grad = torch.zeros(pair.ours.shape, dtype=pair.dtype).to_sparse()
         return "gradient that is sparse", lambda: setattr(pair.ours, "grad", before)
 
-    def spoil_slot(self) -> Any:
+    def live_state(self) -> list[tuple[Pair, str]]:
+        """The tensors of state that the next step works on."""
         state = self.optimizer.state
-        stateful = [pair for pair in self.pairs if state.get(pair.ours) and pair.ours.grad is not None]
-        used = [p for g in self.groups if self.value(g.owners["momentum"]) != 0.0 for p in g.pairs]
-        stateful = [pair for pair in stateful if any(pair is other for other in used)]
-        if not stateful:
+        return [
+            (pair, name)
+            for group in self.groups
+            for pair in group.pairs
+            for name in self.rule.live(self.values(group))
+            if pair.ours.grad is not None and isinstance(state.get(pair.ours, {}).get(name), torch.Tensor)
+        ]
+
+    def spoil_slot(self) -> Any:
+        live = self.live_state()
+        if not live:
             return None
-        entry = state[self.rng.choice(stateful).ours]
-        name, slot = next(iter(entry.items()))
-        if slot is None:
-            return None
+        pair, name = self.rng.choice(live)
+        entry = self.optimizer.state[pair.ours]
+        slot = entry[name]
         wrong = [torch.zeros(3, 3, 3), slot.to(torch.int32) if not slot.is_complex() else slot.real.clone()]
+        if STEP in entry and self.rule.counts and self.rng.random() < 0.3:
+            name, slot = STEP, entry[STEP]
+            wrong = [torch.zeros(2), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
+            wrong += [torch.tensor(-1.0)] if self.backend == "cpu" else []  # devices count for themselves
         entry[name] = self.rng.choice(wrong)
         return f"{name} of {entry[name].shape} and {entry[name].dtype}", lambda: entry.__setitem__(name, slot)
+
+    def overlap(self) -> Any:
+        """Memory shared where the order of reads and writes would decide."""
+        live = [(pair, name) for pair, name in self.live_state() if pair.ours.numel() > 1]
+        pairs = [pair for pair in self.pairs if pair.ours.numel() > 1 and pair.ours.grad is not None]
+        if not pairs:
+            return None
+        kind = self.rng.choice(["gradient", "state", "two"])
+        if kind == "gradient" or not live:
+            pair = self.rng.choice(pairs)
+            return self.put_gradient(pair, elsewhere(pair.ours.detach()), "the parameter")
+        pair, name = self.rng.choice(live)
+        entry = self.optimizer.state[pair.ours]
+        slot = entry[name]
+        if kind == "two":
+            others = [other for p, other in live if p is pair and other != name]
+            if not others:
+                return None
+            entry[name] = entry[self.rng.choice(others)]
+            return f"{name} shares memory with another", lambda: entry.__setitem__(name, slot)
+        if slot.dtype != pair.dtype:
+            return None
+        if self.rng.random() < 0.5:
+            return self.put_gradient(pair, slot.detach(), name)
+        entry[name] = pair.ours.detach()
+        return f"{name} shares memory with its parameter", lambda: entry.__setitem__(name, slot)
+
+    def put_gradient(self, pair: Pair, gradient: torch.Tensor, what: str) -> Any:
+        before = pair.ours.grad
+        pair.ours.grad = gradient
+        return f"gradient that shares memory with {what}", lambda: setattr(pair.ours, "grad", before)
 
     ACTIONS = (
         *(set_by_hand, set_by_hand, set_schedule, set_schedule, set_clock, add_group, measure),
         *(toggle_requires_grad, replace_data, replace_data, operate_on_state, operate_on_state, copy),
-        *(save_and_load, save_and_load, load_the_references, go_back, fail, fail, fail),
+        *(save_and_load, save_and_load, load_the_references, go_through_pytorch, go_back, fail, fail, fail),
     )
 
     def go(self) -> None:
@@ -690,8 +818,14 @@ class Run:
             self.check()
 
 
-def _takes_sgd(group: Group) -> bool:
-    return not group.options["nesterov"] or group.options["dampening"] == 0.0
+def as_plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def elsewhere(parameter: torch.Tensor) -> torch.Tensor:
+    """A view of some of the parameter's elements in the parameter's shape, at other places than their own."""
+    dim = next(dim for dim, n in enumerate(parameter.shape) if n > 1)
+    return parameter.narrow(dim, 0, 1).expand(parameter.shape)
 
 
 def scale_as_float32(scale: float) -> float:
@@ -738,7 +872,7 @@ def refused(kinds: type[Exception] | tuple[type[Exception], ...], message: str) 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        run = Run(int(argument), SGD)
+        run = Run(int(argument))
         try:
             run.go()
         finally:

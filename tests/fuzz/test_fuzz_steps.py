@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 
 from fuzz import seeds
-from fuzz.steps import RULES, Rule, Run
+from fuzz.steps import Run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*holds its last value:UserWarning", "ignore:the file has no clock:UserWarning"
 )
 
 
-@pytest.mark.parametrize("seed", seeds(36))
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_run_is_pytorchs_whatever_happens_between_its_steps(rule: Rule, seed: int, backend: str) -> None:
-    run = Run(seed, rule, backend)
+@pytest.mark.parametrize("seed", seeds(42))
+def test_a_run_is_pytorchs_whatever_happens_between_its_steps(seed: int, backend: str) -> None:
+    run = Run(seed, backend)
     try:
         run.go()
     except BaseException as error:

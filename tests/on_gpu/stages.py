@@ -277,13 +277,13 @@ def read_profile(settings: Settings, stage: Stage) -> Found:
 STAGES = [
     Stage("a-environment", 60, program("environment"), read_report),
     Stage("b-build", 240, install, read_report),
-    Stage("c-smoke", 90, program("smoke"), read_report, needs_build=True),
+    Stage("c-smoke", 180, program("smoke"), read_report, needs_build=True),
     Stage("d-speed", 120, program("speed"), read_speed, needs_build=True),
     Stage("e-tests", 240, pytest, read_junit, needs_build=True),
     *(
-        Stage(f"f-{tool}", 60, sanitizer(tool), read_sanitizer, needs_build=True)
+        Stage(f"f-{tool}", 180, sanitizer(tool), read_sanitizer, needs_build=True)
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     ),
-    Stage("g-training", 120, program("training"), read_report, needs_build=True),
+    Stage("g-training", 240, program("training"), read_report, needs_build=True),
     Stage("h-profile", 60, profiler, read_profile, needs_build=True),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,20 @@ from . import report
 from .device import Device, open_device
 
 SAMPLES = 512
+Make = Callable[[Iterable[torch.nn.Parameter]], fastlr.FusedOptimizer]
+
+
+def cyclic_sgd(params: Iterable[torch.nn.Parameter]) -> fastlr.FusedOptimizer:
+    return fastlr.FusedCyclicSGD(params, 0.01, 0.1, 20, momentum=0.9)
+
+
+def scheduled_adamw(params: Iterable[torch.nn.Parameter]) -> fastlr.FusedOptimizer:
+    """eps is above the rounding errors that a bias before a BatchNorm has for gradients."""
+    lr, beta1 = fastlr.one_cycle(max_lr=0.01, total_steps=120)
+    return fastlr.FusedAdamW(params, lr=lr, betas=(beta1, 0.999), eps=1e-4, weight_decay=0.05)
+
+
+MAKES: dict[str, Make] = {"FusedCyclicSGD": cyclic_sgd, "FusedAdamW": scheduled_adamw}
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,12 +51,12 @@ def loss_of(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
     return torch.nn.functional.cross_entropy(model(x), y)
 
 
-def check_range_test(device: Device) -> str:
+def check_range_test(device: Device, make: Make) -> str:
     x, y = data()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 32, shuffle=True)
     model = network(device.device)
     before = copy.deepcopy(model.state_dict())
-    optimizer = fastlr.FusedSGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = make(model.parameters())
     found = fastlr.range_test(
         model,
         optimizer,
@@ -89,10 +103,10 @@ def check_growing_batches(device: Device, pinned: bool) -> str:
     return f"{plan.total_updates} updates"
 
 
-def check_autocast(device: Device) -> str:
+def check_autocast(device: Device, make: Make) -> str:
     x, y = (t.to(device.device) for t in data())
     model = network(device.device)
-    optimizer = fastlr.FusedCyclicSGD(model.parameters(), 0.01, 0.1, 20, momentum=0.9)
+    optimizer = make(model.parameters())
     kind = device.device.type
     scaler = torch.amp.GradScaler(kind, init_scale=2.0**40, growth_interval=30)
     begin = float(loss_of(model, x, y))
@@ -113,7 +127,7 @@ def check_autocast(device: Device) -> str:
     return f"loss {begin:.2f} to {end:.2f}, {skipped} steps skipped"
 
 
-def check_compiled_model(device: Device) -> str:
+def check_compiled_model(device: Device, make: Make) -> str:
     """Around the model; the step stays outside, as PyTorch's own optimizers do."""
     x, y = (t.to(device.device) for t in data())
     options: dict[str, Any] = (
@@ -123,7 +137,7 @@ def check_compiled_model(device: Device) -> str:
     for compiled in (False, True):
         model = network(device.device)
         forward = torch.compile(model, **options) if compiled else model
-        optimizer = fastlr.FusedCyclicSGD(model.parameters(), 0.01, 0.1, 20, momentum=0.9)
+        optimizer = make(model.parameters())
         for _ in range(20):
             loss_of(forward, x, y).backward()
             optimizer.step()
@@ -134,14 +148,14 @@ def check_compiled_model(device: Device) -> str:
     return f"loss {losses[0]:.4f}, compiled {losses[1]:.4f}"
 
 
-def check_whole_step_in_a_graph(device: Device) -> str:
+def check_whole_step_in_a_graph(device: Device, make: Make) -> str:
     """Forward, backward and update, captured once."""
     x, y = (t.to(device.device) for t in data())
     model, twin = network(device.device), network(device.device)
-    optimizer = fastlr.FusedCyclicSGD(model.parameters(), 0.01, 0.1, 20, momentum=0.9)
-    reference = fastlr.FusedCyclicSGD(twin.parameters(), 0.01, 0.1, 20, momentum=0.9)
+    optimizer = make(model.parameters())
+    reference = make(twin.parameters())
 
-    def run(net: torch.nn.Module, opt: fastlr.FusedSGD) -> None:
+    def run(net: torch.nn.Module, opt: fastlr.FusedOptimizer) -> None:
         opt.zero_grad(set_to_none=False)
         loss_of(net, x, y).backward()
         opt.step()
@@ -157,11 +171,11 @@ def check_whole_step_in_a_graph(device: Device) -> str:
     return f"rate {optimizer.param_groups[0]['lr']:.4g}"
 
 
-def check_synchronisations(device: Device) -> str:
+def check_synchronisations(device: Device, make: Make) -> str:
     """None in a step, with a scaler or without, nor in what belongs to a loop."""
     x, y = (t.to(device.device) for t in data())
     model = network(device.device)
-    optimizer = fastlr.FusedCyclicSGD(model.parameters(), 0.01, 0.1, 20, momentum=0.9)
+    optimizer = make(model.parameters())
     optimizer.measure_grad_norm = True
     scaler = torch.amp.GradScaler(device.device.type)
 
@@ -194,16 +208,21 @@ def main() -> int:
     device = open_device(options.backend)
     on_gpu = device.name == "cuda"
     checks: dict[str, Callable[[], object]] = {
-        "a range test": lambda: check_range_test(device),
         "growing batches": lambda: check_growing_batches(device, pinned=on_gpu),
-        "autocast with GradScaler": lambda: check_autocast(device),
     }
-    if on_gpu:  # these need PyTorch's streams
+    for name, make in MAKES.items():
         checks |= {
-            "synchronisations": lambda: check_synchronisations(device),
-            "forward, backward and update in one graph": lambda: check_whole_step_in_a_graph(device),
+            f"a range test, {name}": lambda make=make: check_range_test(device, make),
+            f"autocast with GradScaler, {name}": lambda make=make: check_autocast(device, make),
         }
-    checks["a compiled model"] = lambda: check_compiled_model(device)
+        if on_gpu:  # these need PyTorch's streams
+            checks |= {
+                f"synchronisations, {name}": lambda make=make: check_synchronisations(device, make),
+                f"forward, backward and update in one graph, {name}": (
+                    lambda make=make: check_whole_step_in_a_graph(device, make)
+                ),
+            }
+        checks[f"a compiled model, {name}"] = lambda make=make: check_compiled_model(device, make)
     for name, check in checks.items():
         made.check(name, check)
     return made.finish()

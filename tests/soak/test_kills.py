@@ -122,8 +122,8 @@ def kill_in_a_write(pid: int, path: Path, rng: random.Random, length: float) -> 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes by Linux's /proc")
 @pytest.mark.parametrize(
     ("kind", "workers", "kills"),
-    [("plan", 0, (6, 60)), ("cyclic", 0, (0, 30)), ("plan", 1, (0, 10))],
-    ids=["plan", "cyclic", "worker-process"],
+    [("plan", 0, (6, 60)), ("cyclic", 0, (0, 30)), ("adamw", 0, (3, 30)), ("plan", 1, (0, 10))],
+    ids=["plan", "cyclic", "adamw", "worker-process"],
 )
 def test_killed_at_random_moments(
     trainings: Trainings, kind: str, workers: int, kills: tuple[int, int], tmp_path: Path, soak: bool

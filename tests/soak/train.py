@@ -1,6 +1,6 @@
 """A training as the README shows it, which goes on from its checkpoint where there is one.
 
-Run by test_kills.py: ``train.py folder cyclic|plan workers``.
+Run by test_kills.py: ``train.py folder cyclic|plan|adamw workers``.
 """
 
 import os
@@ -32,10 +32,15 @@ plan = fastlr.BatchPlan.from_schedule(
     epochs=6,
     momentum=0.9,
     max_batch_size=20,
+    scaling="sqrt" if kind == "adamw" else "linear",
 )
 if kind == "cyclic":
     optimizer = fastlr.FusedCyclicSGD(
         model.parameters(), 0.01, 0.1, step_size_up=7, mode="triangular2", cycle_momentum=True
+    )
+elif kind == "adamw":
+    optimizer = fastlr.FusedAdamW(
+        model.parameters(), lr=plan.lr * 0.05, betas=(plan.momentum, 0.99), amsgrad=True
     )
 else:
     optimizer = fastlr.FusedSGD(model.parameters(), lr=plan.lr, momentum=plan.momentum, weight_decay=1e-4)
