@@ -245,6 +245,7 @@ int64_t Gathering::check_gradient_memory(const Place& place, const Parameter& pa
 void Gathering::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
+  Owned held = Owned::borrow(tensor);  // a getter of gradients may be anybody's code
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
@@ -336,7 +337,7 @@ void Gathering::gather(const Place& place, size_t position) {
   }
   tensors_.push_back(ref);
   sources_.push_back({tensor, updated_by, buffer});
-  parameters_read_.push_back(Owned::borrow(tensor));
+  parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
 }
 
@@ -442,8 +443,17 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
-    const Py_ssize_t size = PyList_GET_SIZE(PyDict_GetItemWithError(group, names().params));
-    for (Py_ssize_t j = 0; j < size; ++j, ++position) gather({group, i, j}, position);
+    PyObject* const params = PyDict_GetItemWithError(group, names().params);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
+      if (position == parameters_.size() ||
+          parameters_[position].tensor != PyList_GET_ITEM(params, j)) {
+        break;
+      }
+      gather({group, i, j}, position);
+    }
+  }
+  if (position != parameters_.size()) {
+    throw std::runtime_error("the parameter groups have changed during the step");
   }
 }
 

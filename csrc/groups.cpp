@@ -191,8 +191,16 @@ double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
         "optimizer.set_schedule(" +
         name + "=" + number(found) + ").");
   }
-  warn_if_past_end(driven, kFramesToCaller);
   return expected;
+}
+
+void Groups::check_owned(PyObject* group, Py_ssize_t index, uint32_t but_for) const {
+  const Clock clock = read_clock(group);
+  for (int option = 0; option < rule_.scheduled; ++option) {
+    if ((but_for >> option & 1u) != 0) continue;
+    const Driven driven = driven_by(group, keys_[option], clock);
+    if (driven.owner != nullptr) read_scheduled(group, index, option, driven);
+  }
 }
 
 GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
@@ -205,6 +213,7 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
       reading.driven[i] = driven_by(group, keys_[i], clock);
       reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
       value = read_scheduled(group, index, i, reading.driven[i]);
+      warn_if_past_end(reading.driven[i], kFramesToCaller);
     } else {
       value = rule_.option[i].flag ? flag_item(group, index, keys_[i].value)
                                    : real_item(group, index, keys_[i].value);

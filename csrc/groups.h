@@ -90,6 +90,10 @@ class Groups {
   // All of them, which must be dicts in a list.
   std::vector<GroupReading> read(PyObject* groups) const;
 
+  // Throws std::runtime_error where something else wrote a value that a schedule owns, but for some
+  // options: a bit for each.
+  void check_owned(PyObject* group, Py_ssize_t index, uint32_t but_for) const;
+
   // Warns, once each, that schedules of a group have ended before its clock. frames: from the
   // warning up to the user's call.
   void warn_past_end(PyObject* group, int frames) const;

@@ -175,6 +175,9 @@ void Plan::move(const GroupMoves& moves, [[maybe_unused]] PyObject* param_groups
 }
 
 void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    groups_.check_owned(PyList_GET_ITEM(param_groups, i), i, 0);
+  }
   const GroupMoves moves = groups_.moves_on(param_groups, 0, samples);
 #if defined(FASTLR_HAS_CUDA)
   if (!devices_.advance_samples(samples)) return;
@@ -186,6 +189,17 @@ void Plan::check(const std::vector<double>& values, const std::string& where) co
   Options options{};
   std::copy(values.begin(), values.end(), options.value);
   groups_.check(options, where);
+}
+
+void Plan::check_owned(PyObject* param_groups, Py_ssize_t index,
+                       const std::vector<std::string>& but_for) const {
+  uint32_t options = 0;
+  for (int i = 0; i < rule().scheduled; ++i) {
+    const bool left_out =
+        std::find(but_for.begin(), but_for.end(), rule().option[i].name) != but_for.end();
+    options |= (left_out ? 1u : 0u) << i;
+  }
+  groups_.check_owned(PyList_GET_ITEM(param_groups, index), index, options);
 }
 
 void Plan::refuse_capture([[maybe_unused]] const char* what) {

@@ -39,6 +39,11 @@ class Plan {
   // of range or in conflict; see Groups::check.
   void check(const std::vector<double>& values, const std::string& where) const;
 
+  // Throws std::runtime_error where something else wrote a value that a schedule of the group at
+  // this index owns, but for these options.
+  void check_owned(PyObject* param_groups, Py_ssize_t index,
+                   const std::vector<std::string>& but_for) const;
+
   // Writes what schedules say at the groups' clocks.
   void publish(PyObject* param_groups) const { groups_.moves_on(param_groups, 0, 0).write(); }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -400,6 +402,10 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "no-state": (without("state"), r"dict under 'state', .* got the keys \['param_groups'\]"),
     "groups": (lambda saved: {**saved, "param_groups": {}}, "list under 'param_groups', .* got dict"),
     "group": (lambda saved: {**saved, "param_groups": [3, 4]}, "parameter group 0 must be a dict .* got int"),
+    "fresh": (
+        group_with(fresh="no"),
+        "fresh of the file's parameter group 1 must be True or False, got 'no'",
+    ),
     "params": (group_with(params=None), "parameter group 1 must be a dict with a list under 'params'"),
     "fewer-params": (group_with(params=[]), "doesn't match the size"),
     "entry": (entry(3), "state of parameter 1 must be a dict .* got int"),
@@ -495,3 +501,22 @@ def test_numpys_values_are_saved_as_plain_ones() -> None:
     kept = copy.deepcopy(saved)
     optimizer.load_state_dict(saved)
     assert optimizer.state_dict() == kept
+
+
+WRITTEN = {
+    "tensor": ("weight_decay", torch.tensor(0.25)),
+    "fraction": ("dampening", Fraction(1, 4)),
+    "decimal": ("lr", Decimal("0.25")),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), WRITTEN.values(), ids=WRITTEN.keys())
+def test_what_a_step_takes_a_file_brings_back(name: str, value: Any) -> None:
+    model = parameters([(4,)])
+    set_gradients(0, model)
+    optimizer = fastlr.FusedSGD(model, lr=0.1, momentum=0.9)
+    optimizer.param_groups[0][name] = value
+    optimizer.step()
+    other = fastlr.FusedSGD(model, lr=0.1, momentum=0.9)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert other.param_groups[0][name] == 0.25

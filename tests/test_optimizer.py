@@ -786,3 +786,42 @@ def test_ctrl_c_where_a_buffer_gets_its_place_stops_the_whole_step(k: int) -> No
     assert_same(twin, model)
     assert optimizer.clock() == reference.clock()
     assert len(optimizer.state) == 2
+
+
+def test_cyclic_optimizers_take_no_rate_of_their_own() -> None:
+    model = parameters([(4,)])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
+        fastlr.FusedCyclicSGD(model, 0.1, 0.2, lr=0.05)  # type: ignore[call-arg]
+
+
+OVERWRITTEN = {
+    "advance_samples": lambda optimizer: optimizer.advance_samples(8),
+    "set_clock": lambda optimizer: optimizer.set_clock(updates=3),
+    "another schedule": lambda optimizer: optimizer.set_schedule(momentum=0.5),
+    "another group": lambda optimizer: optimizer.set_schedule(lr=0.5, group=1),
+}
+
+
+@pytest.mark.parametrize("move", OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
+def test_no_move_of_the_clock_hides_who_wrote_a_scheduled_rate(move: Any) -> None:
+    model = [{"params": [p]} for p in parameters([(4,), (3,)])]
+    optimizer = fastlr.FusedSGD(model, lr=fastlr.Cosine(0.1, 0.0, 10))
+    optimizer.param_groups[0]["lr"] = 0.07
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was set to 0\.07 by something else"):
+        move(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.07
+    assert optimizer.clock() == (0, 0)
+    optimizer.set_schedule(lr=0.07)  # as the message says
+    move(optimizer)
+
+
+def test_a_gradient_that_changes_the_groups_is_an_error() -> None:
+    class Greedy(torch.nn.Parameter):
+        @property
+        def grad(self) -> torch.Tensor:  # type: ignore[override]
+            optimizer.param_groups[0]["params"].clear()
+            return torch.ones(3)
+
+    optimizer = fastlr.FusedSGD([Greedy(torch.zeros(3)), *parameters([(3,), (4,)])], lr=0.1)
+    with pytest.raises(RuntimeError, match="groups have changed during the step"):
+        optimizer.step()

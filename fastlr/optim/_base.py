@@ -20,7 +20,7 @@ from fastlr.optim._groups import (
     check_owner,
     check_torch_options,
     clock_of,
-    tensor_rates,
+    without_tensors,
 )
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
@@ -170,6 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
             TypeError: a value is neither a number nor a schedule.
+            RuntimeError: something else wrote a value that a schedule owns, other than those given here.
         """
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
@@ -177,6 +178,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         indices = range(size) if group is None else (index("group", group, size),)
         given = {"lr": lr, "momentum": momentum}
         now = self.sync()
+        taken = [name for name, value in given.items() if value is not None]
+        for place in range(size):
+            self._plan.check_owned(self.param_groups, place, taken if place in indices else [])
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
@@ -185,7 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if (value := given.get(option.name)) is not None:
                     changes[place] |= self._hyperparameter(option, value, origin, where)
             own = self.param_groups[place]
-            self._checked({**own, **tensor_rates(own, self._plan.scheduled()), **changes[place]}, where)
+            self._checked({**own, **without_tensors(own, self._plan.options()), **changes[place]}, where)
         self._change(changes)
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
@@ -233,6 +237,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a number is out of range, or a schedule begins after the new clock.
+            RuntimeError: something else wrote a value that a schedule owns.
 
         >>> import fastlr, torch
         >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))
@@ -243,6 +248,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = {"updates": updates, "samples": samples}
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
+        for place in range(len(self.param_groups)):
+            self._plan.check_owned(self.param_groups, place, [])
         for place, group in enumerate(self.param_groups):
             for option in self._plan.scheduled():
                 name = option.name
@@ -281,6 +288,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             samples: >= 0.
+
+        Raises:
+            RuntimeError: something else wrote a value that a schedule owns.
         """
         self._plan.advance_samples(self.param_groups, count("samples", samples, 0))
 
@@ -455,7 +465,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self.param_groups, set(self._plan.uninitialized()), state_dict)
+        pack(self.param_groups, self._plan, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or ``torch.optim.SGD``'s, returned. Buffers are copied, into those

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
-from fastlr._checks import count, plain
-from fastlr.optim._groups import check_owner, clock_of, tensor_rates
+from fastlr._checks import count, flag, plain
+from fastlr.optim._groups import check_owner, clock_of, plain_options, without_tensors
 from fastlr.optim._runtime import Runtime
 from fastlr.schedules import Schedule
 
@@ -21,12 +21,14 @@ def drop_momentum(state: dict[Any, dict[str, Any]], key: object) -> None:
         state[key] = entry
 
 
-def pack(groups: list[dict[str, Any]], empty: set[torch.Tensor], state_dict: dict[str, Any]) -> None:
-    """Makes a state_dict of plain values, without the buffers of the ``empty`` parameters."""
+def pack(groups: list[dict[str, Any]], plan: _core.Plan, state_dict: dict[str, Any]) -> None:
+    """Makes a state_dict of plain values, without buffers that hold nothing yet."""
+    empty = set(plan.uninitialized())
     for own, group in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(own["params"], group["params"], strict=True):
             if p in empty:
                 drop_momentum(state_dict["state"], key)
+        group |= plain_options(group, plan.options())
         for key, value in group.items():
             if isinstance(value, Schedule):
                 group[key] = value.to_dict()
@@ -80,7 +82,7 @@ def unpack(
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
         group = {**own, "fresh": False, **saved}
-        group |= tensor_rates(group, scheduled)
+        group |= {"fresh": flag(f"fresh{where}", group["fresh"]), **without_tensors(group, plan.options())}
         for key in ("updates", "samples", *(f"{option.name}_start" for option in scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)
         for option in scheduled:
@@ -142,7 +144,9 @@ def _check_form(state_dict: dict[str, Any]) -> None:
                 f"the file's parameter group {place} must be a dict with a list under 'params', got "
                 f"{type(params).__name__}"
             )
-        for key in group["params"]:
+        if len(set(params)) != len(params):
+            raise ValueError(f"the file's parameter group {place} has parameters twice: {params}")
+        for key in params:
             entry = state_dict["state"].get(key, {})
             buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else entry
             if not isinstance(entry, dict) or not isinstance(buffer, (torch.Tensor, type(None))):

@@ -22,10 +22,19 @@ def clock_of(schedule: Schedule) -> str:
     return "samples" if schedule.unit == "sample" else "updates"
 
 
-def tensor_rates(group: dict[str, Any], scheduled: Iterable[_core.Option]) -> dict[str, float]:
-    """Those of a group's rates that are tensors of one number, as torch's may be, as numbers."""
-    rates = {option.name: group[option.name] for option in scheduled}
-    return {k: v.item() for k, v in rates.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
+def without_tensors(group: dict[str, Any], options: Iterable[_core.Option]) -> dict[str, Any]:
+    """Those of a group's numbers that are tensors of one, as torch's rates may be, as numbers."""
+    values = {option.name: group[option.name] for option in options if not option.flag}
+    return {k: v.item() for k, v in values.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
+
+
+def plain_options(group: dict[str, Any], options: Iterable[_core.Option]) -> dict[str, Any]:
+    """The hyperparameters that steps take, whatever their types, as Python's own; some may be missing."""
+    return {
+        option.name: (bool if option.flag else float)(group[option.name])
+        for option in options
+        if option.name in group
+    }
 
 
 def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import Self, Unpack
 
 from fastlr._checks import flag
 from fastlr.optim._base import FusedOptimizer, Params
-from fastlr.optim._groups import TorchOptions
+from fastlr.optim._groups import TorchOptions, check_torch_options
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
 from fastlr.schedules.cyclic import Interpolation
 
@@ -177,6 +177,7 @@ class FusedCyclicSGD(FusedSGD):
         momentum_dtype: torch.dtype | None = None,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
+        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
         self._cycle: dict[str, Any] = {
             "base_lr": base_lr,
             "max_lr": max_lr,
