@@ -228,6 +228,17 @@ double Plan::initial_state(const std::vector<double>& values) const {
   return rule().initial_state(options_of(values));
 }
 
+void Plan::check_owned(PyObject* param_groups, Py_ssize_t index,
+                       const std::vector<std::string>& but_for) const {
+  uint32_t options = 0;
+  for (int i = 0; i < rule().scheduled; ++i) {
+    const bool left_out =
+        std::find(but_for.begin(), but_for.end(), rule().option[i].name) != but_for.end();
+    options |= (left_out ? 1u : 0u) << i;
+  }
+  groups_.check_owned(PyList_GET_ITEM(param_groups, index), index, options);
+}
+
 void Plan::refuse_capture([[maybe_unused]] const char* what) {
 #if defined(FASTLR_HAS_CUDA)
   devices_.refuse_capture(what);

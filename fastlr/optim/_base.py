@@ -247,6 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: a number is out of range, or a schedule begins after the new clock.
+            RuntimeError: something else wrote a value that a schedule owns.
 
         >>> import fastlr, torch
         >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))
@@ -295,6 +296,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             samples: >= 0.
+
+        Raises:
+            RuntimeError: something else wrote a value that a schedule owns.
         """
         self._plan.advance_samples(self.param_groups, count("samples", samples, 0))
 
