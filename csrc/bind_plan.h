@@ -72,10 +72,14 @@ inline void bind_plan(py::module_& m) {
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))
       .def(
           "check_owned",
-          [](const Plan& plan, py::list param_groups, const std::vector<std::string>& but_for) {
-            with_python_errors([&] { plan.check_owned(param_groups.ptr(), but_for); });
+          [](const Plan& plan, py::list param_groups, Py_ssize_t index,
+             const std::vector<std::string>& but_for) {
+            if (index < 0 || index >= PyList_GET_SIZE(param_groups.ptr())) {
+              throw py::index_error("there is no such parameter group");
+            }
+            with_python_errors([&] { plan.check_owned(param_groups.ptr(), index, but_for); });
           },
-          py::arg("param_groups"), py::arg("but_for"))
+          py::arg("param_groups"), py::arg("index"), py::arg("but_for"))
       .def(
           "publish",
           [](const Plan& plan, py::list param_groups) {

@@ -209,15 +209,12 @@ double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
   return expected;
 }
 
-void Groups::check_owned(PyObject* groups, uint32_t but_for) const {
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
-    PyObject* const group = PyList_GET_ITEM(groups, i);
-    const Clock clock = read_clock(group);
-    for (int option = 0; option < rule_.scheduled; ++option) {
-      if ((but_for >> option & 1u) != 0) continue;
-      const Driven driven = driven_by(group, keys_[option], clock);
-      if (driven.owner != nullptr) read_scheduled(group, i, option, driven);
-    }
+void Groups::check_owned(PyObject* group, Py_ssize_t index, uint32_t but_for) const {
+  const Clock clock = read_clock(group);
+  for (int option = 0; option < rule_.scheduled; ++option) {
+    if ((but_for >> option & 1u) != 0) continue;
+    const Driven driven = driven_by(group, keys_[option], clock);
+    if (driven.owner != nullptr) read_scheduled(group, index, option, driven);
   }
 }
 

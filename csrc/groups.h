@@ -94,7 +94,7 @@ class Groups {
 
   // Throws std::runtime_error where something else wrote a value that a schedule owns, but for some
   // options: a bit for each.
-  void check_owned(PyObject* groups, uint32_t but_for) const;
+  void check_owned(PyObject* group, Py_ssize_t index, uint32_t but_for) const;
 
   // Warns, once each, that schedules of a group have ended before its clock. frames: from the
   // warning up to the user's call.

@@ -162,16 +162,6 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   if (settings.measures_norm) squared_norm_ = squares;
 }
 
-void Plan::check_owned(PyObject* param_groups, const std::vector<std::string>& but_for) const {
-  uint32_t options = 0;
-  for (int i = 0; i < rule().scheduled; ++i) {
-    const bool left_out =
-        std::find(but_for.begin(), but_for.end(), rule().option[i].name) != but_for.end();
-    options |= (left_out ? 1u : 0u) << i;
-  }
-  groups_.check_owned(param_groups, options);
-}
-
 // The host knows that an update is to be skipped.
 void Plan::skip(PyObject* param_groups, const Settings& settings) {
   if (settings.samples != 0) advance_samples(param_groups, settings.samples);
@@ -203,7 +193,9 @@ void Plan::move(const GroupMoves& moves, [[maybe_unused]] PyObject* param_groups
 }
 
 void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
-  groups_.check_owned(param_groups, 0);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    groups_.check_owned(PyList_GET_ITEM(param_groups, i), i, 0);
+  }
   const GroupMoves moves = groups_.moves_on(param_groups, 0, samples);
 #if defined(FASTLR_HAS_CUDA)
   if (!devices_.advance_samples(samples)) return;

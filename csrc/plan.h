@@ -43,9 +43,10 @@ class Plan {
   std::vector<std::string> live_slots(const std::vector<double>& values) const;
   double initial_state(const std::vector<double>& values) const;
 
-  // Throws std::runtime_error where something else wrote a value that a schedule owns, but for
-  // these options.
-  void check_owned(PyObject* param_groups, const std::vector<std::string>& but_for) const;
+  // Throws std::runtime_error where something else wrote a value that a schedule of the group at
+  // this index owns, but for these options.
+  void check_owned(PyObject* param_groups, Py_ssize_t index,
+                   const std::vector<std::string>& but_for) const;
 
   // Writes what schedules say at the groups' clocks.
   void publish(PyObject* param_groups) const { groups_.moves_on(param_groups, 0, 0).write(); }

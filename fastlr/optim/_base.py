@@ -188,7 +188,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         now = self.sync()
         taken = [name for name, value in given.items() if value is not None]
         for place in range(size):
-            self._plan.check_owned([self.param_groups[place]], taken if place in indices else [])
+            self._plan.check_owned(self.param_groups, place, taken if place in indices else [])
         origin = now if start == "now" else Clock(0, 0)
         changes: list[dict[str, Any]] = [{} for _ in range(size)]
         for place in indices:
@@ -258,7 +258,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = {"updates": updates, "samples": samples}
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
-        self._plan.check_owned(self.param_groups, [])
+        for place in range(len(self.param_groups)):
+            self._plan.check_owned(self.param_groups, place, [])
         for place, group in enumerate(self.param_groups):
             for option in self._options.scheduled:
                 name = option.name
