@@ -15,9 +15,12 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# What CUDA kernels are built for, where there is an nvcc: the GPU here, or one kind of the shipped ones.
+CUDAARCHS ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo native || echo 90)
+
 # fastlr with some of its extras, installed anew when a source has changed.
 $(VENV)/installed-%: $(BIN)/python $(SOURCES)
-	$(BIN)/pip install --quiet ".[$*]"
+	CUDAARCHS=$(CUDAARCHS) $(BIN)/pip install --quiet ".[$*]"
 	touch $@
 
 demo: $(VENV)/installed-demo
