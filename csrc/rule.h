@@ -60,6 +60,9 @@ struct AnyScalars {
   alignas(8) unsigned char bytes[208];
 };
 
+template <typename R>
+constexpr int kOptionCount = sizeof R::kOptions / sizeof R::kOptions[0];
+
 constexpr FASTLR_HD_MEMBER bool is_live(uint32_t live, int slot) {
   return (live >> slot & 1u) != 0;
 }

@@ -9,11 +9,11 @@ namespace {
 
 template <typename R>
 constexpr Rule rule_of(int index) {
-  constexpr int kOptions = sizeof R::kOptions / sizeof R::kOptions[0];
-  static_assert(kOptions <= kMaxOptions && R::kScheduled <= kMaxScheduled, "room for its options");
+  static_assert(kOptionCount<R> <= kMaxOptions && R::kScheduled <= kMaxScheduled,
+                "room for its options");
   static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
   static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
-  return {R::kName,      index,          R::kOptions,       kOptions,
+  return {R::kName,      index,          R::kOptions,       kOptionCount<R>,
           R::kScheduled, R::kSlots,      R::kSlotCount,     R::kCountsSteps,
           &R::conflict,  &R::live_slots, &R::initial_state, &form_scalars<R>};
 }
