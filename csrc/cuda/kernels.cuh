@@ -277,7 +277,7 @@ __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int
     evaluate_option<R>(clocks.groups[group], clocks.clocks[group], i % kOptionCount<R>, updates,
                        samples);
   }
-  __syncthreads();
+  __syncthreads();  // all options are there, and the ages that a step has counted up
   constexpr int32_t kHalf = kThreads / 2;
   for (int32_t i = threadIdx.x % kHalf; i < groups; i += kHalf) {
     GroupClock& clock = clocks.clocks[i];
@@ -328,7 +328,6 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
       if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);
     }
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
     state.ticket = 0;
     if (step.ends_step) {

@@ -61,7 +61,7 @@ ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks<R>(step.clocks, 1
 ALIGNED = "(!is_live(live, k) || aligned(slots.at[k] + head))"
 AGES = "for (int32_t i = threadIdx.x; i < step.count; i += kThreads)"
 LEADS = "      if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);\n"
-RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
+BARRIER = "  __syncthreads();  // all options"
 ADDRESS = ("address", "address")
 UNDEFINED = ("address", "undefined")
 STATE = ("plain", "comparison of state")
@@ -77,11 +77,8 @@ FAULTS = {
     "no barrier before the ticket": Fault(
         KERNELS, "*step.clocks.state;\n  __syncthreads();\n", "*step.clocks.state;\n", *RACE
     ),
-    "no barrier before the clocks move": Fault(
-        KERNELS, RESET, RESET.replace("  __syncthreads();\n", ""), *RACE
-    ),
     "divergent barrier": Fault(
-        KERNELS, RESET, RESET.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
+        KERNELS, BARRIER, BARRIER.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
     ),
     # The last block.
     "ticket not atomic": Fault(
@@ -97,9 +94,7 @@ FAULTS = {
         KERNELS, f"{TICKET}\n    __threadfence();", f"{TICKET}\n    __threadfence_block();", *RACE
     ),
     "no fence after the ticket": Fault(KERNELS, f"{TICKET}\n    __threadfence();", TICKET, *RACE),
-    "last block by index": Fault(
-        KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", "plain", "emulator"
-    ),
+    "last block by index": Fault(KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", *TENSORS),
     "ticket not reset": Fault(KERNELS, "    state.ticket = 0;\n", "", *STATE),
     # Elements.
     "tail too short": Fault(
@@ -291,13 +286,7 @@ FAULTS = {
         *STATE,
         "adam",
     ),
-    "no barrier between options and scalars": Fault(
-        KERNELS,
-        "updates,\n                       samples);\n  }\n  __syncthreads();\n",
-        "updates,\n                       samples);\n  }\n",
-        *RACE,
-        "adam",
-    ),
+    "no barrier between options and scalars": Fault(KERNELS, BARRIER, "  //", *RACE, "adam"),
     "no barrier before own scalars are formed": Fault(
         KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE, "adam"
     ),

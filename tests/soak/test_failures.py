@@ -49,7 +49,9 @@ def unhurt(subject: Subject, call: Any) -> None:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
 @pytest.mark.parametrize(
-    ("method", "calls"), [("new_state", 4), ("fill", 1), ("read_amp", 1), ("will_write", 1)], ids=lambda v: str(v)
+    ("method", "calls"),
+    [("new_state", 4), ("fill", 1), ("read_amp", 1), ("will_write", 1)],
+    ids=lambda v: str(v),
 )
 def test_what_the_runtime_raises_leaves_everything_as_it_was(
     method: str, calls: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
