@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>
@@ -65,14 +66,33 @@ bool Plan::all_on_host() const {
   return std::all_of(sources.begin(), sources.end(), is_on_host);
 }
 
-Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) const {
-  HostPart part;
-  const std::vector<TensorRef>& all = gathering_.tensors();
-  const bool alone = all_on_host();
-  for (size_t i = 0; i < all.size() && !alone; ++i) {
-    if (is_on_host(gathering_.sources()[i])) part.among_others.push_back(all[i]);
+// Whether a device has all tensors of the step, and no host is needed to clip their norm.
+bool Plan::on_one_device() const {
+#if defined(FASTLR_HAS_CUDA)
+  const std::vector<Gathering::Source>& sources = gathering_.sources();
+  if (sources.empty()) return devices_.any();
+  return !is_on_host(sources.front()) &&
+         std::all_of(sources.begin(), sources.end(), [&](const Gathering::Source& source) {
+           return source.place == sources.front().place;
+         });
+#else
+  return false;
+#endif
+}
+
+std::vector<TensorRef> Plan::tensors_on_host() const {
+  std::vector<TensorRef> tensors;
+  for (size_t i = 0; i < gathering_.tensors().size(); ++i) {
+    if (is_on_host(gathering_.sources()[i])) tensors.push_back(gathering_.tensors()[i]);
   }
-  const std::vector<TensorRef>& tensors = alone ? all : part.among_others;
+  return tensors;
+}
+
+Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
+  HostPart part;
+  const bool alone = all_on_host();
+  if (!alone) part.among_others = tensors_on_host();
+  const std::vector<TensorRef>& tensors = alone ? gathering_.tensors() : part.among_others;
   const DefaultFloatEnvironment environment;
   // Most tensors are of the group and the age of the one before them.
   using GroupAge = std::pair<int32_t, int64_t>;
@@ -88,7 +108,7 @@ Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) co
       index = found->second;
       if (is_new) {
         rule().scalars(gathering_.groups()[static_cast<size_t>(tensor.group)].options, tensor.age,
-                       inverse_scale, part.scalars.emplace_back());
+                       factor, part.scalars.emplace_back());
       }
     }
     part.scalars_of.push_back(index);
@@ -97,8 +117,8 @@ Plan::HostPart Plan::prepare_on_host(float inverse_scale, bool measures_norm) co
   return part;
 }
 
-// Returns the squared norm of the gradients, or 0.
-double Plan::step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const {
+// Returns the sum of the squares of the gradients, or 0.
+double Plan::step_on_host(HostPart& part, int threads, bool in_order) const {
   const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
   const HostStep step{rule(), tensors, gathering_.layouts(), part.scalars, part.scalars_of};
   const WithoutGil other_threads_run;
@@ -111,6 +131,18 @@ double Plan::step_on_host(HostPart& part, float inverse_scale, int threads, bool
   for (const TensorRef& tensor : tensors) {
     if (tensor.step != nullptr) *tensor.step = static_cast<float>(tensor.age + 1);
   }
+  return squares;
+}
+
+// The squared norm of all gradients, wherever they are; waits for devices.
+double Plan::measure_norm(const Settings& settings, float inverse_scale) {
+  double squares = 0.0;
+#if defined(FASTLR_HAS_CUDA)
+  squares += devices_.measure(gathering_);
+#endif
+  const std::vector<TensorRef> tensors = tensors_on_host();
+  const WithoutGil other_threads_run;
+  squares += squared_norm_cpu(tensors, gathering_.layouts(), settings.threads);
   return unscaled_squares(squares, inverse_scale);
 }
 
@@ -118,26 +150,42 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   gathering_.read(param_groups, state);
 #if defined(FASTLR_HAS_CUDA)
   if (host_must_catch_up()) {
-    devices_.sync(param_groups, groups_);
+    devices_.sync(param_groups, groups_, settings.raises);
     gathering_.read(param_groups, state);
   }
 #endif
 
   const bool with_host = uses_host();
+  const bool clips_here = settings.clips() && !on_one_device();
   const bool has_amp = settings.found_inf != Py_None || settings.grad_scale != Py_None;
+  raises_ = settings.raises;
   float inverse_scale = 1.0f;
-  if (with_host && has_amp) {
+  if ((with_host || clips_here) && has_amp) {
     const Owned answer = checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO",
                                                      settings.found_inf, settings.grad_scale));
-    if (answer.get() == Py_None) return skip(param_groups, settings);
+    if (answer.get() == Py_None) {
+      return skip(param_groups, settings, std::numeric_limits<double>::quiet_NaN());
+    }
     inverse_scale = static_cast<float>(PyFloat_AsDouble(answer.get()));
     if (PyErr_Occurred()) throw PythonError();
   }
 
   gathering_.add_state();
   const bool in_order = gathering_.in_order();
+  std::optional<double> squares;  // of all gradients, where the host knows them before the update
+  double factor = inverse_scale;
+  if (clips_here) {
+    squares = measure_norm(settings, inverse_scale);
+    factor = clipping_factor(*squares, settings.max_norm, inverse_scale);
+    if (std::isnan(factor)) {
+      if (!settings.raises) return skip(param_groups, settings, squares);
+      throw std::runtime_error("the gradients' norm is " + std::to_string(std::sqrt(*squares)) +
+                               ", so that it cannot be clipped; nothing was updated.");
+    }
+  }
+  const bool measures_norm = settings.measures_norm && !clips_here;  // in the pass of the update
   HostPart host;
-  if (with_host) host = prepare_on_host(inverse_scale, settings.measures_norm);
+  if (with_host) host = prepare_on_host(factor, measures_norm);
   const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
   gathering_.reserve_state(state);
   // Their version counters, so that a backward pass through an overwritten parameter raises.
@@ -146,37 +194,41 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 
   bool captured = false;
 #if defined(FASTLR_HAS_CUDA)
+  norm_on_devices_ = false;
   if (!all_on_host() || devices_.any()) {
-    captured = devices_.step(gathering_, settings.found_inf, settings.grad_scale, with_host,
-                             in_order, settings.measures_norm, settings.samples);
-    devices_stepped_ = true;
+    const double max_norm =
+        clips_here ? std::numeric_limits<double>::infinity() : settings.max_norm;
+    captured = devices_.step(
+        gathering_, settings.found_inf, settings.grad_scale, with_host, in_order, measures_norm,
+        max_norm, clips_here ? std::optional<double>(factor) : std::nullopt, settings.samples);
+    norm_on_devices_ = !clips_here;
   }
 #endif
   gathering_.store_state();
   if (!captured) move(moves, param_groups);
   skipped_ = false;
   squared_norm_.reset();
-  if (settings.measures_norm) squared_norm_ = 0.0;
+  if (settings.measures_norm || settings.clips()) squared_norm_ = squares.value_or(0.0);
   if (!with_host) return;
-  const double squares = step_on_host(host, inverse_scale, settings.threads, in_order);
-  if (settings.measures_norm) squared_norm_ = squares;
+  const double read = step_on_host(host, settings.threads, in_order);
+  if (measures_norm) squared_norm_ = unscaled_squares(read, inverse_scale);
 }
 
-// The host knows that an update is to be skipped.
-void Plan::skip(PyObject* param_groups, const Settings& settings) {
+// The host knows that an update is to be skipped. squares: of its gradients.
+void Plan::skip(PyObject* param_groups, const Settings& settings, std::optional<double> squares) {
   if (settings.samples != 0) advance_samples(param_groups, settings.samples);
 #if defined(FASTLR_HAS_CUDA)
-  devices_stepped_ = false;
+  norm_on_devices_ = false;
 #endif
   skipped_ = true;
   squared_norm_.reset();
-  if (settings.measures_norm) squared_norm_ = std::numeric_limits<double>::quiet_NaN();
+  if (settings.measures_norm || settings.clips()) squared_norm_ = squares;
 }
 
 PyObject* Plan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_stepped_ && devices_.any()) {
+  if (norm_on_devices_ && devices_.any()) {
     sum = devices_.squared_norm();
     if (sum) *sum += squared_norm_.value_or(0.0);
   }
@@ -246,7 +298,7 @@ void Plan::push(PyObject* param_groups) {
 
 void Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_);
+  if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_, raises_);
 #endif
 }
 

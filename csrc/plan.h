@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -57,7 +58,11 @@ class Plan {
     PyObject* grad_scale;
     int threads;         // of the host, the most to use
     bool measures_norm;  // so that squared_norm() tells the gradients'
-    int64_t samples;     // by which the samples clock moves, also where the update is skipped
+    double max_norm;  // what it is clipped to before the update, or infinity; it is measured then
+    bool raises;      // where that norm is inf or NaN; else the update is skipped
+    int64_t samples;  // by which the samples clock moves, also where the update is skipped
+
+    bool clips() const { return std::isfinite(max_norm); }
   };
 
   // One update of all parameters that have a gradient; see NOTE: [all or nothing]. param_groups,
@@ -69,8 +74,8 @@ class Plan {
   void set_skipped(bool skipped) { skipped_ = skipped; }
 
   // The sum of the squares of all elements of the last step's gradients, without GradScaler's
-  // scale; NaN where the update was skipped. Waits for the devices. A float, or None where the last
-  // step, or the graph that was replayed last, did not measure it.
+  // scale; NaN where GradScaler had the update skipped. Waits for the devices. A float, or None
+  // where the last step, or the graph that was replayed last, did not measure it.
   PyObject* squared_norm();
 
   // Moves the samples clock of host and devices.
@@ -99,25 +104,29 @@ class Plan {
   };
 
   void run(PyObject* param_groups, PyObject* state, const Settings& settings);
-  void skip(PyObject* param_groups, const Settings& settings);
+  void skip(PyObject* param_groups, const Settings& settings, std::optional<double> squares);
   void move(const GroupMoves& moves, PyObject* param_groups);
   bool uses_host() const;
+  bool on_one_device() const;
   bool all_on_host() const;
-  HostPart prepare_on_host(float inverse_scale, bool measures_norm) const;
-  double step_on_host(HostPart& part, float inverse_scale, int threads, bool in_order) const;
+  std::vector<TensorRef> tensors_on_host() const;
+  double measure_norm(const Settings& settings, float inverse_scale);
+  HostPart prepare_on_host(double factor, bool measures_norm) const;
+  double step_on_host(HostPart& part, int threads, bool in_order) const;
 
   Owned runtime_;
   Groups groups_;
   Gathering gathering_;
   bool stepping_ = false;
   bool skipped_ = false;
+  bool raises_ = false;                 // see Settings, of the last step
   std::optional<double> squared_norm_;  // the host's share, of the last step that Python made
 
 #if defined(FASTLR_HAS_CUDA)
   bool host_must_catch_up() const;
 
   Devices devices_;
-  bool devices_stepped_ = false;  // not where the host alone knew that a step was to be skipped
+  bool norm_on_devices_ = false;  // theirs is to be added
 #endif
 };
 

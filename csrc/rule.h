@@ -91,8 +91,8 @@ struct Rule {
   uint32_t (*live_slots)(const Options& options, uint32_t driven);
   // What every element of new state is.
   double (*initial_state)(const Options& options);
-  // For the next update of a parameter of this age. inverse_scale: see Around in step.h.
-  void (*scalars)(const Options& options, int64_t age, float inverse_scale, AnyScalars& out);
+  // For the next update of a parameter of this age. factor: of gradients, see Around in step.h.
+  void (*scalars)(const Options& options, int64_t age, double factor, AnyScalars& out);
 };
 
 // What a rule has that says nothing else.
@@ -107,7 +107,5 @@ struct RuleDefaults {
 
 // The rule of this name, or nullptr.
 const Rule* find_rule(const std::string& name);
-// One of them, for what all kernels do alike.
-const Rule& any_rule();
 
 }  // namespace fastlr

@@ -55,6 +55,4 @@ const Rule* find_rule(const std::string& name) {
   return nullptr;
 }
 
-const Rule& any_rule() { return kRules[0]; }
-
 }  // namespace fastlr

@@ -1,6 +1,7 @@
 // The sum of the squares of gradients, in double.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include "numeric.h"
@@ -35,6 +36,14 @@ FASTLR_HD double sum_of_lanes(double* lanes, int64_t values) {
     for (int k = 0; k < apart; ++k) lanes[k] += lanes[k + apart];
   }
   return lanes[0];
+}
+
+// What gradients are multiplied with so that their norm is max_norm at most, as torch's
+// clip_grad_norm_ has it, and GradScaler's scale is taken out; NaN where the norm is not finite.
+FASTLR_HD double clipping_factor(double squared_norm, double max_norm, float inverse_scale) {
+  if (!(squared_norm <= 1.7976931348623157e308)) return NAN;
+  const double clip = max_norm / (sqrt(squared_norm) + 1e-6);
+  return inverse_scale * (clip < 1.0 ? clip : 1.0);
 }
 
 // A sum of squares without the scale that GradScaler has multiplied gradients with.

@@ -18,8 +18,8 @@ namespace fastlr {
 // it turns an infinite parameter into a NaN.
 template <typename T>
 struct Around {
-  T of_gradient;   // 1 / GradScaler's scale, rounded to float32 as torch's unscale_ does; negative
-                   // with maximize
+  T of_gradient;  // 1 / GradScaler's scale, rounded to float32 as torch's unscale_ does, times what
+                  // clips the norm; negative with maximize
   T of_parameter;  // 1, less lr * weight_decay where that is decoupled
   T weight_decay;  // where it is coupled: added to the gradient, times the parameter
   bool coupled;
@@ -36,11 +36,11 @@ struct Scalars {
 };
 
 template <typename R, typename T>
-FASTLR_HD Scalars<R, T> scalars(const Options& options, int64_t age, float inverse_scale) {
+FASTLR_HD Scalars<R, T> scalars(const Options& options, int64_t age, double factor) {
   const double decay = options[R::kWeightDecay];
   const bool decouples = R::decouples(options);
   Scalars<R, T> s;
-  s.around.of_gradient = static_cast<T>(inverse_scale);
+  s.around.of_gradient = static_cast<T>(factor);
   if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;
   s.around.of_parameter = decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);
   s.around.coupled = decay != 0.0 && !decouples;
@@ -63,12 +63,11 @@ struct GroupScalars {
 };
 
 template <typename R>
-FASTLR_HD void form_scalars(const Options& options, int64_t age, float inverse_scale,
-                            AnyScalars& out) {
+FASTLR_HD void form_scalars(const Options& options, int64_t age, double factor, AnyScalars& out) {
   static_assert(sizeof(GroupScalars<R>) <= sizeof out.bytes, "room for the rule's scalars");
   static_assert(std::is_trivially_copyable<GroupScalars<R>>::value, "copied as bytes");
-  new (out.bytes) GroupScalars<R>{scalars<R, float>(options, age, inverse_scale),
-                                  scalars<R, double>(options, age, inverse_scale)};
+  new (out.bytes) GroupScalars<R>{scalars<R, float>(options, age, factor),
+                                  scalars<R, double>(options, age, factor)};
 }
 
 template <typename R>

@@ -67,6 +67,8 @@ class Plan:
         grad_scale: torch.Tensor | None,
         threads: int,
         measures_norm: bool,
+        max_norm: float,
+        raises: bool,
         samples: int,
     ) -> None: ...
     def squared_norm(self) -> float | None: ...

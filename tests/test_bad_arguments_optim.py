@@ -86,14 +86,14 @@ class Kind(NamedTuple):
 
     Attributes:
         kinds: of what its groups take.
-        torch_options: which of OPTIONS it takes.
+        step_options: which of OPTIONS it takes.
         needed: arguments without which there is none.
         driven: what a schedule can drive, besides the kinds of the same names.
     """
 
     fused: type[fastlr.FusedOptimizer]
     kinds: dict[str, str]
-    torch_options: tuple[str, ...] = tuple(OPTIONS)
+    step_options: tuple[str, ...] = tuple(OPTIONS)
     needed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}
 
     def build(self, given: dict[str, Any], *groups: dict[str, Any]) -> fastlr.FusedOptimizer:
@@ -149,7 +149,7 @@ Table = dict[str, tuple[Callable[..., object], dict[str, str]]]
 
 
 def calls_of(name: str, kind: Kind) -> Table:
-    options = {option: OPTIONS[option] for option in kind.torch_options}
+    options = {option: OPTIONS[option] for option in kind.step_options}
     return {
         name: (lambda _, **a: kind.build(a), {**kind.kinds, **options}),
         f"{name}.add_param_group": (
@@ -263,7 +263,7 @@ ACCEPTED: dict[str, list[Any]] = {
 
 @every_kind
 def test_accepted(kind: Kind) -> None:
-    options = {option: OPTIONS[option] for option in kind.torch_options}
+    options = {option: OPTIONS[option] for option in kind.step_options}
     for name, found in {**kind.kinds, **options}.items():
         for value in ACCEPTED.get(found.removeprefix("new "), []):
             given = {"momentum": 0.9} if name == "nesterov" else {}

@@ -83,7 +83,7 @@ def test_help_and_completion_see_the_class() -> None:
     assert inspect.getmodule(optimizer) is sys.modules["fastlr.optim.cyclic"]
     assert inspect.getsource(optimizer).startswith("class FusedCyclicSGD(")
     assert "step_size_up" in inspect.signature(optimizer).parameters
-    assert {"lr", "momentum", "torch_options"} <= typing.get_type_hints(fastlr.FusedSGD.__init__).keys()
+    assert {"lr", "momentum", "step_options"} <= typing.get_type_hints(fastlr.FusedSGD.__init__).keys()
     assert {"step", "set_schedule", "from_range_test"} <= set(dir(optimizer))
     assert "FusedCyclicSGD" in dir(fastlr)
     assert "step_size_up" in pydoc.render_doc("fastlr.FusedCyclicSGD")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import typing_extensions
 from helpers import parameters, train
 from rule_table import RULES, Rule, assert_same_run, with_rules
 
 import fastlr
-from fastlr.optim._groups import TorchOptions
+from fastlr.optim._groups import OF_ALL_GROUPS, TorchOptions
 
 # How torch makes a step, which here is always the same; what of it asks for nothing else is taken.
 TAKEN: dict[str, tuple[bool | None, ...]] = {
@@ -35,6 +36,13 @@ def arguments(kind: type) -> dict[str, inspect.Parameter]:
     return found
 
 
+def takes_torch_options(rule: Rule) -> bool:
+    """All of them, where none stands among the arguments by position as in torch's."""
+    return (
+        typing.get_type_hints(rule.fused.__init__)["step_options"] == typing_extensions.Unpack[TorchOptions]
+    )
+
+
 def of_torch(rule: Rule) -> dict[str, inspect.Parameter]:
     if tuple(map(int, torch.__version__.split(".")[:2])) != WRITTEN_FOR:
         pytest.skip(f"compares with the signatures of PyTorch {WRITTEN_FOR[0]}.{WRITTEN_FOR[1]}")
@@ -48,7 +56,7 @@ def test_names_order_and_defaults_are_torchs(rule: Rule) -> None:
         [name for name, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD] for found in (theirs, ours)
     ]
     assert positional[0] == positional[1]
-    passed_on = set(TAKEN) if "torch_options" in ours else set()
+    passed_on = set(TAKEN) if takes_torch_options(rule) else set()
     assert set(theirs) <= set(ours) | passed_on
     for name, theirs_one in theirs.items():
         if name not in TAKEN:
@@ -57,18 +65,18 @@ def test_names_order_and_defaults_are_torchs(rule: Rule) -> None:
         elif name in ours:
             assert ours[name].default is None, name
     # And nothing of ours where a positional argument of torch's may come to stand.
-    own = set(ours) - set(theirs) - {"torch_options"}
+    own = set(ours) - set(theirs) - {"step_options"}
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     assert own <= {"state_dtype", "momentum_dtype"}
 
 
 def test_the_options_of_a_step_are_all_there() -> None:
-    assert set(typing.get_type_hints(TorchOptions)) == set(TAKEN)
+    assert set(typing.get_type_hints(TorchOptions)) == {*TAKEN, *OF_ALL_GROUPS}
 
 
 def options_of(rule: Rule) -> list[str]:
     ours = arguments(rule.fused)
-    return [name for name in TAKEN if name in ours or "torch_options" in ours]
+    return [name for name in TAKEN if name in ours or takes_torch_options(rule)]
 
 
 @with_rules

@@ -16,9 +16,9 @@ double DeviceNorm::measure(const std::vector<TensorRef>& tensors,
         "the capture.");
   }
   if (!state_) {
-    cuda::preload(scope.device(), rule_);
+    cuda::preload_norm(scope.device());
     Table memory(scope, sizeof(DeviceState));
-    const DeviceState state{};  // of no groups: there is no clock to move
+    const DeviceState state{};
     memory.write(scope, 0, &state, sizeof state);
     state_ = std::move(memory);
   }
@@ -30,7 +30,7 @@ double DeviceNorm::measure(const std::vector<TensorRef>& tensors,
   const WithoutGil waiting_for_the_device;
   for (cuda::Launch& launch : launches) {
     launch.head.clocks = {reinterpret_cast<DeviceState*>(state_.data()), nullptr, nullptr, nullptr};
-    cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
+    cuda::launch_norm(scope.device(), scope.stream(), launch);
   }
   cuda::download(scope.device(), scope.stream(), &state, state_.data(), sizeof state);
   return state.squared_norm;

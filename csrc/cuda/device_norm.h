@@ -21,8 +21,7 @@ class DeviceNorm {
  private:
   PyObject* runtime_;
   int device_;
-  const Rule& rule_ = any_rule();  // without parameters its kernels update nothing
-  Table state_;                    // DeviceState
+  Table state_;  // DeviceState
   TensorTable tensors_;
 };
 

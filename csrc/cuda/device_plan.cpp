@@ -1,6 +1,7 @@
 #include "device_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <iterator>
@@ -214,23 +215,46 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 
 void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                          const std::vector<StridedLayout>& layouts, bool in_order,
-                         bool measures_norm) {
-  measures_norm_ = measures_norm;
-  launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm);
+                         bool measures_norm, double max_norm) {
+  max_norm_ = max_norm;
+  const bool clips = std::isfinite(max_norm);
+  measures_norm_ = measures_norm || clips;
+  if (clips) cuda::preload_norm(scope.device());
+  launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm_);
+}
+
+void DevicePlan::launch_norm(const DeviceScope& scope, const float* found_inf,
+                             const float* grad_scale) {
+  for (cuda::Launch& launch : launches_) {
+    launch.head.clocks = clocks(found_inf);
+    launch.head.grad_scale = grad_scale;
+    launch.head.max_norm = max_norm_;
+    cuda::launch_norm(scope.device(), scope.stream(), launch);
+  }
 }
 
 void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
-                        int64_t samples, GraphObjects graph) {
+                        std::optional<double> factor, int64_t samples, GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
     for (Seen& seen : seen_) seen.slots_not_in_graph |= ~seen.live_slots;
     tensors_.captured_in(graph);
   }
   use_clocks(scope, std::move(graph));
+  const bool measures = std::isfinite(max_norm_);
+  if (factor) {
+    DeviceState state{};
+    state.set_factor(*factor);
+    constexpr size_t kBegin = offsetof(DeviceState, factor_in_float);
+    state_.write_at_once(scope, kBegin, &state.factor_in_float, sizeof state - kBegin);
+  }
   const WithoutGil waiting_for_room_in_the_stream;  // and no Python code from here on
+  if (measures) launch_norm(scope, found_inf, grad_scale);
   for (cuda::Launch& launch : launches_) {
     launch.head.clocks = clocks(found_inf);
     launch.head.grad_scale = grad_scale;
+    launch.head.clips = measures || factor;
+    if (measures) launch.head.squares = nullptr;
     cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
   }
   if (launches_.empty()) launch_clock(scope, 1, 0, found_inf);
@@ -262,8 +286,7 @@ void DevicePlan::agree(size_t group, const Clock& clock) {
   if (group < seen_.size()) seen_[group].clock = clock;
 }
 
-DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invalid_scale,
-                                     bool others_run) {
+DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset, bool others_run) {
   Reading reading;
   reading.clocks.resize(seen_.size());
   const size_t clock_bytes = reading.clocks.size() * sizeof(GroupClock);
@@ -271,9 +294,12 @@ DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset_invali
   download(scope, image.data(), state_.data(), image.size(), others_run);
   std::memcpy(&reading.state, image.data(), sizeof(DeviceState));
   std::memcpy(reading.clocks.data(), image.data() + sizeof(DeviceState), clock_bytes);
-  if (reset_invalid_scale && reading.state.invalid_scale != 0) {
-    const int32_t none = 0;
+  const int32_t none = 0;
+  if (reset && reading.state.invalid_scale != 0) {
     state_.write(scope, offsetof(DeviceState, invalid_scale), &none, sizeof none);
+  }
+  if (reset && reading.state.nonfinite != 0) {
+    state_.write(scope, offsetof(DeviceState, nonfinite), &none, sizeof none);
   }
   return reading;
 }

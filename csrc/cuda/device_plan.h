@@ -4,6 +4,8 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "../groups.h"
@@ -26,16 +28,18 @@ class DevicePlan {
                   bool force = false);
 
   // Plans the launches of a step and brings the table of tensors up to date. in_order: tensors
-  // share memory, so each has a launch of its own. measures_norm: of the gradients.
+  // share memory, so each has a launch of its own. measures_norm: of the gradients. max_norm: what
+  // these launches clip it to, or infinity.
   void prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
-               const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm);
+               const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm,
+               double max_norm);
 
-  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. samples: by
-  // which the clock of samples moves, also where the update is skipped. graph: what else these
-  // launches refer to, for the graph that captures them. Where Python code raises an error, nothing
-  // was launched.
+  // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. factor:
+  // what clips the norm of more gradients than this device's. samples: by which the clock of
+  // samples moves, also where the update is skipped. graph: what else these launches refer to, for
+  // the graph that captures them. Where Python code raises an error, nothing was launched.
   void launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
-              int64_t samples, GraphObjects graph);
+              std::optional<double> factor, int64_t samples, GraphObjects graph);
 
   // Moves the clock of samples.
   void advance_samples(const DeviceScope& scope, int64_t samples);
@@ -43,13 +47,12 @@ class DevicePlan {
   // The host's clocks have moved along with the device's.
   void agree(size_t group, const Clock& clock);
 
-  // Waits for the device. reset_invalid_scale: so that it is reported once. others_run: other
-  // threads meanwhile.
+  // Waits for the device. reset: what is to be reported once. others_run: other threads meanwhile.
   struct Reading {
     DeviceState state;
     std::vector<GroupClock> clocks;
   };
-  Reading read(const DeviceScope& scope, bool reset_invalid_scale, bool others_run);
+  Reading read(const DeviceScope& scope, bool reset, bool others_run);
 
   bool captured() const { return captured_; }
   // Whether its clocks are set: not where the first step failed before.
@@ -86,6 +89,7 @@ class DevicePlan {
   static Clocks clocks(const Table& table, size_t capacity, const float* found_inf);
   Clocks clocks(const float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
+  void launch_norm(const DeviceScope& scope, const float* found_inf, const float* grad_scale);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
                     const float* found_inf);
 
@@ -100,6 +104,7 @@ class DevicePlan {
   TensorTable tensors_;
   std::vector<cuda::Launch> launches_;
   bool measures_norm_ = false;
+  double max_norm_ = std::numeric_limits<double>::infinity();
 };
 
 }  // namespace fastlr

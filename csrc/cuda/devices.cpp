@@ -1,8 +1,10 @@
 #include "devices.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -37,6 +39,14 @@ class Scalar {
   const float* data_ = nullptr;
 };
 
+std::vector<TensorRef> tensors_on(int device, const Gathering& gathering) {
+  std::vector<TensorRef> tensors;
+  for (size_t i = 0; i < gathering.sources().size(); ++i) {
+    if (gathering.sources()[i].place == device) tensors.push_back(gathering.tensors()[i]);
+  }
+  return tensors;
+}
+
 }  // namespace
 
 bool Devices::any() const {
@@ -68,7 +78,8 @@ void Devices::on_each_device(Visit visit) {
 }
 
 bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale,
-                   bool with_host, bool in_order, bool measures_norm, int64_t samples) {
+                   bool with_host, bool in_order, bool measures_norm, double max_norm,
+                   std::optional<double> factor, int64_t samples) {
   ++moves_;
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
@@ -83,11 +94,8 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
     if (!scope || plans_.size() > 1) scope.emplace(runtime_, device);
     capturing += scope->capturing();
     device_plan.set_groups(*scope, gathering.groups());
-    std::vector<TensorRef> tensors;
-    for (size_t i = 0; i < sources.size(); ++i) {
-      if (sources[i].place == device) tensors.push_back(gathering.tensors()[i]);
-    }
-    device_plan.prepare(*scope, tensors, gathering.layouts(), in_order, measures_norm);
+    device_plan.prepare(*scope, tensors_on(device, gathering), gathering.layouts(), in_order,
+                        measures_norm, max_norm);
   }
   if (capturing != 0 && (with_host || capturing != plans_.size())) {
     throw std::runtime_error(
@@ -110,10 +118,24 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
         graph.add(Owned::borrow(source.step));
       }
     }
-    device_plan.launch(*scope, inf.data(), scale.data(), samples, std::move(graph));
+    device_plan.launch(*scope, inf.data(), scale.data(), factor, samples, std::move(graph));
   }
-  if ((found_inf != Py_None || grad_scale != Py_None) && !with_host) host_is_exact_ = false;
+  const bool may_skip = found_inf != Py_None || grad_scale != Py_None || std::isfinite(max_norm);
+  if (may_skip && !with_host) host_is_exact_ = false;
   return capturing != 0;
+}
+
+double Devices::measure(const Gathering& gathering) {
+  std::set<int> devices;
+  for (const Gathering::Source& source : gathering.sources()) {
+    if (source.place != kHost) devices.insert(source.place);
+  }
+  double sum = 0.0;
+  for (const int device : devices) {
+    DeviceNorm& norm = norms_.try_emplace(device, runtime_, device).first->second;
+    sum += norm.measure(tensors_on(device, gathering), gathering.layouts());
+  }
+  return sum;
 }
 
 bool Devices::advance_samples(int64_t samples) {
@@ -160,8 +182,7 @@ void Devices::push(const std::vector<GroupReading>& groups) {
 }
 
 // Waits for every device. what: is asked of them, for messages.
-std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_invalid_scale,
-                                               bool others_run) {
+std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset, bool others_run) {
   std::vector<DevicePlan::Reading> readings;
   on_each_device([&](const DeviceScope& scope, int device, DevicePlan& device_plan) {
     if (scope.capturing()) {
@@ -170,7 +191,7 @@ std::vector<DevicePlan::Reading> Devices::read(const char* what, bool reset_inva
           device_name({device < 0 ? dlpack::kCpu : dlpack::kCuda, device}) +
           " waits for the device, which a CUDA graph cannot capture; do it outside the capture.");
     }
-    readings.push_back(device_plan.read(scope, reset_invalid_scale, others_run));
+    readings.push_back(device_plan.read(scope, reset, others_run));
   });
   return readings;
 }
@@ -184,7 +205,7 @@ std::optional<double> Devices::squared_norm() {
   return sum;
 }
 
-bool Devices::sync(PyObject* param_groups, const Groups& groups) {
+bool Devices::sync(PyObject* param_groups, const Groups& groups, bool raises) {
   // What other threads have moved while this one waited would be moved back. After a few tries they
   // wait as well.
   constexpr int kTries = 3;
@@ -197,8 +218,10 @@ bool Devices::sync(PyObject* param_groups, const Groups& groups) {
   } while (moves_ != before);
   const std::vector<GroupClock>& clocks = readings.front().clocks;
   bool invalid_scale = false;
+  bool nonfinite = false;
   for (const DevicePlan::Reading& reading : readings) {
     invalid_scale = invalid_scale || reading.state.invalid_scale != 0;
+    nonfinite = nonfinite || reading.state.nonfinite != 0;
     for (size_t i = 0; i < clocks.size(); ++i) {
       if (reading.clocks[i].updates == clocks[i].updates &&
           reading.clocks[i].samples == clocks[i].samples) {
@@ -226,6 +249,11 @@ bool Devices::sync(PyObject* param_groups, const Groups& groups) {
     throw std::invalid_argument(
         "grad_scale must be finite and > 0, and its inverse a float32; updates since the last "
         "sync() in which it was not were skipped.");
+  }
+  if (nonfinite && raises) {
+    throw std::runtime_error(
+        "the gradients' norm was inf or NaN; updates since the last sync() in which it was were "
+        "skipped.");
   }
   return readings.front().state.last_skipped != 0;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../gather.h"
+#include "device_norm.h"
 #include "device_plan.h"
 
 namespace fastlr {
@@ -28,10 +29,16 @@ class Devices {
   // One step on every device that there is, or that gathered tensors are on; prepared everywhere
   // before it is launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host
   // takes part in the step and has read found_inf. in_order: tensors share memory. measures_norm:
-  // so that squared_norm() tells the gradients'. samples: by which the clock of samples moves, also
-  // where the update is skipped. Returns whether the step was captured instead of run.
+  // so that squared_norm() tells the gradients'. max_norm: what it is clipped to, or infinity.
+  // factor: what clips it, where gradients are elsewhere too. samples: by which the clock of
+  // samples moves, also where the update is skipped. Returns whether the step was captured instead
+  // of run.
   bool step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale, bool with_host,
-            bool in_order, bool measures_norm, int64_t samples);
+            bool in_order, bool measures_norm, double max_norm, std::optional<double> factor,
+            int64_t samples);
+
+  // The sum of the squares of the gathered gradients on all devices. Waits for these.
+  double measure(const Gathering& gathering);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);
@@ -47,7 +54,8 @@ class Devices {
   void push(const std::vector<GroupReading>& groups);
 
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
-  bool sync(PyObject* param_groups, const Groups& groups);
+  // raises: for updates that were skipped as the norm that was to be clipped was not finite.
+  bool sync(PyObject* param_groups, const Groups& groups, bool raises);
   // The sum of the squares of the last step's gradients, NaN where it was skipped; nothing where it
   // did not measure them.
   std::optional<double> squared_norm();
@@ -57,12 +65,12 @@ class Devices {
   void check(const std::vector<GroupReading>& groups);
   template <typename Visit>
   void on_each_device(Visit visit);
-  std::vector<DevicePlan::Reading> read(const char* what, bool reset_invalid_scale,
-                                        bool others_run);
+  std::vector<DevicePlan::Reading> read(const char* what, bool reset, bool others_run);
 
   PyObject* runtime_;
   const Rule& rule_;
   std::map<int, DevicePlan> plans_;
+  std::map<int, DeviceNorm> norms_;
   bool host_is_exact_ = true;
   uint64_t moves_ = 0;  // counts what has moved, or is about to move, a clock
 };

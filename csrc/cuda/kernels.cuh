@@ -296,10 +296,10 @@ __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int
 // NOTE: [the last block]
 // Blocks finish in any order. Each draws a ticket when all its reads and writes are done; the one
 // that draws the last knows that nobody reads the clocks any more, and moves them.
-template <typename R>
-__device__ inline void finish(const StepHead& step, const Amp& amp) {
+//
+// Whether this block is that one; by all its threads.
+__device__ inline bool is_last_block(DeviceState& state) {
   FASTLR_SHARED(bool, is_last);
-  DeviceState& state = *step.clocks.state;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -307,16 +307,26 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
     __threadfence();
   }
   __syncthreads();
-  if (!is_last) return;
-  double squared_norm = NAN;
-  if (step.ends_step && step.squares != nullptr && amp.applied) {
-    double lane = 0.0;
-    // Past the first-level cache, which does not see what other multiprocessors write.
-    for (int64_t i = threadIdx.x; i < step.step_chunks; i += kThreads) {
-      lane += __ldcg(step.squares + i);
-    }
-    squared_norm = unscaled_squares(sum_over_block(lane), amp.inverse_scale);
+  return is_last;
+}
+
+// The squared norm of all gradients, whose chunks' sums are there; in the first thread.
+__device__ inline double total_squares(const StepHead& step, const Amp& amp) {
+  double lane = 0.0;
+  // Past the first-level cache, which does not see what other multiprocessors write.
+  for (int64_t i = threadIdx.x; i < step.step_chunks; i += kThreads) {
+    lane += __ldcg(step.squares + i);
   }
+  return unscaled_squares(sum_over_block(lane), amp.inverse_scale);
+}
+
+template <typename R>
+__device__ inline void finish(const StepHead& step, const Amp& amp) {
+  DeviceState& state = *step.clocks.state;
+  if (!is_last_block(state)) return;
+  const bool measures_norm = step.squares != nullptr;
+  double squared_norm = NAN;
+  if (step.ends_step && measures_norm && amp.applied) squared_norm = total_squares(step, amp);
   if (amp.applied) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
       const DeviceTensor& tensor = step.tensors[i];
@@ -332,8 +342,10 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
     state.ticket = 0;
     if (step.ends_step) {
       state.last_skipped = !amp.applied;
-      state.norm_measured = step.squares != nullptr;
-      state.squared_norm = squared_norm;
+      if (!step.clips) {  // else the norm is there
+        state.norm_measured = measures_norm;
+        state.squared_norm = squared_norm;
+      }
     }
     if (amp.invalid_scale) state.invalid_scale = 1;
   }
@@ -355,11 +367,21 @@ __device__ inline Scalars<R, C> scalars_of(const GroupClock& clock, const Device
   return own;
 }
 
+// Where the sum of a chunk's squares stands among those of the step.
+__device__ inline int64_t square_of(const DeviceTensor& tensor, int64_t chunk) {
+  return tensor.first_square + (chunk - tensor.first_chunk);
+}
+
 template <typename R, typename P, typename M, bool kStrided, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
-  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  C factor = static_cast<C>(amp.inverse_scale);
+  if (step.clips) {
+    factor = step.clocks.state->factor(C{});
+    amp.applied = amp.applied && factor == factor;  // a norm that is inf or NaN leaves none
+  }
   int32_t index = 0;
   for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
     index = find_tensor(step.tensors, index, step.count, chunk);
@@ -371,13 +393,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     if (step.squares != nullptr) {
       const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
       const double squares = sum_of_squares(g, layout, begin, end);
-      const int64_t at = tensor.first_square + (chunk - tensor.first_chunk);
-      if (threadIdx.x == 0) step.squares[at] = squares;
+      if (threadIdx.x == 0) step.squares[square_of(tensor, chunk)] = squares;
     }
     P* p = static_cast<P*>(tensor.param);
-    if (p == nullptr) continue;
     Scalars<R, C> s = scalars_of<R, C>(step.clocks.clocks[tensor.group], tensor);
-    s.around.of_gradient *= static_cast<C>(amp.inverse_scale);
+    s.around.of_gradient *= factor;
     Slots<R, M> slots;
     const int64_t offset = kStrided ? 0 : begin;
 #pragma unroll
@@ -391,6 +411,37 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     }
   }
   finish<R>(step, amp);
+}
+
+// Measures the gradients' norm; the last launch of them says what clips it.
+template <typename P, bool kStrided, int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
+  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  int32_t index = 0;
+  for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
+    index = find_tensor(step.tensors, index, step.count, chunk);
+    const DeviceTensor& tensor = step.tensors[index];
+    const int64_t begin = (chunk - tensor.first_chunk) * kChunkElements;
+    const int64_t end =
+        begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
+    const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
+    const double squares =
+        sum_of_squares(static_cast<const P*>(step.grads[index]), layout, begin, end);
+    if (threadIdx.x == 0) step.squares[square_of(tensor, chunk)] = squares;
+  }
+  DeviceState& state = *step.clocks.state;
+  if (!is_last_block(state)) return;
+  double squared_norm = NAN;
+  if (step.ends_step && amp.applied) squared_norm = total_squares(step, amp);
+  if (threadIdx.x != 0) return;
+  state.ticket = 0;
+  if (!step.ends_step) return;
+  const double factor = clipping_factor(squared_norm, step.max_norm, amp.inverse_scale);
+  state.norm_measured = true;
+  state.squared_norm = squared_norm;
+  state.set_factor(factor);
+  if (amp.applied && !(factor == factor)) state.nonfinite = 1;
 }
 
 }  // namespace fastlr

@@ -19,14 +19,15 @@ void check(cudaError_t error, const char* call);
 // How many blocks of each kernel a device holds at a time: the size of a persistent grid.
 using Residency = std::map<const void*, int64_t>;
 
-// What is done with the kernels of one rule and one size of arguments.
-struct RuleKernels {
+// What is done with the kernels of one rule, or of the norm, and one size of arguments.
+struct Kernels {
   void (*load)(Residency& residency, int multiprocessors);
   void (*launch)(const Residency& residency, Stream stream, const Launch& launch);
 };
 
 // By the rules' indices: those of kLargeLaunch, from CUDA 12.1 on.
-extern const RuleKernels kLargeKernels[];
+extern const Kernels kLargeKernels[];
+extern const Kernels kLargeNormKernels;
 
 template <int kCapacity>
 using StepKernel = void (*)(StepArguments<kCapacity>);
@@ -75,11 +76,12 @@ void load(Residency& residency, Kernel* kernel, int multiprocessors) {
       static_cast<int64_t>(std::max(blocks, 1)) * multiprocessors;
 }
 
+constexpr StorageType kStorageTypes[] = {StorageType::kFloat32, StorageType::kFloat64,
+                                         StorageType::kBFloat16, StorageType::kFloat16};
+
 template <typename R, int kCapacity>
 void load_step_kernels(Residency& residency, int multiprocessors) {
-  constexpr StorageType kTypes[] = {StorageType::kFloat32, StorageType::kFloat64,
-                                    StorageType::kBFloat16, StorageType::kFloat16};
-  for (const StorageType type : kTypes) {
+  for (const StorageType type : kStorageTypes) {
     for (const StorageType state_type : {type, StorageType::kFloat32}) {
       for (const bool strided : {false, true}) {
         if (strided && kCapacity != kSmallLaunch) continue;
@@ -99,21 +101,71 @@ void launch_kernel(void (*kernel)(Parameters...), int64_t blocks, Stream stream,
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
 }
 
-template <typename R, int kCapacity>
-void launch_step_of(const Residency& residency, Stream stream, const Launch& launch) {
+template <int kCapacity>
+void launch_with(StepKernel<kCapacity> kernel, const Residency& residency, Stream stream,
+                 const Launch& launch) {
   StepArguments<kCapacity> step;
   static_cast<StepHead&>(step) = launch.head;
   std::copy(launch.grads.begin(), launch.grads.end(), step.grads);
   std::fill(step.grads + launch.grads.size(), step.grads + kCapacity, nullptr);
-  const auto kernel = step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided);
   const int64_t resident = residency.at(reinterpret_cast<const void*>(kernel));
   const int64_t blocks = std::max<int64_t>(1, std::min(launch.head.chunks, resident));
   launch_kernel(kernel, blocks, stream, step);
 }
 
 template <typename R, int kCapacity>
-constexpr RuleKernels kernels_of() {
+void launch_step_of(const Residency& residency, Stream stream, const Launch& launch) {
+  launch_with<kCapacity>(
+      step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided), residency,
+      stream, launch);
+}
+
+template <typename R, int kCapacity>
+constexpr Kernels kernels_of() {
   return {&load_step_kernels<R, kCapacity>, &launch_step_of<R, kCapacity>};
+}
+
+template <typename P, int kCapacity>
+StepKernel<kCapacity> norm_kernel_of(bool strided) {
+  if constexpr (kCapacity == kSmallLaunch) {
+    if (strided) return &norm_kernel<P, true, kCapacity>;
+  }
+  return &norm_kernel<P, false, kCapacity>;
+}
+
+template <int kCapacity>
+StepKernel<kCapacity> norm_kernel_of(StorageType type, bool strided) {
+  switch (type) {
+    case StorageType::kFloat64:
+      return norm_kernel_of<double, kCapacity>(strided);
+    case StorageType::kBFloat16:
+      return norm_kernel_of<BFloat16, kCapacity>(strided);
+    case StorageType::kFloat16:
+      return norm_kernel_of<Float16, kCapacity>(strided);
+    default:
+      return norm_kernel_of<float, kCapacity>(strided);
+  }
+}
+
+template <int kCapacity>
+void load_norm_kernels(Residency& residency, int multiprocessors) {
+  for (const StorageType type : kStorageTypes) {
+    for (const bool strided : {false, true}) {
+      if (strided && kCapacity != kSmallLaunch) continue;
+      load(residency, norm_kernel_of<kCapacity>(type, strided), multiprocessors);
+    }
+  }
+}
+
+template <int kCapacity>
+void launch_norm_of(const Residency& residency, Stream stream, const Launch& launch) {
+  launch_with<kCapacity>(norm_kernel_of<kCapacity>(launch.type, launch.strided), residency, stream,
+                         launch);
+}
+
+template <int kCapacity>
+constexpr Kernels norm_kernels() {
+  return {&load_norm_kernels<kCapacity>, &launch_norm_of<kCapacity>};
 }
 
 }  // namespace fastlr::cuda

@@ -44,11 +44,12 @@ cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(strea
 
 void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
-constexpr RuleKernels kSmallKernels[] = {
+constexpr Kernels kSmallKernels[] = {
 #define FASTLR_KERNELS(rule) kernels_of<rule, kSmallLaunch>(),
     FASTLR_FOR_EACH_RULE(FASTLR_KERNELS)
 #undef FASTLR_KERNELS
 };
+constexpr Kernels kSmallNormKernels = norm_kernels<kSmallLaunch>();
 
 using ClockKernel = void (*)(Clocks, int64_t, int64_t, bool);
 constexpr ClockKernel kClockKernels[] = {
@@ -57,13 +58,15 @@ constexpr ClockKernel kClockKernels[] = {
 #undef FASTLR_KERNEL
 };
 
-// What preload() found, by device and rule. Steps of several optimizers may run at a time.
+// What was found out when kernels were loaded, by device and rule, or kNorm. Steps of several
+// optimizers may run at a time.
+constexpr int kNorm = -1;
 std::map<std::pair<int, int>, Residency> residencies;
 std::mutex residencies_mutex;
 
-const Residency* find_residency(int device, const Rule& rule) {
+const Residency* find_residency(int device, int kernels) {
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  const auto found = residencies.find({device, rule.index});
+  const auto found = residencies.find({device, kernels});
   return found == residencies.end() ? nullptr : &found->second;
 }
 
@@ -86,20 +89,41 @@ int32_t launch_capacity(bool strided) {
 
 void limit_launch_capacity(int32_t limit) { capacity_limit = limit; }
 
-void preload(int device, const Rule& rule) {
-  if (find_residency(device, rule) != nullptr) return;
+namespace {
+
+// load(residency, multiprocessors): of all kernels that there are of a kind.
+template <typename Load>
+void load_once(int device, int kernels, Load load) {
+  if (find_residency(device, kernels) != nullptr) return;
   use_device(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
   Residency residency;
-  load(residency, kClockKernels[rule.index], multiprocessors);
-  kSmallKernels[rule.index].load(residency, multiprocessors);
-#if CUDART_VERSION >= 12010
-  if (has_large_arguments()) kLargeKernels[rule.index].load(residency, multiprocessors);
-#endif
+  load(residency, multiprocessors);
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  residencies.emplace(std::make_pair(device, rule.index), std::move(residency));
+  residencies.emplace(std::make_pair(device, kernels), std::move(residency));
+}
+
+}  // namespace
+
+void preload(int device, const Rule& rule) {
+  load_once(device, rule.index, [&](Residency& residency, int multiprocessors) {
+    load(residency, kClockKernels[rule.index], multiprocessors);
+    kSmallKernels[rule.index].load(residency, multiprocessors);
+#if CUDART_VERSION >= 12010
+    if (has_large_arguments()) kLargeKernels[rule.index].load(residency, multiprocessors);
+#endif
+  });
+}
+
+void preload_norm(int device) {
+  load_once(device, kNorm, [](Residency& residency, int multiprocessors) {
+    kSmallNormKernels.load(residency, multiprocessors);
+#if CUDART_VERSION >= 12010
+    if (has_large_arguments()) kLargeNormKernels.load(residency, multiprocessors);
+#endif
+  });
 }
 
 bool is_capturing(int device, Stream stream) {
@@ -154,11 +178,20 @@ void download(int device, Stream stream, void* to, const void* from, size_t byte
 
 void launch_step(int device, Stream stream, const Rule& rule, const Launch& launch) {
   use_device(device);
-  const RuleKernels* kernels = kSmallKernels;
+  const Kernels* kernels = kSmallKernels;
 #if CUDART_VERSION >= 12010
   if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) kernels = kLargeKernels;
 #endif
-  kernels[rule.index].launch(*find_residency(device, rule), stream, launch);
+  kernels[rule.index].launch(*find_residency(device, rule.index), stream, launch);
+}
+
+void launch_norm(int device, Stream stream, const Launch& launch) {
+  use_device(device);
+  const Kernels* kernels = &kSmallNormKernels;
+#if CUDART_VERSION >= 12010
+  if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) kernels = &kLargeNormKernels;
+#endif
+  kernels->launch(*find_residency(device, kNorm), stream, launch);
 }
 
 void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,

@@ -34,6 +34,8 @@ void limit_launch_capacity(int32_t limit);
 // Loads every kernel of a rule and finds out how many of its blocks a device holds. What is loaded
 // only at its first launch could not be captured.
 void preload(int device, const Rule& rule);
+// The same for the kernels that measure a norm.
+void preload_norm(int device);
 
 bool is_capturing(int device, Stream stream);
 // The graph that the stream is capturing.
@@ -49,6 +51,9 @@ void download(int device, Stream stream, void* to, const void* from, size_t byte
 
 // preload() comes first.
 void launch_step(int device, Stream stream, const Rule& rule, const Launch& launch);
+// Measures the norm of a launch's gradients, and where it ends the step what clips all of them;
+// preload_norm() comes first.
+void launch_norm(int device, Stream stream, const Launch& launch);
 // Moves a device's clocks; updates: 0, or 1 where found_inf allows. measures_norm: of an update's
 // gradients, which are none.
 void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,

@@ -5,11 +5,12 @@
 
 namespace fastlr::cuda {
 
-const RuleKernels kLargeKernels[] = {
+const Kernels kLargeKernels[] = {
 #define FASTLR_KERNELS(rule) kernels_of<rule, kLargeLaunch>(),
     FASTLR_FOR_EACH_RULE(FASTLR_KERNELS)
 #undef FASTLR_KERNELS
 };
+const Kernels kLargeNormKernels = norm_kernels<kLargeLaunch>();
 
 }  // namespace fastlr::cuda
 

@@ -8,9 +8,10 @@
 
 namespace fastlr {
 
-// One parameter with its state. Gradients change most often and travel in the kernel's arguments.
+// One parameter with its state, of which a norm needs nothing. Gradients change most often and
+// travel in the kernel's arguments.
 struct DeviceTensor {
-  void* param;            // nullptr where only the gradient's norm is wanted
+  void* param;
   void* slot[kMaxSlots];  // nullptr where it is never live
   float* age;             // see NOTE: [age]; nullptr without state
   int64_t numel;
@@ -56,8 +57,19 @@ struct DeviceState {
   uint32_t ticket;        // blocks of the running launch that are done
   int32_t last_skipped;   // the last step changed nothing because of found_inf ...
   int32_t invalid_scale;  // ... or since the last reset, because grad_scale has no usable inverse
+  int32_t nonfinite;      // since the last reset, a norm that was to be clipped was inf or NaN
   int32_t norm_measured;  // whether the last step measured its gradients ...
   double squared_norm;    // ... and then what, NaN where it was skipped
+  // What a step multiplies gradients with where it clips their norm; see clipping_factor().
+  float factor_in_float;
+  double factor_in_double;
+
+  FASTLR_HD_MEMBER float factor(float) const { return factor_in_float; }
+  FASTLR_HD_MEMBER double factor(double) const { return factor_in_double; }
+  FASTLR_HD_MEMBER void set_factor(double factor) {
+    factor_in_float = static_cast<float>(factor);
+    factor_in_double = factor;
+  }
 };
 
 // What both kinds of launches need to find and move the clocks.
@@ -77,7 +89,9 @@ struct StepHead {
   double* squares;          // sums over the chunks of all launches, or nullptr: not measured
   int64_t step_chunks;      // how many these are
   int64_t chunks;           // of this launch
+  double max_norm;          // where a norm is measured to be clipped: to what
   int32_t count;            // tensors
+  bool clips;               // a step multiplies gradients with the factor in DeviceState
   bool ends_step;           // the last launch of a step on this device moves its clocks
 };
 

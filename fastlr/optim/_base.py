@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
@@ -14,14 +14,15 @@ from typing_extensions import Unpack
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
-from fastlr._checks import count, flag, index
+from fastlr._checks import count, index
 from fastlr._runtime import Runtime
 from fastlr.optim._checkpoint import Loaded, pack, unpack
+from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
+    OF_ALL_GROUPS,
     Clock,
     RuleOptions,
-    TorchOptions,
-    check_torch_options,
+    check_step_options,
     checked_state_dtype,
     clock_of,
 )
@@ -43,7 +44,7 @@ class Scheduled(TypedDict, total=False):
     weight_decay: float | Schedule | None
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
@@ -57,7 +58,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Whether a step is as long as the rate says, however large the gradients are.
     _adapts = True
 
-    _measures_grad_norm = False
     # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
     _samples_of_step = 0
     _loaded: Loaded
@@ -67,8 +67,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     # torch.distributed.checkpoint (which keep nothing but state and param_groups) carry them. In a
     # state_dict a schedule is a plain dict. The type of state is `state_dtype` of its group.
 
-    def __init__(self, params: Params, defaults: dict[str, Any], options: TorchOptions | None = None) -> None:
-        check_torch_options(dict(options or {}), f"{type(self).__name__}()")
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        options = options or {}
+        check_step_options(options, f"{type(self).__name__}()")
+        self.max_grad_norm = options.get("max_grad_norm")
+        self.nonfinite = options.get("nonfinite", "skip")
         self._make_plan()
         for option in self._options.scheduled:
             defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
@@ -135,8 +140,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}{where} must be {value!r} in {type(self).__name__}, got {param_group[name]!r}; "
                     "leave it out of the group"
                 )
+        for name in OF_ALL_GROUPS:
+            if name in param_group:
+                raise ValueError(
+                    f"{name}{where} is {param_group[name]!r}, but it is one of all groups together; give it "
+                    f"to {type(self).__name__}()"
+                )
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
-        check_torch_options({"differentiable": filled.get("differentiable")}, "")
+        check_step_options({"differentiable": filled.get("differentiable")}, "")
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
         for option in self._options.scheduled:
             given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
@@ -312,41 +323,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.sync()
         return self._plan.skipped
 
-    # -- the gradients' norm ---------------------------------------------------------------------
-
-    @property
-    def measure_grad_norm(self) -> bool:
-        """Whether :meth:`step` measures the norm of the gradients that it reads, for ``last_grad_norm``.
-
-        False unless set. A CUDA graph measures on each replay if it was captured with it.
-        """
-        return self._measures_grad_norm
-
-    @measure_grad_norm.setter
-    def measure_grad_norm(self, measure: bool) -> None:
-        self._measures_grad_norm = flag("measure_grad_norm", measure)
-
-    @property
-    def last_grad_norm(self) -> float | None:
-        """The 2-norm of all gradients of the last :meth:`step`, as one vector; None if not measured.
-
-        It is that of ``p.grad`` without GradScaler's scale, before weight decay; NaN where the update was
-        skipped. The squares are added up in float64 in the pass that reads the gradients for the update,
-        in one order whatever the device, threads and types; of parameters on several devices, each device
-        adds up its own. Waits for CUDA devices.
-
-        >>> import fastlr, torch
-        >>> p = torch.zeros(2, requires_grad=True)
-        >>> opt = fastlr.FusedSGD([p], lr=0.1)
-        >>> opt.measure_grad_norm = True
-        >>> p.grad = torch.tensor([3.0, 4.0])
-        >>> opt.step()
-        >>> opt.last_grad_norm
-        5.0
-        """
-        squares = self._plan.squared_norm()
-        return None if squares is None else math.sqrt(squares)
-
     # -- the step --------------------------------------------------------------------------------
 
     @overload
@@ -418,6 +394,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             getattr(self, "grad_scale", None),
             torch.get_num_threads(),
             self._measures_grad_norm,
+            math.inf if self._max_grad_norm is None else self._max_grad_norm,
+            self._raises_nonfinite,
             samples,
         )
         return loss
@@ -521,7 +499,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        return {**super().__getstate__(), "_measures_grad_norm": self._measures_grad_norm}
+        return {**super().__getstate__(), **self._norm_settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
@@ -179,8 +179,21 @@ def checked_state_dtype(where: str, value: object, name: str = "state_dtype") ->
     return torch.float32 if value is not None else None
 
 
-class TorchOptions(TypedDict, total=False):
-    """Options of torch's optimizers that say how a step is made, which here is always the same.
+class StepOptions(TypedDict, total=False):
+    """What every optimizer takes besides its rule's options, for all groups at once.
+
+    Args:
+        max_grad_norm: what the 2-norm of all gradients as one vector is clipped to before the update, > 0;
+            None: it is not. See :attr:`FusedOptimizer.max_grad_norm`.
+        nonfinite: where that norm is inf or NaN: ``"skip"`` the update, or ``"raise"``.
+    """
+
+    max_grad_norm: float | None
+    nonfinite: Literal["skip", "raise"]
+
+
+class TorchOptions(StepOptions, total=False):
+    """And options of torch's optimizers that say how a step is made, which here is always the same.
 
     What asks for nothing else is accepted: ``fused=True``, ``foreach=False``, ``differentiable=False``,
     ``capturable`` either way, and None for each.
@@ -192,6 +205,9 @@ class TorchOptions(TypedDict, total=False):
     differentiable: bool | None
 
 
+OF_ALL_GROUPS = tuple(StepOptions.__annotations__)
+
+
 # What each may not be, and why.
 _REFUSED_OPTIONS = {
     "foreach": (True, "every step updates all parameters in one native pass"),
@@ -201,8 +217,11 @@ _REFUSED_OPTIONS = {
 }
 
 
-def check_torch_options(options: dict[str, Any], made: str) -> None:
+def check_step_options(options: Mapping[str, Any], made: str) -> None:
+    """Raises for what no optimizer takes, and for what a step cannot do."""
     for name, value in options.items():
+        if name in OF_ALL_GROUPS:
+            continue
         if name not in _REFUSED_OPTIONS:
             raise TypeError(f"{made} got an unexpected keyword argument {name!r}")
         refused, reason = _REFUSED_OPTIONS[name]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from typing_extensions import Unpack
 
 from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._groups import StepOptions
 from fastlr.schedules import Schedule
 
 
@@ -56,6 +58,7 @@ class FusedAdadelta(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **step_options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -68,5 +71,5 @@ class FusedAdadelta(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            {"foreach": foreach, "capturable": capturable, "differentiable": differentiable},
+            {"foreach": foreach, "capturable": capturable, "differentiable": differentiable, **step_options},
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from typing_extensions import Unpack
 
 from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._groups import StepOptions
 from fastlr.schedules import Schedule
 
 
@@ -57,6 +59,7 @@ class FusedAdagrad(FusedOptimizer):
         differentiable: bool | None = None,
         fused: bool | None = None,
         state_dtype: torch.dtype | None = None,
+        **step_options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -68,5 +71,7 @@ class FusedAdagrad(FusedOptimizer):
             "state_dtype": state_dtype,
         }
         super().__init__(
-            params, defaults, {"foreach": foreach, "differentiable": differentiable, "fused": fused}
+            params,
+            defaults,
+            {"foreach": foreach, "differentiable": differentiable, "fused": fused, **step_options},
         )

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from fastlr.optim._base import FusedOptimizer, Params
-from fastlr.optim._groups import TorchOptions, check_torch_options
+from fastlr.optim._groups import TorchOptions, check_step_options
 from fastlr.schedules import Schedule
 
 Betas: TypeAlias = tuple[float | Schedule, float | Schedule]
@@ -83,7 +83,7 @@ class FusedAdam(FusedOptimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -95,7 +95,7 @@ class FusedAdam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults, torch_options)
+        super().__init__(params, defaults, step_options)
 
 
 class FusedAdamW(FusedAdam):
@@ -132,9 +132,9 @@ class FusedAdamW(FusedAdam):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
-        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
+        check_step_options(dict(step_options), f"{type(self).__name__}()")
         super().__init__(
             params,
             lr,
@@ -145,5 +145,5 @@ class FusedAdamW(FusedAdam):
             maximize=maximize,
             decoupled_weight_decay=True,
             state_dtype=state_dtype,
-            **torch_options,
+            **step_options,
         )

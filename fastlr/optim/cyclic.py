@@ -9,7 +9,7 @@ from typing_extensions import Self, Unpack
 
 from fastlr._checks import flag
 from fastlr.optim._base import FusedOptimizer, Params
-from fastlr.optim._groups import TorchOptions, check_torch_options
+from fastlr.optim._groups import TorchOptions, check_step_options
 from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
 from fastlr.optim.sgd import FusedSGD
 from fastlr.schedules import ExpRange, Schedule, Triangular, Triangular2
@@ -178,9 +178,9 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
-        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
+        check_step_options(dict(step_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
             {
@@ -206,7 +206,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
             maximize=maximize,
             state_dtype=state_dtype,
             momentum_dtype=momentum_dtype,
-            **torch_options,
+            **step_options,
         )
 
     def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
@@ -268,9 +268,9 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
         amsgrad: bool = False,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
-        check_torch_options(dict(torch_options), f"{type(self).__name__}()")
+        check_step_options(dict(step_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
             {
@@ -296,7 +296,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
             maximize=maximize,
             state_dtype=state_dtype,
             **decay,
-            **torch_options,
+            **step_options,
         )
 
     def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:

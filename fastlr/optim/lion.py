@@ -56,7 +56,7 @@ class FusedLion(FusedOptimizer):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,4 +65,4 @@ class FusedLion(FusedOptimizer):
             "maximize": maximize,
             "state_dtype": state_dtype,
         }
-        super().__init__(params, defaults, torch_options)
+        super().__init__(params, defaults, step_options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from typing_extensions import Unpack
 
 from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._groups import StepOptions
 from fastlr.schedules import Schedule
 
 
@@ -62,6 +64,7 @@ class FusedRMSprop(FusedOptimizer):
         differentiable: bool | None = None,
         *,
         state_dtype: torch.dtype | None = None,
+        **step_options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,5 +79,5 @@ class FusedRMSprop(FusedOptimizer):
         super().__init__(
             params,
             defaults,
-            {"capturable": capturable, "foreach": foreach, "differentiable": differentiable},
+            {"capturable": capturable, "foreach": foreach, "differentiable": differentiable, **step_options},
         )

@@ -73,7 +73,7 @@ class FusedSGD(FusedOptimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
-        **torch_options: Unpack[TorchOptions],
+        **step_options: Unpack[TorchOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -86,7 +86,7 @@ class FusedSGD(FusedOptimizer):
         }
         if momentum_dtype is not None:
             defaults = with_state_dtype({**defaults, "momentum_dtype": momentum_dtype}, "")
-        super().__init__(params, defaults, torch_options)
+        super().__init__(params, defaults, step_options)
 
     def _checked(self, group: dict[str, Any], where: str, *, new: bool = False) -> dict[str, Any]:
         values = super()._checked(group, where, new=new)
