@@ -194,13 +194,14 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 
   bool captured = false;
 #if defined(FASTLR_HAS_CUDA)
-  norm_on_devices_ = false;
+  norm_on_devices_ = devices_stepped_ = false;
   if (!all_on_host() || devices_.any()) {
     const double max_norm =
         clips_here ? std::numeric_limits<double>::infinity() : settings.max_norm;
     captured = devices_.step(
         gathering_, settings.found_inf, settings.grad_scale, with_host, in_order, measures_norm,
         max_norm, clips_here ? std::optional<double>(factor) : std::nullopt, settings.samples);
+    devices_stepped_ = true;
     norm_on_devices_ = !clips_here;
   }
 #endif
@@ -218,7 +219,7 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 void Plan::skip(PyObject* param_groups, const Settings& settings, std::optional<double> squares) {
   if (settings.samples != 0) advance_samples(param_groups, settings.samples);
 #if defined(FASTLR_HAS_CUDA)
-  norm_on_devices_ = false;
+  norm_on_devices_ = devices_stepped_ = false;
 #endif
   skipped_ = true;
   squared_norm_.reset();
@@ -298,7 +299,9 @@ void Plan::push(PyObject* param_groups) {
 
 void Plan::sync([[maybe_unused]] PyObject* param_groups) {
 #if defined(FASTLR_HAS_CUDA)
-  if (devices_.any()) skipped_ = devices_.sync(param_groups, groups_, raises_);
+  if (!devices_.any()) return;
+  const bool skipped = devices_.sync(param_groups, groups_, raises_);
+  if (devices_stepped_ || devices_.captured()) skipped_ = skipped;
 #endif
 }
 

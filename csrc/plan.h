@@ -126,6 +126,7 @@ class Plan {
   bool host_must_catch_up() const;
 
   Devices devices_;
+  bool devices_stepped_ = false;  // not where the host alone knew that a step was to be skipped
   bool norm_on_devices_ = false;  // theirs is to be added
 #endif
 };
