@@ -10,18 +10,21 @@ from statistics import mean, median
 import fastlr
 from benchmarks.claims.runner import Job, Result, Run, Setting, Statement, Summary, Table
 from benchmarks.claims.tasks import (
-    CYCLES,
     GRID,
     MARGIN,
     MOMENTUM,
     QUICK_GRID,
+    SWEEP,
     Trial,
     best,
+    bounds_of,
     caption,
+    cycle,
     finals,
     matching,
     no_worse,
     points_between,
+    rates,
     task_of,
     with_seeds,
 )
@@ -31,15 +34,14 @@ from fastlr._statistics import spread
 DECAYS = ("time-based", "exponential", "step", "polynomial", "cosine", "one-cycle")
 CLR = ("triangular", "triangular2", "exp_range")
 BUDGETS = (0.25, 0.5, 1.0)
-SWEEP = 400  # updates of the range test
 
 
 def schedules(policy: str, lr: float, updates: int) -> dict[str, float | fastlr.Schedule]:
     """Rate and momentum of a policy with one rate to choose, for a run of so many updates."""
     if policy == "one-cycle":
-        rate, momentum = fastlr.one_cycle(lr, updates)
-        return {"lr": rate, "momentum": momentum}
-    rates: dict[str, fastlr.Schedule] = {
+        lr_cycle, momentum = fastlr.one_cycle(lr, updates)
+        return {"lr": lr_cycle, "momentum": momentum}
+    policies: dict[str, fastlr.Schedule] = {
         "fixed": fastlr.Constant(lr),
         "time-based": fastlr.TimeBased(lr, decay=9 / updates),  # ends at a tenth
         "exponential": fastlr.Exponential(lr, gamma=0.01 ** (1 / updates)),  # ends at a hundredth
@@ -47,15 +49,7 @@ def schedules(policy: str, lr: float, updates: int) -> dict[str, float | fastlr.
         "polynomial": fastlr.Polynomial(lr, 0.0, updates, power=2.0),
         "cosine": fastlr.Cosine(lr, 0.0, updates),
     }
-    return {"lr": rates[policy], "momentum": MOMENTUM}
-
-
-def cycle(policy: str, base_lr: float, max_lr: float, updates: int) -> fastlr.Schedule:
-    """A cyclic policy whose whole run, of so many updates, has CYCLES cycles."""
-    half = max(1, updates // (2 * CYCLES))
-    if policy == "exp_range":
-        return fastlr.ExpRange(base_lr, max_lr, half, gamma=0.1 ** (1 / updates))
-    return (fastlr.Triangular if policy == "triangular" else fastlr.Triangular2)(base_lr, max_lr, half)
+    return {"lr": policies[policy], "momentum": MOMENTUM}
 
 
 class Cyclic:
@@ -97,12 +91,9 @@ class Cyclic:
         if job["policy"] not in CLR:
             chosen = schedules(job["policy"], job["lr"], updates)
             return trial.train(lambda parameters: fastlr.FusedSGD(parameters, **chosen), updates)  # type: ignore[arg-type]
-        found = trial.range_test(
-            lambda parameters: fastlr.FusedSGD(parameters, momentum=MOMENTUM),
-            num_steps=setting.updates(SWEEP),
-        )
-        bounds = found.bounds()[0] if found else (GRID[0], GRID[-1])  # no answer: all that the grid spans
-        lr = cycle(job["policy"], *bounds, whole)  # a smaller budget is fewer cycles of the same length
+        found = trial.range_test(lambda parameters: fastlr.FusedSGD(parameters, momentum=MOMENTUM))
+        bounds = bounds_of(found, GRID)
+        lr = cycle(job["policy"], bounds, whole)  # a smaller budget is fewer cycles of the same length
         result = trial.train(
             lambda parameters: fastlr.FusedSGD(parameters, lr=lr, momentum=MOMENTUM), updates
         )
@@ -126,7 +117,7 @@ class Cyclic:
             rows.append(
                 [
                     policy,
-                    _rates(group),
+                    rates(group),
                     *(spread(finals(chosen[budget][policy])) for budget in BUDGETS),
                     _words(_updates_to(group, target)),
                     against,
@@ -166,7 +157,7 @@ class Cyclic:
         plotting.plot_accuracy(
             chosen["fixed"][0].figures["updates"],
             {
-                f"{name}, {_rates(group)}": [run.figures["test"] for run in group]
+                f"{name}, {rates(group)}": [run.figures["test"] for run in group]
                 for name, group in shown.items()
             },
             path,
@@ -181,13 +172,6 @@ def _chosen(runs: Sequence[Run], budget: float) -> dict[str, list[Run]]:
 
 def _grid(runs: Sequence[Run]) -> set[float]:
     return {run.job["lr"] for run in runs if "lr" in run.job}
-
-
-def _rates(group: Sequence[Run]) -> str:
-    if "lr" in group[0].job:
-        return f"{group[0].job['lr']:g}"
-    base, top = (median(run.figures["bounds"][i] for run in group) for i in (0, 1))
-    return f"{base:.2g} to {top:.2g}"
 
 
 def _updates_to(group: Sequence[Run], target: float) -> float:

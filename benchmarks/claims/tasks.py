@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # of fixed rates for S
 QUICK_GRID = (0.005, 0.02, 0.1)
 MOMENTUM = 0.9
 CYCLES = 4  # of a whole run
+SWEEP = 400  # updates of the range test
 MARGIN = 1.0  # points: what counts as no worse, see Comparison.no_worse()
 
 
@@ -89,13 +90,13 @@ class Trial:
         self, setting: Setting, seed: int, *, model: MakeModel | None = None, batch_size: int | None = None
     ) -> None:
         task = task_of(setting)
-        self.seed, self.device = seed, setting.device
+        self.setting, self.seed = setting, seed
         self.dataset = _dataset(str(setting.data), setting.folder, task.label_noise, seed, setting.device)
         self.x, self.y, self.x_val, self.y_val = self.dataset.held_out()
         self.make_model, self.batch_size = model or task.model, batch_size or task.batch_size
 
     def model(self) -> torch.nn.Module:
-        return _training.seeded(self.seed, lambda: self.make_model(self.dataset)).to(self.device)
+        return _training.seeded(self.seed, lambda: self.make_model(self.dataset)).to(self.setting.device)
 
     def batches(self) -> data.Batches:
         return data.Batches(self.x, self.y, self.batch_size, seed=self.seed)
@@ -104,6 +105,7 @@ class Trial:
         """The range test on this seed's weights and batches; options: see ``find_bounds()``."""
         model = self.model()
         validation = data.Batches(self.x_val, self.y_val, 500)
+        options = {"num_steps": self.setting.updates(SWEEP), **options}
         return _training.find_bounds(model, make(model.parameters()), self.batches(), validation, **options)
 
     def train(self, make: MakeOptimizer, updates: int) -> Result:
@@ -122,6 +124,22 @@ class Trial:
         validation, test = zip(*accuracies, strict=True)
         figures = {"updates": measure_at, "validation": validation, "test": test}
         return Result(figures, {"seconds": round(seconds, 4)})
+
+
+# -- policies ------------------------------------------------------------------------------------------
+
+
+def bounds_of(found: fastlr.RangeTestResult, grid: Sequence[float]) -> tuple[float, float]:
+    """The bounds that a range test found; where it found none, all that the grid spans."""
+    return found.bounds()[0] if found else (grid[0], grid[-1])
+
+
+def cycle(policy: str, bounds: tuple[float, float], updates: int) -> fastlr.Schedule:
+    """A cyclic policy whose whole run, of so many updates, has CYCLES cycles."""
+    half = max(1, updates // (2 * CYCLES))
+    if policy == "exp_range":
+        return fastlr.ExpRange(*bounds, half, gamma=0.1 ** (1 / updates))
+    return (fastlr.Triangular if policy == "triangular" else fastlr.Triangular2)(*bounds, half)
 
 
 # -- choosing among runs -------------------------------------------------------------------------------
@@ -148,6 +166,14 @@ def best(runs: Iterable[Run]) -> list[Run]:
 def finals(runs: Sequence[Run], curve: str = "test") -> list[float]:
     """Each run's accuracy at its end."""
     return [run.figures[curve][-1] for run in runs]
+
+
+def rates(group: Sequence[Run]) -> str:
+    """The rate of a candidate; of cyclic policies the median bounds."""
+    if "lr" in group[0].job:
+        return f"{group[0].job['lr']:g}"
+    base, top = (median(run.figures["bounds"][i] for run in group) for i in (0, 1))
+    return f"{base:.2g} to {top:.2g}"
 
 
 def points_between(a: Sequence[Run], b: Sequence[Run]) -> Comparison:
