@@ -65,15 +65,15 @@ def task_of(setting: Setting) -> Task:
     return TASKS[str(setting.data)]
 
 
-def caption(setting: Setting) -> str:
-    """What was trained, in a sentence."""
+def caption(setting: Setting, updates: int | None = None) -> str:
+    """What was trained, in a sentence; updates: None for the task's own."""
     task = task_of(setting)
     noise = f" with {task.label_noise:.0%} of the training labels drawn at random" if task.label_noise else ""
     model = (task.model.__doc__ or "").split(":")[0].rstrip(".").lower()
     return (
         f"{setting.data}{noise}; {model}; batches of {task.batch_size}, "
-        f"{setting.updates(task.updates):,} updates, {setting.seeds} seeds. Rates are chosen on a sixth of "
-        "the training set, accuracies are those of the test set."
+        f"{updates or setting.updates(task.updates):,} updates, {setting.seeds} seeds. Rates are chosen on a "
+        "sixth of the training set, accuracies are those of the test set."
     )
 
 
