@@ -123,7 +123,7 @@ class Cyclic:
                     against,
                 ]
             )
-        decay = max((chosen[1.0][policy] for policy in DECAYS), key=lambda group: mean(finals(group)))
+        decay = best(run for policy in DECAYS for run in chosen[1.0][policy])
         comparisons = {
             "with all updates, against the best fixed rate": points_between(clr, fixed),
             "with a quarter of them, against the best fixed rate": points_between(

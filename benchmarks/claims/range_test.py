@@ -59,9 +59,8 @@ def network(dataset: data.Dataset, *, kind: str, batch_norm: bool) -> torch.nn.M
             torch.nn.ReLU(),
             torch.nn.MaxPool2d(2),
         ]
-    return torch.nn.Sequential(
-        *layers, torch.nn.Flatten(), torch.nn.Linear(16 * (side // 4) ** 2, dataset.classes)
-    )
+    head = torch.nn.Linear(16 * (side // 4) ** 2, dataset.classes)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), head)
 
 
 MODELS = ("one hidden layer", "three hidden layers", "convnet")
@@ -70,14 +69,14 @@ MODELS = ("one hidden layer", "three hidden layers", "convnet")
 class RangeTest:
     name = "range_test"
     title = "A range test finds the bounds that training wants"
-    paper = "Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 3.3 and figure 3"
+    paper = "Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 3.3"
     paper_says = "On CIFAR-10 a single run of 8 epochs with a rising rate gives the bounds 0.001 and 0.006."
     rule = (
         f"It holds if (1) at least {RIGHT:.0%} of the range tests read by accuracy and (2) as many read by "
         "loss give bounds that are right, and (3) no other reading is right more often than the one by "
-        "accuracy. Right: CLR up to the rate of the grid that is nearest to the answer ends, on average "
-        f"over the seeds, at most {MARGIN:g} point below CLR up to the best rate of the grid. It holds "
-        "partly if some of it is so."
+        "accuracy, as CLR's upper bound or as a fixed rate, whichever suits it. Right: training with the "
+        f"rate of the grid that is nearest to the answer ends, on average over the seeds, at most {MARGIN:g} "
+        "point below that with the best rate of the grid. It holds partly if some of it is so."
     )
     data = ("digits", "fashion-mnist", "cifar10")
 
@@ -113,6 +112,7 @@ class RangeTest:
         networks = _networks(runs)
         answers = [["reading", "right", "none", "wrong", "lost by those", "right as a fixed rate"]]
         shares: dict[str, float] = {}
+        as_fixed: dict[str, float] = {}
         for reading in READINGS:
             cyclic, fixed = (
                 [_judged(group, policy, reading) for group in networks] for policy in ("CLR", "fixed")
@@ -122,6 +122,7 @@ class RangeTest:
             total = sum(counts.values())
             shares[reading] = counts["right"] / total
             right = [_answer(points) == "right" for found in fixed for points in found]
+            as_fixed[reading] = mean(right)
             answers.append(
                 [
                     reading,
@@ -148,13 +149,14 @@ class RangeTest:
                 ]
             )
         ours, by_loss, *others = READINGS
-        rival = max(others, key=shares.__getitem__)
+        usable = {reading: max(shares[reading], as_fixed[reading]) for reading in others}
+        rival = max(usable, key=usable.__getitem__)
         statements = [
             Statement(f"{ours}: {shares[ours]:.0%} are right", shares[ours] >= RIGHT),
             Statement(f"{by_loss}: {shares[by_loss]:.0%} are right", shares[by_loss] >= RIGHT),
             Statement(
-                f"the best of the others, {rival}: {shares[rival]:.0%} are right",
-                shares[rival] <= shares[ours],
+                f"the best of the others, {rival}: {usable[rival]:.0%} are right",
+                usable[rival] <= shares[ours],
             ),
         ]
         grid = sorted({run.job["lr"] for run in runs if "lr" in run.job})
@@ -196,9 +198,8 @@ class RangeTest:
         axes.set_yticks(range(len(networks)), labels, fontsize=7.5)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel(
-            "upper bound of CLR; green: ends within a point of the best; |: max_lr of each seed's range test"
-        )
+        axes.set_xlabel("upper bound of CLR (green: within a point of the best; black: found by range tests)")
+        axes.xaxis.label.set_size(8.5)
         axes.tick_params(axis="y", color=GREY)
         save(figure, path)
 
