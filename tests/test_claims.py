@@ -6,20 +6,24 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from native import toolchain
 
 import fastlr
+from fastlr import data
 from fastlr._statistics import compared, spread
 
 for package in ("matplotlib", "scipy", "sklearn"):
@@ -203,6 +207,21 @@ def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, m
     assert "no claim is called no such claim" in capsys.readouterr().err
 
 
+def test_the_page_of_all_claims_is_made_from_their_files(
+    load: Load, runner: ModuleType, tmp_path: Path, monkeypatch
+):
+    main, results = load("__main__"), tmp_path / "results"
+    found = run(runner, "super_convergence", results)
+    monkeypatch.setattr(main, "DOCS", tmp_path / "docs" / "claims.md")
+    main.DOCS.parent.mkdir()
+    main.main(["--docs", "--out", str(results)])
+    page = main.DOCS.read_text("utf-8")
+    assert page.count("## One cycle at a large rate") == page.count("## ") == 1
+    assert all(statement["text"] in page for statement in found["statements"])
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert (main.DOCS.parent / picture).exists()
+
+
 def test_an_installed_fastlr_goes_before_sources_without_native_code(tmp_path: Path):
     shutil.copytree(FOLDER, tmp_path / "benchmarks" / "claims", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "fastlr").mkdir()
@@ -337,6 +356,20 @@ def test_range_test_on_made_up_figures(runner: ModuleType, load: Load, case: str
     assert summary.statements[2].holds == (case == "right")  # as often right is no more often
     shown = summary.tables[0].rows[1]
     assert shown[1:4] == ["100%" if case == answer else "0%" for answer in ("right", "none", "wrong")]
+
+
+FEATURES = {"digits": 64, "fashion-mnist": 784, "cifar10": 3072}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_models_fit_the_data(load: Load, name: str):
+    x = torch.randn(3, FEATURES[name])
+    dataset = data.Dataset(name, x, torch.zeros(3), x, torch.zeros(3), 10)
+    makers = [load("tasks").TASKS[name].model]
+    network, models = load("range_test").network, load("range_test").MODELS
+    makers += [partial(network, kind=k, batch_norm=norm) for k in models for norm in (False, True)]
+    for make in makers:
+        assert make(dataset)(x).shape == (3, 10)
 
 
 def test_rates_are_chosen_on_the_validation_split(runner: ModuleType, load: Load):

@@ -16,6 +16,7 @@ from fastlr._progress import progress
 NAMES = ("cyclic", "adaptive", "super_convergence", "range_test")
 
 OUT = Path("benchmarks/results/claims")
+DOCS = Path("docs/claims.md")
 QUICK = {"seeds": 2, "scale": 0.25, "quick": True}
 
 
@@ -34,10 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 0: none but this one")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default: {OUT}, quick: {OUT}/quick)")
     parser.add_argument("--redraw", action="store_true", help="tables and pictures anew from the JSON files")
+    parser.add_argument(
+        "--docs", action="store_true", help=f"{DOCS} anew from the JSON files, and nothing else"
+    )
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.names if name not in NAMES]:
         parser.error(f"no claim is called {unknown[0]}; there are {', '.join(NAMES)}")
     out = given.out or (OUT / "quick" if given.quick else OUT)
+    if given.docs:
+        runner.write_docs(map(runner.load, NAMES), out, DOCS)
+        return
     options = {**(QUICK if given.quick else {}), **({"seeds": given.seeds} if given.seeds else {})}
 
     done = []

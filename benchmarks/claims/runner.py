@@ -300,10 +300,37 @@ def run_claim(
 
 def redraw(claim: Claim, setting: Setting, out: Path) -> Summary:
     """Makes tables, verdict and picture of the runs in the JSON file anew."""
-    content = json.loads((out / f"{stem(claim, setting)}.json").read_text("utf-8"))
+    setting, runs, made = read(out / f"{stem(claim, setting)}.json")
+    return write(claim, setting, runs, out, made)
+
+
+def read(path: Path) -> tuple[Setting, list[Run], dict[str, Any]]:
+    """What a JSON file was made of: the setting, the runs, and what they were made with."""
+    content = json.loads(path.read_text("utf-8"))
     measured = content["measured"]
     runs = [Run(**run, measured=m) for run, m in zip(content["runs"], measured["runs"], strict=True)]
-    return write(claim, Setting(**content["setting"]), runs, out, measured["made"])
+    return Setting(**content["setting"]), runs, measured["made"]
+
+
+DOCS = """# What the papers claim, shown here
+
+One section a claim: the rule by which it holds, written before the figures were there; what the paper says;
+what came out. All of it is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
+`python -m benchmarks.claims --docs`. `make claims` runs everything anew, `make claims QUICK=1` a small form.
+"""
+
+
+def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
+    """Makes the page of all claims, on all data sets that there are results of."""
+    lines = [DOCS]
+    for claim in claims:
+        for data in claim.data or (None,):
+            file = results / f"{stem(claim, Setting(data))}.json"
+            if file.exists():
+                setting, runs, _ = read(file)
+                pictures = Path(os.path.relpath(results, path.parent)).as_posix()
+                lines.append(page(claim, setting, claim.summarise(setting, runs), f"{pictures}/"))
+    write_text(path, "\n".join(lines))
 
 
 def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict[str, Any]) -> Summary:
@@ -334,18 +361,21 @@ def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict
     return summary
 
 
-def page(claim: Claim, setting: Setting, summary: Summary) -> str:
-    """A claim's section in Markdown: what the paper says, what came out, and how to run it again."""
+def page(claim: Claim, setting: Setting, summary: Summary, pictures: str = "") -> str:
+    """A claim's section in Markdown: what the paper says, what came out, and how to run it again.
+
+    pictures: where the picture lies, seen from the page.
+    """
     command = f"python -m benchmarks.claims {claim.name}"
     command += "" if setting.data is None else f" --data {setting.data}"
     command += " --quick" if setting.quick else ""
     lines = [
-        f"## {claim.title}",
+        f"## {claim.title}" + ("" if setting.data is None else f": {setting.data}"),
         f"**{summary.verdict.capitalize()}.** {claim.rule}",
         *(["A quick run, which shows that all of it works and no more."] if setting.quick else []),
         "\n".join(f"- {'yes' if s.holds else 'no'}: {s.text}" for s in summary.statements),
         f"The paper: {claim.paper_says} ({claim.paper})",
-        f"![{claim.title}]({stem(claim, setting)}.png)",
+        f"![{claim.title}]({pictures}{stem(claim, setting)}.png)",
         *summary.notes,
     ]
     for table in summary.tables:
