@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -36,7 +37,8 @@ from fastlr.plotting.figure import COLORS, GREY, new_figure
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # fixed ones, and the upper bounds of CLR
 QUICK_RATES = (0.003, 0.03, 0.3)
 BATCH_SIZES = (8, 32, 128)
-PART = 0.4  # of the data set's usual updates: there are many runs
+PART = 0.4  # of the data set's usual updates
+SEEDS = 5  # at most: there are many runs
 RIGHT = 0.8  # the share of answers that must be right
 
 # What is read off the curve; ours is the first, the others are what people take as the rate.
@@ -92,6 +94,7 @@ class RangeTest:
             {"policy": "range test"},
             *({"policy": policy, "lr": lr} for policy in ("CLR", "fixed") for lr in tops),
         ]
+        setting = replace(setting, seeds=min(SEEDS, setting.seeds))
         return with_seeds(setting, [{**model, **policy} for model in models for policy in policies])
 
     def run(self, setting: Setting, job: Job) -> Result:
@@ -162,7 +165,7 @@ class RangeTest:
         grid = sorted({run.job["lr"] for run in runs if "lr" in run.job})
         setup = (
             f"{setting.data}, {len(networks)} networks (models, with and without BatchNorm, batch sizes), "
-            f"{setting.seeds} seeds. A range test has {setting.updates(SWEEP)} updates, a training "
+            f"{min(SEEDS, setting.seeds)} seeds. A range test has {setting.updates(SWEEP)} updates, a training "
             f"{setting.updates(PART * task_of(setting).updates):,}. The grid has {len(grid)} rates from "
             f"{grid[0]:g} to {grid[-1]:g}; its best one is chosen on a sixth of the training set, and "
             "accuracies are those of the test set. Lost: how far CLR up to the answer ends below the best, "

@@ -315,7 +315,7 @@ def read(path: Path) -> tuple[Setting, list[Run], dict[str, Any]]:
 DOCS = """# What the papers claim, shown here
 
 One section a claim: the rule by which it holds, written before the figures were there; what the paper says;
-what came out. All of it is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
+what came out. It is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
 `python -m benchmarks.claims --docs`. `make claims` runs everything anew, `make claims QUICK=1` a small form.
 """
 
