@@ -109,7 +109,7 @@ class RangeTest:
         updates = setting.updates(PART * task_of(setting).updates)
         lr = job["lr"]
         schedule = lr if job["policy"] == "fixed" else cycle("triangular2", (lr / 10, lr), updates)
-        return trial.train(partial(fastlr.FusedSGD, lr=schedule, momentum=MOMENTUM), updates)
+        return trial.train(partial(fastlr.FusedSGD, lr=schedule, momentum=MOMENTUM), updates, points=1)
 
     def summarise(self, setting: Setting, runs: Sequence[Run]) -> Summary:
         networks = _networks(runs)
@@ -167,9 +167,9 @@ class RangeTest:
             f"{setting.data}, {len(networks)} networks (models, with and without BatchNorm, batch sizes), "
             f"{min(SEEDS, setting.seeds)} seeds. A range test has {setting.updates(SWEEP)} updates, a training "
             f"{setting.updates(PART * task_of(setting).updates):,}. The grid has {len(grid)} rates from "
-            f"{grid[0]:g} to {grid[-1]:g}; its best one is chosen on a sixth of the training set, and "
-            "accuracies are those of the test set. Lost: how far CLR up to the answer ends below the best, "
-            "on average over all answers. The right-most column takes the answer as a fixed rate."
+            f"{grid[0]:g} to {grid[-1]:g}; its best one is chosen on a sixth of the training set, and accuracies "
+            "are those of the test set. Lost: how far CLR up to the answer ends below the best, on average over "
+            "all answers. The right-most column takes the answer as a fixed rate."
         )
         return Summary(
             [

@@ -108,15 +108,15 @@ class Trial:
         options = {"num_steps": self.setting.updates(SWEEP), **options}
         return _training.find_bounds(model, make(model.parameters()), self.batches(), validation, **options)
 
-    def train(self, make: MakeOptimizer, updates: int) -> Result:
-        """Trains so long; figures: "updates" and the accuracy in "test" after each of them, and that in
-        "validation" at the end."""
+    def train(self, make: MakeOptimizer, updates: int, points: int = POINTS) -> Result:
+        """Trains so long; figures: "updates" and the accuracy in "test" after each of them, so many points,
+        and that in "validation" at the end."""
         model = self.model()
         test, seconds = _training.train(
             model,
             make(model.parameters()),
             self.batches(),
-            measure_at := _training.points(updates, POINTS),
+            measure_at := _training.points(updates, points),
             lambda: _training.accuracy(model, self.dataset.x_test, self.dataset.y_test),
         )
         validation = [_training.accuracy(model, self.x_val, self.y_val)]
