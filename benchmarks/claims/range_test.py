@@ -165,11 +165,11 @@ class RangeTest:
         grid = sorted({run.job["lr"] for run in runs if "lr" in run.job})
         setup = (
             f"{setting.data}, {len(networks)} networks (models, with and without BatchNorm, batch sizes), "
-            f"{min(SEEDS, setting.seeds)} seeds. A range test has {setting.updates(SWEEP)} updates, a training "
-            f"{setting.updates(PART * task_of(setting).updates):,}. The grid has {len(grid)} rates from "
-            f"{grid[0]:g} to {grid[-1]:g}; its best one is chosen on a sixth of the training set, and accuracies "
-            "are those of the test set. Lost: how far CLR up to the answer ends below the best, on average over "
-            "all answers. The right-most column takes the answer as a fixed rate."
+            f"{min(SEEDS, setting.seeds)} seeds. A range test has {setting.updates(SWEEP)} updates, a "
+            f"training {setting.updates(PART * task_of(setting).updates):,}. The grid has {len(grid)} rates "
+            f"from {grid[0]:g} to {grid[-1]:g}; its best one is chosen on a sixth of the training set, and "
+            "accuracies are those of the test set. Lost: how far CLR up to the answer ends below the best, "
+            "on average over all answers. The right-most column takes the answer as a fixed rate."
         )
         return Summary(
             [
