@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make fuzz`,
-# `make soak`, `make lint`, `make bench`; `make gpu` takes what the machine has.
+# `make soak`, `make lint`, `make bench`, `make claims`; `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test test-rest test-all fuzz soak lint bench gpu clean
+.PHONY: demo test test-rest test-all fuzz soak lint bench claims gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -56,6 +56,14 @@ bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/grad_norm.py
 	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
+
+# The papers' claims on real data, into benchmarks/results/claims/: `make claims` takes up to an hour on two
+# cores, `make claims QUICK=1` some minutes. Stopped, it goes on where it was. CLAIMS="cyclic" picks; DATA=cifar10
+# FOLDER=... trains on other data, `DEVICE=cuda` elsewhere.
+CLAIMS ?=
+claims: $(VENV)/installed-demo
+	$(BIN)/python -m benchmarks.claims $(CLAIMS) $(if $(QUICK),--quick) $(if $(DATA),--data $(DATA)) \
+	  $(if $(FOLDER),--folder "$(FOLDER)") $(if $(DEVICE),--device $(DEVICE))
 
 # Everything that a GPU can show, with the Python, PyTorch and nvcc that are there: nothing is fetched, nothing
 # but OUT and build/ is written. STAGES=c,d picks; BACKEND=cuda-on-cpu does what goes without a GPU.

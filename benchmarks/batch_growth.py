@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 import fastlr
 from fastlr import data
 from fastlr._files import write_text
+from fastlr._statistics import compared, spread
 from fastlr.plotting import save
 
 BATCH_SIZE, LR, MOMENTUM = 32, 0.02, 0.9
@@ -33,8 +32,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "increase": {"mode": "increase", "max_batch_size": CAP},
     "raised rate": {"mode": "increase", "max_batch_size": CAP, "lr_scale": 5.0},
 }
-# Student's t: the two-sided 95 % quantile for 1, 2, ... degrees of freedom.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 class InMemory(torch.utils.data.Dataset[Any]):
@@ -96,23 +93,15 @@ def summary(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     for name, result in results.items():
         runs, plan = result["runs"], result["plan"]
         finals = [100 * run["accuracies"][-1] for run in runs]
-        gaps = [
-            100 * (run["accuracies"][-1] - base["accuracies"][-1])
-            for run, base in zip(runs, results["decay"]["runs"], strict=True)
-        ]
-        spread = f" ± {statistics.stdev(finals):.2f}" if len(finals) > 1 else ""
-        against = "" if name == "decay" else f"{statistics.mean(gaps):+.2f}"
-        if name != "decay" and len(gaps) > 1:
-            quantile = STUDENT[min(len(gaps) - 2, len(STUDENT) - 1)]
-            half = quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            against += f" ({statistics.mean(gaps) - half:+.2f} to {statistics.mean(gaps) + half:+.2f})"
+        decay = [100 * run["accuracies"][-1] for run in results["decay"]["runs"]]
+        against = "" if name == "decay" else compared(finals, decay).interval(2)
         rows.append(
             [
                 name,
                 ", ".join(f"{size:,}" for size in dict.fromkeys(plan["batch_sizes"])),
                 ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(plan["rates"])),
                 f"{plan['updates']:,}",
-                f"{statistics.mean(finals):.2f}{spread} %",
+                spread([value / 100 for value in finals], 2),
                 against,
             ]
         )

@@ -1,14 +1,15 @@
-"""Real data sets that need no download: handwritten digits and Fashion-MNIST."""
+"""Real data sets: handwritten digits and Fashion-MNIST, which need no download; CIFAR-10 from a folder."""
 
 from __future__ import annotations
 
 import gzip
 import math
+import pickle
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from fastlr._checks import choice, count, file_name, within
 
 __all__ = ["Batches", "Dataset", "load"]
 
-Name = Literal["digits", "fashion-mnist"]
+Name = Literal["digits", "fashion-mnist", "cifar10"]
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 # Of the 1,797 digits a quarter is held out, the same ones in every run.
 _DIGITS_TEST = 450
+
+# CIFAR-10's python version: five files to train with, and one to test.
+_CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,18 @@ class Dataset:
     y_test: torch.Tensor
     classes: int
 
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The training part, of which a sixth is held out to choose by: x and y to train with, x and y to
+        validate on. The test set has no part in it."""
+        count = len(self.x_train) // 6
+        return self.x_train[count:], self.y_train[count:], self.x_train[:count], self.y_train[:count]
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same on a device."""
+        x_train, y_train = self.x_train.to(device), self.y_train.to(device)
+        x_test, y_test = self.x_test.to(device), self.y_test.to(device)
+        return replace(self, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+
 
 def load(
     name: Name = "digits", path: str | Path | None = None, *, label_noise: float = 0.0, seed: int = 0
@@ -54,8 +70,10 @@ def load(
 
     Args:
         name: ``"digits"``: 8 x 8 pixels, from scikit-learn's own files. ``"fashion-mnist"``: 28 x 28
-            pixels, from idx files, gzipped or not.
-        path: the folder of those files; None: where Debian's package dataset-fashion-mnist puts them.
+            pixels, from idx files, gzipped or not. ``"cifar10"``: 3 x 32 x 32, from the files of its python
+            version, ``data_batch_1`` and so on.
+        path: the folder of those files; None: where Debian's package dataset-fashion-mnist puts them, for
+            Fashion-MNIST. The folder ``cifar-10-batches-py`` may also lie in it.
         label_noise: part of the training labels to draw anew from all classes, in [0, 1]. A label may
             be drawn as it was.
         seed: of that draw, >= 0. The split does not depend on it.
@@ -77,6 +95,10 @@ def load(
         if path is not None:
             raise ValueError(f"digits come with scikit-learn and are not read from a path, got {path!r}")
         x_train, y_train, x_test, y_test = _digits()
+    elif name == "cifar10":
+        if path is None:
+            raise ValueError("cifar10 needs a path: the folder of data_batch_1 ... 5 and test_batch")
+        x_train, y_train, x_test, y_test = _cifar10(Path(path))
     else:
         x_train, y_train, x_test, y_test = _fashion_mnist(_DEBIAN if path is None else Path(path))
     mean, deviation = x_train.mean(), x_train.std()
@@ -187,3 +209,50 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
             values: Bytes = np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
             return values
     raise ValueError(f"{folder / name} is no idx file of bytes in {dimensions} dimensions, or cut short")
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dicts, lists, numbers and NumPy arrays: a pickle of anything else could run code."""
+
+    ALLOWED: ClassVar = {
+        *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+        return super().find_class(module.replace("numpy.core", _NUMPY_CORE), name)
+
+
+# What NumPy 2 calls its inner package; files name it as NumPy 1 did.
+_NUMPY_CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+
+
+def _cifar10(folder: Path) -> Arrays:
+    inner = folder / "cifar-10-batches-py"
+    parts = [_read_batch((inner if inner.is_dir() else folder) / name) for name in _CIFAR10]
+    images = [torch.from_numpy(pixels).float() for pixels, _ in parts]
+    labels = [torch.tensor(classes, dtype=torch.int64) for _, classes in parts]
+    return torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1], labels[-1]
+
+
+def _read_batch(path: Path) -> tuple[Bytes, list[int]]:
+    """Pixels, shape (n, 3072), and classes of a file of CIFAR-10's python version."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}; name the folder of CIFAR-10's python version, as unpacked"
+        )
+    try:
+        with path.open("rb") as file:
+            content = _Arrays(file, encoding="bytes").load()
+        pixels, classes = content[b"data"], list(content[b"labels"])
+        good = pixels.dtype == np.uint8 and pixels.shape == (len(classes), 3072)
+        good = good and all(isinstance(label, int) and 0 <= label < 10 for label in classes)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no batch of CIFAR-10's python version: {error}") from error
+    if not good:
+        raise ValueError(f"{path} does not hold one of 10 labels for each image of 3072 bytes")
+    return pixels.copy(), classes

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import html
 import math
-import sys
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, count, islice, repeat
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import torch
 
 import fastlr
-from fastlr import _checks, data, plotting
+from fastlr import _checks, _training, data, plotting
 from fastlr._checks import choice, file_name, flag
 from fastlr._files import write_text
+from fastlr._progress import progress as shown_progress
+from fastlr._statistics import compared, spread
 
 __all__ = ["Outcome", "Report", "run"]
 
@@ -28,7 +27,6 @@ _GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 _MOMENTUM = 0.9
 _DECAY, _FIXED = "step decay", "fixed"
 _CYCLES = 4
-_SWEEP_STEPS = 400
 _POINTS = 30  # of the accuracy curves
 
 TABLE_NOTE = (
@@ -134,9 +132,7 @@ class Report:
             if 0 < reached < len(outcome.accuracies):
                 runs = f"{reached} of {len(outcome.accuracies)} runs"
                 when = f"only in {runs}" if when == "not reached" else f"{when} ({runs})"
-            rows.append(
-                [outcome.name, outcome.rates, when, _spread(outcome.finals), f"{outcome.seconds:.2f}"]
-            )
+            rows.append([outcome.name, outcome.rates, when, spread(outcome.finals), f"{outcome.seconds:.2f}"])
         return rows
 
 
@@ -171,7 +167,7 @@ def run(
     seeds, progress = _checks.count("seeds", seeds), flag("progress", progress)
     folder = Path(file_name("out", out))
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), _progress(progress) as stage:
+    with _training.one_thread(), shown_progress(progress) as stage:
         sets = [data.load(name, data_path, label_noise=task.label_noise, seed=seed) for seed in range(seeds)]
         advance = stage("range test", 1)
         begin = time.perf_counter()
@@ -181,7 +177,7 @@ def run(
         if found.base_lr is None or found.max_lr is None:
             raise RuntimeError(f"the range test gives no bounds: {found.reason}")
         policies = _policies(found.base_lr, found.max_lr, updates)
-        measured_at = tuple(round(updates * part / _POINTS) for part in range(1, _POINTS + 1))
+        measured_at = _training.points(updates, _POINTS)
         outcomes = []
         for policy in policies:
             advance = stage(policy.name, seeds)
@@ -254,28 +250,19 @@ def _policies(base_lr: float, max_lr: float, updates: int) -> list[_Policy]:
 
 
 def _model(dataset: data.Dataset, task: _Task, seed: int) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Sequential(
-            torch.nn.Linear(dataset.x_train.shape[1], task.hidden),
-            torch.nn.ReLU(),
-            torch.nn.Linear(task.hidden, dataset.classes),
-        )
+    features = dataset.x_train.shape[1]
+    return _training.seeded(seed, lambda: _training.mlp(features, [task.hidden], dataset.classes))
 
 
 def _find_bounds(dataset: data.Dataset, task: _Task) -> fastlr.RangeTestResult:
     """A range test that validates on a sixth of the training set: the test set has no part in it."""
-    x, y, held_out = dataset.x_train, dataset.y_train, len(dataset.x_train) // 6
+    x, y, x_val, y_val = dataset.held_out()
     model = _model(dataset, task, seed=0)
-    return fastlr.range_test(
+    return _training.find_bounds(
         model,
         fastlr.FusedSGD(model.parameters(), momentum=_MOMENTUM),
-        torch.nn.functional.cross_entropy,
-        data.Batches(x[held_out:], y[held_out:], task.batch_size, seed=0),
-        data.Batches(x[:held_out], y[:held_out], 500),
-        num_steps=_SWEEP_STEPS,
-        val_every=5,
-        progress=False,
+        data.Batches(x, y, task.batch_size, seed=0),
+        data.Batches(x_val, y_val, 500),
     )
 
 
@@ -284,101 +271,29 @@ def _train(
 ) -> tuple[tuple[float, ...], float]:
     """Test accuracies after the given updates, and the seconds that the updates took."""
     model = _model(dataset, task, seed)
-    optimizer = policy.optimizer(model.parameters())
-    batches = data.Batches(dataset.x_train, dataset.y_train, task.batch_size, seed=seed)
-    endless = chain.from_iterable(repeat(batches))
-    accuracies, seconds, done = [], 0.0, 0
-    for stop in measure_at:
-        begin = time.perf_counter()
-        for x, y in islice(endless, stop - done):
-            torch.nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-        seconds += time.perf_counter() - begin
-        done = stop
-        with torch.no_grad():
-            right = model(dataset.x_test).argmax(1) == dataset.y_test
-        accuracies.append(float(right.double().mean()))
+    accuracies, seconds = _training.train(
+        model,
+        policy.optimizer(model.parameters()),
+        data.Batches(dataset.x_train, dataset.y_train, task.batch_size, seed=seed),
+        measure_at,
+        lambda: _training.accuracy(model, dataset.x_test, dataset.y_test),
+    )
     return tuple(accuracies), seconds
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -- what is shown -------------------------------------------------------------------------------------
 
-Advance = Callable[[], object]
-
-
-@contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[str, int], Advance]]:
-    """Yields what begins a stage of so many runs and returns what to call after each of them."""
-    if not wanted:
-        yield lambda name, total: lambda: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ModuleNotFoundError:
-        yield _print_stage
-        return
-    console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
-        yield _print_stage
-        return
-    columns = TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bars:
-
-        def stage(name: str, total: int) -> Advance:
-            task = bars.add_task(name, total=total)
-            return lambda: bars.advance(task)
-
-        yield stage
-
-
-def _print_stage(name: str, total: int) -> Advance:
-    begin, done = time.perf_counter(), count(1)
-
-    def advance() -> None:
-        if next(done) == total:
-            runs = f", {total} runs" if total > 1 else ""
-            print(f"{name}{runs}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-
-    return advance
-
-
-def _spread(values: list[float]) -> str:
-    """Accuracies in per cent: their mean, and the standard deviation of one."""
-    deviation = f" \u00b1 {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{deviation} %"
-
-
-# Student's t: the two-sided 95 % quantile for 1 to 9 degrees of freedom. For more, the last one errs
-# towards calling a tie.
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
 
 def _comparison(a: Outcome, b: Outcome) -> str:
     """Whether a ended above b. Runs of one seed differ in the policy only, so they are compared in pairs."""
-    differences = [100 * (x - y) for x, y in zip(a.finals, b.finals, strict=True)]
-    gap = mean(differences)
-    if len(differences) == 1:
-        return f"{a.name} ended {gap:+.1f} points from {b.name}; one run of each cannot tell this from chance"
-    half = (
-        _STUDENT[min(len(differences) - 2, len(_STUDENT) - 1)] * stdev(differences) / len(differences) ** 0.5
-    )
-    interval = f"{gap:+.1f} points, 95 % interval {gap - half:+.1f} to {gap + half:+.1f}"
-    if abs(gap) <= half:
-        return f"a tie of {a.name} and {b.name} ({interval})"
-    return f"{a.name} ended {'above' if gap > 0 else 'below'} {b.name} ({interval})"
+    found = compared([100 * value for value in a.finals], [100 * value for value in b.finals])
+    if found.outcome == "one run":
+        return (
+            f"{a.name} ended {found.interval()} from {b.name}; one run of each cannot tell this from chance"
+        )
+    if found.outcome == "a tie":
+        return f"a tie of {a.name} and {b.name} ({found.interval()})"
+    return f"{a.name} ended {found.outcome} {b.name} ({found.interval()})"
 
 
 _PAGE = """<!DOCTYPE html>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import struct
 
 import numpy as np
@@ -122,6 +123,87 @@ def test_bad_files_are_refused(tmp_path, change, error):
     damaged(tmp_path, change)
     with pytest.raises(error[0], match=error[1]):
         data.load("fashion-mnist", tmp_path)
+
+
+# -- CIFAR-10 ----------------------------------------------------------------------------------------
+
+BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def write_cifar10(folder, **changes):
+    """The six files with random contents; returns their pixels and classes. changes: of the second one."""
+    rng = np.random.default_rng(0)
+    contents = []
+    for i, name in enumerate(BATCHES):
+        pixels, labels = rng.integers(0, 256, (4, 3072), np.uint8), [int(k) for k in rng.integers(0, 10, 4)]
+        contents.append((pixels, labels))
+        batch = {b"data": pixels, b"labels": labels, b"batch_label": b"of", b"filenames": [b"a.png"] * 4}
+        batch |= {key.encode(): value for key, value in changes.items()} if i == 1 else {}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return contents
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"], ids=["folder", "folder above"])
+def test_cifar10_is_read(tmp_path, inner):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    contents = write_cifar10(tmp_path / inner)
+    loaded = data.load("cifar10", tmp_path)
+    pixels = np.concatenate([pixels for pixels, _ in contents[:-1]]).astype(np.float64)
+    mean, deviation = pixels.mean(), pixels.std(ddof=1)
+    np.testing.assert_allclose(loaded.x_train.numpy(), (pixels - mean) / deviation, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        loaded.x_test.numpy(), (contents[-1][0] - mean) / deviation, rtol=1e-4, atol=1e-4
+    )
+    assert loaded.y_train.tolist() == [label for _, labels in contents[:-1] for label in labels]
+    assert loaded.y_test.tolist() == contents[-1][1]
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this is code",)
+
+
+BAD_BATCHES = {
+    "code": ({"data": Code()}, "no batch of CIFAR-10's python version"),
+    "no array": ({"data": b"pixels"}, "no batch of CIFAR-10's python version"),
+    "other pixels": ({"data": np.zeros((4, 784), np.uint8)}, "image of 3072 bytes"),
+    "floats": ({"data": np.zeros((4, 3072))}, "image of 3072 bytes"),
+    "a label too many": ({"labels": [0] * 5}, "image of 3072 bytes"),
+    "an eleventh class": ({"labels": [0, 1, 2, 10]}, "one of 10 labels"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_BATCHES.values(), ids=BAD_BATCHES.keys())
+def test_bad_batches_of_cifar10_are_refused(tmp_path, changes, message, capsys):
+    write_cifar10(tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"data_batch_2 .*{message}"):
+        data.load("cifar10", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_missing_and_cut_batches_of_cifar10_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="cifar10 needs a path"):
+        data.load("cifar10")
+    with pytest.raises(FileNotFoundError, match=r"no data_batch_1 in .*; name the folder of CIFAR-10's"):
+        data.load("cifar10", tmp_path)
+    write_cifar10(tmp_path)
+    path = tmp_path / "test_batch"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="test_batch is no batch"):
+        data.load("cifar10", tmp_path)
+
+
+def test_a_sixth_is_held_out():
+    digits = data.load("digits")
+    x, y, x_val, y_val = digits.held_out()
+    assert (len(x), len(x_val)) == (1347 - 224, 224)
+    assert torch.equal(torch.cat([x_val, x]), digits.x_train)
+    assert torch.equal(torch.cat([y_val, y]), digits.y_train)
+
+
+def test_a_data_set_goes_to_a_device():
+    moved = data.load("digits").to("meta")
+    assert {t.device.type for t in (moved.x_train, moved.y_train, moved.x_test, moved.y_test)} == {"meta"}
 
 
 BAD_ARGUMENTS = {

@@ -13,7 +13,7 @@ import torch
 import fastlr
 from fastlr import demo
 
-for package in ("matplotlib", "rich", "sklearn"):
+for package in ("matplotlib", "rich", "scipy", "sklearn"):
     pytest.importorskip(package, reason=f"the demo needs {package}")
 
 SEEDS, UPDATES = 2, 60

@@ -21,11 +21,11 @@ ROOT = "fastlr"
 # each other. "" is the package itself, which gathers what users import.
 LAYERS = (
     ("_core",),
-    ("_checks", "_files", "_build", "_runtime", "data", "plotting"),
+    ("_checks", "_files", "_build", "_runtime", "_progress", "_statistics", "data", "plotting"),
     ("schedules",),
     ("optim",),
     ("range_test", "batch_growth"),
-    ("integrations",),
+    ("integrations", "_training"),
     ("",),
     ("demo",),
     ("cli",),
@@ -34,7 +34,7 @@ LAYERS = (
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
 # Private to the package, but not to a part of it.
-EVERYBODYS = {"_core", "_checks", "_files", "_build", "_runtime"}
+EVERYBODYS = {"_core", "_checks", "_files", "_build", "_runtime", "_progress", "_statistics", "_training"}
 
 
 class Import(NamedTuple):
