@@ -138,6 +138,7 @@ TESTS = (
     "test_checkpoint.py",
     "test_amp.py",
     "test_grad_norm.py",
+    "test_clip_grad_norm.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
 )
