@@ -79,6 +79,8 @@ def of_a_type(device: Device, make: Make, dtype: torch.dtype, many: int) -> None
     optimizer.found_inf = torch.ones((), device=device.device)
     optimizer.grad_scale = torch.full((), 4.0, device=device.device)
     optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
     optimizer.advance_samples(3)
     optimizer.sync()
 

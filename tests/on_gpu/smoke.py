@@ -44,7 +44,16 @@ def counting(model: Model) -> FusedOptimizer:
     return fastlr.FusedCyclicAdamW(model, **CYCLE, cycle_momentum=True, weight_decay=decay, amsgrad=True)
 
 
-MAKES: dict[str, Make] = {"FusedCyclicSGD": cyclic, "FusedCyclicAdamW": counting}
+def clipping(model: Model) -> FusedOptimizer:
+    """The norm in a launch of its own, which the next one waits for."""
+    return fastlr.FusedAdamW(model, lr=fastlr.Triangular2(0.01, 0.1, 3), max_grad_norm=1.0)
+
+
+MAKES: dict[str, Make] = {
+    "FusedCyclicSGD": cyclic,
+    "FusedCyclicAdamW": counting,
+    "FusedAdamW, clipping": clipping,
+}
 
 
 def cases_of(rule: Rule) -> dict[str, dict[str, Any]]:
