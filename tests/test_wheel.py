@@ -55,6 +55,10 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
     assert any(n.name == "LICENSE" for n in info)
 
 
+def test_wheel_without_cuda_is_small(wheel: zipfile.ZipFile):
+    assert Path(str(wheel.filename)).stat().st_size < 3e6
+
+
 def test_wheel_needs_only_torch_numpy_and_what_torch_needs_too(wheel: zipfile.ZipFile):
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(name).decode())
