@@ -429,6 +429,16 @@ void Gathering::gather(const Place& place, size_t position) {
            " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
            "state_dict again, or remove the state to start anew.");
   }
+  if (const uint32_t lost = missing & rule.always_live;
+      rule.counts_steps && lost != 0 &&
+      std::any_of(entries.begin(), entries.end(),
+                  [](PyObject* entry) { return entry != nullptr; })) {
+    int slot = 0;
+    while ((lost >> slot & 1u) == 0) ++slot;
+    refuse("the state of " + describe(place) + " has no " + rule.slot[slot] +
+           ", which its other parts say that it has had. Load the optimizer's state_dict again, or "
+           "remove the state to start anew.");
+  }
   const bool has_slots = (missing & live) == 0;
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
@@ -590,7 +600,12 @@ void Gathering::add_state() {
         fill_later(added.made[k].get(), static_cast<double>(added.age));
       } else {
         PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
-        if (dtype == nullptr) throw PythonError();
+        if (dtype == nullptr) {
+          if (PyErr_Occurred()) throw PythonError();
+          throw std::invalid_argument(
+              "parameter group " + std::to_string(added.place.group_index) +
+              " has no \"state_dtype\"; None keeps state in its parameter's type");
+        }
         added.made[k] =
             checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor, dtype));
         fill_later(added.made[k].get(), rule.initial_state(group.options));

@@ -75,6 +75,12 @@ class RuleState:
             loaded[STEP] = Runtime.new_step(parameter).fill_(age)
         elif loaded and self.counts_steps:
             raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")
+        lost = [name for name in self._plan.always_live() if name not in loaded]
+        if loaded and lost:
+            raise ValueError(
+                f"the file's state of parameter {key} has {', '.join(loaded)}, but no {lost[0]}; it may be "
+                "of another kind of optimizer"
+            )
         return loaded
 
     def into(
