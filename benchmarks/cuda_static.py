@@ -26,10 +26,10 @@ THREADS = 256  # of a block
 
 
 class Kernel(NamedTuple):
-    """A rule's clock_kernel, or a step_kernel and what it is an instance for."""
+    """A rule's clock_kernel, or a step_kernel or norm_kernel and what it is an instance for."""
 
     name: str
-    rule: str
+    rule: str = ""  # none of a norm
     param: str = ""
     state: str = ""
     strided: bool = False
@@ -93,6 +93,9 @@ def kernel_of(symbol: str) -> Kernel:
         return Kernel("step_kernel", rule.lower(), types[param], types[state], strided == "1", int(capacity))
     if found := re.match(r"_ZN6fastlr\S*12clock_kernelINS_\d+([A-Z][a-z]+)EEE", symbol):
         return Kernel("clock_kernel", found[1].lower())
+    if found := re.match(rf"_ZN6fastlr11norm_kernelI({one})Lb([01])ELi(\d+)EEEv", symbol):
+        param, strided, capacity = found.groups()
+        return Kernel("norm_kernel", "", types[param], "", strided == "1", int(capacity))
     raise ValueError(f"unknown kernel {symbol}")
 
 

@@ -72,10 +72,10 @@ TEST = (EXTENSION, "test")
 FAULTS = {
     # Threads of a block.
     "no barrier before the shared value is used": Fault(
-        KERNELS, "  __syncthreads();\n  if (!is_last) return;", "  if (!is_last) return;", *RACE
+        KERNELS, "  __syncthreads();\n  return is_last;", "  return is_last;", *RACE
     ),
     "no barrier before the ticket": Fault(
-        KERNELS, "*step.clocks.state;\n  __syncthreads();\n", "*step.clocks.state;\n", *RACE
+        KERNELS, "(bool, is_last);\n  __syncthreads();\n", "(bool, is_last);\n", *RACE
     ),
     "divergent barrier": Fault(
         KERNELS, BARRIER, BARRIER.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
