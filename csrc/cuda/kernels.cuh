@@ -367,9 +367,30 @@ __device__ inline Scalars<R, C> scalars_of(const GroupClock& clock, const Device
   return own;
 }
 
-// Where the sum of a chunk's squares stands among those of the step.
-__device__ inline int64_t square_of(const DeviceTensor& tensor, int64_t chunk) {
-  return tensor.first_square + (chunk - tensor.first_chunk);
+// Calls visit(index, begin, end, square) for each chunk that is this block's: the elements of a
+// tensor, and where the sum of their squares stands among those of the step. By all threads.
+template <int kCapacity, typename Visit>
+__device__ inline void for_each_chunk_of_block(const StepArguments<kCapacity>& step,
+                                               const Visit& visit) {
+  int32_t index = 0;
+  for (int64_t chunk = blockIdx.x; chunk < step.chunks; chunk += gridDim.x) {
+    index = find_tensor(step.tensors, index, step.count, chunk);
+    const DeviceTensor& tensor = step.tensors[index];
+    const int64_t of_tensor = chunk - tensor.first_chunk;
+    const int64_t begin = of_tensor * kChunkElements;
+    const int64_t end =
+        begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
+    visit(index, begin, end, tensor.first_square + of_tensor);
+  }
+}
+
+// The sum of a chunk's squares takes its place; by all threads.
+template <bool kStrided, typename P>
+__device__ inline void measure_chunk(const StepHead& step, const DeviceTensor& tensor, const P* g,
+                                     int64_t begin, int64_t end, int64_t square) {
+  const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
+  const double squares = sum_of_squares(g, layout, begin, end);
+  if (threadIdx.x == 0) step.squares[square] = squares;
 }
 
 template <typename R, typename P, typename M, bool kStrided, int kCapacity>
@@ -382,19 +403,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     factor = step.clocks.state->factor(C{});
     amp.applied = amp.applied && factor == factor;  // a norm that is inf or NaN leaves none
   }
-  int32_t index = 0;
-  for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
-    index = find_tensor(step.tensors, index, step.count, chunk);
+  const auto update = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
     const DeviceTensor& tensor = step.tensors[index];
-    const int64_t begin = (chunk - tensor.first_chunk) * kChunkElements;
-    const int64_t end =
-        begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
     const P* g = static_cast<const P*>(step.grads[index]);
-    if (step.squares != nullptr) {
-      const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
-      const double squares = sum_of_squares(g, layout, begin, end);
-      if (threadIdx.x == 0) step.squares[square_of(tensor, chunk)] = squares;
-    }
+    if (step.squares != nullptr) measure_chunk<kStrided>(step, tensor, g, begin, end, square);
     P* p = static_cast<P*>(tensor.param);
     Scalars<R, C> s = scalars_of<R, C>(step.clocks.clocks[tensor.group], tensor);
     s.around.of_gradient *= factor;
@@ -409,7 +421,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     } else {
       update_dense<R>(s, p + begin, g + begin, slots, end - begin);
     }
-  }
+  };
+  if (amp.applied) for_each_chunk_of_block(step, update);
   finish<R>(step, amp);
 }
 
@@ -418,18 +431,11 @@ template <typename P, bool kStrided, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
-  int32_t index = 0;
-  for (int64_t chunk = blockIdx.x; amp.applied && chunk < step.chunks; chunk += gridDim.x) {
-    index = find_tensor(step.tensors, index, step.count, chunk);
-    const DeviceTensor& tensor = step.tensors[index];
-    const int64_t begin = (chunk - tensor.first_chunk) * kChunkElements;
-    const int64_t end =
-        begin + kChunkElements < tensor.numel ? begin + kChunkElements : tensor.numel;
-    const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
-    const double squares =
-        sum_of_squares(static_cast<const P*>(step.grads[index]), layout, begin, end);
-    if (threadIdx.x == 0) step.squares[square_of(tensor, chunk)] = squares;
-  }
+  const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
+    const P* g = static_cast<const P*>(step.grads[index]);
+    measure_chunk<kStrided>(step, step.tensors[index], g, begin, end, square);
+  };
+  if (amp.applied) for_each_chunk_of_block(step, measure);
   DeviceState& state = *step.clocks.state;
   if (!is_last_block(state)) return;
   double squared_norm = NAN;

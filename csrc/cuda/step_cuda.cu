@@ -80,6 +80,30 @@ bool has_large_arguments() {
 
 int32_t capacity_limit = 0;
 
+// Of a rule, or kNorm.
+const Kernels& small_kernels(int kernels) {
+  return kernels == kNorm ? kSmallNormKernels : kSmallKernels[kernels];
+}
+const Kernels& large_kernels([[maybe_unused]] int kernels) {
+#if CUDART_VERSION >= 12010
+  return kernels == kNorm ? kLargeNormKernels : kLargeKernels[kernels];
+#else
+  throw std::logic_error("there are no kernels with large arguments");
+#endif
+}
+
+void load_kernels(int kernels, Residency& residency, int multiprocessors) {
+  small_kernels(kernels).load(residency, multiprocessors);
+  if (has_large_arguments()) large_kernels(kernels).load(residency, multiprocessors);
+}
+
+void launch_kernels(int kernels, int device, Stream stream, const Launch& launch) {
+  use_device(device);
+  const bool is_small = launch.grads.size() <= static_cast<size_t>(kSmallLaunch);
+  (is_small ? small_kernels(kernels) : large_kernels(kernels))
+      .launch(*find_residency(device, kernels), stream, launch);
+}
+
 }  // namespace
 
 int32_t launch_capacity(bool strided) {
@@ -110,19 +134,13 @@ void load_once(int device, int kernels, Load load) {
 void preload(int device, const Rule& rule) {
   load_once(device, rule.index, [&](Residency& residency, int multiprocessors) {
     load(residency, kClockKernels[rule.index], multiprocessors);
-    kSmallKernels[rule.index].load(residency, multiprocessors);
-#if CUDART_VERSION >= 12010
-    if (has_large_arguments()) kLargeKernels[rule.index].load(residency, multiprocessors);
-#endif
+    load_kernels(rule.index, residency, multiprocessors);
   });
 }
 
 void preload_norm(int device) {
   load_once(device, kNorm, [](Residency& residency, int multiprocessors) {
-    kSmallNormKernels.load(residency, multiprocessors);
-#if CUDART_VERSION >= 12010
-    if (has_large_arguments()) kLargeNormKernels.load(residency, multiprocessors);
-#endif
+    load_kernels(kNorm, residency, multiprocessors);
   });
 }
 
@@ -177,21 +195,11 @@ void download(int device, Stream stream, void* to, const void* from, size_t byte
 }
 
 void launch_step(int device, Stream stream, const Rule& rule, const Launch& launch) {
-  use_device(device);
-  const Kernels* kernels = kSmallKernels;
-#if CUDART_VERSION >= 12010
-  if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) kernels = kLargeKernels;
-#endif
-  kernels[rule.index].launch(*find_residency(device, rule.index), stream, launch);
+  launch_kernels(rule.index, device, stream, launch);
 }
 
 void launch_norm(int device, Stream stream, const Launch& launch) {
-  use_device(device);
-  const Kernels* kernels = &kSmallNormKernels;
-#if CUDART_VERSION >= 12010
-  if (launch.grads.size() > static_cast<size_t>(kSmallLaunch)) kernels = &kLargeNormKernels;
-#endif
-  kernels->launch(*find_residency(device, kNorm), stream, launch);
+  launch_kernels(kNorm, device, stream, launch);
 }
 
 void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,

@@ -60,6 +60,7 @@ class Optimizer {
         cases_(std::move(cases)),
         groups_(make_groups(rule_, reference_)) {
     cuda::preload(device_, rule_);
+    cuda::preload_norm(device_);
     std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
     std::vector<float> ages;
@@ -113,20 +114,31 @@ class Optimizer {
   }
 
   void measure_norm(bool measured) { norm_measured_ = measured; }
+  void clip_norm(double max_norm) { max_norm_ = max_norm; }  // infinity: not
+
+  double put_in_gradient(size_t index, double value) {
+    return cases_[index]->put_in_gradient(value);
+  }
 
   // Launches a step, or captures it.
   void launch() {
+    const bool clips = std::isfinite(max_norm_);
     for (cuda::Launch& launch : launches_) {
-      launch.head.squares = norm_measured_ ? squares_->data() : nullptr;
+      launch.head.squares = norm_measured_ || clips ? squares_->data() : nullptr;
+      launch.head.max_norm = max_norm_;
+      launch.head.clips = clips;
       launch.head.clocks = clocks();
       launch.head.grad_scale = scaler_used_ ? &scale_ : nullptr;
+      if (!clips) continue;
+      leave_device(device_);
+      cuda::launch_norm(device_, kStream, launch);
+      check_grid(launch);
+    }
+    for (cuda::Launch& launch : launches_) {
+      if (clips) launch.head.squares = nullptr;
       leave_device(device_);
       cuda::launch_step(device_, kStream, rule_, launch);
-      const unsigned blocks = last_launch().grid[0];
-      CHECK(blocks >= 1 && blocks <= std::max<int64_t>(launch.head.chunks, 1) &&
-                blocks <= kMostResident,
-            "%u blocks for %" PRId64 " chunks", blocks, launch.head.chunks);
-      most_blocks = std::max(most_blocks, blocks);
+      most_blocks = std::max(most_blocks, check_grid(launch));
     }
   }
 
@@ -136,17 +148,24 @@ class Optimizer {
     const bool usable = std::isnormal(inverse_scale) && inverse_scale > 0;
     skipped_ = !usable || (scaler_used_ && found_inf_ != 0);
     invalid_scale_ = invalid_scale_ || !usable;
+    const bool clips = std::isfinite(max_norm_);
     squared_norm_ = NAN;
-    norm_kept_ = norm_measured_;
+    norm_kept_ = norm_measured_ || clips;
     if (skipped_) return;
-    if (norm_measured_) {
+    if (norm_kept_) {
       std::vector<double> sums;
       for (const auto& c : cases_) c->append_squares(sums);
       squared_norm_ = sum_in_lanes(sums) * inverse_scale * inverse_scale;
     }
+    double factor = inverse_scale;
+    if (clips && !std::isfinite(squared_norm_)) {
+      skipped_ = nonfinite_ = true;
+      return;
+    }
+    if (clips) factor *= std::min(max_norm_ / (std::sqrt(squared_norm_) + 1e-6), 1.0);
     for (const auto& c : cases_) {
       const int64_t age = c->age;
-      c->expect_update(groups_[c->group].now(), inverse_scale);
+      c->expect_update(groups_[c->group].now(), factor);
       if (c.get() == leaders_[c->group] && c->age != age) groups_[c->group].age = c->age;
     }
     for (Group& group : groups_) group.move(1, 0);
@@ -173,6 +192,7 @@ class Optimizer {
     CHECK(state.ticket == 0, "%u", state.ticket);
     CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
     CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
+    CHECK(state.nonfinite == nonfinite_, "%d", state.nonfinite);
     CHECK(state.norm_measured == norm_kept_, "%d", state.norm_measured);
     CHECK(std::isnan(squared_norm_) ? std::isnan(state.squared_norm)
                                     : state.squared_norm == squared_norm_,
@@ -222,6 +242,15 @@ class Optimizer {
       CHECK(clock.options[k] == options[k], "group %zu: %s %a, not %a", index, rule_.option[k].name,
             clock.options[k], options[k]);
     }
+  }
+
+  // The blocks of the last launch.
+  unsigned check_grid(const cuda::Launch& launch) const {
+    const unsigned blocks = last_launch().grid[0];
+    CHECK(blocks >= 1 && blocks <= std::max<int64_t>(launch.head.chunks, 1) &&
+              blocks <= kMostResident,
+          "%u blocks for %" PRId64 " chunks", blocks, launch.head.chunks);
+    return blocks;
   }
 
   // The last that the emulation was asked for, which must have been on this device and stream.
@@ -293,7 +322,8 @@ class Optimizer {
   std::vector<cuda::Launch> launches_;
   bool scaler_used_ = false;
   float found_inf_ = 0.0f, scale_ = 1.0f;
-  bool skipped_ = false, invalid_scale_ = false;
+  bool skipped_ = false, invalid_scale_ = false, nonfinite_ = false;
+  double max_norm_ = INFINITY;
   bool norm_measured_ = false;  // of the steps to come ...
   bool norm_kept_ = false;      // ... and of the last one
   double squared_norm_ = 0.0;

@@ -162,8 +162,8 @@ FAULTS = {
     ),
     "32-bit chunks": Fault(
         KERNELS,
-        "(chunk - tensor.first_chunk) * kChunkElements;",
-        "static_cast<int>(chunk - tensor.first_chunk) * static_cast<int>(kChunkElements);",
+        "of_tensor * kChunkElements;",
+        "static_cast<int>(of_tensor) * static_cast<int>(kChunkElements);",
         *UNDEFINED,
     ),
     "no grid stride": Fault(KERNELS, "chunk += gridDim.x", "++chunk", *TENSORS),
@@ -189,7 +189,7 @@ FAULTS = {
         *STATE,
     ),
     "large arguments for an old driver": Fault(
-        LAUNCHER, "launch.grads.size() > static", "launch.grads.size() >= static", "plain", "launcher"
+        LAUNCHER, "launch.grads.size() <= static", "launch.grads.size() < static", "plain", "launcher"
     ),
     "kernel first loaded in a capture": Fault(
         LAUNCHER, "  load(residency, kClockKernels[rule.index], multiprocessors);\n", "", *STATE
@@ -295,7 +295,7 @@ FAULTS = {
     ),
     # Around the rules, and in them.
     "scale ignored": Fault(
-        KERNELS, "s.around.of_gradient *= static_cast<C>(amp.inverse_scale);", "", *TENSORS
+        KERNELS, "C factor = static_cast<C>(amp.inverse_scale);", "C factor = 1;", *TENSORS
     ),
     "maximize ignored": Fault(
         STEP, "if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;", "", *TENSORS
@@ -369,7 +369,7 @@ FAULTS = {
         *STATE,
     ),
     "squares numbered within the launch": Fault(
-        KERNELS, "tensor.first_square + (chunk - tensor.first_chunk)", "chunk", *STATE
+        KERNELS, "tensor.first_square + of_tensor)", "chunk)", *STATE
     ),
     "squares of all tensors in one place": Fault(LAUNCHES, "{&tensor, cut.chunks}", "{&tensor, 0}", *STATE),
     "norm of the last launch only": Fault(KERNELS, "i < step.step_chunks", "i < step.chunks", *STATE),
@@ -380,10 +380,20 @@ FAULTS = {
         *STATE,
     ),
     "norm of a skipped step": Fault(
-        KERNELS, "step.squares != nullptr && amp.applied", "step.squares != nullptr", *STATE
+        KERNELS, "measures_norm && amp.applied) squared", "measures_norm) squared", *STATE
     ),
     "norm said to be measured where it was not": Fault(
-        KERNELS, "state.norm_measured = step.squares != nullptr;", "state.norm_measured = 1;", *STATE
+        KERNELS, "state.norm_measured = measures_norm;", "state.norm_measured = 1;", *STATE
+    ),
+    "gradients not clipped": Fault(KERNELS, "    factor = step.clocks.state->factor(C{});\n", "", *TENSORS),
+    "a norm that is inf or NaN clips": Fault(
+        KERNELS, "amp.applied = amp.applied && factor == factor;", "", *TENSORS
+    ),
+    "clipped by the norm of the last launch": Fault(
+        KERNELS, "if (!step.ends_step) return;\n  const double factor", "const double factor", *STATE
+    ),
+    "norm that could not be clipped not told": Fault(
+        KERNELS, "  if (amp.applied && !(factor == factor)) state.nonfinite = 1;\n", "", *STATE
     ),
     "norm of the step before where there are no tensors": Fault(
         LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE

@@ -188,6 +188,17 @@ void check_capture(const Reference& reference) {
       emulator::replay(samples);
       optimizer->expect_clock(0, 64);
     }
+    const int64_t clipping = captured([&] {
+      optimizer->clip_norm(1.5);
+      optimizer->launch();
+    });
+    CHECK(emulator::statistics().loads_in_capture == 0, "%" PRId64 " kernels",
+          emulator::statistics().loads_in_capture);
+    emulator::replay(clipping);
+    optimizer->expect_step();
+    optimizer->check();
+    emulator::destroy(clipping);
+    optimizer->clip_norm(INFINITY);
     optimizer->measure_norm(false);
     optimizer->step();  // from the host again
     for (const int64_t graph : {clock, samples, step}) emulator::destroy(graph);
@@ -212,7 +223,12 @@ void check_steps(const Reference& reference) {
     optimizer.step();
     optimizer.set_amp(0.0f, 8.0f);
     optimizer.step();
+    optimizer.clip_norm(2.5);
+    optimizer.step();
     optimizer.with_scaler(false);
+    optimizer.clip_norm(1e9);  // which is above it
+    if (!kFew) optimizer.step();
+    optimizer.clip_norm(INFINITY);
     optimizer.measure_norm(false);
     optimizer.step();
     optimizer.measure_norm(true);
@@ -249,7 +265,16 @@ void check_launches_in_order(const Reference& reference) {
   CHECK(optimizer.launches() == 22, "%zu", optimizer.launches());
   optimizer.evaluate();
   optimizer.measure_norm(true);
-  for (int i = 0; i < 3; ++i) optimizer.step();
+  for (const double limit : {double(INFINITY), 0.75, 1e9}) {
+    optimizer.clip_norm(limit);
+    optimizer.step();
+  }
+  for (const double value : {double(INFINITY), double(NAN)}) {
+    const double before = optimizer.put_in_gradient(1, value);
+    optimizer.step();
+    optimizer.put_in_gradient(1, before);
+    optimizer.step();
+  }
 }
 
 // Where one launch does not take all tensors.
@@ -281,6 +306,7 @@ void check_launch_boundaries(const Reference& reference) {
     optimizer.evaluate();
     optimizer.measure_norm(true);
     optimizer.step();
+    optimizer.clip_norm(0.5);
     optimizer.step();
   }
   emulator::set_driver_version(12010);

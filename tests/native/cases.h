@@ -54,6 +54,7 @@ class Memory {
   }
   T* data() { return all_.get() + lead_; }
   const T* before() const { return before_.get() + lead_; }
+  void put(int64_t i, T value) { data()[i] = before_[lead_ + i] = value; }
   // What the reference says that data()[i] is now.
   void expect(int64_t i, T value) {
     CHECK(!std::isnan(decode(value)), "element %ld: a NaN's bits are nobody's promise", long(i));
@@ -174,9 +175,12 @@ struct Case {
   virtual ~Case() = default;
   // Appends the sums of the squares of the gradient's chunks.
   virtual void append_squares(std::vector<double>& sums) const = 0;
+  // Puts a number in the place of the gradient's last element, and returns what was there.
+  virtual double put_in_gradient(double value) = 0;
   // kept: a bit for each slot that there is memory for.
   virtual TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) = 0;
-  virtual void expect_update(const Values& options, float inverse_scale) = 0;
+  // factor: of the gradient.
+  virtual void expect_update(const Values& options, double factor) = 0;
   virtual void check() const = 0;
   int group = 0;
   int64_t age = 0;  // updates that its state has seen
@@ -226,9 +230,9 @@ class TypedCase : public Case {
     return ref;
   }
 
-  void expect_update(const Values& options, float inverse_scale) override {
+  void expect_update(const Values& options, double factor) override {
     using C = compute_t<P>;
-    const Update<C> update = whole_update<C>(reference_, options, age, inverse_scale);
+    const Update<C> update = whole_update<C>(reference_, options, age, factor);
     const uint32_t live = live_slots(reference_, options);
     for (int64_t i = 0; i < numel_; ++i) {
       C p = decode(param_.before()[at(0, i)]);
@@ -260,6 +264,16 @@ class TypedCase : public Case {
         chunk.clear();
       }
     }
+  }
+
+  double put_in_gradient(double value) override {
+    CHECK(numel_ > 0 && !in_place_, "there is none in %s", geometry_.name.c_str());
+    const int64_t last = at(1, numel_ - 1);
+    const double before = decode(grad_.before()[last]);
+    P encoded;
+    encode(encoded, static_cast<compute_t<P>>(value));
+    grad_.put(last, encoded);
+    return before;
   }
 
   void check() const override {

@@ -172,15 +172,14 @@ Update<C> lion(const Values& o, int64_t) {
 
 // The rule's update with what is done to gradient and parameter before it.
 template <typename C>
-Update<C> whole_update(const Reference& reference, const Values& o, int64_t age,
-                       float inverse_scale) {
+Update<C> whole_update(const Reference& reference, const Values& o, int64_t age, double factor) {
   const Update<C> update = reference.update(C{}, o, age);
   const bool maximize = is_set(o, "maximize"), decays = is_set(o, "weight_decay");
   const bool decoupled = is_set(o, "decoupled_weight_decay");
   const C weight_decay = o.at("weight_decay");
   const C shrinks = 1 - o.at("lr") * o.at("weight_decay");
   return [=](C& p, C g, C* slot) {
-    if (inverse_scale != 1.0f) g *= static_cast<C>(inverse_scale);
+    if (factor != 1.0) g *= static_cast<C>(factor);
     if (maximize) g = -g;
     if (decays && decoupled) p *= shrinks;
     if (decays && !decoupled) g = std::fma(weight_decay, p, g);
