@@ -44,6 +44,7 @@ REFUSED: dict[str, list[Any]] = {
     "number >= 0": [-1, -1e-300, NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
     "real": [-1, NAN, INF, HUGE, 10**5000, None, "0.1", 1j, np.complex64(1j), True, np.array([1j]),
              torch.tensor([0.1, 0.2])],
+    "limit": [0, -1, NAN, INF, HUGE, fastlr.Constant(0.1), *NOT_NUMBERS],
     "size": [-1, NAN, INF, HUGE, "0.1", 1j, True],
     "flag": [None, *NOT_FLAGS],
     "dtype": [torch.bfloat16, torch.float64, "float32", np.float32, float, 32],
@@ -73,7 +74,9 @@ ADAGRAD = {**COMMON, "lr_decay": "number >= 0", "initial_accumulator_value": "nu
            "eps": "number >= 0"}  # fmt: skip
 ADADELTA = {**COMMON, "rho": "up to one", "eps": "number >= 0"}
 LION = {**COMMON, "betas": "betas"}
-OPTIONS = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
+OF_TORCH = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
+OF_ALL_GROUPS = {"max_grad_norm": "limit", "nonfinite": "word"}
+OPTIONS = {**OF_TORCH, **OF_ALL_GROUPS}
 CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",
          "mode": "mode", "gamma": "real", "cycle_momentum": "flag", "base_momentum": "size",
          "max_momentum": "size", "interpolation": "word", "decay_base": "flag"}  # fmt: skip
@@ -86,15 +89,20 @@ class Kind(NamedTuple):
 
     Attributes:
         kinds: of what its groups take.
-        step_options: which of OPTIONS it takes.
+        of_torch: which of OF_TORCH it takes.
         needed: arguments without which there is none.
         driven: what a schedule can drive, besides the kinds of the same names.
     """
 
     fused: type[fastlr.FusedOptimizer]
     kinds: dict[str, str]
-    step_options: tuple[str, ...] = tuple(OPTIONS)
+    of_torch: tuple[str, ...] = tuple(OF_TORCH)
     needed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What it takes that no group does."""
+        return {**OF_ALL_GROUPS, **{name: OF_TORCH[name] for name in self.of_torch}}
 
     def build(self, given: dict[str, Any], *groups: dict[str, Any]) -> fastlr.FusedOptimizer:
         made = groups or ({},)
@@ -149,9 +157,8 @@ Table = dict[str, tuple[Callable[..., object], dict[str, str]]]
 
 
 def calls_of(name: str, kind: Kind) -> Table:
-    options = {option: OPTIONS[option] for option in kind.step_options}
     return {
-        name: (lambda _, **a: kind.build(a), {**kind.kinds, **options}),
+        name: (lambda _, **a: kind.build(a), {**kind.kinds, **kind.options}),
         f"{name}.add_param_group": (
             lambda optimizer, **a: optimizer.add_param_group({"params": parameters([(3,)]), **a}),
             {**kind.kinds, "differentiable": "false"},
@@ -258,13 +265,13 @@ ACCEPTED: dict[str, list[Any]] = {
     "false": [None, False, np.bool_(False)],
     "true": [None, True],
     "either": [None, False, True],
+    "limit": [None, 2, np.float32(0.1)],
 }
 
 
 @every_kind
 def test_accepted(kind: Kind) -> None:
-    options = {option: OPTIONS[option] for option in kind.step_options}
-    for name, found in {**kind.kinds, **options}.items():
+    for name, found in {**kind.kinds, **kind.options}.items():
         for value in ACCEPTED.get(found.removeprefix("new "), []):
             given = {"momentum": 0.9} if name == "nesterov" else {}
             if name in CYCLE or (name == "nesterov" and kind.fused in CYCLIC):
@@ -421,7 +428,8 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     names = set()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
-            names |= set(OPTIONS)
+            of_torch = "TorchOptions" in str(parameter.annotation)
+            names |= {*OF_ALL_GROUPS, *(OF_TORCH if of_torch else ())}
         else:
             names.add(name)
     return names - {"self", "params"}
