@@ -178,8 +178,11 @@ def _ascent_and_decay(p: Floats, g: Floats, weight_decay: float, maximize: bool)
 def sgd(
     p: Floats, g: Floats, state: State, t: int, *, lr: float, momentum: float = 0.0, dampening: float = 0.0,
     weight_decay: float = 0.0, nesterov: bool = False, maximize: bool = False,
+    decoupled_weight_decay: bool = False,
 ) -> Floats:  # fmt: skip
-    g = _ascent_and_decay(p, g, weight_decay, maximize)
+    g = _ascent_and_decay(p, g, 0.0 if decoupled_weight_decay else weight_decay, maximize)
+    if decoupled_weight_decay:
+        p = p - lr * weight_decay * p
     if momentum == 0.0:
         return p - lr * g
     b = state.get("momentum_buffer")

@@ -66,7 +66,8 @@ REFUSED: dict[str, list[Any]] = {
 
 # Of each optimizer: its arguments, which its groups take too, but for the options of torch's optimizers.
 COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype"}
-SGD = {**COMMON, "momentum": "momentum", "dampening": "number", "nesterov": "flag", "momentum_dtype": "dtype"}
+SGD = {**COMMON, "momentum": "momentum", "dampening": "number", "nesterov": "flag", "momentum_dtype": "dtype",
+       "decoupled_weight_decay": "flag"}  # fmt: skip
 ADAMW = {**COMMON, "betas": "betas", "eps": "number >= 0", "amsgrad": "flag"}
 ADAM = {**ADAMW, "decoupled_weight_decay": "flag"}
 RMSPROP = {**COMMON, "alpha": "up to one", "momentum": "momentum", "eps": "number >= 0", "centered": "flag"}

@@ -47,7 +47,7 @@ def takes_torch_options(rule: Rule) -> bool:
 def of_torch(rule: Rule) -> dict[str, inspect.Parameter]:
     if tuple(map(int, torch.__version__.split(".")[:2])) != WRITTEN_FOR:
         pytest.skip(f"compares with the signatures of PyTorch {WRITTEN_FOR[0]}.{WRITTEN_FOR[1]}")
-    return arguments(rule.torch)
+    return arguments(getattr(torch.optim, rule.torch.__name__, rule.torch))
 
 
 @with_rules
@@ -68,7 +68,7 @@ def test_names_order_and_defaults_are_torchs(rule: Rule) -> None:
     # And nothing of ours where a positional argument of torch's may come to stand.
     own = set(ours) - set(theirs) - {"step_options"}
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
-    assert own <= {"state_dtype", "momentum_dtype"}
+    assert own <= {"state_dtype", "momentum_dtype", "decoupled_weight_decay"}
 
 
 def test_the_options_of_a_step_are_all_there() -> None:

@@ -241,7 +241,10 @@ bool Devices::sync(PyObject* param_groups, const Groups& groups, bool raises) {
   host_is_exact_ = true;
   constexpr int kFramesToCaller = 4;  // the warning itself, sync, the property or method
   for (size_t i = 0; i < clocks.size(); ++i) {
-    if (!clocks[i].past_end) continue;
+    const auto& past_end = clocks[i].past_end;
+    if (std::none_of(std::begin(past_end), std::end(past_end), [](bool past) { return past; })) {
+      continue;
+    }
     groups.warn_past_end(PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(i)),
                          kFramesToCaller);
   }

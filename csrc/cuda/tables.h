@@ -47,7 +47,7 @@ struct GroupClock {
   AnyScalars next;   // for parameters ...
   int64_t age;       // ... of this age
   int64_t next_age;  // for which the next ones are to be formed
-  bool past_end;     // an update was applied after a schedule's end
+  bool past_end[kMaxScheduled];  // an update was applied after this schedule's end
 };
 static_assert(std::is_trivially_copyable<GroupClock>::value, "uploaded as bytes");
 
@@ -109,7 +109,7 @@ FASTLR_HD void evaluate_option(const DeviceGroup& group, GroupClock& clock, int 
   if (option < R::kScheduled && group.schedule[option].count != 0) {
     const DeviceSchedule& schedule = group.schedule[option];
     const int64_t before = (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
-    if (updates != 0 && before > schedule.end) clock.past_end = true;
+    if (updates != 0 && before > schedule.end) clock.past_end[option] = true;
     value = value_at(schedule.segments, schedule.count, schedule.table,
                      before + (schedule.in_samples ? samples : updates));
   }

@@ -1,5 +1,6 @@
 // Stochastic gradient descent with momentum, as torch.optim.SGD applies it (not Sutskever's form,
-// which multiplies the learning rate into the momentum buffer). For each element:
+// which multiplies the learning rate into the momentum buffer), and, with decoupled weight decay,
+// SGDW (arXiv 1711.05101). For each element:
 //   m = fma(g, 1 - dampening, round(m * momentum)), at a parameter's first update m = g
 //   u = nesterov ? fma(m, momentum, g) : m
 //   p = fma(u, -lr, p)
@@ -15,7 +16,7 @@ namespace fastlr {
 struct Sgd : RuleDefaults {
   static constexpr const char* kName = "sgd";
 
-  enum { kLr, kMomentum, kWeightDecay, kDampening, kNesterov, kMaximize };
+  enum { kLr, kMomentum, kWeightDecay, kDampening, kNesterov, kMaximize, kDecoupled };
   static constexpr Option kOptions[] = {
       {"lr", false, kNotNegative},
       {"momentum", false, kBelowOne,
@@ -24,6 +25,7 @@ struct Sgd : RuleDefaults {
       {"dampening", false, kAnyNumber},
       {"nesterov", true, kAnyNumber},
       {"maximize", true, kAnyNumber},
+      {"decoupled_weight_decay", true, kAnyNumber},
   };
   static constexpr int kScheduled = 3;
 
@@ -41,6 +43,10 @@ struct Sgd : RuleDefaults {
 
   FASTLR_HD_MEMBER static uint32_t live_slots(const Options& options, uint32_t driven) {
     return options[kMomentum] != 0.0 || (driven >> kMomentum & 1u) != 0 ? 1u << kBuffer : 0u;
+  }
+
+  FASTLR_HD_MEMBER static bool decouples(const Options& options) {
+    return options[kDecoupled] != 0.0;
   }
 
   template <typename T>

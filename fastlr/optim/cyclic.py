@@ -139,8 +139,8 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
         decay_base: let exp_range's lower bound decline too, as in Smith's paper.
         momentum: fixed momentum; not with cycle_momentum.
-        dampening, weight_decay, nesterov, maximize, state_dtype, momentum_dtype, foreach, fused, capturable,
-            differentiable: as for :class:`FusedSGD`.
+        dampening, weight_decay, nesterov, maximize, decoupled_weight_decay, state_dtype, momentum_dtype,
+            foreach, fused, capturable, differentiable: as for :class:`FusedSGD`.
 
     Raises:
         ValueError: an argument is out of range, or belongs to an option that is off.
@@ -176,6 +176,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         weight_decay: float | Schedule = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
         **step_options: Unpack[TorchOptions],
@@ -204,6 +205,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
             state_dtype=state_dtype,
             momentum_dtype=momentum_dtype,
             **step_options,

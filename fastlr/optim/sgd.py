@@ -23,6 +23,8 @@ class FusedSGD(FusedOptimizer):
         u = g + momentum * m if nesterov else m
         p = p - lr * u
 
+    With ``decoupled_weight_decay`` the gradient has no decay added, and ``p = p * (1 - lr * weight_decay)``
+    comes first, as in AdamW (SGDW of Loshchilov and Hutter, arXiv 1711.05101, with the decay times lr).
     This differs from Sutskever et al., who multiply lr into the buffer. Half types are computed in
     float32 and rounded once on each store.
 
@@ -32,9 +34,11 @@ class FusedSGD(FusedOptimizer):
         lr: learning rate, >= 0, or a schedule (clocked in updates or samples).
         momentum: in [0, 1), or a schedule that stays there.
         dampening: of the gradient that enters the buffer.
-        weight_decay: L2 penalty, >= 0, or a schedule.
+        weight_decay: L2 penalty, or what decays decoupled; >= 0, or a schedule.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
+        decoupled_weight_decay: weight decay shrinks the parameter and does not enter the momentum.
+            ``torch.optim.SGD``, which a checkpoint may go to, knows no such decay and adds it.
         state_dtype: None keeps momentum in the parameter's type; ``torch.float32`` keeps it in
             float32 (complex64 for complex parameters). ``momentum_dtype`` is another name for it.
         foreach, fused, capturable, differentiable: as torch's optimizers take them, for code that passes
@@ -71,6 +75,7 @@ class FusedSGD(FusedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
         **step_options: Unpack[TorchOptions],
@@ -82,6 +87,7 @@ class FusedSGD(FusedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "state_dtype": state_dtype,
         }
         if momentum_dtype is not None:
@@ -102,6 +108,7 @@ class FusedSGD(FusedOptimizer):
     def _complete(self, group: dict[str, Any]) -> None:
         if "momentum_dtype" in group:  # of version 0.1
             group["state_dtype"] = group.pop("momentum_dtype")
+        group.setdefault("decoupled_weight_decay", False)  # older ones know no other
         super()._complete(group)
 
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:

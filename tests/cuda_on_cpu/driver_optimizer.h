@@ -204,7 +204,10 @@ class Optimizer {
             clocks[i].updates, group.updates);
       CHECK(clocks[i].samples == group.samples, "group %zu: %" PRId64 ", not %" PRId64, i,
             clocks[i].samples, group.samples);
-      CHECK(clocks[i].past_end == group.past_end, "group %zu", i);
+      const auto& past_end = clocks[i].past_end;
+      const auto is_set = [](bool past) { return past; };
+      CHECK(std::any_of(std::begin(past_end), std::end(past_end), is_set) == group.past_end,
+            "group %zu", i);
       check_next(clocks[i], group, i);
     }
   }
@@ -303,7 +306,7 @@ class Optimizer {
       clock.updates = group.updates;
       clock.samples = group.samples;
       clock.next_age = group.age;
-      clock.past_end = false;
+      std::fill(std::begin(clock.past_end), std::end(clock.past_end), false);
       clocks.push_back(clock);
     }
     entries_.upload(device_, entries);
