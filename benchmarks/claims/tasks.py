@@ -78,7 +78,7 @@ def caption(setting: Setting, updates: int | None = None) -> str:
 
 
 @lru_cache(maxsize=16)
-def _dataset(name: str, folder: str | None, label_noise: float, seed: int, device: str) -> data.Dataset:
+def dataset(name: str, folder: str | None, label_noise: float, seed: int, device: str) -> data.Dataset:
     return data.load(name, folder, label_noise=label_noise, seed=seed).to(device)  # type: ignore[arg-type]
 
 
@@ -91,7 +91,7 @@ class Trial:
     ) -> None:
         task = task_of(setting)
         self.setting, self.seed = setting, seed
-        self.dataset = _dataset(str(setting.data), setting.folder, task.label_noise, seed, setting.device)
+        self.dataset = dataset(str(setting.data), setting.folder, task.label_noise, seed, setting.device)
         self.x, self.y, self.x_val, self.y_val = self.dataset.held_out()
         self.make_model, self.batch_size = model or task.model, batch_size or task.batch_size
 
