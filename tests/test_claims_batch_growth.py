@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from native import toolchain
+
+from fastlr import _training
 
 for package in ("matplotlib", "scipy", "sklearn"):
     pytest.importorskip(package, reason=f"the claims need {package}")
@@ -105,7 +108,8 @@ def test_gradient_noise_is_that_of_the_samples_gradients(growth):
 
 def test_a_run_says_where_its_plan_stood(growth, runner):
     setting = runner.Setting("digits", scale=0.02)
-    figures = growth.claim.run(setting, {"plan": "increase", "lr": 0.005, "seed": 0}).figures
+    with _training.one_thread():
+        figures = growth.claim.run(setting, {"plan": "increase", "lr": 0.005, "seed": 0}).figures
     plan = growth.make_plan(setting, "increase", 0.005, figures["samples"])
     assert figures["updates"][-1] == plan.total_updates
     assert figures["epochs"] == (1, 2, 3, 4, 5)
@@ -116,12 +120,22 @@ def test_a_run_says_where_its_plan_stood(growth, runner):
 
 def test_plans_start_from_the_same_weights_and_take_the_same_samples(growth, runner):
     setting = runner.Setting("digits", scale=0.02)
-    decay, hybrid = (
-        growth.claim.run(setting, {"plan": name, "lr": 0.005, "seed": 3}).figures
-        for name in ("decay", "hybrid")
-    )
+    job = {"lr": 0.005, "seed": 3}
+    with _training.one_thread():
+        decay, hybrid = (
+            growth.claim.run(setting, {**job, "plan": name}).figures for name in ("decay", "hybrid")
+        )
     assert decay["train loss"][:2] == hybrid["train loss"][:2]  # before the first drop
     assert decay["train loss"][-1] != hybrid["train loss"][-1]
+
+
+def test_a_run_that_diverges_has_figures(growth, runner):
+    setting = runner.Setting("digits", scale=0.02)
+    with _training.one_thread():
+        figures = growth.claim.run(setting, {"plan": "decay", "lr": 1e4, "seed": 0}).figures
+    assert figures["train loss"][-1] == growth.DIVERGED
+    assert figures["gradient"][-1] == figures["noise"][-1] == 0.0
+    json.dumps(figures, allow_nan=False)
 
 
 # -- what is made of it ------------------------------------------------------------------------------

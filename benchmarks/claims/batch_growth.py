@@ -66,8 +66,9 @@ PAPER: dict[str, tuple[str, int | None, str]] = {
     "raised momentum": ("under 2,500", 2_500, "slightly lower"),
 }
 POINTS = 20  # of a curve
-PROBE = (64, 4096, 5)  # the two batch sizes that a noise scale is measured from, and how often
+PROBE = (64, 2048, 5)  # the two batch sizes that a noise scale is measured from, and how often
 WEIGHT_DECAY = 5e-4
+DIVERGED = 1e6  # stands for larger losses and NaN, which JSON has not
 
 
 class InMemory(torch.utils.data.Dataset[Any]):
@@ -123,12 +124,14 @@ def gradient_noise(model: torch.nn.Module, samples: InMemory, seed: int) -> tupl
         found.observe(batch)
         if batch.ends_update:
             model.zero_grad()
-    return found.squared_gradient, found.noise
+    known = math.isfinite(found.squared_gradient)  # a run that diverged has none
+    return (found.squared_gradient, found.noise) if known else (0.0, 0.0)
 
 
 def loss(model: torch.nn.Module, samples: InMemory) -> float:
     with torch.no_grad():
-        return float(torch.nn.functional.cross_entropy(model(samples.x), samples.y))
+        value = float(torch.nn.functional.cross_entropy(model(samples.x), samples.y))
+    return value if value < DIVERGED else DIVERGED
 
 
 def train(trial: Trial, plan: fastlr.BatchPlan) -> Result:
@@ -287,7 +290,16 @@ class BatchGrowth:
         panels[4].set_ylim(top=1.8 * samples)
         for axes in panels[4:]:
             axes.axhline(samples, color=GREY, linestyle=":", linewidth=1.1)
-        panels[4].annotate("the whole data set, or more", (0, samples), va="bottom", color=GREY, fontsize=8.5)
+        panels[4].text(
+            0.02,
+            samples,
+            "the whole data set, or more",
+            transform=panels[4].get_yaxis_transform(),
+            va="bottom",
+            color=GREY,
+            fontsize=8.5,
+        )
+        panels[4].xaxis.get_major_locator().set_params(integer=True)
         panels[4].set_xlabel("epochs")
         panels[5].set_xscale("log")
         panels[5].set_xlabel("updates (log scale)")

@@ -32,8 +32,9 @@ from fastlr.plotting.figure import COLORS, GREY, new_figure
 NOISE = 0.4  # of the training labels drawn at random
 UPDATES, BATCH_SIZE, POINTS = 6000, 16, 20
 HALF, THREE_QUARTERS = 9, 14  # the points after which the rate falls to a tenth
-MOST = 6000  # samples to train on: few enough to be memorised in so many updates
-MOST_TO_CHOOSE, PAIRS_TO_TEST = 1000, 2000
+MOST = 2000  # samples with random labels: few enough to be memorised in so many updates
+PAIRS, PAIRS_TO_TEST = 6000, 2000
+MOST_TO_CHOOSE = 1000
 RATES, DECAYED = (0.003, 0.01, 0.03, 0.1, 0.3), (0.03, 0.1, 0.3)
 QUICK_RATES, QUICK_DECAYED = (0.01, 0.1), (0.1,)
 WEIGHT_DECAYS, QUICK_WEIGHT_DECAYS = (0.0, 1e-3, 3e-3, 1e-2), (0.0, 3e-3)
@@ -88,7 +89,7 @@ def patterns(setting: Setting, seed: int) -> Samples:
     train, choose, test = (
         _pairs(images, labels, count, clean.classes, generator)
         for images, labels, count in (
-            (x, y, MOST // BATCH_SIZE * BATCH_SIZE),
+            (x, y, PAIRS // BATCH_SIZE * BATCH_SIZE),
             (x_val, y_val, MOST_TO_CHOOSE),
             (clean.x_test, clean.y_test, PAIRS_TO_TEST),
         )
@@ -269,8 +270,12 @@ class Noise:
         for axes in (accuracy, complex_):
             axes.set_xlabel("updates")
             axes.xaxis.set_major_formatter("{x:,.0f}")
-        fitted.set_title("Labels partly random", fontsize=10.5)
-        simple.set_title("Simple and complex patterns", fontsize=10.5)
+        for axes, groups, title in (
+            (fitted, labels, "Labels partly random"),
+            (simple, of_patterns, "Simple and complex patterns"),
+        ):
+            weight_decay = groups["decayed"][0].job["weight decay"]
+            axes.set_title(f"{title}, weight decay {weight_decay:g}", fontsize=10.5)
         save(figure, path)
 
 
@@ -379,7 +384,7 @@ def _label_row(
 
 
 def _label_note(setting: Setting, runs: Sequence[Run]) -> str:
-    count = "all its samples;" if setting.data == "digits" else f"{MOST:,} samples;"
+    count = "all its samples;" if setting.data == "digits" else f"{MOST:,} of the samples;"
     grid = candidates(matching(runs, part=LABELS))
     rates = sorted({group[0].job["lr"] for group in grid})
     weight_decays = sorted({group[0].job["weight decay"] for group in grid})
@@ -409,7 +414,7 @@ def _pattern_rows(of_patterns: dict[str, list[Run]]) -> Rows:
 
 def _pattern_note(setting: Setting) -> str:
     return (
-        f"A set made of {setting.data}, after the paper's idea and not its own: {MOST:,} samples of two "
+        f"A set made of {setting.data}, after the paper's idea and not its own: {PAIRS:,} samples of two "
         "fields side by side. In every other one the left field holds an image, the right one is empty, and "
         "the class is the image's: a simple pattern. In the rest both hold an image, and the class is the "
         "sum of the two classes modulo ten: a complex one, of which either image alone says next to nothing. "
