@@ -37,8 +37,8 @@ PAIRS, PAIRS_TO_TEST = 6000, 2000
 MOST_TO_CHOOSE = 1000
 RATES, DECAYED = (0.003, 0.01, 0.03, 0.1, 0.3), (0.03, 0.1, 0.3)
 QUICK_RATES, QUICK_DECAYED = (0.01, 0.1), (0.1,)
-WEIGHT_DECAYS, QUICK_WEIGHT_DECAYS = (0.0, 1e-3, 3e-3, 1e-2), (0.0, 3e-3)
-WEIGHT_DECAY = 5e-4  # of the patterns' networks
+WEIGHT_DECAY = 5e-4  # the usual one of networks with BatchNorm; a larger one is a rival of large rates
+WEIGHT_DECAYS, QUICK_WEIGHT_DECAYS = (WEIGHT_DECAY, 3e-3, 1e-2, 3e-2), (WEIGHT_DECAY, 3e-3)
 LABELS, PATTERNS = "random labels", "patterns"
 
 
@@ -234,6 +234,11 @@ class Noise:
         return Summary(
             [
                 Table("Random labels", _label_rows(labels, runs), _label_note(setting, runs)),
+                Table(
+                    "Random labels by weight decay",
+                    _weight_decay_rows(runs),
+                    "Fitted, and in brackets the test accuracy, each with the rates of the table above.",
+                ),
                 Table("Simple and complex patterns", _pattern_rows(of_patterns), _pattern_note(setting)),
             ],
             statements,
@@ -283,10 +288,9 @@ class Noise:
 
 
 def _labels(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The policies' runs on random labels. The decayed rate and its weight decay are chosen by the validation
-    split; large and small are that rate and a tenth of it with the same weight decay; and the rival has the
-    fixed rate and the weight decay that are chosen likewise."""
-    found = _related(matching(runs, part=LABELS))
+    """The policies' runs on random labels with the usual weight decay, the rate that decays chosen by the
+    validation split; and those of the rival, whose fixed rate and weight decay are chosen likewise."""
+    found = _related(matching(runs, part=LABELS, **{"weight decay": WEIGHT_DECAY}))
     return {**found, "weight decay": best(matching(runs, part=LABELS, policy="fixed"))}
 
 
@@ -296,7 +300,12 @@ def _patterns(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _related(runs: Sequence[Run]) -> dict[str, list[Run]]:
     decayed = best(matching(runs, policy="decayed"))
-    lr, weight_decay = (decayed[0].job[key] for key in ("lr", "weight decay"))
+    return _with(runs, decayed[0].job["lr"], decayed[0].job["weight decay"])
+
+
+def _with(runs: Sequence[Run], lr: float, weight_decay: float) -> dict[str, list[Run]]:
+    """The runs of a rate that decays, of that rate, and of a tenth of it, or what is nearest to that."""
+    decayed = matching(runs, policy="decayed", lr=lr, **{"weight decay": weight_decay})
     fixed = matching(runs, policy="fixed", **{"weight decay": weight_decay})
     tenth = min({run.job["lr"] for run in fixed}, key=lambda rate: abs(rate - lr / 10))
     return {"decayed": decayed, "large": matching(fixed, lr=lr), "small": matching(fixed, lr=tenth)}
@@ -377,6 +386,17 @@ def _label_rows(labels: dict[str, list[Run]], runs: Sequence[Run]) -> Rows:
     return rows
 
 
+def _weight_decay_rows(runs: Sequence[Run]) -> Rows:
+    lr = _labels(runs)["decayed"][0].job["lr"]
+    runs = matching(runs, part=LABELS)
+    rows = [["weight decay", "large, then decayed", "large throughout", "small throughout"]]
+    for weight_decay in sorted({run.job["weight decay"] for run in runs}):
+        groups = _with(runs, lr, weight_decay).values()
+        cells = [f"{spread(finals(group, 'fitted'))} ({spread(finals(group))})" for group in groups]
+        rows.append([f"{weight_decay:g}", *cells])
+    return rows
+
+
 def _label_row(
     words: str, group: Sequence[Run], fitted: Sequence[float], test: Sequence[float], against: str
 ) -> list[str]:
@@ -394,7 +414,8 @@ def _label_note(setting: Setting, runs: Sequence[Run]) -> str:
         f"{BATCH_SIZE}, {setting.updates(UPDATES):,} updates, {setting.seeds} seeds. Decaying: to a tenth "
         f"after a half and after three quarters. Rates of {', '.join(f'{rate:g}' for rate in rates)} and "
         f"weight decays of {', '.join(f'{value:g}' for value in weight_decays)} are chosen on the validation "
-        "split, as is the time to stop early. Fitted: the part of the wrong labels that the network gives "
+        f"split, the latter for the rivals only: the others have {WEIGHT_DECAY:g}; the time to stop early is "
+        "chosen likewise. Fitted: the part of the wrong labels that the network gives "
         "back for the samples that have them, at the end. Mean and standard deviation."
     )
 
