@@ -13,7 +13,7 @@ from benchmarks.claims import runner
 from fastlr._progress import progress
 
 # In the order in which they are run; each is a file of this folder.
-NAMES = ("cyclic", "adaptive", "super_convergence", "range_test")
+NAMES = ("saddles", "cyclic", "adaptive", "super_convergence", "range_test")
 
 OUT = Path("benchmarks/results/claims")
 QUICK = {"seeds": 2, "scale": 0.25, "quick": True}
