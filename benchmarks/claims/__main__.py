@@ -13,7 +13,7 @@ from benchmarks.claims import runner
 from fastlr._progress import progress
 
 # In the order in which they are run; each is a file of this folder.
-NAMES = ("cyclic", "adaptive", "range_test", "batch_growth", "noise", "super_convergence")
+NAMES = ("saddles", "cyclic", "adaptive", "super_convergence", "range_test", "batch_growth", "noise")
 
 OUT = Path("benchmarks/results/claims")
 DOCS = Path("docs/claims.md")
