@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rules import RULES
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu"
 FILES = {"summary": HERE.parent / "README.md", "all": HERE / "README.md"}
@@ -41,14 +43,9 @@ def machine(folder: Path) -> str:
 
 
 def rows(folder: Path) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Each set with its contenders' times; those of rules other than SGD under their rule's name too."""
+    """Each rule's sets with their contenders' times."""
     results = stage(folder, "d-speed")["figures"]["results"]
-    # Runs before there were other rules tell none.
-    rules = [found.get("rule", "sgd") for found in results]
-    return [
-        (found["set"] if rule == "sgd" else f"{rule}, {found['set']}", found["times"])
-        for rule, found in zip(rules, results, strict=True)
-    ]
+    return [(f"{RULES[r['rule']].theirs.__name__}, {r['set']}", r["times"]) for r in results]
 
 
 def microseconds(us: float) -> str:
@@ -64,6 +61,8 @@ def summary(folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, times in rows(folder):
+        if "in one tensor" in name:
+            continue
         us = {contender: times[contender]["us"] for contender in times}
         cells = [name]
         for ours, theirs in (("fastlr", "torch fused"), ("fastlr, graph", "torch fused, graph")):

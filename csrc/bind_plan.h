@@ -66,6 +66,14 @@ inline void bind_plan(py::module_& m) {
              return std::vector<std::string>(plan.rule().slot,
                                              plan.rule().slot + plan.rule().slots);
            })
+      .def("always_live",
+           [](const Plan& plan) {
+             std::vector<std::string> names;
+             for (int k = 0; k < plan.rule().slots; ++k) {
+               if (is_live(plan.rule().always_live, k)) names.push_back(plan.rule().slot[k]);
+             }
+             return names;
+           })
       .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
       .def("live_slots", &Plan::live_slots, py::arg("values"))
       .def("initial_state", &Plan::initial_state, py::arg("values"))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <stdexcept>
 
@@ -428,6 +429,16 @@ void Gathering::gather(const Place& place, size_t position) {
            " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
            "state_dict again, or remove the state to start anew.");
   }
+  if (const uint32_t lost = missing & rule.always_live;
+      rule.counts_steps && lost != 0 &&
+      std::any_of(entries.begin(), entries.end(),
+                  [](PyObject* entry) { return entry != nullptr; })) {
+    int slot = 0;
+    while ((lost >> slot & 1u) == 0) ++slot;
+    refuse("the state of " + describe(place) + " has no " + rule.slot[slot] +
+           ", which its other parts say that it has had. Load the optimizer's state_dict again, or "
+           "remove the state to start anew.");
+  }
   const bool has_slots = (missing & live) == 0;
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
@@ -573,22 +584,42 @@ void Gathering::set_source(Source& source, const Entries& entries) {
 
 void Gathering::add_state() {
   const Rule& rule = group_reader_.rule();
+  std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
+  const auto fill_later = [&](PyObject* tensor, double value) {
+    Owned& list = to_fill[value];
+    if (!list) list = checked(PyList_New(0));
+    if (PyList_Append(list.get(), tensor) != 0) throw PythonError();
+  };
   for (NewState& added : new_state_) {
     const Parameter& parameter = parameters_[added.parameter];
     const GroupReading& group = groups_[static_cast<size_t>(added.place.group_index)];
-    Entries entries = added.there;
     for (int k = 0; k < kMaxEntries; ++k) {
       if ((added.missing >> k & 1u) == 0) continue;
       if (k == kMaxSlots) {
-        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "OL", parameter.tensor,
-                                                    static_cast<long long>(added.age)));
+        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "O", parameter.tensor));
+        fill_later(added.made[k].get(), static_cast<double>(added.age));
       } else {
         PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
-        if (dtype == nullptr) throw PythonError();
-        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_state", "OOd", parameter.tensor,
-                                                    dtype, rule.initial_state(group.options)));
+        if (dtype == nullptr) {
+          if (PyErr_Occurred()) throw PythonError();
+          throw std::invalid_argument(
+              "parameter group " + std::to_string(added.place.group_index) +
+              " has no \"state_dtype\"; None keeps state in its parameter's type");
+        }
+        added.made[k] =
+            checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor, dtype));
+        fill_later(added.made[k].get(), rule.initial_state(group.options));
       }
-      entries[k] = added.made[k].get();
+    }
+  }
+  for (const auto& [value, tensors] : to_fill) {
+    checked(PyObject_CallMethod(runtime_, "fill", "Od", tensors.get(), value));
+  }
+  for (NewState& added : new_state_) {
+    const Parameter& parameter = parameters_[added.parameter];
+    Entries entries = added.there;
+    for (int k = 0; k < kMaxEntries; ++k) {
+      if (added.made[k]) entries[k] = added.made[k].get();
     }
     if (added.tensor != kNoTensor) {
       attach_state(added.place, parameter, entries, added.views, tensors_[added.tensor]);

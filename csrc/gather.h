@@ -32,10 +32,11 @@ class Gathering {
     PyObject* step;             // ... and where its age is kept, or nullptr
   };
 
-  // runtime: an object with the methods new_state(parameter, dtype, value), which returns a new
-  // tensor of this value for the parameter's state, new_step(parameter, age), one of a single
-  // number, gradient_like(parameter, gradient), a copy of the gradient that lies in memory as the
-  // parameter does, and has_no_values(tensor), whether it is nothing but a shape; borrowed.
+  // runtime: an object with the methods new_state(parameter, dtype), which returns a new tensor for
+  // the parameter's state, new_step(parameter), one of a single number, fill(tensors, value), which
+  // makes all numbers in a list of them the value, gradient_like(parameter, gradient), a copy of
+  // the gradient that lies in memory as the parameter does, and has_no_values(tensor), whether it
+  // is nothing but a shape; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.

@@ -60,6 +60,9 @@ struct AnyScalars {
   alignas(8) unsigned char bytes[208];
 };
 
+template <typename R>
+constexpr int kOptionCount = sizeof R::kOptions / sizeof R::kOptions[0];
+
 constexpr FASTLR_HD_MEMBER bool is_live(uint32_t live, int slot) {
   return (live >> slot & 1u) != 0;
 }
@@ -81,7 +84,8 @@ struct Rule {
   int scheduled;            // how many of them a schedule may drive
   const char* const* slot;  // what its state is called, as torch's optimizers call it
   int slots;
-  bool counts_steps;  // torch's optimizer has a "step" in its state
+  uint32_t always_live;  // a bit for each slot that every update reads and writes
+  bool counts_steps;     // torch's optimizer has a "step" in its state
   Conflict (*conflict)(const Options& options);
   // A bit for each slot of state that an update with these options reads or writes, or may do so at
   // another clock of the schedules. driven: a bit for each option that one drives.

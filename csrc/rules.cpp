@@ -8,14 +8,22 @@ namespace fastlr {
 namespace {
 
 template <typename R>
+constexpr uint32_t always_live() {
+  uint32_t live = ~0u;
+  for (const uint32_t set : R::kLiveSets) live &= set;
+  return live;
+}
+
+template <typename R>
 constexpr Rule rule_of(int index) {
-  constexpr int kOptions = sizeof R::kOptions / sizeof R::kOptions[0];
-  static_assert(kOptions <= kMaxOptions && R::kScheduled <= kMaxScheduled, "room for its options");
+  static_assert(kOptionCount<R> <= kMaxOptions && R::kScheduled <= kMaxScheduled,
+                "room for its options");
   static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
   static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
-  return {R::kName,      index,          R::kOptions,       kOptions,
-          R::kScheduled, R::kSlots,      R::kSlotCount,     R::kCountsSteps,
-          &R::conflict,  &R::live_slots, &R::initial_state, &form_scalars<R>};
+  return {R::kName,        index,        R::kOptions,    kOptionCount<R>,
+          R::kScheduled,   R::kSlots,    R::kSlotCount,  always_live<R>(),
+          R::kCountsSteps, &R::conflict, &R::live_slots, &R::initial_state,
+          &form_scalars<R>};
 }
 
 enum {

@@ -75,6 +75,10 @@ template <typename R>
 FASTLR_HD const GroupScalars<R>& as(const AnyScalars& scalars) {
   return *reinterpret_cast<const GroupScalars<R>*>(scalars.bytes);
 }
+template <typename R>
+FASTLR_HD GroupScalars<R>& as(AnyScalars& scalars) {
+  return *reinterpret_cast<GroupScalars<R>*>(scalars.bytes);
+}
 
 // One element: reads the gradient, updates the parameter and its state. live, plain, coupled: those
 // of the scalars, as constants where a loop is made for them. What is called not plain may be;

@@ -18,23 +18,34 @@ class Runtime:
     """
 
     @staticmethod
-    def new_state(parameter: torch.Tensor, dtype: torch.dtype | None, value: float) -> torch.Tensor:
-        """A tensor of one value for a parameter's state, laid out like it; dtype: None for its own.
-
-        Of complex ones, both parts are the value.
-        """
+    def new_state(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """An uninitialized tensor for a parameter's state, laid out like it; dtype: None for its own."""
         dtype = dtype or parameter.dtype
         if parameter.is_complex():
             dtype = dtype.to_complex()
-        if value == 0.0:
-            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        fill = complex(value, value) if parameter.is_complex() else value
-        return torch.full_like(parameter, fill, dtype=dtype, requires_grad=False)
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
     @staticmethod
-    def new_step(parameter: torch.Tensor, age: float) -> torch.Tensor:
-        """Where a parameter's age is kept: float32, shape (), on its device."""
-        return torch.full((), age, dtype=torch.float32, device=parameter.device)
+    def new_step(parameter: torch.Tensor) -> torch.Tensor:
+        """Where a parameter's age is kept, uninitialized: float32, shape (), on its device."""
+        return torch.empty((), dtype=torch.float32, device=parameter.device)
+
+    @staticmethod
+    def fill(tensors: list[torch.Tensor], value: float) -> None:
+        """Makes all numbers in them the value, of complex ones both parts.
+
+        Zero, which is usual, on devices in few launches: thousands would make the host wait for a stream
+        that is behind.
+        """
+        if value == 0.0:
+            alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+            for tensor in tensors:
+                alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+            for group in alike.values():
+                torch._foreach_zero_(group)
+            return
+        for tensor in tensors:
+            tensor.fill_(complex(value, value) if tensor.is_complex() else value)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

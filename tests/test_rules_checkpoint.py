@@ -232,12 +232,13 @@ MADE_BY = {
 @pytest.mark.parametrize("made_by", MADE_BY.values(), ids=MADE_BY.keys())
 def test_files_of_torchs_other_implementations(rule: Rule, made_by: dict[str, bool], backend: str) -> None:
     ours, theirs = twins([(9,), (5, 4)])
-    try:
-        other = rule.torch(theirs, **{"lr": rule.lr, **rule.full, **made_by})
-    except TypeError:
-        pytest.skip("torch's optimizer has no such implementation")
-    if "capturable" not in made_by:  # its steps are a GPU's
-        train(3, (theirs, other.step))
+    with torch.device("cpu"):  # `theirs` are there, and torch's makes its step tensors on the default device
+        try:
+            other = rule.torch(theirs, **{"lr": rule.lr, **rule.full, **made_by})
+        except TypeError:
+            pytest.skip("torch's optimizer has no such implementation")
+        if "capturable" not in made_by:  # its steps are a GPU's
+            train(3, (theirs, other.step))
     reference = rule.make_torch(theirs, **rule.full)
     fused = rule.make(ours)
     saved = through_file(other.state_dict())

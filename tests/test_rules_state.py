@@ -407,3 +407,60 @@ def test_state_without_its_step_is_refused(rule: Rule) -> None:
     assert_refused(optimizer, model, "the state of parameter 1 of group 0, .* has no step")
     optimizer.state[model[1]]["step"] = kept
     optimizer.step()
+
+
+# -- state that something has taken a part of --------------------------------------------------------
+
+
+@with_counting_rules
+def test_state_that_lacks_what_every_update_needs_is_refused(rule: Rule) -> None:
+    """Zeros in its place, at the age of the rest, would be a wrong update."""
+    (p,) = parameters([(9,)])
+    optimizer = rule.make([p], **rule.full)
+    set_gradients(0, [p])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for name in optimizer._plan.always_live():
+        entry = dict(saved["state"][0])
+        del entry[name]
+        with pytest.raises(
+            ValueError, match=f"the file's state of parameter 0 has .*, but no {name}; it may"
+        ):
+            rule.make([p], **rule.full).load_state_dict({**saved, "state": {0: entry}})
+        kept = optimizer.state[p].pop(name)
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match=f"the state of parameter 0 of group 0.* has no {name}, which"):
+            optimizer.step()
+        assert torch.equal(before, p)
+        optimizer.state[p][name] = kept
+    optimizer.step()
+
+
+@with_rules
+def test_a_group_without_state_dtype_is_an_error_with_its_name(rule: Rule) -> None:
+    (p,) = parameters([(9,)])
+    optimizer = rule.make([p], **rule.full)
+    del optimizer.param_groups[0]["state_dtype"]
+    set_gradients(0, [p])
+    with pytest.raises((KeyError, ValueError), match="state_dtype"):
+        optimizer.step()
+
+
+@with_rules
+def test_an_optimizer_that_an_older_version_pickled_goes_on(rule: Rule) -> None:
+    """It knew fewer schedules, and SGD's type of state by another name."""
+    (p,) = parameters([(9,)], torch.bfloat16)
+    optimizer = rule.make([p], state_dtype=torch.float32, **rule.full)
+    set_gradients(0, [p])
+    optimizer.step()
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        for name in ("weight_decay_schedule", "weight_decay_start"):
+            del group[name]
+        if rule.fused is fastlr.FusedSGD:
+            group["momentum_dtype"] = group.pop("state_dtype")
+    old = rule.fused.__new__(rule.fused)
+    old.__setstate__(state)
+    assert old.param_groups[0]["state_dtype"] is torch.float32
+    old.step()
+    old.set_schedule(weight_decay=fastlr.Constant(0.0))

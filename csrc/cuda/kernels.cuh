@@ -266,11 +266,30 @@ __device__ inline int32_t find_tensor(const DeviceTensor* tensors, int32_t low, 
   return low;
 }
 
-// Moves every group's clock; by the threads of one block. Returns after all of them have.
+// Moves every group's clock and forms what its next update uses; by the threads of one block, which
+// the next launch waits for. So what can be done side by side is: options, a thread each, and the
+// scalars of the two compute types, each by half of the block, as threads of one warp take turns.
 template <typename R>
 __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int64_t samples) {
-  for (int32_t i = threadIdx.x; i < clocks.state->groups; i += blockDim.x) {
-    advance_clock<R>(clocks.groups[i], clocks.clocks[i], updates, samples);
+  const int32_t groups = clocks.state->groups;
+  for (int32_t i = threadIdx.x; i < groups * kOptionCount<R>; i += kThreads) {
+    const int32_t group = i / kOptionCount<R>;
+    evaluate_option<R>(clocks.groups[group], clocks.clocks[group], i % kOptionCount<R>, updates,
+                       samples);
+  }
+  __syncthreads();  // all options are there, and the ages that a step has counted up
+  constexpr int32_t kHalf = kThreads / 2;
+  for (int32_t i = threadIdx.x % kHalf; i < groups; i += kHalf) {
+    GroupClock& clock = clocks.clocks[i];
+    const int64_t age = told_apart<R>(clock.next_age);
+    if (threadIdx.x < kHalf) {
+      clock.updates += updates;
+      clock.samples += samples;
+      clock.age = age;
+      as<R>(clock.next).in_float = scalars<R, float>(clock.options, age, 1.0f);
+    } else {
+      as<R>(clock.next).in_double = scalars<R, double>(clock.options, age, 1.0f);
+    }
   }
 }
 
@@ -309,7 +328,6 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
       if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);
     }
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
     state.ticket = 0;
     if (step.ends_step) {
@@ -327,8 +345,9 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
 template <typename R, typename C>
 __device__ inline Scalars<R, C> scalars_of(const GroupClock& clock, const DeviceTensor& tensor) {
   using RuleScalars = Scalars<R, C>;
+  const RuleScalars shared = as<R>(clock.next).in(C{});  // on its way while the age is
   const int64_t age = tensor.age == nullptr ? 0 : told_apart<R>(static_cast<int64_t>(*tensor.age));
-  if (tensor.age == nullptr || age == clock.age) return as<R>(clock.next).in(C{});
+  if (tensor.age == nullptr || age == clock.age) return shared;
   FASTLR_SHARED(RuleScalars, own);
   __syncthreads();  // the last tensor's are done with
   if (threadIdx.x == 0) own = scalars<R, C>(clock.options, age, 1.0f);

@@ -81,40 +81,25 @@ struct StepHead {
   bool ends_step;           // the last launch of a step on this device moves its clocks
 };
 
-FASTLR_HD int64_t local_clock(const DeviceSchedule& schedule, const GroupClock& clock) {
-  return (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
-}
-
-FASTLR_HD bool past_end(const DeviceSchedule& schedule, const GroupClock& clock) {
-  return schedule.count != 0 && local_clock(schedule, clock) > schedule.end;
-}
-
-FASTLR_HD double scheduled(const DeviceSchedule& schedule, const GroupClock& clock, double number) {
-  if (schedule.count == 0) return number;
-  return value_at(schedule.segments, schedule.count, schedule.table, local_clock(schedule, clock));
-}
-
 // Ages that make no difference to a rule are one.
 template <typename R>
 FASTLR_HD int64_t told_apart(int64_t age) {
   return R::kCountsSteps || age == 0 ? age : 1;
 }
 
-// Moves a group's clock and evaluates what the next update uses.
+// Evaluates an option of a group's next update, when its clock is about to move on.
 template <typename R>
-FASTLR_HD void advance_clock(const DeviceGroup& group, GroupClock& clock, int64_t updates,
-                             int64_t samples) {
-  for (const DeviceSchedule& schedule : group.schedule) {
-    if (updates != 0 && past_end(schedule, clock)) clock.past_end = true;
+FASTLR_HD void evaluate_option(const DeviceGroup& group, GroupClock& clock, int option,
+                               int64_t updates, int64_t samples) {
+  double value = group.options.value[option];
+  if (option < R::kScheduled && group.schedule[option].count != 0) {
+    const DeviceSchedule& schedule = group.schedule[option];
+    const int64_t before = (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
+    if (updates != 0 && before > schedule.end) clock.past_end = true;
+    value = value_at(schedule.segments, schedule.count, schedule.table,
+                     before + (schedule.in_samples ? samples : updates));
   }
-  clock.updates += updates;
-  clock.samples += samples;
-  clock.options = group.options;
-  for (int i = 0; i < kMaxScheduled; ++i) {
-    clock.options.value[i] = scheduled(group.schedule[i], clock, group.options[i]);
-  }
-  clock.age = told_apart<R>(clock.next_age);
-  form_scalars<R>(clock.options, clock.age, 1.0f, clock.next);
+  clock.options.value[option] = value;
 }
 
 }  // namespace fastlr

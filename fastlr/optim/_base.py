@@ -106,6 +106,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["state_dtype"] = torch.float32
         return {**group, **self._checked(group, where)}
 
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Adds what the group of an optimizer that an older version pickled does not have."""
+        group.setdefault("state_dtype", None)
+        for option in self._options.scheduled:
+            group.setdefault(f"{option.name}_schedule", None)
+            group.setdefault(f"{option.name}_start", 0)
+
     # -- groups and schedules --------------------------------------------------------------------
 
     def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
@@ -527,6 +534,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
             super().__setstate__(state)
             self._make_plan()
+            for group in self.param_groups:
+                self._complete(group)
             return
         loaded = dict(self._loaded.states) if "_loaded" in self.__dict__ else {}
         groups = state["param_groups"]

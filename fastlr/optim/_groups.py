@@ -80,6 +80,11 @@ class RuleOptions:
         spread = {name: value for name, value in given.items() if name not in self._sizes}
         for option in self.all:
             if option.tuple is not None and given.get(option.tuple) is not None:
+                if given.get(option.name) is not None:
+                    raise TypeError(
+                        f"{option.tuple} and {option.name} are both given{where}; {option.name} stands in "
+                        f"{option.tuple}"
+                    )
                 spread[option.name] = self.value(given, option, where)
         return spread
 

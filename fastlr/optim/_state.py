@@ -40,12 +40,13 @@ class RuleState:
     def new(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The state of a parameter that was never updated."""
         values = self._options.numbers(group)
-        fill = self._plan.initial_state(values)
-        state = {
-            name: Runtime.new_state(parameter, group["state_dtype"], fill)
-            for name in self._plan.live_slots(values)
-        }
-        return {**state, STEP: Runtime.new_step(parameter, 0)} if self.counts_steps else state
+        live = self._plan.live_slots(values)
+        state = {name: Runtime.new_state(parameter, group["state_dtype"]) for name in live}
+        Runtime.fill(list(state.values()), self._plan.initial_state(values))
+        if self.counts_steps:
+            state[STEP] = Runtime.new_step(parameter)
+            Runtime.fill([state[STEP]], 0)
+        return state
 
     def from_file(
         self, key: object, entry: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any]
@@ -64,16 +65,22 @@ class RuleState:
                     f"the file's {name} {key} has shape {tuple(found.shape)} and "
                     f"{found.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
                 )
-            loaded[name] = Runtime.new_state(parameter, group["state_dtype"], 0.0).copy_(found)
+            loaded[name] = Runtime.new_state(parameter, group["state_dtype"]).copy_(found)
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
             single = not isinstance(step, torch.Tensor) or step.numel() == 1
             age = float(step) if single else math.nan
             if not (age >= 0.0 and age.is_integer()):
                 raise ValueError(f"the file's step {key} must be a number of updates, got {step!r}")
-            loaded[STEP] = Runtime.new_step(parameter, age)
+            loaded[STEP] = Runtime.new_step(parameter).fill_(age)
         elif loaded and self.counts_steps:
             raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")
+        lost = [name for name in self._plan.always_live() if name not in loaded]
+        if loaded and lost:
+            raise ValueError(
+                f"the file's state of parameter {key} has {', '.join(loaded)}, but no {lost[0]}; it may be "
+                "of another kind of optimizer"
+            )
         return loaded
 
     def into(
@@ -92,7 +99,8 @@ class RuleState:
             if not isinstance(tensor, torch.Tensor):
                 continue
             if new is None:
-                kept[name] = _fill(tensor, age if name == STEP else fill)
+                Runtime.fill([tensor], age if name == STEP else fill)
+                kept[name] = tensor
             elif _same_layout(tensor, new):
                 kept[name] = tensor.copy_(new)
         return kept
@@ -108,10 +116,6 @@ class RuleState:
             state[key] = {name: value for name, value in entry.items() if name not in left_out}
             if not state[key]:
                 del state[key]
-
-
-def _fill(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    return tensor.fill_(complex(value, value) if tensor.is_complex() else value)
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

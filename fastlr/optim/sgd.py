@@ -99,6 +99,11 @@ class FusedSGD(FusedOptimizer):
     def _in_own_words(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
         return with_state_dtype(super()._in_own_words(param_group, where), where)
 
+    def _complete(self, group: dict[str, Any]) -> None:
+        if "momentum_dtype" in group:  # of version 0.1
+            group["state_dtype"] = group.pop("momentum_dtype")
+        super()._complete(group)
+
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         # A file of version 0.1 knows the other name only.
         if group.get("momentum_dtype") == "float32":

@@ -61,13 +61,7 @@ ADVANCE = "  if (step.ends_step && amp.applied) advance_clocks<R>(step.clocks, 1
 ALIGNED = "(!is_live(live, k) || aligned(slots.at[k] + head))"
 AGES = "for (int32_t i = threadIdx.x; i < step.count; i += kThreads)"
 LEADS = "      if (tensor.leads_group) clock.next_age = static_cast<int64_t>(age);\n"
-MOVE = "  clock.updates += updates;\n  clock.samples += samples;\n"
-EVALUATE = """  clock.options = group.options;
-  for (int i = 0; i < kMaxScheduled; ++i) {
-    clock.options.value[i] = scheduled(group.schedule[i], clock, group.options[i]);
-  }
-"""
-RESET = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    state.ticket = 0;\n"
+BARRIER = "  __syncthreads();  // all options"
 ADDRESS = ("address", "address")
 UNDEFINED = ("address", "undefined")
 STATE = ("plain", "comparison of state")
@@ -83,11 +77,8 @@ FAULTS = {
     "no barrier before the ticket": Fault(
         KERNELS, "*step.clocks.state;\n  __syncthreads();\n", "*step.clocks.state;\n", *RACE
     ),
-    "no barrier before the clocks move": Fault(
-        KERNELS, RESET, RESET.replace("  __syncthreads();\n", ""), *RACE
-    ),
     "divergent barrier": Fault(
-        KERNELS, RESET, RESET.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
+        KERNELS, BARRIER, BARRIER.replace("  __sync", "  if (threadIdx.x < 32) __sync"), "plain", "emulator"
     ),
     # The last block.
     "ticket not atomic": Fault(
@@ -103,9 +94,7 @@ FAULTS = {
         KERNELS, f"{TICKET}\n    __threadfence();", f"{TICKET}\n    __threadfence_block();", *RACE
     ),
     "no fence after the ticket": Fault(KERNELS, f"{TICKET}\n    __threadfence();", TICKET, *RACE),
-    "last block by index": Fault(
-        KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", "plain", "emulator"
-    ),
+    "last block by index": Fault(KERNELS, TICKET, "is_last = blockIdx.x == gridDim.x - 1;", *TENSORS),
     "ticket not reset": Fault(KERNELS, "    state.ticket = 0;\n", "", *STATE),
     # Elements.
     "tail too short": Fault(
@@ -217,9 +206,14 @@ FAULTS = {
         KERNELS, ADVANCE, ADVANCE.replace("step.ends_step && ", ""), *TENSORS
     ),
     "clocks of the first groups only": Fault(
-        KERNELS, "i < clocks.state->groups; i +=", "i < clocks.state->groups && i < kThreads; i +=", *STATE
+        KERNELS, "i < groups; i += kHalf", "i < groups && i < kHalf; i += kHalf", *STATE
     ),
-    "schedule evaluated before the clock moves": Fault(TABLES, MOVE + EVALUATE, EVALUATE + MOVE, *STATE),
+    "schedule evaluated before the clock moves": Fault(
+        TABLES, "before + (schedule.in_samples ? samples : updates)", "before", *STATE
+    ),
+    "a schedule's end noticed an update late": Fault(
+        TABLES, "before > schedule.end)", "before > schedule.end + 1)", *STATE
+    ),
     "skipped step forgotten when samples are consumed": Fault(
         LAUNCHER, "if (updates != 0 && threadIdx.x == 0) {", "if (threadIdx.x == 0) {", *STATE
     ),
@@ -269,19 +263,30 @@ FAULTS = {
     "the group's scalars for every age": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS, "adam"),
     "the group's scalars for a first update": Fault(KERNELS, "|| age == clock.age)", "|| true)", *TENSORS),
     "the group's scalars at another age": Fault(
-        TABLES,
-        "form_scalars<R>(clock.options, clock.age,",
-        "form_scalars<R>(clock.options, clock.age + 1,",
+        KERNELS,
+        "scalars<R, float>(clock.options, age,",
+        "scalars<R, float>(clock.options, age + 1,",
+        *TENSORS,
+        "adam",
+    ),
+    "the group's scalars in double at the age before": Fault(
+        KERNELS,
+        "scalars<R, double>(clock.options, age,",
+        "scalars<R, double>(clock.options, age - 1,",
         *TENSORS,
         "adam",
     ),
     "schedules of the first two options only": Fault(
-        TABLES,
-        "i < kMaxScheduled; ++i) {\n    clock",
-        "i < 2; ++i) {\n    clock",
-        *TENSORS,
+        TABLES, "if (option < R::kScheduled &&", "if (option < 2 &&", *TENSORS, "adam"
+    ),
+    "options formed by one block's width only": Fault(
+        KERNELS,
+        "i < groups * kOptionCount<R>; i += kThreads",
+        "i < groups * kOptionCount<R> && i < kThreads; i += kThreads",
+        *STATE,
         "adam",
     ),
+    "no barrier between options and scalars": Fault(KERNELS, BARRIER, "  //", *RACE, "adam"),
     "no barrier before own scalars are formed": Fault(
         KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE, "adam"
     ),

@@ -41,7 +41,7 @@ class Failing(Runtime):
 def unhurt(subject: Subject, call: Any) -> None:
     """The next call, with a runtime that works, is as if nothing had been."""
     other = Subject(steps=0)
-    subject.optimizer._plan = type(subject.optimizer)._new_plan(subject.optimizer)
+    subject.optimizer._make_plan()
     call(subject)
     call(other)
     assert same(subject.state(), other.state())
@@ -49,7 +49,9 @@ def unhurt(subject: Subject, call: Any) -> None:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
 @pytest.mark.parametrize(
-    ("method", "calls"), [("new_momentum", 4), ("read_amp", 1), ("will_write", 1)], ids=lambda v: str(v)
+    ("method", "calls"),
+    [("new_state", 4), ("fill", 1), ("read_amp", 1), ("will_write", 1)],
+    ids=lambda v: str(v),
 )
 def test_what_the_runtime_raises_leaves_everything_as_it_was(
     method: str, calls: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -70,12 +72,12 @@ def test_what_the_runtime_raises_leaves_everything_as_it_was(
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
 def test_the_same_plan_goes_on_after_an_error(error: type[BaseException]) -> None:
     """As after a buffer that did not fit: memory was made free, and the step is repeated."""
-    failing = Failing("new_momentum", 2, error)
+    failing = Failing("new_state", 2, error)
     subject, other = Subject(steps=0), Subject(steps=0)
     subject.optimizer._plan = fastlr._core.Plan("sgd", failing)
     with pytest.raises(error, match="for the test"):
         step(subject)
-    failing.new_momentum = Runtime.new_momentum
+    failing.new_state = Runtime.new_state
     for _ in range(2):
         step(subject)
         step(other)
