@@ -137,7 +137,9 @@ def test_a_killed_run_goes_on(runner: ModuleType, whole: dict[str, Any], tmp_pat
     path = runner.finished_path(*tiny(runner, "super_convergence"), tmp_path)
     code = KILLED.format(root=str(toolchain.ROOT), out=str(tmp_path))
     places = os.pathsep.join((str(Path(__file__).parent), str(Path(fastlr.__file__).parents[1])))
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": places})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": places}, cwd=tmp_path
+    )  # not where the sources lie, whose native code may be built elsewhere
     lines = random.Random(0).randrange(3, 30)
     while process.poll() is None and not (path.exists() and path.read_text("utf-8").count("\n") > lines):
         time.sleep(0.001)

@@ -6,6 +6,7 @@ import inspect
 import typing
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import parameters, train
@@ -159,3 +160,23 @@ def test_a_repr_names_the_rule_and_its_options(rule: Rule) -> None:
     assert text.startswith(f"{rule.fused.__name__} (")
     assert all(f"    {name}: " in text for name in arguments(rule.fused) if name in RULES["SGD"].full)
     assert "lr: 0.25" in text
+
+
+def test_entries_of_a_tuple_have_no_name_of_their_own_in_a_group() -> None:
+    model = parameters([(4,)])
+    with pytest.raises(ValueError, match="beta1 of parameter group 0 stands in betas, got 0"):
+        fastlr.FusedAdam([{"params": model, "beta1": 0.5}])
+    optimizer = fastlr.FusedAdam(model)
+    with pytest.raises(TypeError, match="betas and beta1 are both given"):
+        optimizer.set_schedule(betas=(0.5, 0.6), beta1=0.7)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_cyclic_optimizers_name_what_is_wrong_with_their_momentum() -> None:
+    model = parameters([(4,)])
+    for kind in (fastlr.FusedCyclicSGD, fastlr.FusedCyclicAdam):
+        with pytest.raises(ValueError, match=r"max_momentum must be >= base_momentum, got 0\.9, and 0\.95"):
+            kind(model, 0.1, 0.2, cycle_momentum=True, base_momentum=0.95)
+    betas: Any = np.array([0.9, 0.99])
+    with pytest.raises(ValueError, match="betas of parameter group 0 must be a tuple of 2"):
+        fastlr.FusedCyclicAdam(model, 0.1, 0.2, cycle_momentum=True, betas=betas)

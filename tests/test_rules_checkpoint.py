@@ -417,3 +417,32 @@ def test_an_initializing_step_changes_neither_weights_nor_clock_nor_what_follows
         touched.zero_grad()
         _init_optim_state(touched)  # in the middle of a run, where there is no state either
         assert touched.clock() == untouched.clock() == (4, 0)
+
+
+# -- files of another kind -------------------------------------------------------------------------
+
+
+def stepped(rule: Rule, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
+    """After three updates."""
+    model = parameters([(9,), (5, 4)])
+    optimizer = rule.make(model, **{**rule.full, **options})
+    train(3, (model, optimizer.step))
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("made_by", "loaded_by"),
+    [("SGD", "Adam"), ("Adam", "SGD"), ("RMSprop", "AdamW"), ("Adagrad", "RMSprop"), ("Adam", "Adadelta")],
+)
+def test_a_file_of_another_kind_is_refused(made_by: str, loaded_by: str) -> None:
+    _, optimizer = stepped(RULES[made_by])
+    _, other = stepped(RULES[loaded_by])
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        ValueError, match=r"state of parameter 0 has .*; it may be of another kind of optimizer"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert_same(entry.values(), after["state"][key].values())

@@ -142,6 +142,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}{where} must be {value!r} in {type(self).__name__}, got {param_group[name]!r}; "
                     "leave it out of the group"
                 )
+        for option in self._options.all:
+            if option.tuple is not None and option.name in param_group:
+                raise ValueError(
+                    f"{option.name}{where} stands in {option.tuple}, got {param_group[option.name]!r} as an "
+                    f"entry of its own; give the group {option.tuple}"
+                )
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
         check_torch_options({"differentiable": filled.get("differentiable")}, "")
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
@@ -492,7 +498,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         is computed anew. State is converted to the type that its group keeps it in.
 
         A schedule that goes on beside a file without a clock does so where this optimizer stands, which a
-        warning says; :meth:`set_clock` tells how far the file's run was.
+        warning says; :meth:`set_clock` tells how far the file's run was. torch's optimizers keep a clock that
+        they do not know, so that after updates of theirs it has to be told too.
 
         Raises:
             ValueError: the file is damaged, or the groups differ in number or size, or state in shape.

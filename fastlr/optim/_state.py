@@ -75,6 +75,12 @@ class RuleState:
             loaded[STEP] = Runtime.new_step(parameter).fill_(age)
         elif loaded and self.counts_steps:
             raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")
+        others = [name for name, value in entry.items() if isinstance(value, torch.Tensor)]
+        if others and not loaded:
+            raise ValueError(
+                f"the file's state of parameter {key} has {', '.join(others)} and nothing of "
+                f"{', '.join(self.slots)}; it may be of another kind of optimizer"
+            )
         lost = [name for name in self._plan.always_live() if name not in loaded]
         if loaded and lost:
             raise ValueError(

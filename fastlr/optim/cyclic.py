@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from typing_extensions import Self, Unpack
 
-from fastlr._checks import flag
+from fastlr._checks import flag, number
 from fastlr.optim._base import FusedOptimizer, Params
 from fastlr.optim._groups import TorchOptions, check_torch_options
 from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
@@ -301,9 +301,9 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
 
     def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
         betas = cycle["betas"]
-        if cycles.momentum is None:
-            return {"lr": cycles.lr, "betas": betas}
-        beta1, *rest = betas if isinstance(betas, (tuple, list)) and betas else (betas,)
+        if cycles.momentum is None or not isinstance(betas, (tuple, list)) or not betas:
+            return {"lr": cycles.lr, "betas": betas}  # whose form is looked at with the rest of the group
+        beta1, *rest = betas
         if isinstance(beta1, Schedule) or beta1 not in (0.9, cycles.momentum.max):
             raise ValueError(
                 f"betas={betas!r}: the first cannot be fixed and cycled; give its bounds as base_momentum "
@@ -378,8 +378,10 @@ def _cycles(
             if value is not None:
                 raise ValueError(f"{name}={value!r} needs cycle_momentum=True")
         return _Cycles(lr, None)
-    low = 0.8 if base_momentum is None else base_momentum
-    high = 0.9 if max_momentum is None else max_momentum
+    low = number("base_momentum", 0.8 if base_momentum is None else base_momentum)
+    high = number("max_momentum", 0.9 if max_momentum is None else max_momentum)
+    if high < low < 1.0:  # what is out of range says so itself
+        raise ValueError(f"max_momentum must be >= base_momentum, got {high!r}, and {low!r} for the latter")
     return _Cycles(lr, policy(low, high, inverted=True))
 
 
