@@ -40,8 +40,7 @@ from fastlr.plotting.figure import COLORS, GREY, new_figure
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and its options. lr: the lowest rate of its grid; the range test begins at a hundredth of "
-    "that."""
+    """A rule and its options. lr: the lowest rate of its grid; the range test begins at a hundredth of it."""
 
     kind: Any
     lr: float
@@ -110,7 +109,17 @@ class Adaptive:
         return Result({**result.figures, "bounds": bounds, "reason": found.reason}, result.measured)
 
     def summarise(self, setting: Setting, runs: Sequence[Run]) -> Summary:
-        rows = [["rule", "fixed rate", "", "triangular2", "half the updates", "all", "half against fixed"]]
+        rows = [
+            [
+                "rule",
+                "fixed rate",
+                "its accuracy",
+                "triangular2",
+                "half the updates",
+                "all",
+                "half against fixed",
+            ]
+        ]
         statements = []
         for name in RULES:
             fixed, half, whole = _chosen(runs, name)
