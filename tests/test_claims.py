@@ -224,6 +224,22 @@ def test_the_page_of_all_claims_is_made_from_their_files(
     assert (main.DOCS.parent / picture).exists()
 
 
+def test_the_page_in_the_documentation_is_that_of_the_results(load: Load, runner: ModuleType, tmp_path: Path):
+    main, page = load("__main__"), tmp_path / "claims.md"
+    claims = list(map(runner.load, main.NAMES))
+    results, kept = toolchain.ROOT / main.OUT, toolchain.ROOT / main.DOCS
+    runner.write_docs(claims, results, page)
+    from_docs, from_here = (os.path.relpath(results, path.parent) for path in (kept, page))
+    assert page.read_text("utf-8").replace(from_here, from_docs) == kept.read_text("utf-8")
+    for picture in re.findall(r"!\[.*\]\((.*)\)", kept.read_text("utf-8")):
+        assert (kept.parent / picture).exists()
+    for claim in claims:
+        setting = runner.Setting(claim.data[0] if claim.data else None)
+        kept_setting, runs, _ = runner.read(results / f"{runner.stem(claim, setting)}.json")
+        assert kept_setting == setting
+        assert [run.job for run in runs] == claim.jobs(setting)
+
+
 def test_an_installed_fastlr_goes_before_sources_without_native_code(tmp_path: Path):
     shutil.copytree(FOLDER, tmp_path / "benchmarks" / "claims", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "fastlr").mkdir()

@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 summary = runner.run_claim(claim, setting, out, submit, stage)
                 done.append(runner.finished_path(claim, setting, out))
-            print(f"{name}: {summary.verdict}. {out / runner.stem(claim, setting)}.md", flush=True)
+            print(f"{name}: {summary.verdict}. {out / runner.stem(claim, setting)}.md")
+            print(summary.listed, flush=True)
     for path in done:  # kept until here: when the last claim is killed, the first ones stay done
         path.unlink()
 

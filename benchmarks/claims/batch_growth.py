@@ -244,7 +244,12 @@ class BatchGrowth:
                     f"seeds, from batches of {small:,} and {min(large, samples // small * small):,}; in "
                     "brackets the plan's batch. Over: the noise hides the gradient of the whole data set.",
                 ),
-                Table("Each plan by its initial rate", _by_rate(runs), "Those that decay at that rate have."),
+                Table(
+                    "Each plan by its initial rate",
+                    _by_rate(runs),
+                    "The rate that decay, hybrid and increase begin with; the raised plans begin with five times "
+                    "that.",
+                ),
                 _times(chosen),
             ],
             statements,

@@ -102,17 +102,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the runs say: tables, and the statements that the verdict is made of."""
+    """What the runs say: tables, and the statements that the verdict is made of. animated: whether there is a
+    GIF beside the picture."""
 
     tables: list[Table]
     statements: list[Statement]
     notes: list[str] = field(default_factory=list)
+    animated: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """All statements hold, or some, or none."""
         held = [statement.holds for statement in self.statements]
         return "holds" if all(held) else "holds partly" if any(held) else "does not hold here"
+
+    @property
+    def listed(self) -> str:
+        """The statements in Markdown, and whether each is borne out."""
+        return "\n".join(f"- {'yes' if s.holds else 'no'}: {s.text}" for s in self.statements)
 
 
 class Claim(Protocol):
@@ -322,15 +329,17 @@ what came out. It is made from the files in [benchmarks/results/claims](../bench
 
 def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
     """Makes the page of all claims, on all data sets that there are results of."""
-    lines = [DOCS]
+    pictures = Path(os.path.relpath(results, path.parent)).as_posix()
+    rows, pages = [["claim", "data", "here"]], []
     for claim in claims:
         for data in claim.data or (None,):
             file = results / f"{stem(claim, Setting(data))}.json"
             if file.exists():
                 setting, runs, _ = read(file)
-                pictures = Path(os.path.relpath(results, path.parent)).as_posix()
-                lines.append(page(claim, setting, claim.summarise(setting, runs), f"{pictures}/"))
-    write_text(path, "\n".join(lines))
+                summary = claim.summarise(setting, runs)
+                rows.append([claim.title, data or "", summary.verdict])
+                pages.append(page(claim, setting, summary, f"{pictures}/"))
+    write_text(path, "\n".join([DOCS, markdown(rows) + "\n", *pages]))
 
 
 def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict[str, Any]) -> Summary:
@@ -355,16 +364,29 @@ def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict
         },
     }
     path = out / stem(claim, setting)
-    write_text(path.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path.with_suffix(".json"), _json(content))
     write_text(path.with_suffix(".md"), page(claim, setting, summary))
     claim.draw(setting, runs, path.with_suffix(".png"))
     return summary
 
 
+def _json(content: dict[str, Any]) -> str:
+    """Its entries, and those of its lists, a line each."""
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value, allow_nan=False)
+        return "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n]"
+
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(value)}" for key, value in content.items()) + "\n}\n"
+    )
+
+
 def page(claim: Claim, setting: Setting, summary: Summary, pictures: str = "") -> str:
     """A claim's section in Markdown: what the paper says, what came out, and how to run it again.
 
-    pictures: where the picture lies, seen from the page.
+    pictures: where they lie, seen from the page.
     """
     command = f"python -m benchmarks.claims {claim.name}"
     command += "" if setting.data is None else f" --data {setting.data}"
@@ -373,9 +395,12 @@ def page(claim: Claim, setting: Setting, summary: Summary, pictures: str = "") -
         f"## {claim.title}" + ("" if setting.data is None else f": {setting.data}"),
         f"**{summary.verdict.capitalize()}.** {claim.rule}",
         *(["A quick run, which shows that all of it works and no more."] if setting.quick else []),
-        "\n".join(f"- {'yes' if s.holds else 'no'}: {s.text}" for s in summary.statements),
+        summary.listed,
         f"The paper: {claim.paper_says} ({claim.paper})",
-        f"![{claim.title}]({pictures}{stem(claim, setting)}.png)",
+        *(
+            f"![{claim.title}]({pictures}{stem(claim, setting)}.{kind})"
+            for kind in (("png", "gif") if summary.animated else ("png",))
+        ),
         *summary.notes,
     ]
     for table in summary.tables:

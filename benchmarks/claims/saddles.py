@@ -245,7 +245,7 @@ class Saddles:
             f"beside a saddle point: of the starts within {NEAR:g} of one. The rule speaks of the triangular "
             f"rate of {SMALL:g} to {LARGE:g} with cycles of {2 * STEP_SIZE_UP}."
         )
-        return Summary([Table("Updates from random starts", rows, note)], statements, notes)
+        return Summary([Table("Updates from random starts", rows, note)], statements, notes, animated=True)
 
     def draw(self, setting: Setting, runs: Sequence[Run], path: Path) -> None:
         from benchmarks.claims import saddle_pictures  # which draws what stands here
