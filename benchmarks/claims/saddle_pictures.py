@@ -188,6 +188,7 @@ def animate(path: Path, *, count: int = 300, updates: int = 200, every: int = 4)
     dots, titles = [], []
     for axes, name in zip(panels, SHOWN, strict=True):
         _map(axes)
+        axes.spines[:].set(color=STYLES[name][0], linewidth=2)  # which brings it into a frame's few colours
         (shown,) = axes.plot([], [], ".", color=STYLES[name][0], markersize=5, markeredgewidth=0)
         dots.append(shown)
         titles.append(axes.set_title(f"{name}\nafter", fontsize=9.5))
@@ -201,5 +202,5 @@ def animate(path: Path, *, count: int = 300, updates: int = 200, every: int = 4)
             for name, shown, title, (points, lr) in zip(SHOWN, dots, titles, states, strict=True):
                 shown.set_data(*_wrapped(points).T.numpy())
                 there = 100 * share(value(points) < REACHED)
-                title.set_text(f"{name}, now {lr:.2f}\nafter {n} updates {there:.0f} % in the minimum")
+                title.set_text(f"{name}, now {lr:.2f}\nafter {n} updates {there:.1f} % in the minimum")
             writer.grab_frame()
