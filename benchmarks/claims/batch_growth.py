@@ -247,8 +247,7 @@ class BatchGrowth:
                 Table(
                     "Each plan by its initial rate",
                     _by_rate(runs),
-                    "The rate that decay, hybrid and increase begin with; the raised plans begin with five times "
-                    "that.",
+                    "What decay, hybrid and increase begin with; the raised plans begin with five times that.",
                 ),
                 _times(chosen),
             ],
