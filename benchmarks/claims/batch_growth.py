@@ -247,7 +247,7 @@ class BatchGrowth:
                 Table(
                     "Each plan by its initial rate",
                     _by_rate(runs),
-                    "What decay, hybrid and increase begin with; the raised plans begin with five times that.",
+                    "The start of decay, hybrid and increase; the raised plans begin with five times that.",
                 ),
                 _times(chosen),
             ],
