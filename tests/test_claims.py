@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -174,9 +175,26 @@ def test_runs_of_another_setting_do_not_count(runner: ModuleType, tmp_path: Path
     runner.Finished(path, made_with).add(runner.Run({"seed": 0}, {}, {}))
     assert {"seed": 0} in runner.Finished(path, made_with)
     for other in ({**made_with, "source": "another"}, {**made_with, "torch": "1.0"}):
-        assert {"seed": 0} not in runner.Finished(path, other)
+        begun = runner.Finished(path, other)
+        assert {"seed": 0} not in begun
+        assert {"seed": 0} in runner.Finished(path, made_with)  # nothing has been run with the other yet
+        begun.add(runner.Run({"seed": 1}, {}, {}))
         assert {"seed": 0} not in runner.Finished(path, made_with)  # begun anew, for good
         runner.Finished(path, made_with).add(runner.Run({"seed": 0}, {}, {}))
+
+
+def test_settings_keep_their_runs_apart(runner: ModuleType, tmp_path: Path):
+    claim, setting = tiny(runner, "super_convergence")
+    others = [setting, *(replace(setting, **change) for change in ({"seeds": 3}, {"device": "cuda"}))]
+    assert len({runner.finished_path(claim, other, tmp_path) for other in others}) == 3
+
+
+def test_what_decides_a_figure_is_told(runner: ModuleType, tmp_path: Path):
+    claim, setting = tiny(runner, "super_convergence")
+    (tmp_path / "t10k").write_bytes(b"1")
+    before = runner._made_with(claim, replace(setting, folder=str(tmp_path)))
+    (tmp_path / "t10k").write_bytes(b"22")
+    assert runner._made_with(claim, replace(setting, folder=str(tmp_path))) != before
 
 
 def test_a_job_that_fails_is_named(runner: ModuleType):
@@ -193,7 +211,7 @@ def test_a_job_that_fails_is_named(runner: ModuleType):
 
 def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, monkeypatch):
     main = load("__main__")
-    monkeypatch.setattr(main, "QUICK", {"seeds": 2, "scale": 0.02, "quick": True})
+    monkeypatch.setattr(main.runner, "QUICK", {"seeds": 2, "scale": 0.02, "quick": True})
     arguments = ["super_convergence", "--quick", "--workers", "0", "--out", str(tmp_path)]
     main.main(arguments)
     assert "super_convergence: " in capsys.readouterr().out
@@ -204,9 +222,41 @@ def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, m
             (tmp_path / name).unlink()
     main.main([*arguments, "--redraw"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
-    with pytest.raises(SystemExit):
-        main.main(["no such claim"])
-    assert "no claim is called no such claim" in capsys.readouterr().err
+
+
+REFUSED = {
+    "no such claim": "no claim is called no such claim",
+    "--seeds 3": "say where they go with --out",
+    "--seeds 1 --out {out}": "must be at least 2, got 1",
+    "--workers -1": "must be at least 0, got -1",
+    "cyclic --device nonsense": "nonsense",
+    "cyclic --folder {out}": "digits come with scikit-learn",
+    "cyclic --data fashion-mnist --folder {out}": "no train-images-idx3-ubyte",
+    "--data cifar10": "cifar10 needs a path",
+    "saddles --out {file}": "File exists",
+    "--docs cyclic": "--docs makes the page of all claims",
+    "--docs --quick": "--docs makes the page of all claims",
+    "--docs --out {out}": "no results of any claim in",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    load: Load, tmp_path: Path, capsys, monkeypatch, arguments
+):
+    main, file = load("__main__"), tmp_path / "file"
+    monkeypatch.chdir(tmp_path)
+    file.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main.main(
+            [
+                part.format(out=tmp_path, file=file)
+                for part in ([arguments] if arguments.startswith("no") else arguments.split())
+            ]
+        )
+    assert stopped.value.code == 2
+    assert REFUSED[arguments] in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.*")) == []
 
 
 def test_the_page_of_all_claims_is_made_from_their_files(

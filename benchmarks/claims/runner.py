@@ -68,6 +68,9 @@ class Setting:
         return max(40, round(full * self.scale))
 
 
+QUICK: dict[str, Any] = {"seeds": 2, "scale": 0.25, "quick": True}
+
+
 class Result(NamedTuple):
     """What a job returns, for JSON. figures: what its parameters decide; measured: seconds, bytes."""
 
@@ -208,20 +211,20 @@ def _work(name: str, setting: Setting, job: Job) -> Result:
 class Finished:
     """The runs that are done, in a file of one line each; a line that a kill has cut short does not count.
 
-    The first line says what they were made with. A file made with anything else is begun anew.
+    The first line says what they were made with. A file made with anything else is begun anew, but not before
+    there is a run to write: what fails at once takes nothing away.
     """
 
     def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
         self.path = path
+        self._first = json.dumps(made_with)
         self._runs: dict[str, Run] = {}
-        first = json.dumps(made_with)
+        self._begun = False
         lines = path.read_text("utf-8").split("\n") if path.exists() else []
-        if lines and lines[0] == first:
+        if lines and lines[0] == self._first:
             for line in lines[1:-1]:  # what follows the last line break is cut short, or empty
                 run = Run(**json.loads(line))
                 self._runs[_key(run.job)] = run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(f"{line}\n" for line in (first, *map(_line, self._runs.values()))))
 
     def __contains__(self, job: Job) -> bool:
         return _key(job) in self._runs
@@ -230,6 +233,11 @@ class Finished:
         return [self._runs[_key(job)] for job in jobs]
 
     def add(self, run: Run) -> None:
+        if not self._begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = (self._first, *map(_line, self._runs.values()))
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            self._begun = True
         line = _line(run)
         self._runs[_key(run.job)] = Run(**json.loads(line))  # as it would be read from the file
         with self.path.open("a", encoding="utf-8") as file:
@@ -249,10 +257,17 @@ def _line(run: Run) -> str:
 def _made_with(claim: Claim, setting: Setting) -> dict[str, Any]:
     """What decides a job's figures, besides its parameters."""
     module = importlib.import_module(type(claim).__module__)
-    sources = [module.__file__, _training.__file__, str(Path(__file__).with_name("tasks.py"))]
-    digest = hashlib.sha256(b"".join(Path(str(source)).read_bytes() for source in sources)).hexdigest()
+    package = Path(fastlr.__file__).parent
+    sources = [
+        *(Path(str(source)) for source in (module.__file__, __file__, fastlr._core.__file__)),
+        Path(__file__).with_name("tasks.py"),
+        *sorted(package.rglob("*.py")),
+    ]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    files = sorted(Path(setting.folder).iterdir()) if setting.folder else []
     return {
         "setting": asdict(setting),
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "torch": torch.__version__,
         "fastlr": fastlr.__version__,
         "source": digest[:16],
@@ -268,7 +283,9 @@ def stem(claim: Claim, setting: Setting) -> str:
 
 
 def finished_path(claim: Claim, setting: Setting, out: Path) -> Path:
-    return out / f".{stem(claim, setting)}.jsonl"
+    """Where the runs of a setting are kept until all are done."""
+    of_setting = hashlib.sha256(json.dumps(asdict(setting)).encode()).hexdigest()[:8]
+    return out / f".{stem(claim, setting)}-{of_setting}.jsonl"
 
 
 def run_claim(
@@ -321,14 +338,22 @@ def read(path: Path) -> tuple[Setting, list[Run], dict[str, Any]]:
 
 DOCS = """# What the papers claim, shown here
 
-One section a claim: the rule by which it holds, written before the figures were there; what the paper says;
-what came out. It is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
+One section a claim: the rule by which it holds, which code applies to the figures; what the paper says;
+what came out. Where a rule or a setting was changed after figures had been seen, the section says so.
+Intervals are over the seeds, which decide labels, initial weights and the order of the batches; the test set
+is one. Papers' figures are those of the papers' own settings, which are larger.
+
+The page is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
 `python -m benchmarks.claims --docs`. `make claims` runs everything anew, `make claims QUICK=1` a small form.
 """
 
 
 def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
-    """Makes the page of all claims, on all data sets that there are results of."""
+    """Makes the page of all claims, on all data sets that there are results of.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
     pictures = Path(os.path.relpath(results, path.parent)).as_posix()
     rows, pages = [["claim", "data", "here"]], []
     for claim in claims:
@@ -339,6 +364,8 @@ def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
                 summary = claim.summarise(setting, runs)
                 rows.append([claim.title, data or "", summary.verdict])
                 pages.append(page(claim, setting, summary, f"{pictures}/"))
+    if not pages:
+        raise FileNotFoundError(f"no results of any claim in {results}")
     write_text(path, "\n".join([DOCS, markdown(rows) + "\n", *pages]))
 
 
@@ -388,9 +415,13 @@ def page(claim: Claim, setting: Setting, summary: Summary, pictures: str = "") -
 
     pictures: where they lie, seen from the page.
     """
+    usual = Setting(setting.data, **(QUICK if setting.quick else {}))
     command = f"python -m benchmarks.claims {claim.name}"
     command += "" if setting.data is None else f" --data {setting.data}"
     command += " --quick" if setting.quick else ""
+    for name in ("folder", "seeds", "device"):
+        if getattr(setting, name) != getattr(usual, name):
+            command += f" --{name} {getattr(setting, name)}"
     lines = [
         f"## {claim.title}" + ("" if setting.data is None else f": {setting.data}"),
         f"**{summary.verdict.capitalize()}.** {claim.rule}",

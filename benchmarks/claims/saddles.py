@@ -43,8 +43,8 @@ STARTS, QUICK_STARTS = 1000, 200
 UPDATES = 1200  # whole cycles, in a quick run too
 NEAR = 1.0  # of a saddle point: what counts as a start beside it
 LEFT = 4 / 9  # half the value at the saddle points: below it a run has left the plateau
-PASSED = 1e-2  # the value within 0.07 of it, which a run with a large rate hits in passing
-REACHED = 1e-4  # the value within 0.007 of the minimum: too near for a run to hit it in passing
+PASSED = 1e-2  # the value within 0.07 of it
+REACHED = 1e-4  # the value within 0.007 of the minimum
 
 BESIDE, LATE = "median beside a saddle point", "19 of 20"  # of a run's figures
 
@@ -232,7 +232,8 @@ class Saddles:
             f"{_percent(median(_figures(large, 'at the end')))} of the runs with the large one fixed are in "
             f"it, and {_percent(median(_figures(triangular, 'at the end')))} of those with the triangular "
             "one, which drives them out again when it rises: it has to be stopped at the end of a cycle. "
-            f"Were a value below {PASSED:g} enough, which is hit in passing, the medians would be "
+            "The large rate and short cycles reach it in passing, which counts. Were a value below "
+            f"{PASSED:g} enough, the medians would be "
             f"{_updates(_median(large, 'median to pass'))} with the large rate, "
             f"{_updates(_median(triangular, 'median to pass'))} with the triangular one, "
             f"{_updates(_median(fixed, 'median to pass'))} with the best fixed one.",
