@@ -189,12 +189,31 @@ def test_settings_keep_their_runs_apart(runner: ModuleType, tmp_path: Path):
     assert len({runner.finished_path(claim, other, tmp_path) for other in others}) == 3
 
 
-def test_what_decides_a_figure_is_told(runner: ModuleType, tmp_path: Path):
+def test_a_damaged_line_does_not_count(runner: ModuleType, tmp_path: Path):
+    made_with = runner._made_with(*tiny(runner, "super_convergence"))
+    finished = runner.Finished(path := tmp_path / "runs.jsonl", made_with)
+    for seed in range(3):
+        finished.add(runner.Run({"seed": seed}, {}, {}))
+    lines = path.read_bytes().split(b"\n")
+    for damage in (b"\xff", lines[2][:-1], b'{"job": 3}', b"[]"):
+        path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+        found = runner.Finished(path, made_with)
+        assert [{"seed": seed} in found for seed in range(3)] == [True, False, True]
+
+
+def test_what_decides_a_figure_is_told(runner: ModuleType, monkeypatch):
     claim, setting = tiny(runner, "super_convergence")
-    (tmp_path / "t10k").write_bytes(b"1")
-    before = runner._made_with(claim, replace(setting, folder=str(tmp_path)))
-    (tmp_path / "t10k").write_bytes(b"22")
-    assert runner._made_with(claim, replace(setting, folder=str(tmp_path))) != before
+    before = runner._made_with(claim, setting)
+    digits, load = data.load(), data.load
+    changed = replace(digits, y_test=digits.y_test.flip(0))
+    monkeypatch.setattr(data, "load", lambda *arguments: changed)
+    runner._data_digest.cache_clear()
+    assert (
+        runner._made_with(claim, setting) == {**before, "data": runner._data_digest("digits", None)} != before
+    )
+    monkeypatch.setattr(data, "load", load)
+    runner._data_digest.cache_clear()
+    assert runner._made_with(claim, setting) == before
 
 
 def test_a_job_that_fails_is_named(runner: ModuleType):
@@ -236,7 +255,10 @@ REFUSED = {
     "saddles --out {file}": "File exists",
     "--docs cyclic": "--docs makes the page of all claims",
     "--docs --quick": "--docs makes the page of all claims",
-    "--docs --out {out}": "no results of any claim in",
+    "--docs --out {out}": "no results of saddles in",
+    "--seeds 4 --out {out}": "fewer than 5 seeds",
+    "--redraw --out {out}": "No such file",
+    "--redraw --device meta": "go with no --seeds and no --device",
 }
 
 
@@ -265,7 +287,12 @@ def test_the_page_of_all_claims_is_made_from_their_files(
     main, results = load("__main__"), tmp_path / "results"
     found = run(runner, "super_convergence", results)
     monkeypatch.setattr(main, "DOCS", tmp_path / "docs" / "claims.md")
+    monkeypatch.setattr(main, "NAMES", ("super_convergence",))
     main.DOCS.parent.mkdir()
+    with pytest.raises(SystemExit):
+        main.main(["--docs", "--out", str(results)])  # of a quick run
+    (written,) = results.glob("*.json")
+    written.write_text(written.read_text("utf-8").replace('"quick": true', '"quick": false'))
     main.main(["--docs", "--out", str(results)])
     page = main.DOCS.read_text("utf-8")
     assert page.count("## One cycle at a large rate") == page.count("## ") == 1

@@ -49,33 +49,41 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no claim is called {unknown[0]}; there are {', '.join(NAMES)}")
     if given.seeds and not given.out:
         parser.error("--seeds makes results that are not the usual ones: say where they go with --out")
+    if given.seeds and given.seeds < 5 and not given.quick:
+        parser.error(f"fewer than 5 seeds say too little, but with --quick; got --seeds {given.seeds}")
+    if (given.redraw or given.docs) and (given.seeds or given.device != "cpu"):
+        parser.error("--redraw and --docs take what was run: they go with no --seeds and no --device")
     out = given.out or (OUT / "quick" if given.quick else OUT)
     if given.docs:
         if given.quick or given.names or given.data:
             parser.error("--docs makes the page of all claims and data, not of some, and not of quick runs")
         try:
             runner.write_docs(map(runner.load, NAMES), out, DOCS)
-        except FileNotFoundError as error:
+        except ValueError as error:
             parser.error(str(error))
         return
     try:
         chosen = list(settings(given))
+        if given.redraw:
+            for claim, setting in chosen:
+                tell(claim, setting, runner.redraw(claim, setting, out), out)
+            return
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:  # torch asserts that it has CUDA
         parser.error(str(error))
 
     done = []
-    with runner.pool(0 if given.redraw else given.workers) as submit, progress(True) as stage:
+    with runner.pool(given.workers) as submit, progress(True) as stage:
         for claim, setting in chosen:
-            if given.redraw:
-                summary = runner.redraw(claim, setting, out)
-            else:
-                summary = runner.run_claim(claim, setting, out, submit, stage)
-                done.append(runner.finished_path(claim, setting, out))
-            print(f"{claim.name}: {summary.verdict}. {out / runner.stem(claim, setting)}.md")
-            print(summary.listed, flush=True)
+            tell(claim, setting, runner.run_claim(claim, setting, out, submit, stage), out)
+            done.append(runner.finished_path(claim, setting, out))
     for path in done:  # kept until here: when the last claim is killed, the first ones stay done
         path.unlink(missing_ok=True)
+
+
+def tell(claim: runner.Claim, setting: runner.Setting, summary: runner.Summary, out: Path) -> None:
+    print(f"{claim.name}: {summary.verdict}. {out / runner.stem(claim, setting)}.md")
+    print(summary.listed, flush=True)
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -103,9 +111,10 @@ def settings(given: argparse.Namespace) -> Iterator[tuple[runner.Claim, runner.S
         if data is not None:
             if data not in claim.data:
                 raise ValueError(f"{name} is shown on {', '.join(claim.data)}, not on {data}")
-            tasks.dataset(data, given.folder, 0.0, 0, "cpu")
-        folder = given.folder if data else None
-        yield claim, runner.Setting(data, folder, device=given.device, **options)
+            if not given.redraw:
+                tasks.dataset(data, given.folder, 0.0, 0, "cpu")
+        folder, device = (given.folder, given.device) if data else (None, "cpu")
+        yield claim, runner.Setting(data, folder, device=device, **options)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,12 @@ class Adaptive:
             f"{len(factors)}, which are {', '.join(f'{factor:g}' for factor in factors)} times "
             f"{', '.join(f'{rule.lr:g} ({name})' for name, rule in RULES.items())}; the bounds are the "
             f"medians of those that a range test of {setting.updates(SWEEP)} updates, which are not counted, "
-            "found for each seed. AdamW decays weights by its usual 0.01, the others do not."
+            "found for each seed."
+            + (
+                f" Weight decay: {task_of(setting).weight_decay:g}."
+                if task_of(setting).weight_decay
+                else " AdamW decays weights by its usual 0.01, the others do not."
+            )
         )
         timed = [run for run in runs if "step over" in run.job]
         costs = [
@@ -171,8 +176,9 @@ class Adaptive:
         cost = Table(
             "What a cycle costs a step",
             costs,
-            f"Medians on the CPU, both stepped in turn; triangular2 takes {ratio:.2f} of the time of a "
-            "fixed rate, by the median. What a schedule keeps is a few numbers a group.",
+            "Medians on one thread of the CPU, both stepped in turn, beside other trainings; triangular2 "
+            f"takes {ratio:.2f} of the time of a fixed rate, by the median. What a schedule keeps is a few "
+            "numbers a group.",
             measured=True,
         )
         return Summary([Table("Accuracy of each rule", rows, note), cost], statements)

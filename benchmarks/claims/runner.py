@@ -25,16 +25,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 import fastlr
-from fastlr import _training
+from fastlr import data
 from fastlr._files import write_text
+from fastlr._training import one_thread
 
 Job: TypeAlias = dict[
     str, Any
@@ -201,7 +203,7 @@ def _begin() -> None:
 
 
 def _work(name: str, setting: Setting, job: Job) -> Result:
-    with _training.one_thread():
+    with one_thread():
         try:
             return load(name).run(setting, job)
         except Exception as error:
@@ -220,11 +222,12 @@ class Finished:
         self._first = json.dumps(made_with)
         self._runs: dict[str, Run] = {}
         self._begun = False
-        lines = path.read_text("utf-8").split("\n") if path.exists() else []
+        lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
         if lines and lines[0] == self._first:
             for line in lines[1:-1]:  # what follows the last line break is cut short, or empty
-                run = Run(**json.loads(line))
-                self._runs[_key(run.job)] = run
+                with suppress(ValueError, TypeError):  # damaged ones do not count
+                    run = Run(**json.loads(line))
+                    self._runs[_key(run.job)] = run
 
     def __contains__(self, job: Job) -> bool:
         return _key(job) in self._runs
@@ -264,14 +267,22 @@ def _made_with(claim: Claim, setting: Setting) -> dict[str, Any]:
         *sorted(package.rglob("*.py")),
     ]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    files = sorted(Path(setting.folder).iterdir()) if setting.folder else []
     return {
         "setting": asdict(setting),
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "data": None if setting.data is None else _data_digest(setting.data, setting.folder),
         "torch": torch.__version__,
         "fastlr": fastlr.__version__,
         "source": digest[:16],
     }
+
+
+@lru_cache(maxsize=4)
+def _data_digest(name: str, folder: str | None) -> str:
+    found = data.load(name, folder)  # type: ignore[arg-type]
+    digest = hashlib.sha256()
+    for tensor in (found.x_train, found.y_train, found.x_test, found.y_test):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # -- a whole claim -------------------------------------------------------------------------------------
@@ -280,6 +291,10 @@ def _made_with(claim: Claim, setting: Setting) -> dict[str, Any]:
 def stem(claim: Claim, setting: Setting) -> str:
     """What its files are called."""
     return claim.name if setting.data is None else f"{claim.name}-{setting.data}"
+
+
+def _results(claim: Claim, data: str | None, out: Path) -> Path:
+    return out / f"{stem(claim, Setting(data))}.json"
 
 
 def finished_path(claim: Claim, setting: Setting, out: Path) -> Path:
@@ -324,7 +339,7 @@ def run_claim(
 
 def redraw(claim: Claim, setting: Setting, out: Path) -> Summary:
     """Makes tables, verdict and picture of the runs in the JSON file anew."""
-    setting, runs, made = read(out / f"{stem(claim, setting)}.json")
+    setting, runs, made = read(_results(claim, setting.data, out))
     return write(claim, setting, runs, out, made)
 
 
@@ -352,20 +367,21 @@ def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
     """Makes the page of all claims, on all data sets that there are results of.
 
     Raises:
-        FileNotFoundError: there are none.
+        ValueError: there are none of one of them, or they are a quick run's.
     """
     pictures = Path(os.path.relpath(results, path.parent)).as_posix()
     rows, pages = [["claim", "data", "here"]], []
     for claim in claims:
-        for data in claim.data or (None,):
-            file = results / f"{stem(claim, Setting(data))}.json"
-            if file.exists():
-                setting, runs, _ = read(file)
-                summary = claim.summarise(setting, runs)
-                rows.append([claim.title, data or "", summary.verdict])
-                pages.append(page(claim, setting, summary, f"{pictures}/"))
-    if not pages:
-        raise FileNotFoundError(f"no results of any claim in {results}")
+        names = [name for name in claim.data or (None,) if _results(claim, name, results).exists()]
+        if not names:
+            raise ValueError(f"no results of {claim.name} in {results}")
+        for name in names:
+            setting, runs, _ = read(_results(claim, name, results))
+            if setting.quick:
+                raise ValueError(f"the results of {claim.name} in {results} are those of a quick run")
+            summary = claim.summarise(setting, runs)
+            rows.append([claim.title, name or "", summary.verdict])
+            pages.append(page(claim, setting, summary, f"{pictures}/"))
     write_text(path, "\n".join([DOCS, markdown(rows) + "\n", *pages]))
 
 

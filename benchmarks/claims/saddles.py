@@ -219,6 +219,8 @@ class Saddles:
             "the small rate with momentum": momentum,
         }
         notes = [
+            "(1) to (3) set the triangular rate beside its own bounds, of which the lower is slow and the "
+            "upper never comes to rest: only (4) is open.",
             "Updates from beside a saddle point (medians): "
             + ", ".join(f"{name} {_updates(_median(group, BESIDE))}" for name, group in beside.items())
             + f". Of all runs 19 in 20 have arrived after {_updates(_median(triangular, LATE))} with the "

@@ -71,16 +71,22 @@ def caption(setting: Setting, updates: int | None = None) -> str:
     task = task_of(setting)
     noise = f" with {task.label_noise:.0%} of the training labels drawn at random" if task.label_noise else ""
     model = (task.model.__doc__ or "").split(":")[0].rstrip(".").lower()
+    decay = f"weight decay {task.weight_decay:g}, " if task.weight_decay else ""
     return (
-        f"{setting.data}{noise}; {model}; batches of {task.batch_size}, "
+        f"{setting.data}{noise}; {model}; batches of {task.batch_size}, {decay}"
         f"{updates or setting.updates(task.updates):,} updates, {setting.seeds} seeds. Rates are chosen on a "
         f"sixth of the training set{', whose labels are as noisy' if task.label_noise else ''}; accuracies "
         "are those of the test set."
     )
 
 
-@lru_cache(maxsize=16)
 def dataset(name: str, folder: str | None, label_noise: float, seed: int, device: str) -> data.Dataset:
+    """Kept, once for all seeds where they decide nothing."""
+    return _dataset(name, folder, label_noise, seed if label_noise else 0, device)
+
+
+@lru_cache(maxsize=16)
+def _dataset(name: str, folder: str | None, label_noise: float, seed: int, device: str) -> data.Dataset:
     return data.load(name, folder, label_noise=label_noise, seed=seed).to(device)  # type: ignore[arg-type]
 
 
