@@ -28,6 +28,8 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // threads with four loads each have 32 KiB under way.
 template <typename R, typename C>
 constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? 2 : R::kResidentBlocks;
+// Of those that measure a norm, where the compiler left to itself stops at 40 and may spill.
+constexpr int kResidentNormBlocks = 4;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -428,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
 
 // Measures the gradients' norm; the last launch of them says what clips it.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
   const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
