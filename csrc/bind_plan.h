@@ -66,6 +66,8 @@ inline void bind_plan(py::module_& m) {
              return std::vector<std::string>(plan.rule().slot,
                                              plan.rule().slot + plan.rule().slots);
            })
+      .def("slots_of_other_rules",
+           [](const Plan& plan) { return slots_of_other_rules(plan.rule()); })
       .def("always_live",
            [](const Plan& plan) {
              std::vector<std::string> names;
@@ -75,6 +77,7 @@ inline void bind_plan(py::module_& m) {
              return names;
            })
       .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
+      .def("starts_with_state", [](const Plan& plan) { return plan.rule().starts_with_state; })
       .def("live_slots", &Plan::live_slots, py::arg("values"))
       .def("initial_state", &Plan::initial_state, py::arg("values"))
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))

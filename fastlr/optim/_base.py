@@ -487,7 +487,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self._options, self._rule_state, state_dict)
+        pack(self.param_groups, self._options, self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the
@@ -500,6 +500,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         A schedule that goes on beside a file without a clock does so where this optimizer stands, which a
         warning says; :meth:`set_clock` tells how far the file's run was. torch's optimizers keep a clock that
         they do not know, so that after updates of theirs it has to be told too.
+
+        torch.distributed.checkpoint asks a file for every key that the groups of this optimizer have. What of
+        these a file of another optimizer, or of version 0.1, has not comes from this one's own
+        ``get_optimizer_state_dict(model, optimizer, ...)``: read the file into that with
+        ``DefaultLoadPlanner(allow_partial_load=True)``, or, where both are flattened, pass
+        ``{**own, **file}`` to ``set_optimizer_state_dict``.
 
         Raises:
             ValueError: the file is damaged, or the groups differ in number or size, or state in shape.
