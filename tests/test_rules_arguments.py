@@ -96,6 +96,31 @@ def test_options_that_ask_for_something_else_are_refused(rule: Rule) -> None:
 
 
 @with_rules
+def test_groups_are_asked_as_the_constructor_is(rule: Rule) -> None:
+    model = parameters([(4,), (4,)])
+    optimizer = rule.make(model[:1])
+    for name, values in TAKEN.items():
+        for value in values:
+            rule.make([{"params": model, name: value}])
+        bad = {"no": "be True or False, got 'no'"}
+        if name in REFUSED:
+            bad[REFUSED[name][0]] = REFUSED[name][1].split(" must ")[1]
+        for value, message in bad.items():
+            for place, call in ((0, lambda g: rule.make([g])), (1, optimizer.add_param_group)):
+                with pytest.raises(ValueError, match=f"^{name} of parameter group {place} must {message}"):
+                    call({"params": model[1:], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@with_rules
+def test_groups_of_torchs_optimizer_are_taken(rule: Rule) -> None:
+    reference = rule.torch(parameters([(4,)]), lr=0.25)
+    fused = rule.fused([dict(group) for group in reference.param_groups])
+    assert fused.param_groups[0]["lr"] == 0.25
+    fused.load_state_dict(reference.state_dict())
+
+
+@with_rules
 def test_arguments_by_position_are_torchs(rule: Rule) -> None:
     """Each of another value than its default."""
     other = {

@@ -6,11 +6,10 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch.optim import optimizer as torch_optimizer
-from typing_extensions import Unpack
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
@@ -22,6 +21,7 @@ from fastlr.optim._groups import (
     RuleOptions,
     TorchOptions,
     check_torch_options,
+    check_torch_options_in,
     checked_state_dtype,
     clock_of,
 )
@@ -29,18 +29,8 @@ from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-
-class Scheduled(TypedDict, total=False):
-    """What a schedule can drive besides the learning rate; each rule has some of these."""
-
-    momentum: float | Schedule | None
-    betas: tuple[float | Schedule, float | Schedule] | None
-    beta1: float | Schedule | None
-    beta2: float | Schedule | None
-    alpha: float | Schedule | None
-    rho: float | Schedule | None
-    weight_decay: float | Schedule | None
+# What may come to be in charge of an option; None: what is.
+Driver: TypeAlias = float | Schedule | None
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -149,7 +139,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"entry of its own; give the group {option.tuple}"
                 )
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
-        check_torch_options({"differentiable": filled.get("differentiable")}, "")
+        check_torch_options_in(filled, where)
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
         for option in self._options.scheduled:
             given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
@@ -166,19 +156,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def set_schedule(
         self,
-        lr: float | Schedule | None = None,
+        lr: Driver = None,
         *,
         group: int | None = None,
         start: Literal["now", "zero"] = "now",
-        **others: Unpack[Scheduled],
+        **others: Driver | tuple[Driver, ...],
     ) -> None:
         """Puts schedules, or plain numbers, in charge of the learning rate and other hyperparameters.
 
         Args:
             lr: a schedule, or a number, which takes the rate back from a schedule; None: unchanged.
-            others: the same for what else a schedule can drive: ``momentum`` of SGD and RMSprop, ``betas``,
-                or ``beta1`` and ``beta2`` alone, of Adam and its kin, ``alpha`` of RMSprop, ``rho`` of
-                Adadelta, ``weight_decay`` of all.
+            others: the same for each argument of the constructor that takes a schedule, by its name. What
+                stands in a tuple there has a name of its own, too.
             group: index of one parameter group; None: all.
             start: ``"now"``: the schedule's zero is the present clock; ``"zero"``: its zero is the
                 clock's, so that it continues in the middle.
