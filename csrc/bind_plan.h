@@ -53,12 +53,14 @@ inline void bind_plan(py::module_& m) {
           "bounds", [](const Option& option, double value) { return option.range.bounds(value); },
           py::arg("value"));
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const std::string& rule, const py::object& runtime) {
+      .def(py::init([](const std::string& rule, const py::object& runtime,
+                       const Groups::OtherNames& other_names) {
              const Rule* const found = find_rule(rule);
              if (found == nullptr) throw std::invalid_argument("there is no rule " + rule);
-             return new Plan(*found, runtime.ptr(), native_of);
+             return with_python_errors(
+                 [&] { return new Plan(*found, runtime.ptr(), native_of, other_names); });
            }),
-           py::arg("rule"), py::arg("runtime"))
+           py::arg("rule"), py::arg("runtime"), py::arg("other_names") = Groups::OtherNames())
       .def("options", [](const Plan& plan) { return first_options(plan, plan.rule().options); })
       .def("scheduled", [](const Plan& plan) { return first_options(plan, plan.rule().scheduled); })
       .def("slots",

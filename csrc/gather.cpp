@@ -81,7 +81,9 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 }  // namespace
 
 Gathering::Gathering(PyObject* runtime, const Groups& reader)
-    : runtime_(runtime), group_reader_(reader) {
+    : runtime_(runtime),
+      float32_(checked(PyObject_GetAttrString(runtime, "float32"))),
+      group_reader_(reader) {
   for (int k = 0; k < reader.rule().slots; ++k) {
     PyObject* const key = PyUnicode_InternFromString(reader.rule().slot[k]);
     if (key == nullptr) throw PythonError();
@@ -160,7 +162,7 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
 // Reads and checks one tensor of state. Returns how far its elements reach.
 int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, const char* name,
                                PyObject* tensor, const Views& views, const TensorRef& ref,
-                               TensorView& m, bool& alike, StorageType& type) {
+                               TensorView& m, bool& alike) {
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
   m = read_tensor(tensor, name, place);
@@ -172,11 +174,14 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
-  const bool fits = storage_type(m.dtype, type) && is_complex(m.dtype) == is_complex(p.dtype) &&
-                    (type == ref.type || type == StorageType::kFloat32);
-  if (!fits) {
+  StorageType type;
+  if (!storage_type(m.dtype, type) || is_complex(m.dtype) != is_complex(p.dtype) ||
+      type != ref.state_type) {
+    const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
     refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
-           " takes its own type or float32. Load the optimizer's state_dict again to convert it.");
+           " takes " + (in_float32 ? "float32" : "its own type") +
+           " with state_dtype=" + (in_float32 ? "torch.float32" : "None") +
+           ". Load the optimizer's state_dict again to convert it.");
   }
   if (is_complex(m.dtype) && is_lazy(tensor)) {
     refuse(the_slot() + " is a lazily conjugated view; replace it by " + name + ".resolve_conj().");
@@ -233,11 +238,9 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   bool all_alike = true;
   for (int k = 0; k < rule.slots; ++k) {
     if (entries[k] == nullptr) continue;
-    StorageType type;
     TensorView& m = slot_views[k];
     bool alike;
-    extents[k] =
-        attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike, type);
+    extents[k] = attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike);
     all_alike = all_alike && alike;
     for (int other = 0; other < k; ++other) {
       if (slots[other] == nullptr) continue;
@@ -245,16 +248,11 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
         return std::string("the ") + rule.slot[k] + " and the " + rule.slot[other] + " of " +
                describe(place);
       };
-      if (type != ref.state_type) {
-        refuse(both() + " have " + type_name(m.dtype) + " and " + type_name(slots[other]->dtype) +
-               ". Load the optimizer's state_dict again to convert them to one type.");
-      }
       if (!apart(m, extents[k], *slots[other], extents[other]) &&
           share_elements(m, *slots[other])) {
         refuse(both() + " share memory; replace one by a clone() of it.");
       }
     }
-    ref.state_type = type;
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
@@ -411,7 +409,8 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
-  ref.state_type = ref.type;
+  const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
+  ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
@@ -544,6 +543,16 @@ bool Gathering::in_order() {
   return in_order_;
 }
 
+// Whether a group's state is to be float32 whatever its parameters are.
+bool Gathering::keeps_float32(PyObject* group, Py_ssize_t index) const {
+  PyObject* const dtype = PyDict_GetItemWithError(group, names().state_dtype);
+  if (dtype == Py_None || dtype == float32_.get()) return dtype != Py_None;
+  if (dtype == nullptr && PyErr_Occurred()) throw PythonError();
+  refuse("state_dtype of parameter group " + std::to_string(index) +
+         " must be None, which keeps state in its parameter's type, or torch.float32, got " +
+         (dtype == nullptr ? "nothing" : text_of(dtype)));
+}
+
 void Gathering::read(PyObject* param_groups, PyObject* state) {
   may_copy_ = true;
   gather_all(param_groups, state);
@@ -556,6 +565,9 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
   groups_ = group_reader_.read(param_groups);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    in_float32_.push_back(keeps_float32(PyList_GET_ITEM(param_groups, i), i) ? 1 : 0);
+  }
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
@@ -599,15 +611,9 @@ void Gathering::add_state() {
         added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "O", parameter.tensor));
         fill_later(added.made[k].get(), static_cast<double>(added.age));
       } else {
-        PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
-        if (dtype == nullptr) {
-          if (PyErr_Occurred()) throw PythonError();
-          throw std::invalid_argument(
-              "parameter group " + std::to_string(added.place.group_index) +
-              " has no \"state_dtype\"; None keeps state in its parameter's type");
-        }
-        added.made[k] =
-            checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor, dtype));
+        const bool in_float32 = in_float32_[static_cast<size_t>(added.place.group_index)] != 0;
+        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor,
+                                                    in_float32 ? float32_.get() : Py_None));
         fill_later(added.made[k].get(), rule.initial_state(group.options));
       }
     }
@@ -701,6 +707,7 @@ void Gathering::clear() {
     PyErr_Restore(type, value, traceback);
   }
   groups_.clear();
+  in_float32_.clear();
   tensors_.clear();
   sources_.clear();
   layouts_.clear();

@@ -125,7 +125,9 @@ Clock read_clock(PyObject* group) {
   return {integer_item(group, keys().updates), integer_item(group, keys().samples)};
 }
 
-Groups::Groups(const Rule& rule, NativeOf native_of) : rule_(rule), native_of_(native_of) {
+Groups::Groups(const Rule& rule, NativeOf native_of, const OtherNames& other_names)
+    : rule_(rule), native_of_(native_of) {
+  for (const auto& [name, key] : other_names) other_names_.emplace_back(interned(name), key);
   for (int i = 0; i < rule.options; ++i) {
     const std::string name = rule.option[i].name;
     const bool scheduled = i < rule.scheduled;
@@ -148,6 +150,19 @@ void Groups::check(const Options& options, const std::string& where) const {
   if (conflict.option < 0) return;
   throw std::invalid_argument(rule_.option[conflict.option].name + where + " must be " +
                               conflict.expected + ", got " + number(options[conflict.option]));
+}
+
+// What is written there would be read by nothing.
+void Groups::refuse_other_names(PyObject* group, Py_ssize_t index) const {
+  for (const auto& [name, key] : other_names_) {
+    const int found = PyDict_Contains(group, name);
+    if (found < 0) throw PythonError();
+    if (found == 0) continue;
+    const std::string text = PyUnicode_AsUTF8(name);
+    throw std::invalid_argument(text + in_group(index) + " is a constructor's name for " + key +
+                                "; write group[\"" + key + "\"], and take \"" + text +
+                                "\" out of the group");
+  }
 }
 
 // What stands in a group for an option, borrowed.
@@ -240,6 +255,7 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
                                 " is out of range: " + std::to_string(clock.updates) +
                                 " updates, " + std::to_string(clock.samples) + " samples");
   }
+  refuse_other_names(group, index);
   check(reading.options, where);
   return reading;
 }

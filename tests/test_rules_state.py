@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlr
 from fastlr import _core
-from fastlr._runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -336,23 +335,63 @@ def test_state_that_shares_memory_is_refused(rule: Rule, shift: int) -> None:
     train(1, (model, optimizer.step), start=2)
 
 
-SEVERAL = {
-    name: rule for name, rule in RULES.items() if len(_core.Plan(rule.fused._rule, Runtime()).slots()) > 1
-}
-
-
-@pytest.mark.parametrize("rule", SEVERAL.values(), ids=SEVERAL.keys())
-def test_slots_of_two_types_are_refused(rule: Rule) -> None:
+@with_rules
+def test_a_slot_of_another_type_than_its_group_says_is_refused(rule: Rule) -> None:
     model = parameters([(9,), (7,)], torch.bfloat16)
     optimizer = rule.make(model, **rule.full)
     train(2, (model, optimizer.step))
-    names = sorted(slots(optimizer, model[1]))
-    optimizer.state[model[1]][names[0]] = optimizer.state[model[1]][names[0]].float()
-    assert_refused(
-        optimizer, model, "of parameter 1 of group 0.* have (float32 and bfloat16|bfloat16 and float32)"
-    )
+    name = sorted(slots(optimizer, model[1]))[0]
+    optimizer.state[model[1]][name] = optimizer.state[model[1]][name].float()
+    own = "float32; a parameter of bfloat16 takes its own type with state_dtype=None. Load the optimizer's"
+    assert_refused(optimizer, model, f"the {name} of parameter 1 of group 0.* has {own} state_dict again")
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
+
+
+@with_rules
+def test_a_type_of_state_that_is_written_into_a_group_is_that_of_new_state(rule: Rule, backend: str) -> None:
+    """And refused where there is state of another one, which loading the optimizer's own file converts."""
+    ours, others = (parameters([(9,), (7,)], torch.bfloat16) for _ in range(2))
+    written, made = rule.make(ours, **rule.full), rule.make(others, state_dtype=torch.float32, **rule.full)
+    written.param_groups[0]["state_dtype"] = torch.float32
+    train(2, (ours, written.step), (others, made.step))
+    assert_same_run(rule, (made, others), (written, ours))
+
+    written.param_groups[0]["state_dtype"] = None
+    assert_refused(
+        written, ours, "of parameter 0 of group 0.* has float32; a parameter of bfloat16 takes its own type"
+    )
+    written.load_state_dict(written.state_dict())
+    assert all(m.dtype is torch.bfloat16 for p in ours for m in slots(written, p).values())
+    train(2, (ours, written.step), start=2)
+    written.param_groups[0]["state_dtype"] = torch.float32
+    assert_refused(
+        written, ours, "of parameter 0 of group 0.* has bfloat16; a parameter of bfloat16 takes float32 with"
+    )
+    for value in (torch.float64, "float32", 32):
+        written.param_groups[0]["state_dtype"] = value
+        assert_refused(written, ours, f"state_dtype of parameter group 0 must be None, .*, got .*{value}")
+
+
+def test_the_constructors_name_for_the_type_of_state_is_refused_in_a_group_in_use() -> None:
+    """It would be read by nothing."""
+    for kind in (fastlr.FusedSGD, fastlr.FusedCyclicSGD):
+        model = parameters([(9,), (7,)], torch.bfloat16)
+        bounds = (
+            {"lr": 0.1} if kind is fastlr.FusedSGD else {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 3}
+        )
+        optimizer = kind([{"params": [p], "momentum_dtype": torch.float32} for p in model], **bounds)
+        set_gradients(0, model)
+        optimizer.step()
+        for value in (torch.float32, None):
+            optimizer.param_groups[1]["momentum_dtype"] = value
+            assert_refused(
+                optimizer,
+                model,
+                "momentum_dtype of parameter group 1 is a constructor's name for state_dtype; write",
+            )
+        del optimizer.param_groups[1]["momentum_dtype"]
+        optimizer.step()
 
 
 BAD_STEPS: dict[str, tuple[Callable[[], Any], str]] = {

@@ -43,6 +43,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _rule: str  # the native rule's name
     # What every group holds, whatever its maker or a file says.
     _fixed: dict[str, Any] = {}  # noqa: RUF012
+    # What the constructor, and new groups, may call a key of a group; groups in use have the key alone.
+    _other_names: dict[str, str] = {}  # noqa: RUF012
 
     # Whether a step is as long as the rate says, however large the gradients are.
     _adapts = True
@@ -70,7 +72,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _make_plan(self) -> None:
-        self._plan = _core.Plan(self._rule, Runtime())
+        self._plan = _core.Plan(self._rule, Runtime(), self._other_names)
         self._options = RuleOptions(self._plan)
         self._rule_state = RuleState(self._plan, self._options)
 
