@@ -210,8 +210,10 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
 }
 
 // Reads and checks where a parameter's age is kept, and on the host the age.
-void Gathering::attach_step(const Place& place, PyObject* step, const TensorView& p,
-                            TensorRef& ref) {
+void Gathering::attach_step(const Place& place, const Parameter& parameter, PyObject* step,
+                            const Views& views, const SlotViews& slots,
+                            const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref) {
+  const TensorView& p = views.p;
   TensorView view = read_tensor(step, "step", place);
   StorageType type;
   if (!storage_type(view.dtype, type) || type != StorageType::kFloat32 || is_complex(view.dtype) ||
@@ -220,13 +222,42 @@ void Gathering::attach_step(const Place& place, PyObject* step, const TensorView
            ", got " + type_name(view.dtype) + " of shape " + shape_of(step) + " on " +
            device_name(view.device) + ". Load the optimizer's state_dict again to convert it.");
   }
+  const auto meets = [&](const TensorView& other, int64_t extent) {
+    return !apart(view, 1, other, extent) &&
+           (!same(view.dtype, other.dtype) || share_elements(view, other));
+  };
+  const char* shared = meets(p, parameter.order.extent) ? "the parameter"
+                       : meets(views.g, views.extent)   ? "the gradient"
+                                                        : nullptr;
+  for (int k = 0; k < group_reader_.rule().slots; ++k) {
+    if (slots[k] != nullptr && meets(*slots[k], extents[k])) {
+      shared = group_reader_.rule().slot[k];
+    }
+  }
+  if (shared != nullptr) {
+    refuse("the step of " + describe(place) + " shares memory with " + shared +
+           "; replace it by a clone() of it.");
+  }
   ref.step = static_cast<float*>(view.data);
   if (view.device.type != dlpack::kCpu || updated_on(p, place) != kHost) return;
-  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f && *ref.step == std::floor(*ref.step))) {
+  if (!(*ref.step >= 0.0f && *ref.step < 0x1p62f && *ref.step == std::floor(*ref.step))) {
     refuse("the step of " + describe(place) + " must be a number of updates, got " +
            std::to_string(*ref.step) + ".");
   }
   ref.age = static_cast<int64_t>(*ref.step);
+}
+
+// Refuses numbers that would make a parameter infinite, or keep it from moving. updated_by: a
+// device's age is not known; there the corrections for bias, which end, are left out.
+void Gathering::check_range(const Place& place, const TensorRef& ref, int updated_by) const {
+  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  const bool in_double = ref.type == StorageType::kFloat64;
+  const int64_t age = updated_by == kHost ? ref.age : int64_t{1} << 62;
+  if (group_reader_.rule().in_range(group.options, age, in_double)) return;
+  const std::string type = in_double ? "float64" : "float32";
+  refuse(group_reader_.large_options(group, place.group_index) + " leads beyond the range of " +
+         type + ", in which " + describe(place) + " is computed; give it a smaller one" +
+         (in_double ? "." : ", or make it float64."));
 }
 
 void Gathering::attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
@@ -260,7 +291,8 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   for (int k = 0; k < rule.slots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
   }
-  if (entries[kMaxSlots] != nullptr) attach_step(place, entries[kMaxSlots], views.p, ref);
+  if (entries[kMaxSlots] != nullptr)
+    attach_step(place, parameter, entries[kMaxSlots], views, slots, extents, ref);
 }
 
 int Gathering::updated_on(const TensorView& p, const Place& place) const {
@@ -451,6 +483,7 @@ void Gathering::gather(const Place& place, size_t position) {
     new_state_.push_back(
         {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
   }
+  if (group.large_options != 0) check_range(place, ref, updated_by);
   tensors_.push_back(ref);
   parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));

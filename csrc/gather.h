@@ -137,7 +137,10 @@ class Gathering {
   int64_t attach_slot(const Place& place, const Parameter& parameter, const char* name,
                       PyObject* tensor, const Views& views, const TensorRef& ref, TensorView& view,
                       bool& alike);
-  void attach_step(const Place& place, PyObject* step, const TensorView& p, TensorRef& ref);
+  void attach_step(const Place& place, const Parameter& parameter, PyObject* step,
+                   const Views& views, const SlotViews& slots,
+                   const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref);
+  void check_range(const Place& place, const TensorRef& ref, int updated_by) const;
   void set_source(Source& source, const Entries& entries);
   PyObject* key_of(int entry) const;
   void set_layout(const Place& place, const Parameter& parameter, const Views& views,

@@ -152,6 +152,15 @@ void Groups::check(const Options& options, const std::string& where) const {
                               conflict.expected + ", got " + number(options[conflict.option]));
 }
 
+std::string Groups::large_options(const GroupReading& group, Py_ssize_t index) const {
+  std::string text;
+  for (int i = 0; i < rule_.options; ++i) {
+    if ((group.large_options >> i & 1u) == 0) continue;
+    text += (text.empty() ? "" : ", ") + (rule_.option[i].name + ("=" + number(group.options[i])));
+  }
+  return text + in_group(index);
+}
+
 // What is written there would be read by nothing.
 void Groups::refuse_other_names(PyObject* group, Py_ssize_t index) const {
   for (const auto& [name, key] : other_names_) {
@@ -249,6 +258,7 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
       value = rule_.option[i].flag ? flag(found, index, keys_[i].name)
                                    : real(found, index, keys_[i].name);
     }
+    if (!(std::fabs(value) <= kLargeOption)) reading.large_options |= 1u << i;
   }
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + where +

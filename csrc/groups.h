@@ -50,6 +50,7 @@ struct GroupReading {
   Options options;  // for the next update
   Driven driven[kMaxScheduled];
   uint32_t driven_options;  // a bit for each that has an owner
+  uint32_t large_options;   // a bit for each beyond kLargeOption
   Clock clock;
 };
 
@@ -89,6 +90,9 @@ class Groups {
   // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
   // group 0", for messages.
   void check(const Options& options, const std::string& where) const;
+
+  // "lr=1e+39 of parameter group 0": what of a group is beyond kLargeOption.
+  std::string large_options(const GroupReading& group, Py_ssize_t index) const;
 
   // Throws as check() does, and std::runtime_error where something else wrote a value that a
   // schedule owns.

@@ -96,7 +96,13 @@ struct Rule {
   double (*initial_state)(const Options& options);
   // For the next update of a parameter of this age. inverse_scale: see Around in step.h.
   void (*scalars)(const Options& options, int64_t age, float inverse_scale, AnyScalars& out);
+  // Whether the options, and what follows from them at an age, are finite in the compute type. They
+  // are as long as no option is larger than kLargeOption.
+  bool (*in_range)(const Options& options, int64_t age, bool in_double);
 };
+
+// Below the square root of the largest float32.
+constexpr double kLargeOption = 1e19;
 
 // What a rule has that says nothing else.
 struct RuleDefaults {
@@ -107,6 +113,11 @@ struct RuleDefaults {
   static double initial_state(const Options&) { return 0.0; }
   // Whether weight decay shrinks the parameter instead of adding to the gradient.
   FASTLR_HD_MEMBER static bool decouples(const Options&) { return false; }
+  // The scalar with which an update grows.
+  template <typename S>
+  static auto rate(const S& scalars) {
+    return scalars.neg_lr;
+  }
 };
 
 // The rule of this name, or nullptr.

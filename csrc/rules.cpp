@@ -22,9 +22,9 @@ constexpr Rule rule_of(int index) {
                 "room for its options");
   static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
   static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
-  return {R::kName,     index,          R::kOptions,       kOptionCount<R>, R::kScheduled,
-          R::kSlots,    R::kSlotCount,  always_live<R>(),  R::kCountsSteps, R::kStartsWithState,
-          &R::conflict, &R::live_slots, &R::initial_state, &form_scalars<R>};
+  return {R::kName,     index,          R::kOptions,       kOptionCount<R>,  R::kScheduled,
+          R::kSlots,    R::kSlotCount,  always_live<R>(),  R::kCountsSteps,  R::kStartsWithState,
+          &R::conflict, &R::live_slots, &R::initial_state, &form_scalars<R>, &in_range<R>};
 }
 
 enum {

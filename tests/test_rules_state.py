@@ -448,6 +448,87 @@ def test_state_without_its_step_is_refused(rule: Rule) -> None:
     optimizer.step()
 
 
+@with_counting_rules
+def test_a_step_that_shares_memory_is_refused(rule: Rule) -> None:
+    """With the parameter, its gradient, or another tensor of its state."""
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    entry = optimizer.state[model[1]]
+    kept = entry["step"]
+    shared = {"the parameter": model[1].detach(), "the gradient": model[1].grad}
+    for name, tensor in {**shared, **slots(optimizer, model[1])}.items():
+        entry["step"] = tensor[3].copy_(2.0)
+        assert_refused(optimizer, model, f"the step of parameter 1 .* shares memory with {name}; .*clone")
+    # Between its elements, and beside them.
+    memory = torch.full((7, 2), 2.0)
+    memory[:, 0] = model[1].detach()
+    model[1].data = memory[:, 0]
+    entry["step"] = memory[3, 1]
+    train(1, (model, optimizer.step), start=2)
+    assert entry["step"] == 3.0
+    assert memory[3, 1] == 3.0
+    entry["step"] = kept
+
+
+# -- numbers beyond a type ---------------------------------------------------------------------------
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "lr": {"lr": 1e39},
+    "lr-far": {"lr": 1e300},
+    "scheduled": {"lr": fastlr.Constant(1e39)},
+    "weight_decay": {"weight_decay": 1e39},
+    "eps": {"eps": 1e39},
+    "dampening": {"dampening": -1e39},
+    "initial_accumulator_value": {"initial_accumulator_value": 1e39},
+}
+BEYOND_TOGETHER = {"lr": 1e20, "weight_decay": 1e20}
+
+
+@with_rules
+@pytest.mark.parametrize("options", BEYOND.values(), ids=BEYOND.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_numbers_beyond_float32_are_refused(rule: Rule, options: dict[str, Any], dtype: torch.dtype) -> None:
+    (name,) = options
+    model = parameters([(9,), (7,)], dtype)
+    if name not in rule.make(model).param_groups[0]:
+        pytest.skip("an option of other rules")
+    optimizer = rule.make(model, **options)
+    set_gradients(0, model)
+    value = re.escape(str(optimizer.param_groups[0][name]))
+    assert_refused(
+        optimizer,
+        model,
+        f"^{name}={value} of parameter group 0 leads beyond the range of float32, in which parameter 0 of "
+        r"group 0, shape \(9,\) is computed; give it a smaller one, or make it float64",
+    )
+    assert not optimizer.state
+    for p in model:
+        p.data = p.data.to(torch.complex128 if p.is_complex() else torch.float64)
+    set_gradients(0, model)
+    optimizer.step()
+
+
+@with_rules
+def test_what_follows_from_numbers_is_no_further_than_float32(rule: Rule, backend: str) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **BEYOND_TOGETHER)
+    set_gradients(0, model)
+    if rule in (RULES["AdamW"], RULES["Lion"]):  # whose decay is a factor
+        assert_refused(optimizer, model, r"^lr=1e\+20, weight_decay=1e\+20 of parameter group 0 leads beyond")
+    else:
+        optimizer.step()
+    if rule in (RULES["Adam"], RULES["AdamW"]) and backend == "cpu":  # a device's ages are not known
+        optimizer = rule.make(model, lr=1e38, betas=(0.99, 0.999), weight_decay=0.0)
+        assert_refused(optimizer, model, r"^lr=1e\+38 of parameter group 0 leads beyond the range of float32")
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        for p in model:
+            optimizer.state[p]["step"].fill_(5000.0)  # the bias is gone
+        optimizer.param_groups[0]["lr"] = 1e38
+        optimizer.step()
+
+
 # -- state that something has taken a part of --------------------------------------------------------
 
 
