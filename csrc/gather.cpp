@@ -183,13 +183,11 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
            " with state_dtype=" + (in_float32 ? "torch.float32" : "None") +
            ". Load the optimizer's state_dict again to convert it.");
   }
-  if (is_complex(m.dtype) && is_lazy(tensor)) {
-    refuse(the_slot() + " is a lazily conjugated view; replace it by " + name + ".resolve_conj().");
-  }
   if (m.data == nullptr && parameter.order.numel > 0) {
     refuse(the_slot() + " has no memory of its own.");
   }
   int64_t extent = parameter.order.extent;
+  bool dense = parameter.order.dense;
   alike = same_order(p, m);
   if (!alike) {
     const MemoryOrder order = memory_order(m);
@@ -197,6 +195,11 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
       refuse(the_slot() + " has elements that share memory; replace it by a clone() of it.");
     }
     extent = order.extent;
+    dense = order.dense;
+  }
+  if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {
+    refuse(the_slot() + " is a lazily conjugated or negated view; replace it by " + name +
+           ".resolve_conj().resolve_neg().");
   }
   if (!apart(m, extent, g, views.extent) && (!same(m.dtype, g.dtype) || share_elements(m, g))) {
     refuse("the gradient of " + describe(place) + " shares memory with its own " + name +

@@ -205,3 +205,20 @@ def test_cyclic_optimizers_name_what_is_wrong_with_their_momentum() -> None:
     betas: Any = np.array([0.9, 0.99])
     with pytest.raises(ValueError, match="betas of parameter group 0 must be a tuple of 2"):
         fastlr.FusedCyclicAdam(model, 0.1, 0.2, cycle_momentum=True, betas=betas)
+
+
+@pytest.mark.parametrize("cycled", [False, True], ids=["fixed", "cycled"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (fastlr.FusedCyclicSGD, "lr"), (fastlr.FusedCyclicSGD, "momentum"), (fastlr.FusedCyclicAdam, "lr"),
+        (fastlr.FusedCyclicAdam, "beta1"), (fastlr.FusedCyclicAdamW, "beta1"),
+        (fastlr.FusedCyclicAdamW, "beta2"),
+    ],
+)  # fmt: skip
+def test_cyclic_optimizers_refuse_an_owner_of_what_they_set(kind: Any, name: str, cycled: bool) -> None:
+    """Which a group that another optimizer has used brings."""
+    group = {"params": parameters([(4,)]), f"{name}_schedule": fastlr.Constant(0.5), f"{name}_start": 0}
+    told = f"^{name}_schedule of parameter group 0 is Constant.*, of another optimizer, but {kind.__name__} s"
+    with pytest.raises(ValueError, match=told):
+        kind([group], 0.1, 0.2, cycle_momentum=cycled)

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlr
 from fastlr import _core
+from fastlr._runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -189,6 +190,46 @@ def test_options_switched_in_mid_run(
     assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
 
 
+class Stopping(Runtime):
+    """Raises where everything is ready to be written."""
+
+    stops = False
+
+    def will_write(self, parameters: list[torch.Tensor]) -> None:  # type: ignore[override]
+        if self.stops:
+            raise KeyboardInterrupt
+        Runtime.will_write(parameters)
+
+
+@pytest.mark.parametrize(("name", "before", "after", "made"), SWITCHED.values(), ids=SWITCHED.keys())
+def test_a_step_that_is_stopped_leaves_no_room_for_state(
+    name: str, before: dict[str, Any], after: dict[str, Any], made: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Neither in a parameter's state, where some is missing, nor for a parameter that has none."""
+    rule, stopping = RULES[name], Stopping()
+    monkeypatch.setattr("fastlr.optim._base.Runtime", lambda: stopping)
+    ours, theirs = parameters([(9,), (5, 3)]), parameters([(9,), (5, 3)])
+    stopped, untouched = rule.make(ours, **before), rule.make(theirs, **before)
+    for step in range(6):
+        set_gradients(step, ours, theirs)
+        if step < 3:
+            ours[1].grad = theirs[1].grad = None
+        if step == 3:
+            for optimizer in (stopped, untouched):
+                optimizer.param_groups[0].update(after)
+            kept = {p: dict(entry) for p, entry in stopped.state.items()}
+            stopping.stops = True
+            with pytest.raises(KeyboardInterrupt):
+                stopped.step()
+            stopping.stops = False
+            assert dict(stopped.state) == kept
+        stopped.step()
+        untouched.step()
+    assert_same_run(rule, (untouched, theirs), (stopped, ours))
+    assert set(made) <= set(stopped.state[ours[0]])
+
+
 def replace_slot(optimizer: Any, p: torch.Tensor, name: str) -> None:
     optimizer.state[p][name] = optimizer.state[p][name].clone()
 
@@ -229,6 +270,33 @@ def test_nothing_is_remembered_that_may_move(rule: Rule, change: Callable[..., N
                 change(fused, p, name)
                 if fused.state[p][name] is not old and fused.state[p][name].data_ptr() != pointer:
                     old.fill_(float("nan"))
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+def as_gradient(optimizer: Any, model: list[torch.nn.Parameter], name: str) -> None:
+    model[1].grad = optimizer.state[model[0]][name][-model[1].numel() :]
+
+
+def as_state(optimizer: Any, model: list[torch.nn.Parameter], name: str) -> None:
+    optimizer.state[model[1]][name] = optimizer.state[model[0]][name][-model[1].numel() :]
+
+
+@with_rules
+@pytest.mark.parametrize("share", [as_gradient, as_state], ids=lambda f: f.__name__)
+def test_state_that_another_update_reads_or_writes_is_updated_in_order(
+    rule: Rule, share: Callable[..., None], backend: str
+) -> None:
+    """What the first thread writes last, the second would read first."""
+    torch.set_num_threads(2)
+    unit = 100_000 if backend == "cpu" else 100
+    ours, theirs = twins([(4 * unit,), (unit,), (3 * unit,)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    train(1, (theirs, reference.step), (ours, fused.step))
+    for step in range(1, 4):
+        set_gradients(step, ours, theirs)
+        for optimizer, model in ((fused, ours), (reference, theirs)):
+            share(optimizer, model, sorted(slots(fused, ours[0]))[0])
+            optimizer.step()
     assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
 
 
@@ -286,6 +354,23 @@ def test_bad_slots_are_refused(rule: Rule, make: Callable[..., torch.Tensor], me
         optimizer.state[model[1]][slot] = kept
     train(1, (model, optimizer.step), start=2)
     assert optimizer.sync().updates == 3
+
+
+@with_rules
+def test_lazily_conjugated_and_negated_slots_are_refused(rule: Rule) -> None:
+    """Their memory holds other values than they say."""
+    message = "the {slot} of parameter 1 .* is a lazily conjugated or negated view; replace it by {slot}.res"
+    for dtype, size in ((torch.complex64, 7), (torch.float32, 7), (torch.float32, 1)):
+        model = parameters([(9,), (size,)], dtype)
+        optimizer = rule.make(model, **rule.full)
+        train(2, (model, optimizer.step))
+        for slot, kept in slots(optimizer, model[1]).items():
+            lazy = kept.clone().conj() if kept.is_complex() else torch.complex(kept, -kept).conj().imag
+            assert lazy.is_conj() or lazy.is_neg()
+            optimizer.state[model[1]][slot] = lazy
+            assert_refused(optimizer, model, message.format(slot=slot))
+            optimizer.state[model[1]][slot] = lazy.resolve_conj().resolve_neg()
+        train(1, (model, optimizer.step), start=2)
 
 
 def assert_refused(optimizer: Any, model: list[torch.nn.Parameter], message: str) -> None:
