@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <stdexcept>
+#include <unordered_set>
 
 #include "build_info.h"
 
@@ -101,6 +102,10 @@ TensorView Gathering::read_tensor(PyObject* tensor, const char* what, const Plac
   const Owned layout(PyObject_GetAttrString(tensor, "layout"));
   const std::string layout_name = text_of(layout.get());
   PyErr_Clear();
+  if (!layout) {
+    refuse(std::string("the ") + what + " of " + describe(place) + " must be a tensor, got a " +
+           Py_TYPE(tensor)->tp_name + ".");
+  }
   if (layout_name != "torch.strided") {
     refuse(std::string("the ") + what + " of " + describe(place) + " has layout " + layout_name +
            ", fastlr updates dense tensors only. Make it dense (nn.Embedding(..., sparse=False), "
@@ -503,6 +508,23 @@ bool Gathering::states_unchanged(PyObject* state) const {
   return true;
 }
 
+// Of a parameter that is listed twice, a step would count one update and make two.
+void Gathering::refuse_repeated(PyObject* param_groups) {
+  std::unordered_set<PyObject*> seen;
+  size_t position = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    PyObject* const group = PyList_GET_ITEM(param_groups, i);
+    PyObject* const params = PyDict_GetItemWithError(group, names().params);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
+      if (seen.insert(parameters_[position].tensor).second) continue;
+      parameters_.clear();  // so that the next step looks again
+      refuse(describe(Place{group, i, j}) +
+             " is in the parameter groups twice, where its state counts one update a step; list it "
+             "once.");
+    }
+  }
+}
+
 // Brings the list of parameters and their state dicts up to date with the optimizer's.
 void Gathering::synchronize(PyObject* param_groups, PyObject* state) {
   if (!PyList_Check(param_groups) || !PyDict_Check(state)) {
@@ -529,6 +551,7 @@ void Gathering::synchronize(PyObject* param_groups, PyObject* state) {
   }
   changed = changed || position != parameters_.size();
   parameters_.resize(position);
+  if (changed && group_reader_.rule().counts_steps) refuse_repeated(param_groups);
   if (!changed && states_unchanged(state)) return;
 
   for (Parameter& parameter : parameters_) {

@@ -115,6 +115,7 @@ class Gathering {
   };
 
   void synchronize(PyObject* param_groups, PyObject* state);
+  void refuse_repeated(PyObject* param_groups);
   bool keeps_float32(PyObject* group, Py_ssize_t index) const;
   void take_back_room();
   bool states_unchanged(PyObject* state) const;

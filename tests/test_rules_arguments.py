@@ -222,3 +222,19 @@ def test_cyclic_optimizers_refuse_an_owner_of_what_they_set(kind: Any, name: str
     told = f"^{name}_schedule of parameter group 0 is Constant.*, of another optimizer, but {kind.__name__} s"
     with pytest.raises(ValueError, match=told):
         kind([group], 0.1, 0.2, cycle_momentum=cycled)
+
+
+@with_rules
+def test_schedules_for_nothing_in_a_group_are_refused(rule: Rule) -> None:
+    """Of an option that none can drive, and beside another one."""
+    model = parameters([(4,)])
+    constant, other = fastlr.Constant(0.25), fastlr.Constant(0.5)
+    with pytest.raises(ValueError, match=r"^maximize_schedule of parameter group 0 is for nothing, as no"):
+        rule.fused([{"params": model, "maximize_schedule": constant}])
+    with pytest.raises(
+        ValueError, match=r"^lr of parameter group 0 is .*0\.25.*, and lr_schedule .*0\.5.*; le"
+    ):
+        rule.fused([{"params": model, "lr": constant, "lr_schedule": other}])
+    for same in (fastlr.Constant(0.5), 0.125):  # as groups of another optimizer have them
+        optimizer = rule.fused([{"params": model, "lr": same, "lr_schedule": other}])
+        assert optimizer.param_groups[0]["lr"] == 0.5

@@ -614,6 +614,38 @@ def test_what_follows_from_numbers_is_no_further_than_float32(rule: Rule, backen
         optimizer.step()
 
 
+@with_rules
+def test_a_parameter_that_is_listed_twice(rule: Rule, backend: str) -> None:
+    """torch's loop updates it twice, and so do rules that count nothing; the others would count once."""
+    (p, q), (r, s) = parameters([(9,), (7,)]), parameters([(9,), (7,)], device="cpu")
+    fused, reference = rule.make([p, q], **rule.full), rule.make_torch([r, s], **rule.full)
+    for optimizer, again in ((fused, p), (reference, r)):
+        optimizer.param_groups[0]["params"].append(again)
+    if rule.counts:
+        set_gradients(0, [p, q])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"parameter 2 of group 0, shape \(9,\) is in the .* twice"):
+                fused.step()
+        fused.param_groups[0]["params"].pop()
+        fused.step()
+    elif backend == "cpu":
+        train(3, ([r, s], reference.step), ([p, q], fused.step))
+        assert_same([r, s], [p, q])
+
+
+@with_counting_rules
+def test_state_that_is_no_tensor_is_refused(rule: Rule) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    for name, kept in dict(optimizer.state[model[1]]).items():
+        optimizer.state[model[1]][name] = 3
+        with pytest.raises(ValueError, match=f"the {name} of parameter 1 .* must be a tensor, got a int"):
+            optimizer.step()
+        optimizer.state[model[1]][name] = kept
+    train(1, (model, optimizer.step), start=2)
+
+
 # -- state that something has taken a part of --------------------------------------------------------
 
 

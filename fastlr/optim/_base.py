@@ -134,7 +134,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}{where} must be {value!r} in {type(self).__name__}, got {param_group[name]!r}; "
                     "leave it out of the group"
                 )
+        driven = [option.name for option in self._options.scheduled]
         for option in self._options.all:
+            if option.name not in driven and param_group.get(f"{option.name}_schedule") is not None:
+                raise ValueError(
+                    f"{option.name}_schedule{where} is for nothing, as no schedule can drive {option.name}; "
+                    f"leave it out of the group, got {param_group[f'{option.name}_schedule']!r}"
+                )
             if option.tuple is not None and option.name in param_group:
                 raise ValueError(
                     f"{option.name}{where} stands in {option.tuple}, got {param_group[option.name]!r} as an "
@@ -144,8 +150,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_torch_options_in(filled, where)
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
         for option in self._options.scheduled:
-            given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
-            given = self._options.value(filled, option, where) if given is None else given
+            owner = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
+            given = self._options.value(filled, option, where)
+            if owner is not None and isinstance(given, Schedule) and given != owner:
+                raise ValueError(
+                    f"{option.name}{where} is {given!r}, and {option.name}_schedule {owner!r}; leave one out"
+                )
+            given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
         filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
