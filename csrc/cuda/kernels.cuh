@@ -430,21 +430,27 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
 }
 
 // Measures the gradients' norm; the last launch of them says what clips it, and where asked whether
-// there is an inf or NaN: then no scale is judged.
+// there is an inf or NaN: then no scale is judged. As many blocks as leave 48 registers to strided
+// tensors, which the compiler, left to itself, gives 40 on some architectures and spills.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kStrided ? 5 : 8)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
-  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  // Of what is read again at the end: to keep it takes registers, too.
+  const auto measures = [&](const Amp& amp) {
+    return amp.applied || (step.seeks_inf && amp.invalid_scale);
+  };
   const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
     const P* g = static_cast<const P*>(step.grads[index]);
     measure_chunk<kStrided>(step, step.tensors[index], g, begin, end, square);
   };
-  const bool measures = amp.applied || (step.seeks_inf && amp.invalid_scale);
-  if (measures) for_each_chunk_of_block(step, measure);
+  if (measures(read_amp(step.clocks.found_inf, step.grad_scale))) {
+    for_each_chunk_of_block(step, measure);
+  }
   DeviceState& state = *step.clocks.state;
   if (!is_last_block(state)) return;
+  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
   double squares = NAN;
-  if (step.ends_step && measures) squares = total_squares(step);
+  if (step.ends_step && measures(amp)) squares = total_squares(step);
   if (threadIdx.x != 0) return;
   state.ticket = 0;
   if (!step.ends_step) return;
