@@ -55,6 +55,7 @@ lint: $(VENV)/installed-$(EXTRAS)
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/grad_norm.py
+	$(BIN)/python benchmarks/pipeline.py --out benchmarks/results
 	$(BIN)/python benchmarks/cuda_static.py --out benchmarks/results
 
 # The papers' claims on real data, into benchmarks/results/claims/: `make claims` takes up to an hour on two

@@ -43,9 +43,12 @@ class Rule:
         """That a step moves, of float32: all but the gradient is read and written."""
         return 4 * (3 + 2 * self.slots)
 
-    def make_fastlr(self, parameters: list[torch.nn.Parameter]) -> Step:
+    def optimizer(self, parameters: list[torch.nn.Parameter], **options: Any) -> fastlr.FusedOptimizer:
         lr = fastlr.Triangular2(CYCLE["base_lr"], CYCLE["max_lr"], CYCLE["step_size_up"])
-        return self.ours(parameters, lr=lr, **self.options).step  # type: ignore[call-arg]
+        return self.ours(parameters, lr=lr, **self.options, **options)  # type: ignore[call-arg]
+
+    def make_fastlr(self, parameters: list[torch.nn.Parameter]) -> Step:
+        return self.optimizer(parameters).step
 
     def make_torch(self, parameters: list[torch.nn.Parameter], form: dict[str, bool]) -> Step:
         return cycled(self.theirs(parameters, lr=CYCLE["base_lr"], **self.options, **form))  # type: ignore[call-arg]

@@ -39,20 +39,26 @@ LARGE = 5_000_000  # elements; from here on they lie in main memory
 BOUND = 100_000  # elements; from here on memory bandwidth decides
 
 
-def make_traffic(elements: int, slots: int, threads: int, folder: Path) -> Step:
-    """A loop that moves so many float arrays as a step does."""
+def make_traffic(elements: int, slots: int, threads: int, folder: Path, *, norm_first: bool = False) -> Step:
+    """A loop that moves so many float arrays as a step does.
+
+    Args:
+        norm_first: after a loop that reads the gradients alone.
+    """
     library = folder / "bandwidth.so"
     source = Path(__file__).with_name("bandwidth.c")
     if not library.exists():
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
-    touch = ctypes.CDLL(str(library)).touch
+    native = ctypes.CDLL(str(library))
     arrays = [torch.ones(elements) for _ in range(2 + slots)]
     p, g, *state = (ctypes.c_void_p(array.data_ptr()) for array in arrays)
     pointers = (ctypes.c_void_p * slots)(*state)
 
     def step(keep: list[torch.Tensor] = arrays) -> None:
-        touch(p, g, pointers, ctypes.c_int(slots), ctypes.c_int64(elements), ctypes.c_int(threads))
+        if norm_first:
+            native.read_all(g, ctypes.c_int64(elements), ctypes.c_int(threads))
+        native.touch(p, g, pointers, ctypes.c_int(slots), ctypes.c_int64(elements), ctypes.c_int(threads))
 
     return step
 

@@ -102,17 +102,17 @@ inline void bind_plan(py::module_& m) {
       .def(
           "step",
           [](Plan& plan, py::object param_groups, py::object state, py::object found_inf,
-             py::object grad_scale, int threads, bool measures_norm, double max_norm, bool raises,
-             int64_t samples) {
+             py::object grad_scale, bool seeks_inf, int threads, bool measures_norm,
+             double max_norm, bool raises, int64_t samples) {
             with_python_errors([&] {
               plan.step(param_groups.ptr(), state.ptr(),
-                        {found_inf.ptr(), grad_scale.ptr(), threads, measures_norm, max_norm,
-                         raises, samples});
+                        {found_inf.ptr(), grad_scale.ptr(), seeks_inf, threads, measures_norm,
+                         max_norm, raises, samples});
             });
           },
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
-          py::arg("threads"), py::arg("measures_norm"), py::arg("max_norm"), py::arg("raises"),
-          py::arg("samples"))
+          py::arg("seeks_inf"), py::arg("threads"), py::arg("measures_norm"), py::arg("max_norm"),
+          py::arg("raises"), py::arg("samples"))
       .def_property("skipped", &Plan::skipped, &Plan::set_skipped)
       .def("squared_norm",
            [](Plan& plan) {

@@ -135,16 +135,27 @@ double Plan::step_on_host(HostPart& part, int threads, bool in_order) const {
   return squares;
 }
 
-// The squared norm of all gradients, wherever they are; waits for devices.
-double Plan::measure_norm(const Settings& settings, float inverse_scale) {
+// The inverse of GradScaler's scale, or nothing where found_inf says that the update is to be
+// skipped; waits for devices.
+std::optional<float> Plan::read_amp(PyObject* found_inf, PyObject* grad_scale) const {
+  if (found_inf == Py_None && grad_scale == Py_None) return 1.0f;
+  const Owned answer =
+      checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO", found_inf, grad_scale));
+  if (answer.get() == Py_None) return std::nullopt;
+  const auto inverse_scale = static_cast<float>(PyFloat_AsDouble(answer.get()));
+  if (PyErr_Occurred()) throw PythonError();
+  return inverse_scale;
+}
+
+// The sum of the squares of all gradients, wherever they are; waits for devices.
+double Plan::measure_norm(int threads) {
   double squares = 0.0;
 #if defined(FASTLR_HAS_CUDA)
   squares += devices_.measure(gathering_);
 #endif
   const std::vector<TensorRef> tensors = tensors_on_host();
   const WithoutGil other_threads_run;
-  squares += squared_norm_cpu(tensors, gathering_.layouts(), settings.threads);
-  return unscaled_squares(squares, inverse_scale);
+  return squares + squared_norm_cpu(tensors, gathering_.layouts(), threads);
 }
 
 void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
@@ -157,34 +168,37 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 #endif
 
   const bool with_host = uses_host();
-  const bool clips_here = settings.clips() && !on_one_device();
-  const bool has_amp = settings.found_inf != Py_None || settings.grad_scale != Py_None;
+  const bool norm_here = settings.norm_first() && !on_one_device();
+  const bool seeks_here = settings.seeks_inf && norm_here;
   raises_ = settings.raises;
-  float inverse_scale = 1.0f;
-  if ((with_host || clips_here) && has_amp) {
-    const Owned answer = checked(PyObject_CallMethod(runtime_.get(), "read_amp", "OO",
-                                                     settings.found_inf, settings.grad_scale));
-    if (answer.get() == Py_None) {
+  std::optional<float> inverse_scale = 1.0f;
+  if ((with_host || norm_here) && !seeks_here) {
+    inverse_scale = read_amp(settings.found_inf, settings.grad_scale);
+    if (!inverse_scale) {
       return skip(param_groups, settings, std::numeric_limits<double>::quiet_NaN());
     }
-    inverse_scale = static_cast<float>(PyFloat_AsDouble(answer.get()));
-    if (PyErr_Occurred()) throw PythonError();
   }
 
   gathering_.add_state();
   const bool in_order = gathering_.in_order();
   std::optional<double> squares;  // of all gradients, where the host knows them before the update
-  double factor = inverse_scale;
-  if (clips_here) {
-    squares = measure_norm(settings, inverse_scale);
-    factor = clipping_factor(*squares, settings.max_norm, inverse_scale);
+  double factor = *inverse_scale;
+  if (norm_here) {
+    const double scaled = measure_norm(settings.threads);
+    // A scale is judged where nothing was found, as with torch's GradScaler.
+    if (seeks_here && std::isfinite(scaled)) inverse_scale = read_amp(Py_None, settings.grad_scale);
+    squares = unscaled_squares(scaled, *inverse_scale);
+    factor = clipping_factor(*squares, settings.max_norm, *inverse_scale);
     if (std::isnan(factor)) {
-      if (!settings.raises) return skip(param_groups, settings, squares);
+      if (seeks_here) {
+        checked(PyObject_CallMethod(runtime_.get(), "fill", "[O]d", settings.found_inf, 1.0));
+      }
+      if (seeks_here || !settings.raises) return skip(param_groups, settings, squares);
       throw std::runtime_error("the gradients' norm is " + std::to_string(std::sqrt(*squares)) +
                                ", so that it cannot be clipped; nothing was updated.");
     }
   }
-  const bool measures_norm = settings.measures_norm && !clips_here;  // in the pass of the update
+  const bool measures_norm = settings.measures_norm && !norm_here;  // in the pass of the update
   HostPart host;
   if (with_host) host = prepare_on_host(factor, measures_norm);
   const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
@@ -197,23 +211,24 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 #if defined(FASTLR_HAS_CUDA)
   norm_on_devices_ = devices_stepped_ = false;
   if (!all_on_host() || devices_.any()) {
-    const double max_norm =
-        clips_here ? std::numeric_limits<double>::infinity() : settings.max_norm;
-    captured = devices_.step(
-        gathering_, settings.found_inf, settings.grad_scale, with_host, in_order, measures_norm,
-        max_norm, clips_here ? std::optional<double>(factor) : std::nullopt, settings.samples);
+    std::optional<NormPass> norm_pass;
+    if (settings.norm_first() && !norm_here) norm_pass = {settings.max_norm, settings.seeks_inf};
+    captured =
+        devices_.step(gathering_, seeks_here ? Py_None : settings.found_inf, settings.grad_scale,
+                      with_host, in_order, measures_norm, norm_pass,
+                      norm_here ? std::optional<double>(factor) : std::nullopt, settings.samples);
     devices_stepped_ = true;
-    norm_on_devices_ = !clips_here;
+    norm_on_devices_ = !norm_here;
   }
 #endif
   gathering_.store_state();
   if (!captured) move(moves, param_groups);
   skipped_ = false;
   squared_norm_.reset();
-  if (settings.measures_norm || settings.clips()) squared_norm_ = squares.value_or(0.0);
+  if (settings.tells_norm()) squared_norm_ = squares.value_or(0.0);
   if (!with_host) return;
   const double read = step_on_host(host, settings.threads, in_order);
-  if (measures_norm) squared_norm_ = unscaled_squares(read, inverse_scale);
+  if (measures_norm) squared_norm_ = unscaled_squares(read, *inverse_scale);
 }
 
 // The host knows that an update is to be skipped. squares: of its gradients.
@@ -224,7 +239,7 @@ void Plan::skip(PyObject* param_groups, const Settings& settings, std::optional<
 #endif
   skipped_ = true;
   squared_norm_.reset();
-  if (settings.measures_norm || settings.clips()) squared_norm_ = squares;
+  if (settings.tells_norm()) squared_norm_ = squares;
 }
 
 PyObject* Plan::squared_norm() {

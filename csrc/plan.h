@@ -57,13 +57,17 @@ class Plan {
   struct Settings {
     PyObject* found_inf;  // GradScaler's tensors, or None
     PyObject* grad_scale;
-    int threads;         // of the host, the most to use
+    bool seeks_inf;  // the norm is measured before the update, and found_inf becomes 1 where it is
+                     // inf or NaN: a float32 where the first gradient is
+    int threads;     // of the host, the most to use
     bool measures_norm;  // so that squared_norm() tells the gradients'
     double max_norm;  // what it is clipped to before the update, or infinity; it is measured then
     bool raises;      // where that norm is inf or NaN; else the update is skipped
     int64_t samples;  // by which the samples clock moves, also where the update is skipped
 
-    bool clips() const { return std::isfinite(max_norm); }
+    // Whether the norm must be known before the update.
+    bool norm_first() const { return seeks_inf || std::isfinite(max_norm); }
+    bool tells_norm() const { return measures_norm || norm_first(); }
   };
 
   // One update of all parameters that have a gradient; see NOTE: [all or nothing]. param_groups,
@@ -111,7 +115,8 @@ class Plan {
   bool on_one_device() const;
   bool all_on_host() const;
   std::vector<TensorRef> tensors_on_host() const;
-  double measure_norm(const Settings& settings, float inverse_scale);
+  std::optional<float> read_amp(PyObject* found_inf, PyObject* grad_scale) const;
+  double measure_norm(int threads);
   HostPart prepare_on_host(double factor, bool measures_norm) const;
   double step_on_host(HostPart& part, int threads, bool in_order) const;
 

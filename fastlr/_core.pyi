@@ -68,6 +68,7 @@ class Plan:
         state: dict[torch.Tensor, Any],
         found_inf: torch.Tensor | None,
         grad_scale: torch.Tensor | None,
+        seeks_inf: bool,
         threads: int,
         measures_norm: bool,
         max_norm: float,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -70,6 +72,85 @@ def test_norms_are_measured(load: Callable[[str], ModuleType]):
     assert steps["measured"]() > 0.0
     assert steps["torch"]() > 0.0
     assert all(script.timed(step) > 0.0 for step in steps.values())
+
+
+# -- the whole update ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What is compiled is left as it is: the compiler takes half a minute."""
+    script = load("pipeline")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setitem(script.PARAMETER_SETS, "tiny", [(3, 2), (5,)])
+    return script
+
+
+def measured_cases(script: ModuleType) -> dict[str, tuple[str, ...]]:
+    """Without averages of the weights, where fastlr has none."""
+    return {
+        case: stages
+        for case, stages in script.CASES.items()
+        if script.takes_average() or "average" not in stages
+    }
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+def test_every_contender_makes_the_same_updates(pipeline: ModuleType, rule: str):
+    contest = pipeline.RULES[rule]
+    for stages in measured_cases(pipeline).values():
+        gradients, models, updates = pipeline.make_contenders(contest, [(7, 3), (5,)], stages)
+        assert list(updates) == [
+            name
+            for name in pipeline.CONTENDERS
+            if (name != pipeline.TORCHS_SCALER or "unscale" in stages)
+            and (name != "torch fused" or contest.has_fused)
+        ]
+        originals = [gradient.clone() for gradient in gradients]
+        start = models["fastlr"][0].detach().clone()
+        for _ in range(5):
+            for update in updates.values():
+                torch._foreach_copy_(gradients, originals)
+                update()
+        assert not torch.equal(models["fastlr"][0], start)
+        for model in models.values():
+            for p, q in zip(model, models["fastlr"], strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_update_is_measured(
+    pipeline: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    drawn: list[tuple[object, ...]] = []
+    monkeypatch.setattr(pipeline, "draw_bars", lambda *what: drawn.append(what))
+    monkeypatch.setattr(pipeline, "BOUND", 0)
+    given = ["--rules", "sgd", "rmsprop", "--sets", "tiny", "--threads", "1", "--seconds", "0"]
+    monkeypatch.setattr("sys.argv", ["pipeline.py", *given, "--compile", "clip", "--out", str(tmp_path)])
+    pipeline.main()
+    cases = measured_cases(pipeline)
+    results = json.loads((tmp_path / "pipeline.json").read_text())["results"]
+    assert [(r["rule"], r["case"]) for r in results] == [(k, c) for k in ("sgd", "rmsprop") for c in cases]
+    for result in results:
+        names = {"fastlr", "torch foreach", "limit"}
+        names |= {"torch fused"} if result["rule"] == "sgd" else set()
+        names |= {pipeline.TORCHS_SCALER} if "unscale" in cases[result["case"]] else set()
+        names |= {pipeline.COMPILED} if result["case"] == "clip" else set()
+        assert set(result["times"]) == names
+        assert all(found["us"] > 0 for found in result["times"].values())
+    ((sets, bars, *_),) = drawn
+    assert (sets, list(bars)) == (["tiny"], ["sgd", "rmsprop"])
+    assert ("skipped, as fastlr" in capsys.readouterr().out) != pipeline.takes_average()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_the_limit_writes_every_array_but_the_gradient(
+    load: Callable[[str], ModuleType], slots: int, tmp_path: Path
+):
+    traffic = load("step").make_traffic(1000, slots, 2, tmp_path, norm_first=True)
+    (arrays,) = traffic.__defaults__
+    traffic()
+    changed = [not torch.equal(array, torch.ones(1000)) for array in arrays]
+    assert changed == [True, False, *[True] * slots]
 
 
 # -- the step on a GPU ---------------------------------------------------------------------------

@@ -319,7 +319,7 @@ class Classifier(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def make_trainer(model: Classifier, folder: Path, optimizers: tuple[Any, Any]) -> Any:
+def make_trainer(model: Classifier, folder: Path, optimizers: tuple[Any, Any], **options: Any) -> Any:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     return transformers.Trainer(
         model=model,
@@ -333,6 +333,7 @@ def make_trainer(model: Classifier, folder: Path, optimizers: tuple[Any, Any]) -
             logging_steps=1,
             per_device_train_batch_size=BATCH_SIZE,
             dataloader_pin_memory=False,
+            **options,
         ),
         train_dataset=make_data(),
         optimizers=optimizers,
@@ -392,6 +393,200 @@ def test_accelerate_prepares_saves_and_loads(tmp_path: Path, make: Make):
     assert opt.optimizer.clock() == (4, 0)
     train(model, opt, 6, start=4, after_step=scheduler.step)
     assert_same_run(plain, (model, opt.optimizer))
+
+
+# -- clipping ------------------------------------------------------------------------------------
+
+LIMIT = 0.1  # below every gradient's norm here
+
+
+def train_clipped(model: torch.nn.Module, opt: Any, clip: Callable[[], object], steps: int) -> None:
+    """A plain loop, whose gradients are clipped before the step."""
+    data = make_data()
+    for step in range(steps):
+        batch = [data[(step * BATCH_SIZE + k) % len(data)] for k in range(BATCH_SIZE)]
+        x, y = (torch.stack([sample[key] for sample in batch]) for key in ("x", "labels"))
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        clip()
+        opt.step()
+        opt.zero_grad()
+
+
+def clipped_by_torch(make: Make, steps: int) -> tuple[torch.nn.Module, Any]:
+    """What a run is whose gradients are clipped once."""
+    model = make_model()
+    opt = make(model)
+    train_clipped(model, opt, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT), steps)
+    return model, opt
+
+
+def handing_over(make: Make) -> Make:
+    """An optimizer that clips by itself, and says so when a norm was clipped before."""
+
+    def made(model: torch.nn.Module) -> Any:
+        opt = make(model)
+        opt.max_grad_norm = LIMIT
+
+        def check(*_: object) -> None:
+            assert opt.last_grad_norm > 1.5 * LIMIT
+
+        opt.register_step_post_hook(check)
+        return opt
+
+    return made
+
+
+def assert_close_run(expected: tuple[torch.nn.Module, Any], actual: tuple[torch.nn.Module, Any]) -> None:
+    """torch adds the norm up in float32: some last bits differ."""
+    assert expected[1].clock() == actual[1].clock()
+    for p, q in zip(expected[0].parameters(), actual[0].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5)
+
+
+@with_rules
+def test_torchs_clipping_is_not_repeated(rule: Rule) -> None:
+    models = [make_model() for _ in range(2)]
+    makers = rule.make, rule.make_torch
+    opts = [make(model.parameters(), **rule.full) for make, model in zip(makers, models, strict=True)]
+    for model, opt in zip(models, opts, strict=True):
+        parameters = list(model.parameters())
+        train_clipped(
+            model, opt, lambda parameters=parameters: torch.nn.utils.clip_grad_norm_(parameters, LIMIT), 6
+        )
+    ours, theirs = (list(model.parameters()) for model in models)
+    assert_same_rules_run(rule, (opts[1], theirs), (opts[0], ours))
+
+
+@with_optimizers
+def test_torchs_clipping_is_handed_over(make: Make) -> None:
+    model = make_model()
+    opt = handing_over(make)(model)
+    train_clipped(model, opt, lambda: None, 8)
+    assert_close_run(clipped_by_torch(make, 8), (model, opt))
+
+
+@with_optimizers
+def test_clipping_by_both_is_that_of_one(make: Make) -> None:
+    model = make_model()
+    opt = make(model)
+    opt.max_grad_norm = LIMIT
+    train_clipped(model, opt, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT), 8)
+    assert_close_run(clipped_by_torch(make, 8), (model, opt))
+
+
+def lightning_run(make: Make, folder: Path, **options: Any) -> tuple[torch.nn.Module, Any]:
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model()
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch["x"]), batch["labels"])
+
+        def configure_optimizers(self) -> Any:
+            return make(self.model)
+
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(make_data(), batch_size=BATCH_SIZE))
+    return module.model, trainer.optimizers[0]
+
+
+with_lightning = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # on new PyTorch
+    "ignore:.*does not have many workers",
+    "ignore:GPU available but not used",
+)
+
+
+@with_lightning
+@with_optimizers
+def test_lightning_clips_and_nobody_again(tmp_path: Path, make: Make) -> None:
+    run = lightning_run(make, tmp_path, gradient_clip_val=LIMIT)
+    assert_same_run(clipped_by_torch(make, 2 * BATCHES), run)
+
+
+@with_lightning
+@with_optimizers
+def test_lightning_hands_clipping_over(tmp_path: Path, make: Make) -> None:
+    run = lightning_run(handing_over(make), tmp_path)
+    assert_close_run(clipped_by_torch(make, 2 * BATCHES), run)
+
+
+@with_lightning
+@with_optimizers
+def test_lightning_clips_nothing_in_half_precision_where_the_step_unscales(
+    tmp_path: Path, make: Make
+) -> None:
+    """Which the optimizer does then, with fastlr's GradScaler or torch's."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def half(kind: type[torch.amp.GradScaler], maker: Make, **options: Any) -> tuple[Any, Any]:
+        scaler = kind("cpu", init_scale=256.0)
+        return lightning_run(maker, tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **options)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        half(fastlr.GradScaler, make, gradient_clip_val=LIMIT)
+    runs = [half(kind, handing_over(make)) for kind in (fastlr.GradScaler, torch.amp.GradScaler)]
+    assert_same_run(*runs)
+    for p, q in zip(runs[0][0].parameters(), clipped_by_torch(make, 10)[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.1, atol=0.01)  # which computes in float32
+
+
+@with_optimizers
+@pytest.mark.parametrize("over", [False, True], ids=["framework", "handed-over"])
+@pytest.mark.usefixtures("_accelerate_state")
+def test_accelerate_clips_or_hands_it_over(make: Make, over: bool) -> None:
+    import accelerate
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = make_model()
+    model, opt = accelerator.prepare(model, (handing_over(make) if over else make)(model))
+
+    def clip() -> None:
+        if not over:
+            accelerator.clip_grad_norm_(model.parameters(), LIMIT)
+
+    train_clipped(model, opt, clip, 8)
+    same = assert_close_run if over else assert_same_run
+    same(clipped_by_torch(make, 8), (model, opt.optimizer))
+
+
+@with_optimizers
+@pytest.mark.usefixtures("_accelerate_state")
+def test_transformers_clips_or_hands_it_over(tmp_path: Path, make: Make) -> None:
+    """The Trainer shuffles, so that it runs the plain loop, too, which clips in a callback."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Clip(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+
+    def run(make: Make, limit: float, *callbacks: Any) -> tuple[torch.nn.Module, Any]:
+        model = Classifier(seed=0)
+        opt = make(model)
+        scheduler = fastlr.integrations.ReadOnlyScheduler(opt)
+        trainer = make_trainer(model, tmp_path, (opt, scheduler), max_grad_norm=limit)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        return model, opt
+
+    plain = run(make, 0.0, Clip())
+    assert_same_run(plain, run(make, LIMIT))
+    assert_close_run(plain, run(handing_over(make), 0.0))
 
 
 # -- growing batches -----------------------------------------------------------------------------

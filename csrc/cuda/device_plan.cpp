@@ -1,7 +1,6 @@
 #include "device_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <iterator>
@@ -30,7 +29,7 @@ size_t DevicePlan::state_bytes(size_t capacity) {
   return sizeof(DeviceState) + capacity * (sizeof(GroupClock) + sizeof(DeviceGroup));
 }
 
-Clocks DevicePlan::clocks(const Table& table, size_t capacity, const float* found_inf) {
+Clocks DevicePlan::clocks(const Table& table, size_t capacity, float* found_inf) {
   char* const data = table.data();
   return {reinterpret_cast<DeviceState*>(data),
           reinterpret_cast<const DeviceGroup*>(data + sizeof(DeviceState) +
@@ -38,9 +37,7 @@ Clocks DevicePlan::clocks(const Table& table, size_t capacity, const float* foun
           reinterpret_cast<GroupClock*>(data + sizeof(DeviceState)), found_inf};
 }
 
-Clocks DevicePlan::clocks(const float* found_inf) const {
-  return clocks(state_, capacity_, found_inf);
-}
+Clocks DevicePlan::clocks(float* found_inf) const { return clocks(state_, capacity_, found_inf); }
 
 void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
@@ -215,25 +212,24 @@ void DevicePlan::set_groups(const DeviceScope& scope, const std::vector<GroupRea
 
 void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                          const std::vector<StridedLayout>& layouts, bool in_order,
-                         bool measures_norm, double max_norm) {
-  max_norm_ = max_norm;
-  const bool clips = std::isfinite(max_norm);
-  measures_norm_ = measures_norm || clips;
-  if (clips) cuda::preload_norm(scope.device());
+                         bool measures_norm, std::optional<NormPass> norm_pass) {
+  norm_pass_ = norm_pass;
+  measures_norm_ = measures_norm || norm_pass;
+  if (norm_pass) cuda::preload_norm(scope.device());
   launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm_);
 }
 
-void DevicePlan::launch_norm(const DeviceScope& scope, const float* found_inf,
-                             const float* grad_scale) {
+void DevicePlan::launch_norm(const DeviceScope& scope, float* found_inf, const float* grad_scale) {
   for (cuda::Launch& launch : launches_) {
     launch.head.clocks = clocks(found_inf);
     launch.head.grad_scale = grad_scale;
-    launch.head.max_norm = max_norm_;
+    launch.head.max_norm = norm_pass_->max_norm;
+    launch.head.seeks_inf = norm_pass_->seeks_inf;
     cuda::launch_norm(scope.device(), scope.stream(), launch);
   }
 }
 
-void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
+void DevicePlan::launch(const DeviceScope& scope, float* found_inf, const float* grad_scale,
                         std::optional<double> factor, int64_t samples, GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
@@ -241,7 +237,6 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
     tensors_.captured_in(graph);
   }
   use_clocks(scope, std::move(graph));
-  const bool measures = std::isfinite(max_norm_);
   if (factor) {
     DeviceState state{};
     state.set_factor(*factor);
@@ -249,12 +244,12 @@ void DevicePlan::launch(const DeviceScope& scope, const float* found_inf, const 
     state_.write_at_once(scope, kBegin, &state.factor_in_float, sizeof state - kBegin);
   }
   const WithoutGil waiting_for_room_in_the_stream;  // and no Python code from here on
-  if (measures) launch_norm(scope, found_inf, grad_scale);
+  if (norm_pass_) launch_norm(scope, found_inf, grad_scale);
   for (cuda::Launch& launch : launches_) {
     launch.head.clocks = clocks(found_inf);
     launch.head.grad_scale = grad_scale;
-    launch.head.clips = measures || factor;
-    if (measures) launch.head.squares = nullptr;
+    launch.head.clips = norm_pass_ || factor;
+    if (norm_pass_) launch.head.squares = nullptr;
     cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
   }
   if (launches_.empty()) launch_clock(scope, 1, 0, found_inf);
@@ -272,7 +267,7 @@ void DevicePlan::use_clocks(const DeviceScope& scope, GraphObjects graph) {
 }
 
 void DevicePlan::launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                              const float* found_inf) {
+                              float* found_inf) {
   cuda::launch_clock(scope.device(), scope.stream(), rule_, clocks(found_inf), updates, samples,
                      measures_norm_);
 }

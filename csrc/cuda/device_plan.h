@@ -4,7 +4,6 @@
 #include <Python.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -14,6 +13,12 @@
 #include "tensor_table.h"
 
 namespace fastlr {
+
+// Why the gradients' norm is measured before the update.
+struct NormPass {
+  double max_norm;  // what it is clipped to, or infinity
+  bool seeks_inf;   // found_inf becomes 1 where it is inf or NaN
+};
 
 class DevicePlan {
  public:
@@ -28,17 +33,17 @@ class DevicePlan {
                   bool force = false);
 
   // Plans the launches of a step and brings the table of tensors up to date. in_order: tensors
-  // share memory, so each has a launch of its own. measures_norm: of the gradients. max_norm: what
-  // these launches clip it to, or infinity.
+  // share memory, so each has a launch of its own. measures_norm: of the gradients. norm_pass: that
+  // these launches begin with.
   void prepare(const DeviceScope& scope, const std::vector<TensorRef>& tensors,
                const std::vector<StridedLayout>& layouts, bool in_order, bool measures_norm,
-               double max_norm);
+               std::optional<NormPass> norm_pass);
 
   // Launches what prepare() planned. found_inf, grad_scale: on this device, or nullptr. factor:
   // what clips the norm of more gradients than this device's. samples: by which the clock of
   // samples moves, also where the update is skipped. graph: what else these launches refer to, for
   // the graph that captures them. Where Python code raises an error, nothing was launched.
-  void launch(const DeviceScope& scope, const float* found_inf, const float* grad_scale,
+  void launch(const DeviceScope& scope, float* found_inf, const float* grad_scale,
               std::optional<double> factor, int64_t samples, GraphObjects graph);
 
   // Moves the clock of samples.
@@ -86,12 +91,11 @@ class DevicePlan {
                                           const Schedules& schedules);
   std::vector<Seen> seen_of(const std::vector<GroupReading>& groups) const;
   static size_t state_bytes(size_t capacity);
-  static Clocks clocks(const Table& table, size_t capacity, const float* found_inf);
-  Clocks clocks(const float* found_inf) const;
+  static Clocks clocks(const Table& table, size_t capacity, float* found_inf);
+  Clocks clocks(float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
-  void launch_norm(const DeviceScope& scope, const float* found_inf, const float* grad_scale);
-  void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples,
-                    const float* found_inf);
+  void launch_norm(const DeviceScope& scope, float* found_inf, const float* grad_scale);
+  void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples, float* found_inf);
 
   const Rule& rule_;
   bool captured_ = false;
@@ -104,7 +108,7 @@ class DevicePlan {
   TensorTable tensors_;
   std::vector<cuda::Launch> launches_;
   bool measures_norm_ = false;
-  double max_norm_ = std::numeric_limits<double>::infinity();
+  std::optional<NormPass> norm_pass_;
 };
 
 }  // namespace fastlr

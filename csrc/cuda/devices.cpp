@@ -1,7 +1,6 @@
 #include "devices.h"
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
 #include <optional>
 #include <set>
@@ -28,15 +27,15 @@ class Scalar {
       throw std::invalid_argument(std::string(name) + " must be one number, got a tensor of " +
                                   std::to_string(numel));
     }
-    data_ = static_cast<const float*>(view.data);
+    data_ = static_cast<float*>(view.data);
   }
 
-  const float* data() const { return data_; }
+  float* data() const { return data_; }
   Owned tensor() const { return Owned::borrow(tensor_.get()); }
 
  private:
   Owned tensor_;
-  const float* data_ = nullptr;
+  float* data_ = nullptr;
 };
 
 std::vector<TensorRef> tensors_on(int device, const Gathering& gathering) {
@@ -78,8 +77,9 @@ void Devices::on_each_device(Visit visit) {
 }
 
 bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale,
-                   bool with_host, bool in_order, bool measures_norm, double max_norm,
-                   std::optional<double> factor, int64_t samples) {
+                   bool with_host, bool in_order, bool measures_norm,
+                   std::optional<NormPass> norm_pass, std::optional<double> factor,
+                   int64_t samples) {
   ++moves_;
   for (auto it = plans_.begin(); it != plans_.end();) {
     it = it->second.ready() ? std::next(it) : plans_.erase(it);
@@ -95,7 +95,7 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
     capturing += scope->capturing();
     device_plan.set_groups(*scope, gathering.groups());
     device_plan.prepare(*scope, tensors_on(device, gathering), gathering.layouts(), in_order,
-                        measures_norm, max_norm);
+                        measures_norm, norm_pass);
   }
   if (capturing != 0 && (with_host || capturing != plans_.size())) {
     throw std::runtime_error(
@@ -120,7 +120,7 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
     }
     device_plan.launch(*scope, inf.data(), scale.data(), factor, samples, std::move(graph));
   }
-  const bool may_skip = found_inf != Py_None || grad_scale != Py_None || std::isfinite(max_norm);
+  const bool may_skip = found_inf != Py_None || grad_scale != Py_None || norm_pass;
   if (may_skip && !with_host) host_is_exact_ = false;
   return capturing != 0;
 }

@@ -29,13 +29,13 @@ class Devices {
   // One step on every device that there is, or that gathered tensors are on; prepared everywhere
   // before it is launched anywhere. found_inf, grad_scale: tensors or None. with_host: the host
   // takes part in the step and has read found_inf. in_order: tensors share memory. measures_norm:
-  // so that squared_norm() tells the gradients'. max_norm: what it is clipped to, or infinity.
-  // factor: what clips it, where gradients are elsewhere too. samples: by which the clock of
-  // samples moves, also where the update is skipped. Returns whether the step was captured instead
-  // of run.
+  // so that squared_norm() tells the gradients'. norm_pass: before the update, where all gradients
+  // are on one device; where it seeks inf, found_inf is a float32 there. factor: what clips the
+  // norm, where gradients are elsewhere too. samples: by which the clock of samples moves, also
+  // where the update is skipped. Returns whether the step was captured instead of run.
   bool step(const Gathering& gathering, PyObject* found_inf, PyObject* grad_scale, bool with_host,
-            bool in_order, bool measures_norm, double max_norm, std::optional<double> factor,
-            int64_t samples);
+            bool in_order, bool measures_norm, std::optional<NormPass> norm_pass,
+            std::optional<double> factor, int64_t samples);
 
   // The sum of the squares of the gathered gradients on all devices. Waits for these.
   double measure(const Gathering& gathering);

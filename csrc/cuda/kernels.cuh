@@ -28,8 +28,6 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // threads with four loads each have 32 KiB under way.
 template <typename R, typename C>
 constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? 2 : R::kResidentBlocks;
-// Of those that measure a norm, where the compiler left to itself stops at 40 and may spill.
-constexpr int kResidentNormBlocks = 4;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -53,12 +51,13 @@ struct Amp {
 
 __device__ inline Amp read_amp(const float* found_inf, const float* grad_scale) {
   Amp amp{true, false, 1.0f};
+  const bool found = found_inf != nullptr && !(*found_inf == 0.0f);
   if (grad_scale != nullptr) {
     // Rounded to nearest, as the double reciprocal rounded to float32 is: 53 bits suffice for that.
     amp.inverse_scale = 1.0f / *grad_scale;
-    amp.invalid_scale = !(amp.inverse_scale >= FLT_MIN && amp.inverse_scale <= FLT_MAX);
+    amp.invalid_scale = !found && !(amp.inverse_scale >= FLT_MIN && amp.inverse_scale <= FLT_MAX);
   }
-  amp.applied = !amp.invalid_scale && (found_inf == nullptr || *found_inf == 0.0f);
+  amp.applied = !amp.invalid_scale && !found;
   return amp;
 }
 
@@ -312,14 +311,14 @@ __device__ inline bool is_last_block(DeviceState& state) {
   return is_last;
 }
 
-// The squared norm of all gradients, whose chunks' sums are there; in the first thread.
-__device__ inline double total_squares(const StepHead& step, const Amp& amp) {
+// The sum of the squares of all gradients, whose chunks' sums are there; in the first thread.
+__device__ inline double total_squares(const StepHead& step) {
   double lane = 0.0;
   // Past the first-level cache, which does not see what other multiprocessors write.
   for (int64_t i = threadIdx.x; i < step.step_chunks; i += kThreads) {
     lane += __ldcg(step.squares + i);
   }
-  return unscaled_squares(sum_over_block(lane), amp.inverse_scale);
+  return sum_over_block(lane);
 }
 
 template <typename R>
@@ -328,7 +327,9 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
   if (!is_last_block(state)) return;
   const bool measures_norm = step.squares != nullptr;
   double squared_norm = NAN;
-  if (step.ends_step && measures_norm && amp.applied) squared_norm = total_squares(step, amp);
+  if (step.ends_step && measures_norm && amp.applied) {
+    squared_norm = unscaled_squares(total_squares(step), amp.inverse_scale);
+  }
   if (amp.applied) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
       const DeviceTensor& tensor = step.tensors[i];
@@ -428,28 +429,42 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
   finish<R>(step, amp);
 }
 
-// Measures the gradients' norm; the last launch of them says what clips it.
+// Measures the gradients' norm; the last launch of them says what clips it, and where asked whether
+// there is an inf or NaN: then no scale is judged. As many blocks as leave 48 registers to strided
+// tensors, which the compiler, left to itself, gives 40 on some architectures and spills.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
+__global__ void __launch_bounds__(kThreads, kStrided ? 5 : 8)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
-  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  // Of what is read again at the end: to keep it takes registers, too.
+  const auto measures = [&](const Amp& amp) {
+    return amp.applied || (step.seeks_inf && amp.invalid_scale);
+  };
   const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
     const P* g = static_cast<const P*>(step.grads[index]);
     measure_chunk<kStrided>(step, step.tensors[index], g, begin, end, square);
   };
-  if (amp.applied) for_each_chunk_of_block(step, measure);
+  if (measures(read_amp(step.clocks.found_inf, step.grad_scale))) {
+    for_each_chunk_of_block(step, measure);
+  }
   DeviceState& state = *step.clocks.state;
   if (!is_last_block(state)) return;
-  double squared_norm = NAN;
-  if (step.ends_step && amp.applied) squared_norm = total_squares(step, amp);
+  const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  double squares = NAN;
+  if (step.ends_step && measures(amp)) squares = total_squares(step);
   if (threadIdx.x != 0) return;
   state.ticket = 0;
   if (!step.ends_step) return;
+  const double squared_norm = amp.applied ? unscaled_squares(squares, amp.inverse_scale) : NAN;
   const double factor = clipping_factor(squared_norm, step.max_norm, amp.inverse_scale);
   state.norm_measured = true;
   state.squared_norm = squared_norm;
   state.set_factor(factor);
-  if (amp.applied && !(factor == factor)) state.nonfinite = 1;
+  const bool finite = amp.applied ? factor == factor : squares <= DBL_MAX;
+  if (step.seeks_inf) {
+    if (!finite) *step.clocks.found_inf = 1.0f;
+  } else if (amp.applied && !finite) {
+    state.nonfinite = 1;
+  }
 }
 
 }  // namespace fastlr

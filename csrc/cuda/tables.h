@@ -77,7 +77,7 @@ struct Clocks {
   DeviceState* state;
   const DeviceGroup* groups;
   GroupClock* clocks;
-  const float* found_inf;  // the update is skipped where this is not zero; may be nullptr
+  float* found_inf;  // the update is skipped where this is not zero; may be nullptr
 };
 
 // What a launch works on, but for the gradients.
@@ -89,7 +89,8 @@ struct StepHead {
   double* squares;          // sums over the chunks of all launches, or nullptr: not measured
   int64_t step_chunks;      // how many these are
   int64_t chunks;           // of this launch
-  double max_norm;          // where a norm is measured to be clipped: to what
+  double max_norm;          // where a norm is measured before the update: what it is clipped to
+  bool seeks_inf;           // and then found_inf becomes 1 where it is inf or NaN
   int32_t count;            // tensors
   bool clips;               // a step multiplies gradients with the factor in DeviceState
   bool ends_step;           // the last launch of a step on this device moves its clocks

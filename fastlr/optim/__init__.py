@@ -8,6 +8,7 @@ from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
 from fastlr.optim.cyclic import FusedCyclicAdam, FusedCyclicAdamW, FusedCyclicSGD
+from fastlr.optim.grad_scaler import GradScaler
 from fastlr.optim.lion import FusedLion
 from fastlr.optim.rmsprop import FusedRMSprop
 from fastlr.optim.sgd import FusedSGD
@@ -25,4 +26,5 @@ __all__ = [
     "FusedOptimizer",
     "FusedRMSprop",
     "FusedSGD",
+    "GradScaler",
 ]

@@ -52,6 +52,9 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
 
     # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
     _samples_of_step = 0
+    # A float32 on the gradients' device that the next step makes 1 where it finds an inf or NaN, and then
+    # skips the update; there for one step, from fastlr.GradScaler.
+    _seeks_inf_for: torch.Tensor
     _loaded: Loaded
 
     # NOTE: [what a checkpoint holds]
@@ -372,8 +375,8 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
         except BaseException:
             # GradScaler takes these back only after a step that returns, and multiplies what is left into
             # the next scale.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
+            for name in ("grad_scale", "found_inf", "_seeks_inf_for"):
+                self.__dict__.pop(name, None)
             self._samples_of_step = 0
             raise
 
@@ -402,11 +405,13 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
         if self.param_groups[0]["fresh"]:
             self._drop_initialized_state()
         samples, self._samples_of_step = self._samples_of_step, 0
+        sought = self.__dict__.pop("_seeks_inf_for", None)
         self._plan.step(
             self.param_groups,
             self.state,
-            getattr(self, "found_inf", None),
+            getattr(self, "found_inf", None) if sought is None else sought,
             getattr(self, "grad_scale", None),
+            sought is not None,
             torch.get_num_threads(),
             self._measures_grad_norm,
             math.inf if self._max_grad_norm is None else self._max_grad_norm,

@@ -109,12 +109,14 @@ class Optimizer {
 
   void with_scaler(bool used) { scaler_used_ = used; }
   void set_amp(float found_inf, float scale) {
-    found_inf_ = found_inf;
+    found_inf_ = given_found_inf_ = found_inf;
     scale_ = scale;
   }
 
   void measure_norm(bool measured) { norm_measured_ = measured; }
   void clip_norm(double max_norm) { max_norm_ = max_norm; }  // infinity: not
+  // set_amp() comes before each step then.
+  void seek_inf(bool sought) { seeks_inf_ = sought; }
 
   double put_in_gradient(size_t index, double value) {
     return cases_[index]->put_in_gradient(value);
@@ -122,20 +124,20 @@ class Optimizer {
 
   // Launches a step, or captures it.
   void launch() {
-    const bool clips = std::isfinite(max_norm_);
     for (cuda::Launch& launch : launches_) {
-      launch.head.squares = norm_measured_ || clips ? squares_->data() : nullptr;
+      launch.head.squares = norm_measured_ || norm_first() ? squares_->data() : nullptr;
       launch.head.max_norm = max_norm_;
-      launch.head.clips = clips;
+      launch.head.seeks_inf = seeks_inf_;
+      launch.head.clips = norm_first();
       launch.head.clocks = clocks();
       launch.head.grad_scale = scaler_used_ ? &scale_ : nullptr;
-      if (!clips) continue;
+      if (!norm_first()) continue;
       leave_device(device_);
       cuda::launch_norm(device_, kStream, launch);
       check_grid(launch);
     }
     for (cuda::Launch& launch : launches_) {
-      if (clips) launch.head.squares = nullptr;
+      if (norm_first()) launch.head.squares = nullptr;
       leave_device(device_);
       cuda::launch_step(device_, kStream, rule_, launch);
       most_blocks = std::max(most_blocks, check_grid(launch));
@@ -146,23 +148,25 @@ class Optimizer {
   void expect_step() {
     const float inverse_scale = scaler_used_ ? static_cast<float>(1.0 / scale_) : 1.0f;
     const bool usable = std::isnormal(inverse_scale) && inverse_scale > 0;
-    skipped_ = !usable || (scaler_used_ && found_inf_ != 0);
-    invalid_scale_ = invalid_scale_ || !usable;
-    const bool clips = std::isfinite(max_norm_);
-    squared_norm_ = NAN;
-    norm_kept_ = norm_measured_ || clips;
-    if (skipped_) return;
-    if (norm_kept_) {
+    const bool found = scaler_used_ && given_found_inf_ != 0;
+    norm_kept_ = norm_measured_ || norm_first();
+    double squares = NAN;
+    if (norm_kept_ && !found) {
       std::vector<double> sums;
       for (const auto& c : cases_) c->append_squares(sums);
-      squared_norm_ = sum_in_lanes(sums) * inverse_scale * inverse_scale;
+      squares = sum_in_lanes(sums);
     }
+    told_inf_ = seeks_inf_ && !found && !std::isfinite(squares);
+    invalid_scale_ = invalid_scale_ || (!usable && !found && !told_inf_);
+    squared_norm_ = usable ? squares * inverse_scale * inverse_scale : NAN;
+    skipped_ = !usable || found || told_inf_;
+    if (skipped_) return;
     double factor = inverse_scale;
-    if (clips && !std::isfinite(squared_norm_)) {
+    if (norm_first() && !std::isfinite(squared_norm_)) {
       skipped_ = nonfinite_ = true;
       return;
     }
-    if (clips) factor *= std::min(max_norm_ / (std::sqrt(squared_norm_) + 1e-6), 1.0);
+    if (norm_first()) factor *= std::min(max_norm_ / (std::sqrt(squared_norm_) + 1e-6), 1.0);
     for (const auto& c : cases_) {
       const int64_t age = c->age;
       c->expect_update(groups_[c->group].now(), factor);
@@ -193,6 +197,9 @@ class Optimizer {
     CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
     CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
     CHECK(state.nonfinite == nonfinite_, "%d", state.nonfinite);
+    const float told = told_inf_ ? 1.0f : given_found_inf_;
+    CHECK(found_inf_ == told || std::isnan(told), "found_inf %g, not %g", double(found_inf_),
+          double(told));
     CHECK(state.norm_measured == norm_kept_, "%d", state.norm_measured);
     CHECK(std::isnan(squared_norm_) ? std::isnan(state.squared_norm)
                                     : state.squared_norm == squared_norm_,
@@ -222,6 +229,9 @@ class Optimizer {
   unsigned most_blocks = 0;  // of a launch
 
  private:
+  // Whether a step begins with a pass that measures the norm.
+  bool norm_first() const { return seeks_inf_ || std::isfinite(max_norm_); }
+
   // One tensor of each group that has state.
   void find_leaders(const Launches& cut) {
     leaders_.assign(groups_.size(), nullptr);
@@ -325,8 +335,10 @@ class Optimizer {
   std::vector<cuda::Launch> launches_;
   bool scaler_used_ = false;
   float found_inf_ = 0.0f, scale_ = 1.0f;
-  bool skipped_ = false, invalid_scale_ = false, nonfinite_ = false;
+  float given_found_inf_ = 0.0f;  // found_inf_ before the device wrote it
+  bool skipped_ = false, invalid_scale_ = false, nonfinite_ = false, told_inf_ = false;
   double max_norm_ = INFINITY;
+  bool seeks_inf_ = false;
   bool norm_measured_ = false;  // of the steps to come ...
   bool norm_kept_ = false;      // ... and of the last one
   double squared_norm_ = 0.0;

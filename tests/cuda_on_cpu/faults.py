@@ -384,13 +384,11 @@ FAULTS = {
     "norm of the last launch only": Fault(KERNELS, "i < step.step_chunks", "i < step.chunks", *STATE),
     "norm of the scaled gradients": Fault(
         KERNELS,
-        "unscaled_squares(sum_over_block(lane), amp.inverse_scale)",
-        "sum_over_block(lane)",
+        "unscaled_squares(total_squares(step), amp.inverse_scale)",
+        "total_squares(step)",
         *STATE,
     ),
-    "norm of a skipped step": Fault(
-        KERNELS, "measures_norm && amp.applied) squared", "measures_norm) squared", *STATE
-    ),
+    "norm of a skipped step": Fault(KERNELS, "measures_norm && amp.applied) {", "measures_norm) {", *STATE),
     "norm said to be measured where it was not": Fault(
         KERNELS, "state.norm_measured = measures_norm;", "state.norm_measured = 1;", *STATE
     ),
@@ -399,10 +397,26 @@ FAULTS = {
         KERNELS, "amp.applied = amp.applied && factor == factor;", "", *TENSORS
     ),
     "clipped by the norm of the last launch": Fault(
-        KERNELS, "if (!step.ends_step) return;\n  const double factor", "const double factor", *STATE
+        KERNELS,
+        "if (!step.ends_step) return;\n  const double squared_norm",
+        "const double squared_norm",
+        *STATE,
     ),
-    "norm that could not be clipped not told": Fault(
-        KERNELS, "  if (amp.applied && !(factor == factor)) state.nonfinite = 1;\n", "", *STATE
+    "norm that could not be clipped not told": Fault(KERNELS, "    state.nonfinite = 1;\n", "", *STATE),
+    "an inf or NaN that GradScaler seeks not told": Fault(
+        KERNELS, "    if (!finite) *step.clocks.found_inf = 1.0f;\n", "", *STATE
+    ),
+    "an inf or NaN that GradScaler seeks told as an error": Fault(
+        KERNELS, "  } else if (amp.applied && !finite) {", "  }\n  if (amp.applied && !finite) {", *STATE
+    ),
+    "an inf or NaN not sought where the scale is unusable": Fault(
+        KERNELS, "amp.applied || (step.seeks_inf && amp.invalid_scale);", "amp.applied;", *STATE
+    ),
+    "an unusable scale told as an inf": Fault(
+        KERNELS, "amp.applied ? factor == factor : squares <= DBL_MAX;", "factor == factor;", *STATE
+    ),
+    "a scale judged where an inf was found": Fault(
+        KERNELS, "amp.invalid_scale = !found && !(", "amp.invalid_scale = !(", *STATE
     ),
     "norm of the step before where there are no tensors": Fault(
         LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE

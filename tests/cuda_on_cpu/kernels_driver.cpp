@@ -277,6 +277,32 @@ void check_launches_in_order(const Reference& reference) {
   }
 }
 
+// A step that looks for inf and NaN itself, for GradScaler.
+void check_seeking(const Reference& reference) {
+  std::mt19937 random(5);
+  Optimizer optimizer(0, reference, some_cases(reference, random));
+  optimizer.evaluate();
+  optimizer.with_scaler(true);
+  optimizer.seek_inf(true);
+  for (const double limit : {double(INFINITY), 0.75}) {
+    optimizer.clip_norm(limit);
+    for (const double value : {double(INFINITY), double(NAN)}) {
+      for (const float scale : {8.0f, 0.0f}) {  // which has no usable inverse
+        const double before = optimizer.put_in_gradient(1, value);
+        optimizer.set_amp(0.0f, scale);
+        optimizer.step();
+        optimizer.put_in_gradient(1, before);
+        optimizer.set_amp(0.0f, 8.0f);
+        optimizer.step();
+      }
+    }
+    optimizer.set_amp(1.0f, 0.0f);
+    optimizer.step();
+    optimizer.set_amp(0.0f, 0.0f);
+    optimizer.step();
+  }
+}
+
 // Where one launch does not take all tensors.
 void check_launch_boundaries(const Reference& reference) {
   struct Boundary {
@@ -398,11 +424,10 @@ struct Scenario {
   bool of_all_rules;  // or of the first, where the rule makes no difference
 };
 // Captures come first; what takes long comes last.
-const Scenario kScenarios[] = {{"capture", check_capture, true},
-                               {"in-order", check_launches_in_order, false},
-                               {"large", check_large_tensor, false},
-                               {"boundaries", check_launch_boundaries, false},
-                               {"steps", check_steps, true}};
+const Scenario kScenarios[] = {
+    {"capture", check_capture, true},     {"in-order", check_launches_in_order, false},
+    {"large", check_large_tensor, false}, {"boundaries", check_launch_boundaries, false},
+    {"steps", check_steps, true},         {"seeking", check_seeking, false}};
 
 }  // namespace
 

@@ -139,6 +139,7 @@ TESTS = (
     "test_amp.py",
     "test_grad_norm.py",
     "test_clip_grad_norm.py",
+    "test_grad_scaler.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
 )
