@@ -16,6 +16,7 @@ struct Names {
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* step = PyUnicode_InternFromString("step");
   PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
+  PyObject* ema_dtype = PyUnicode_InternFromString("ema_dtype");
 };
 
 const Names& names() {
@@ -82,10 +83,11 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 
 Gathering::Gathering(PyObject* runtime, const Groups& reader)
     : runtime_(runtime), group_reader_(reader) {
-  for (int k = 0; k < reader.rule().slots; ++k) {
-    PyObject* const key = PyUnicode_InternFromString(reader.rule().slot[k]);
-    if (key == nullptr) throw PythonError();
-    keys_.push_back(key);  // for as long as the process lives, as all interned strings
+  for (int k = 0; k < kMaxSlots; ++k) {
+    const char* const name = reader.rule().slot[k];
+    if (name == nullptr) continue;
+    keys_[k] = PyUnicode_InternFromString(name);  // for as long as the process lives, as all are
+    if (keys_[k] == nullptr) throw PythonError();
   }
 }
 
@@ -158,9 +160,10 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
 }
 
 // Reads and checks one tensor of state. Returns how far its elements reach.
-int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, const char* name,
+int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, int slot,
                                PyObject* tensor, const Views& views, const TensorRef& ref,
                                TensorView& m, bool& alike, StorageType& type) {
+  const char* const name = group_reader_.rule().slot[slot];
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
   m = read_tensor(tensor, name, place);
@@ -172,11 +175,13 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
+  const bool takes_float32 = slot != kEmaSlot || is_half(ref.type);
   const bool fits = storage_type(m.dtype, type) && is_complex(m.dtype) == is_complex(p.dtype) &&
-                    (type == ref.type || type == StorageType::kFloat32);
+                    (type == ref.type || (type == StorageType::kFloat32 && takes_float32));
   if (!fits) {
     refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
-           " takes its own type or float32. Load the optimizer's state_dict again to convert it.");
+           " takes its own type" + (takes_float32 ? " or float32" : "") +
+           ". Load the optimizer's state_dict again to convert it.");
   }
   if (is_complex(m.dtype) && is_lazy(tensor)) {
     refuse(the_slot() + " is a lazily conjugated view; replace it by " + name + ".resolve_conj().");
@@ -231,13 +236,12 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   std::array<int64_t, kMaxSlots> extents{};
   SlotViews slots{};
   bool all_alike = true;
-  for (int k = 0; k < rule.slots; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (entries[k] == nullptr) continue;
     StorageType type;
     TensorView& m = slot_views[k];
     bool alike;
-    extents[k] =
-        attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike, type);
+    extents[k] = attach_slot(place, parameter, k, entries[k], views, ref, m, alike, type);
     all_alike = all_alike && alike;
     for (int other = 0; other < k; ++other) {
       if (slots[other] == nullptr) continue;
@@ -245,7 +249,7 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
         return std::string("the ") + rule.slot[k] + " and the " + rule.slot[other] + " of " +
                describe(place);
       };
-      if (type != ref.state_type) {
+      if (k < kMaxRuleSlots && type != ref.state_type) {
         refuse(both() + " have " + type_name(m.dtype) + " and " + type_name(slots[other]->dtype) +
                ". Load the optimizer's state_dict again to convert them to one type.");
       }
@@ -254,12 +258,12 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
         refuse(both() + " share memory; replace one by a clone() of it.");
       }
     }
-    ref.state_type = type;
+    (k == kEmaSlot ? ref.ema_type : ref.state_type) = type;
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
   set_layout(place, parameter, views, slots, all_alike, ref);
-  for (int k = 0; k < rule.slots; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
   }
   if (entries[kMaxSlots] != nullptr) attach_step(place, entries[kMaxSlots], views.p, ref);
@@ -291,8 +295,8 @@ uint32_t Gathering::find_state(const Parameter& parameter, uint32_t live, bool w
                                Entries& found) const {
   uint32_t missing = 0;
   found = {};
-  for (size_t k = 0; k < keys_.size(); ++k) {
-    if ((live >> k & 1u) == 0) continue;
+  for (int k = 0; k < kMaxSlots; ++k) {
+    if (!is_live(live, k)) continue;
     found[k] = find(parameter, keys_[k]);
     missing |= (found[k] == nullptr ? 1u : 0u) << k;
   }
@@ -419,27 +423,25 @@ void Gathering::gather(const Place& place, size_t position) {
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
   const uint32_t live = rule.live_slots(group.options, driven);
-  const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
+  const uint32_t of_rule = live & kRuleSlots;
+  const bool with_step = of_rule != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
   uint32_t missing = find_state(parameter, live, with_step, entries);
-  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 &&
-      std::any_of(entries.begin(), entries.end(),
-                  [](PyObject* entry) { return entry != nullptr; })) {
+  const bool has_begun = (of_rule & ~missing) != 0;
+  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 && has_begun) {
     refuse("the state of " + describe(place) +
            " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
            "state_dict again, or remove the state to start anew.");
   }
   if (const uint32_t lost = missing & rule.always_live;
-      rule.counts_steps && lost != 0 &&
-      std::any_of(entries.begin(), entries.end(),
-                  [](PyObject* entry) { return entry != nullptr; })) {
+      rule.counts_steps && lost != 0 && (has_begun || entries[kMaxSlots] != nullptr)) {
     int slot = 0;
     while ((lost >> slot & 1u) == 0) ++slot;
     refuse("the state of " + describe(place) + " has no " + rule.slot[slot] +
            ", which its other parts say that it has had. Load the optimizer's state_dict again, or "
            "remove the state to start anew.");
   }
-  const bool has_slots = (missing & live) == 0;
+  const bool has_slots = (missing & of_rule) == 0;
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
   ref.age = has_slots ? 1 : 0;
@@ -582,14 +584,30 @@ void Gathering::set_source(Source& source, const Entries& entries) {
   }
 }
 
+// An uninitialized tensor for a slot.
+Owned Gathering::new_slot(const NewState& added, int slot) const {
+  const bool is_average = slot == kEmaSlot;
+  PyObject* const key = is_average ? names().ema_dtype : names().state_dtype;
+  PyObject* const dtype = PyDict_GetItemWithError(added.place.group, key);
+  if (dtype == nullptr) {
+    if (PyErr_Occurred()) throw PythonError();
+    throw std::invalid_argument("parameter group " + std::to_string(added.place.group_index) +
+                                " has no \"" + PyUnicode_AsUTF8(key) +
+                                "\"; None keeps state in its parameter's type");
+  }
+  PyObject* const parameter = parameters_[added.parameter].tensor;
+  return checked(PyObject_CallMethod(runtime_, is_average ? "new_average" : "new_state", "OO",
+                                     parameter, dtype));
+}
+
 void Gathering::add_state() {
   const Rule& rule = group_reader_.rule();
-  std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
-  const auto fill_later = [&](PyObject* tensor, double value) {
-    Owned& list = to_fill[value];
+  const auto append = [](Owned& list, PyObject* tensor) {
     if (!list) list = checked(PyList_New(0));
     if (PyList_Append(list.get(), tensor) != 0) throw PythonError();
   };
+  std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
+  Owned averages, averaged;         // lists of new averages, and of what they begin as
   for (NewState& added : new_state_) {
     const Parameter& parameter = parameters_[added.parameter];
     const GroupReading& group = groups_[static_cast<size_t>(added.place.group_index)];
@@ -597,20 +615,20 @@ void Gathering::add_state() {
       if ((added.missing >> k & 1u) == 0) continue;
       if (k == kMaxSlots) {
         added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "O", parameter.tensor));
-        fill_later(added.made[k].get(), static_cast<double>(added.age));
+        append(to_fill[static_cast<double>(added.age)], added.made[k].get());
+        continue;
+      }
+      added.made[k] = new_slot(added, k);
+      if (k == kEmaSlot) {
+        append(averages, added.made[k].get());
+        append(averaged, parameter.tensor);
       } else {
-        PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
-        if (dtype == nullptr) {
-          if (PyErr_Occurred()) throw PythonError();
-          throw std::invalid_argument(
-              "parameter group " + std::to_string(added.place.group_index) +
-              " has no \"state_dtype\"; None keeps state in its parameter's type");
-        }
-        added.made[k] =
-            checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor, dtype));
-        fill_later(added.made[k].get(), rule.initial_state(group.options));
+        append(to_fill[rule.initial_state(group.options)], added.made[k].get());
       }
     }
+  }
+  if (averages) {
+    checked(PyObject_CallMethod(runtime_, "copy", "OO", averages.get(), averaged.get()));
   }
   for (const auto& [value, tensors] : to_fill) {
     checked(PyObject_CallMethod(runtime_, "fill", "Od", tensors.get(), value));

@@ -32,11 +32,12 @@ class Gathering {
     PyObject* step;             // ... and where its age is kept, or nullptr
   };
 
-  // runtime: an object with the methods new_state(parameter, dtype), which returns a new tensor for
-  // the parameter's state, new_step(parameter), one of a single number, fill(tensors, value), which
-  // makes all numbers in a list of them the value, gradient_like(parameter, gradient), a copy of
-  // the gradient that lies in memory as the parameter does, and has_no_values(tensor), whether it
-  // is nothing but a shape; borrowed.
+  // runtime: an object with the methods new_state(parameter, dtype) and new_average(parameter,
+  // dtype), which return a new tensor for the parameter's state, new_step(parameter), one of a
+  // single number, fill(tensors, value), which makes all numbers in a list of them the value,
+  // copy(tensors, parameters), which makes each the parameter's beside it, gradient_like(parameter,
+  // gradient), a copy of the gradient that lies in memory as the parameter does, and
+  // has_no_values(tensor), whether it is nothing but a shape; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -132,12 +133,13 @@ class Gathering {
   int updated_on(const TensorView& p, const Place& place) const;
   void attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
                     const Views& views, TensorRef& ref);
-  int64_t attach_slot(const Place& place, const Parameter& parameter, const char* name,
-                      PyObject* tensor, const Views& views, const TensorRef& ref, TensorView& view,
-                      bool& alike, StorageType& type);
+  int64_t attach_slot(const Place& place, const Parameter& parameter, int slot, PyObject* tensor,
+                      const Views& views, const TensorRef& ref, TensorView& view, bool& alike,
+                      StorageType& type);
   void attach_step(const Place& place, PyObject* step, const TensorView& p, TensorRef& ref);
   void set_source(Source& source, const Entries& entries);
   PyObject* key_of(int entry) const;
+  Owned new_slot(const NewState& added, int slot) const;
   void set_layout(const Place& place, const Parameter& parameter, const Views& views,
                   const SlotViews& slots, bool slots_alike, TensorRef& ref);
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
@@ -145,7 +147,7 @@ class Gathering {
   PyObject* runtime_;
   const Groups& group_reader_;
   TensorReader reader_;
-  std::vector<PyObject*> keys_;  // of the rule's slots, in a parameter's state
+  std::array<PyObject*, kMaxSlots> keys_{};  // of the slots, in a parameter's state, or nullptr
 
   // Cached.
   std::vector<Parameter> parameters_;

@@ -47,9 +47,15 @@ struct Driven {
 
 struct GroupReading {
   Options options;  // for the next update
-  Driven driven[kMaxScheduled];
+  Driven driven[kMaxOptions];
   uint32_t driven_options;  // a bit for each that has an owner
   Clock clock;
+};
+
+// A group's options, of which some may be None.
+struct GivenOptions {
+  Options options;  // with what stands for None
+  uint32_t none;    // a bit for each that is None
 };
 
 // What is about to be written into groups. Everything is made and checked before write(), which
@@ -84,7 +90,7 @@ class Groups {
 
   // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
   // group 0", for messages.
-  void check(const Options& options, const std::string& where) const;
+  void check(const GivenOptions& given, const std::string& where) const;
 
   // Throws as check() does, and std::runtime_error where something else wrote a value that a
   // schedule owns.
@@ -118,7 +124,9 @@ class Groups {
   };
 
   PyObject* value_of(PyObject* group, Py_ssize_t index, int option) const;
-  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
+  double read_number(PyObject* group, Py_ssize_t index, int option, uint32_t& none) const;
+  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven,
+                        uint32_t& none) const;
   // clock: where the group stands, or is about to.
   Driven driven_by(PyObject* group, const Keys& keys, const Clock& clock) const;
   void add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const;

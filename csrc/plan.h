@@ -36,13 +36,16 @@ class Plan {
 
   const Rule& rule() const { return groups_.rule(); }
 
-  // Throws std::invalid_argument for the values of a group's options, in their order, that are out
-  // of range or in conflict; see Groups::check.
-  void check(const std::vector<double>& values, const std::string& where) const;
+  // Of a group's options, in their order; nothing for None.
+  using Values = std::vector<std::optional<double>>;
+
+  // Throws std::invalid_argument for values that are out of range or in conflict; see
+  // Groups::check.
+  void check(const Values& values, const std::string& where) const;
 
   // The slots of state that an update with these values reads, by name, and what new ones hold.
-  std::vector<std::string> live_slots(const std::vector<double>& values) const;
-  double initial_state(const std::vector<double>& values) const;
+  std::vector<std::string> live_slots(const Values& values) const;
+  double initial_state(const Values& values) const;
 
   // Throws std::runtime_error where something else wrote a value that a schedule of the group at
   // this index owns, but for these options.
@@ -100,6 +103,7 @@ class Plan {
     std::vector<TensorRef> among_others;  // where only some of the tensors are the host's
     std::vector<AnyScalars> scalars;      // one for each age in each group
     std::vector<int32_t> scalars_of;      // each tensor's
+    std::vector<Averaging> averaging;     // each group's
     std::optional<ChunkSums> sums;
   };
 
@@ -110,6 +114,7 @@ class Plan {
   bool on_one_device() const;
   bool all_on_host() const;
   std::vector<TensorRef> tensors_on_host() const;
+  GivenOptions given(const Values& values) const;
   double measure_norm(const Settings& settings, float inverse_scale);
   HostPart prepare_on_host(double factor, bool measures_norm) const;
   double step_on_host(HostPart& part, int threads, bool in_order) const;

@@ -65,7 +65,8 @@ REFUSED: dict[str, list[Any]] = {
 }  # fmt: skip
 
 # Of each optimizer: its arguments, which its groups take too, but for the options of torch's optimizers.
-COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype"}
+STAGES = {"ema_decay": "new momentum", "ema_warmup": "flag", "ema_dtype": "dtype"}
+COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype", **STAGES}
 SGD = {**COMMON, "momentum": "momentum", "dampening": "number", "nesterov": "flag", "momentum_dtype": "dtype",
        "decoupled_weight_decay": "flag"}  # fmt: skip
 ADAMW = {**COMMON, "betas": "betas", "eps": "number >= 0", "amsgrad": "flag"}
@@ -430,7 +431,7 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             of_torch = "TorchOptions" in str(parameter.annotation)
-            names |= {*OF_ALL_GROUPS, *(OF_TORCH if of_torch else ())}
+            names |= {*OF_ALL_GROUPS, *STAGES, *(OF_TORCH if of_torch else ())}
         else:
             names.add(name)
     return names - {"self", "params"}
