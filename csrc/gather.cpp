@@ -262,6 +262,7 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
+  ref.averages = slots[kEmaSlot] != nullptr;
   set_layout(place, parameter, views, slots, all_alike, ref);
   for (int k = 0; k < kMaxSlots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);

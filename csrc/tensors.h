@@ -29,6 +29,7 @@ struct TensorRef {
   StorageType type;
   StorageType state_type;  // of the rule's slots
   StorageType ema_type;
+  bool averages;  // whether an average is kept, which of an empty tensor has no address
 };
 static_assert(std::is_trivially_copyable<TensorRef>::value, "tables of it are copied as bytes");
 

@@ -17,7 +17,7 @@ struct HostStep {
   const std::vector<Averaging>& averaging;  // each group's
 
   const Averaging* averaging_of(const TensorRef& tensor) const {
-    return tensor.slot[kEmaSlot] == nullptr ? nullptr : &averaging[tensor.group];
+    return tensor.averages ? &averaging[tensor.group] : nullptr;
   }
 };
 

@@ -27,9 +27,12 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // Left to itself the compiler stops at 64 and spills: evaluating a schedule, as the last block
 // does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
 // with two slots or more, averages and doubles take up to 128 registers, which two blocks leave:
-// 512 threads with four loads each have 32 KiB under way.
+// 512 threads with four loads each have 32 KiB under way, as have the 256 of one block with
+// averages in double, which has eight.
 template <typename R, typename C, bool kAverages>
-constexpr int kResidentBlocks = kAverages || sizeof(C) == sizeof(double) ? 2 : R::kResidentBlocks;
+constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? (kAverages ? 1 : 2)
+                                : kAverages                 ? 2
+                                                            : R::kResidentBlocks;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -134,7 +137,7 @@ __device__ inline void move_average([[maybe_unused]] const Averaged<E, C>& avera
 // One element, whose state lies at an index of its own in each slot.
 template <typename R, typename P, typename M>
 __device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P& p, const P& g,
-                                  const Slots<R, M>& slots, const int64_t (&at)[R::kSlotCount]) {
+                                  const Slots<R, M>& slots, const int64_t* at) {
   using C = compute_t<P>;
   C value = load(p);
   C values[R::kSlotCount];
@@ -223,12 +226,13 @@ struct Places {
   int64_t param;
   int64_t grad;
   int64_t slot[kSlots > 0 ? kSlots : 1];
-  int64_t average;
 };
 
+// The slots are a rule's, and behind them its parameter's average where there is one.
 template <int kSlots, bool kAverages = false>
-__device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t element) {
-  Places<kSlots> at{};
+__device__ inline Places<kSlots + kAverages> places_of(const StridedLayout& layout,
+                                                       int64_t element) {
+  Places<kSlots + kAverages> at{};
   for (int d = layout.ndim - 1; d >= 0; --d) {
     const int64_t index = element % layout.shape[d];
     element /= layout.shape[d];
@@ -236,7 +240,7 @@ __device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t 
     at.grad += index * layout.grad[d];
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) at.slot[k] += index * layout.slot[k][d];
-    if constexpr (kAverages) at.average += index * layout.slot[kEmaSlot][d];
+    if constexpr (kAverages) at.slot[kSlots] += index * layout.slot[kEmaSlot][d];
   }
   return at;
 }
@@ -249,9 +253,9 @@ __device__ inline void update_strided(const Scalars<R, compute_t<P>>& s, P* p, c
                                       const StridedLayout& layout, int64_t begin, int64_t end) {
   constexpr bool kAverages = !std::is_void<E>::value;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const Places<R::kSlotCount> at = places_of<R::kSlotCount, kAverages>(layout, i);
+    const Places<R::kSlotCount + kAverages> at = places_of<R::kSlotCount, kAverages>(layout, i);
     update_one<R>(s, p[at.param], g[at.grad], slots, at.slot);
-    move_average(averaged, at.average, p[at.param]);
+    if constexpr (kAverages) move_average(averaged, at.slot[R::kSlotCount], p[at.param]);
   }
 }
 
@@ -497,9 +501,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAv
   finish<R>(step, amp);
 }
 
-// Measures the gradients' norm; the last launch of them says what clips it.
+// Measures the gradients' norm; the last launch of them says what clips it. Four blocks leave 64
+// registers to a thread; left to itself the compiler takes 40, and spills.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
   const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {

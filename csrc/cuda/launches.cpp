@@ -24,14 +24,13 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
   std::vector<Batch> batches;
   for (const TensorRef& tensor : tensors) {
     const bool strided = tensor.layout >= 0;
-    const bool averages = tensor.slot[kEmaSlot] != nullptr;
     const auto fits = [&](const Batch& batch) {
       return batch.type == tensor.type && batch.state_type == tensor.state_type &&
-             batch.strided == strided && batch.averages == averages;
+             batch.strided == strided && batch.averages == tensor.averages;
     };
     auto batch = in_order ? batches.end() : std::find_if(batches.begin(), batches.end(), fits);
     if (batch == batches.end()) {
-      batches.push_back({tensor.type, tensor.state_type, strided, averages, {}});
+      batches.push_back({tensor.type, tensor.state_type, strided, tensor.averages, {}});
       batch = batches.end() - 1;
     }
     batch->items.push_back({&tensor, cut.chunks});

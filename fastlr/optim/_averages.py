@@ -67,7 +67,8 @@ class Averages:
 
         Weights are copied out and in again to the bit, also where the block raises. Parameters without an
         average (in groups without ``ema_decay``, or never updated) stay what they are. Averages in float32 of
-        half parameters are rounded.
+        half parameters are rounded. An average takes 4 bytes an element, of float64 8, and the block as much
+        as the parameters.
 
         The same elsewhere: ``ModelEmaV3`` of timm and ``AveragedModel`` of ``torch.optim.swa_utils`` are a
         second model (``get_ema_multi_avg_fn(decay)``; see :meth:`copy_averages_to`), ``EMAModel`` of

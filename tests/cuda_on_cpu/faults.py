@@ -429,7 +429,9 @@ FAULTS = {
     "averages of halves all taken for float32": Fault(
         KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *ADDRESS
     ),
-    "averages told to launches without": Fault(LAUNCHES, "batch.averages == averages", "true", *TENSORS),
+    "averages told to launches without": Fault(
+        LAUNCHES, "batch.averages == tensor.averages", "true", *TENSORS
+    ),
     "averages warmed up by the update after": Fault(
         KERNELS, "kEmaWarmup] != 0.0, clock.updates)", "kEmaWarmup] != 0.0, clock.updates + 1)", *TENSORS
     ),

@@ -215,7 +215,8 @@ class TypedCase : public Case {
     ref.grad = in_place_ ? static_cast<const void*>(param_.data()) : grad_.data();
     for (size_t k = 0; k < slots_.size(); ++k)
       ref.slot[k] = is_live(kept, static_cast<int>(k)) ? slots_[k].data() : nullptr;
-    if (is_live(kept, kEmaSlot)) {
+    ref.averages = is_live(kept, kEmaSlot);
+    if (ref.averages) {
       ref.slot[kEmaSlot] =
           narrow_average_ ? static_cast<void*>(own_average_.data()) : average_.data();
     }
