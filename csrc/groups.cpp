@@ -69,11 +69,11 @@ std::string text_of(PyObject* made) {
 }
 
 // A number, also another library's, or a tensor of one.
-double real(PyObject* value, Py_ssize_t index, PyObject* key) {
+double real(PyObject* value, Py_ssize_t index, PyObject* key, const char* expected = "a number") {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
   if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
-    refuse_item(key, index, "a number", value);
+    refuse_item(key, index, expected, value);
   }
   return result;
 }
@@ -195,7 +195,9 @@ Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock
 double Groups::read_number(PyObject* group, Py_ssize_t index, int option, uint32_t& none) const {
   PyObject* const found = value_of(group, index, option);
   const Option& what = rule_.option[option];
-  if (found != Py_None || !what.may_be_none()) return real(found, index, keys_[option].name);
+  PyObject* const key = keys_[option].name;
+  if (!what.may_be_none()) return real(found, index, key);
+  if (found != Py_None) return real(found, index, key, "a number or None");
   none |= 1u << option;
   return what.if_none;
 }

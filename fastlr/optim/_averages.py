@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastlr._checks import describe
 from fastlr._runtime import Runtime
 
 EMA = "ema"  # in a parameter's state
@@ -123,27 +124,26 @@ class Averages:
         >>> averaged = copy.deepcopy(model).eval()
         >>> opt.copy_averages_to(averaged)
         """
-        averages = dict(self._averaged())
         trained = [p for group in self.param_groups for p in group["params"]]
-        pairs = [
-            (to, averages.get(p, p))
-            for to, p in self._matched(model, trained)
-            if to is not p or p in averages
-        ]
+        matched = self._matched(model, trained)
+        averages = dict(self._averaged())
+        pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
         Runtime.copy([to for to, _ in pairs], [value.detach() for _, value in pairs])
 
     def _matched(
         self, model: torch.nn.Module | Iterable[torch.Tensor], trained: list[torch.Tensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A model's parameters, each with the optimizer's that it is or is like."""
-        is_module = isinstance(model, torch.nn.Module)
-        theirs = list(model.parameters() if is_module else model)  # type: ignore[union-attr, arg-type]
+        by_name = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+        given: Any = model.parameters() if isinstance(model, torch.nn.Module) else model
+        theirs = list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(p, torch.Tensor) for p in theirs):
+            raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
         known = set(trained)
         if own := [p for p in theirs if p in known]:
             return [(p, p) for p in own]
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        if names and is_module:
-            by_name = dict(model.named_parameters())  # type: ignore[union-attr]
+        if names and by_name:
             if missing := [name for name in names if name not in by_name]:
                 raise ValueError(f"the model has no parameter {missing[0]}, which the optimizer averages")
             pairs = [(by_name[name], p) for name, p in zip(names, trained, strict=True)]
@@ -178,6 +178,8 @@ class Averages:
         Raises:
             ValueError: no group has an ``ema_decay``, or the model has none of the optimizer's parameters.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
         trained = {p for group in self.param_groups for p in group["params"]}
         if not trained.intersection(model.parameters()):
             raise ValueError(
