@@ -55,12 +55,14 @@ inline void bind_plan(py::module_& m) {
           "bounds", [](const Option& option, double value) { return option.range.bounds(value); },
           py::arg("value"));
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const std::string& rule, const py::object& runtime) {
+      .def(py::init([](const std::string& rule, const py::object& runtime,
+                       const Groups::OtherNames& other_names) {
              const Rule* const found = find_rule(rule);
              if (found == nullptr) throw std::invalid_argument("there is no rule " + rule);
-             return new Plan(*found, runtime.ptr(), native_of);
+             return with_python_errors(
+                 [&] { return new Plan(*found, runtime.ptr(), native_of, other_names); });
            }),
-           py::arg("rule"), py::arg("runtime"))
+           py::arg("rule"), py::arg("runtime"), py::arg("other_names") = Groups::OtherNames())
       .def("options",
            [](const Plan& plan) {
              py::list options;
@@ -71,9 +73,12 @@ inline void bind_plan(py::module_& m) {
            })
       .def("slots", [](const Plan& plan) { return slot_names(plan, kRuleSlots); })
       .def("stage_slots", [](const Plan& plan) { return slot_names(plan, ~kRuleSlots); })
+      .def("slots_of_other_rules",
+           [](const Plan& plan) { return slots_of_other_rules(plan.rule()); })
       .def("always_live",
            [](const Plan& plan) { return slot_names(plan, plan.rule().always_live); })
       .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
+      .def("starts_with_state", [](const Plan& plan) { return plan.rule().starts_with_state; })
       .def("live_slots", &Plan::live_slots, py::arg("values"))
       .def("initial_state", &Plan::initial_state, py::arg("values"))
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))

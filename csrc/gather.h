@@ -32,12 +32,13 @@ class Gathering {
     PyObject* step;             // ... and where its age is kept, or nullptr
   };
 
-  // runtime: an object with the methods new_state(parameter, dtype) and new_average(parameter,
-  // dtype), which return a new tensor for the parameter's state, new_step(parameter), one of a
-  // single number, fill(tensors, value), which makes all numbers in a list of them the value,
-  // copy(tensors, parameters), which makes each the parameter's beside it, gradient_like(parameter,
-  // gradient), a copy of the gradient that lies in memory as the parameter does, and
-  // has_no_values(tensor), whether it is nothing but a shape; borrowed.
+  // runtime: an object with the attribute float32, the type that a group may ask state to be kept
+  // in, and the methods new_state(parameter, dtype) and new_average(parameter, dtype), which return
+  // a new tensor for the parameter's state, new_step(parameter), one of a single number,
+  // fill(tensors, value), which makes all numbers in a list of them the value, copy(tensors,
+  // parameters), which makes each the parameter's beside it, gradient_like(parameter, gradient), a
+  // copy of the gradient that lies in memory as the parameter does, and has_no_values(tensor),
+  // whether it is nothing but a shape; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -102,6 +103,10 @@ class Gathering {
     bool has_room = false;  // ... and whether it was added to the optimizer's state
   };
 
+  static bool of_group(const std::vector<char>& flags, const Place& place) {
+    return flags[static_cast<size_t>(place.group_index)] != 0;
+  }
+
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
   using Bytes = std::pair<const char*, const char*>;  // from the first to one past the last
   // A gradient, and where its own parameter begins.
@@ -115,6 +120,8 @@ class Gathering {
   };
 
   void synchronize(PyObject* param_groups, PyObject* state);
+  void refuse_repeated(PyObject* param_groups);
+  bool keeps_float32(PyObject* group, Py_ssize_t index, PyObject* key) const;
   void take_back_room();
   bool states_unchanged(PyObject* state) const;
   void gather_all(PyObject* param_groups, PyObject* state);
@@ -134,9 +141,11 @@ class Gathering {
   void attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
                     const Views& views, TensorRef& ref);
   int64_t attach_slot(const Place& place, const Parameter& parameter, int slot, PyObject* tensor,
-                      const Views& views, const TensorRef& ref, TensorView& view, bool& alike,
-                      StorageType& type);
-  void attach_step(const Place& place, PyObject* step, const TensorView& p, TensorRef& ref);
+                      const Views& views, const TensorRef& ref, TensorView& view, bool& alike);
+  void attach_step(const Place& place, const Parameter& parameter, PyObject* step,
+                   const Views& views, const SlotViews& slots,
+                   const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref);
+  void check_range(const Place& place, const TensorRef& ref, int updated_by) const;
   void set_source(Source& source, const Entries& entries);
   PyObject* key_of(int entry) const;
   Owned new_slot(const NewState& added, int slot) const;
@@ -145,6 +154,7 @@ class Gathering {
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
+  Owned float32_;
   const Groups& group_reader_;
   TensorReader reader_;
   std::array<PyObject*, kMaxSlots> keys_{};  // of the slots, in a parameter's state, or nullptr
@@ -160,6 +170,8 @@ class Gathering {
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
+  std::vector<char> in_float32_;           // whether a group keeps state in float32 ...
+  std::vector<char> averages_in_float32_;  // ... and averages of half parameters
   std::vector<TensorRef> tensors_;
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;

@@ -1,6 +1,8 @@
 // What the core is told of each rule.
 #include "rules.h"
 
+#include <set>
+
 #include "rule.h"
 #include "step.h"
 
@@ -54,10 +56,12 @@ constexpr Rule rule_of(int index) {
             {},
             always_live<R>(),
             R::kCountsSteps,
+            R::kStartsWithState,
             &R::conflict,
             &live_slots<R>,
             &R::initial_state,
-            &form_scalars<R>};
+            &form_scalars<R>,
+            &in_range<R>};
   for (int k = 0; k < R::kSlotCount; ++k) rule.slot[k] = R::kSlots[k];
   rule.slot[kEmaSlot] = "ema";
   return rule;
@@ -98,6 +102,19 @@ const Rule* find_rule(const std::string& name) {
     if (name == rule.name) return &rule;
   }
   return nullptr;
+}
+
+std::vector<std::string> slots_of_other_rules(const Rule& rule) {
+  std::set<std::string> names;
+  for (const Rule& other : kRules) {
+    for (const char* const name : other.slot) {
+      if (name != nullptr) names.insert(name);
+    }
+  }
+  for (const char* const name : rule.slot) {
+    if (name != nullptr) names.erase(name);
+  }
+  return {names.begin(), names.end()};
 }
 
 }  // namespace fastlr

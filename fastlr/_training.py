@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice, repeat
 from typing import TypeVar
 
@@ -29,18 +30,27 @@ def train(
     and the seconds that the updates took, without those of measuring.
     """
     endless = chain.from_iterable(repeat(batches))
+    finish = waiting_for(model)
     measured: list[T] = []
     seconds, done = 0.0, 0
     for stop in measure_at:
+        finish()
         begin = time.perf_counter()
         for x, y in islice(endless, stop - done):
             torch.nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
+        finish()
         seconds += time.perf_counter() - begin
         done = stop
         measured.append(measure())
     return measured, seconds
+
+
+def waiting_for(model: torch.nn.Module) -> Callable[[], None]:
+    """What waits until the model's device has done all that it was given, so that a clock can be read."""
+    device = next(model.parameters()).device
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -61,9 +71,10 @@ def points(updates: int, count: int) -> tuple[int, ...]:
 
 
 def seeded(seed: int, make: Callable[[], T]) -> T:
-    """What ``make`` makes with random numbers of this seed; the caller's go on as if nothing had been."""
+    """What ``make`` makes on the CPU with random numbers of this seed; the caller's go on as if nothing had
+    been."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of CPUs; torch.manual_seed would seed GPUs', too
         return make()
 
 

@@ -102,6 +102,8 @@ def load(
     else:
         x_train, y_train, x_test, y_test = _fashion_mnist(_DEBIAN if path is None else Path(path))
     mean, deviation = x_train.mean(), x_train.std()
+    if not deviation > 0:
+        raise ValueError(f"the training images of {name} in {path} are all alike")
     if label_noise:
         generator = torch.Generator().manual_seed(seed)
         replaced = torch.randperm(len(y_train), generator=generator)[: round(label_noise * len(y_train))]
@@ -181,8 +183,11 @@ def _fashion_mnist(folder: Path) -> Arrays:
 
     parts = images("train"), labels("train"), images("t10k"), labels("t10k")
     for x, y, part in ((*parts[:2], "train"), (*parts[2:], "t10k")):
-        if len(x) != len(y) or int(y.max()) > 9:
+        if len(x) != len(y) or len(y) == 0 or int(y.max()) > 9:
             raise ValueError(f"{folder}: the {part} files do not hold one of 10 labels for each image")
+    train, test = (x.shape[1] for x in parts[::2])
+    if train != test:
+        raise ValueError(f"{folder}: the train files hold images of {train} pixels, the t10k files of {test}")
     return parts
 
 
@@ -200,12 +205,12 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
     else:
         raise FileNotFoundError(
             f"no {name} or {name}.gz in {folder}; install it (Debian, Ubuntu: apt install "
-            "dataset-fashion-mnist) or name the folder of its four idx files (--data-path)"
+            "dataset-fashion-mnist) or name the folder of its four idx files"
         )
     header = 4 + 4 * dimensions
     if content[:4] == bytes((0, 0, 8, dimensions)) and len(content) >= header:
         shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">i4"))
-        if len(content) - header == math.prod(shape):
+        if min(shape) >= 0 and len(content) - header == math.prod(shape):
             values: Bytes = np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
             return values
     raise ValueError(f"{folder / name} is no idx file of bytes in {dimensions} dimensions, or cut short")
@@ -251,7 +256,7 @@ def _read_batch(path: Path) -> tuple[Bytes, list[int]]:
         pixels, classes = content[b"data"], list(content[b"labels"])
         good = pixels.dtype == np.uint8 and pixels.shape == (len(classes), 3072)
         good = good and all(isinstance(label, int) and 0 <= label < 10 for label in classes)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes of the objects in it
         raise ValueError(f"{path} is no batch of CIFAR-10's python version: {error}") from error
     if not good:
         raise ValueError(f"{path} does not hold one of 10 labels for each image of 3072 bytes")

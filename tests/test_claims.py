@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -174,9 +175,45 @@ def test_runs_of_another_setting_do_not_count(runner: ModuleType, tmp_path: Path
     runner.Finished(path, made_with).add(runner.Run({"seed": 0}, {}, {}))
     assert {"seed": 0} in runner.Finished(path, made_with)
     for other in ({**made_with, "source": "another"}, {**made_with, "torch": "1.0"}):
-        assert {"seed": 0} not in runner.Finished(path, other)
+        begun = runner.Finished(path, other)
+        assert {"seed": 0} not in begun
+        assert {"seed": 0} in runner.Finished(path, made_with)  # nothing has been run with the other yet
+        begun.add(runner.Run({"seed": 1}, {}, {}))
         assert {"seed": 0} not in runner.Finished(path, made_with)  # begun anew, for good
         runner.Finished(path, made_with).add(runner.Run({"seed": 0}, {}, {}))
+
+
+def test_settings_keep_their_runs_apart(runner: ModuleType, tmp_path: Path):
+    claim, setting = tiny(runner, "super_convergence")
+    others = [setting, *(replace(setting, **change) for change in ({"seeds": 3}, {"device": "cuda"}))]
+    assert len({runner.finished_path(claim, other, tmp_path) for other in others}) == 3
+
+
+def test_a_damaged_line_does_not_count(runner: ModuleType, tmp_path: Path):
+    made_with = runner._made_with(*tiny(runner, "super_convergence"))
+    finished = runner.Finished(path := tmp_path / "runs.jsonl", made_with)
+    for seed in range(3):
+        finished.add(runner.Run({"seed": seed}, {}, {}))
+    lines = path.read_bytes().split(b"\n")
+    for damage in (b"\xff", lines[2][:-1], b'{"job": 3}', b"[]"):
+        path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+        found = runner.Finished(path, made_with)
+        assert [{"seed": seed} in found for seed in range(3)] == [True, False, True]
+
+
+def test_what_decides_a_figure_is_told(runner: ModuleType, monkeypatch):
+    claim, setting = tiny(runner, "super_convergence")
+    before = runner._made_with(claim, setting)
+    digits, load = data.load(), data.load
+    changed = replace(digits, y_test=digits.y_test.flip(0))
+    monkeypatch.setattr(data, "load", lambda *arguments: changed)
+    runner._data_digest.cache_clear()
+    assert (
+        runner._made_with(claim, setting) == {**before, "data": runner._data_digest("digits", None)} != before
+    )
+    monkeypatch.setattr(data, "load", load)
+    runner._data_digest.cache_clear()
+    assert runner._made_with(claim, setting) == before
 
 
 def test_a_job_that_fails_is_named(runner: ModuleType):
@@ -193,7 +230,7 @@ def test_a_job_that_fails_is_named(runner: ModuleType):
 
 def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, monkeypatch):
     main = load("__main__")
-    monkeypatch.setattr(main, "QUICK", {"seeds": 2, "scale": 0.02, "quick": True})
+    monkeypatch.setattr(main.runner, "QUICK", {"seeds": 2, "scale": 0.02, "quick": True})
     arguments = ["super_convergence", "--quick", "--workers", "0", "--out", str(tmp_path)]
     main.main(arguments)
     assert "super_convergence: " in capsys.readouterr().out
@@ -204,9 +241,44 @@ def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, m
             (tmp_path / name).unlink()
     main.main([*arguments, "--redraw"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
-    with pytest.raises(SystemExit):
-        main.main(["no such claim"])
-    assert "no claim is called no such claim" in capsys.readouterr().err
+
+
+REFUSED = {
+    "no such claim": "no claim is called no such claim",
+    "--seeds 3": "say where they go with --out",
+    "--seeds 1 --out {out}": "must be at least 2, got 1",
+    "--workers -1": "must be at least 0, got -1",
+    "cyclic --device nonsense": "nonsense",
+    "cyclic --folder {out}": "digits come with scikit-learn",
+    "cyclic --data fashion-mnist --folder {out}": "no train-images-idx3-ubyte",
+    "--data cifar10": "cifar10 needs a path",
+    "saddles --out {file}": "File exists",
+    "--docs cyclic": "--docs makes the page of all claims",
+    "--docs --quick": "--docs makes the page of all claims",
+    "--docs --out {out}": "no results of saddles in",
+    "--seeds 4 --out {out}": "fewer than 5 seeds",
+    "--redraw --out {out}": "No such file",
+    "--redraw --device meta": "go with no --seeds and no --device",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    load: Load, tmp_path: Path, capsys, monkeypatch, arguments
+):
+    main, file = load("__main__"), tmp_path / "file"
+    monkeypatch.chdir(tmp_path)
+    file.write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main.main(
+            [
+                part.format(out=tmp_path, file=file)
+                for part in ([arguments] if arguments.startswith("no") else arguments.split())
+            ]
+        )
+    assert stopped.value.code == 2
+    assert REFUSED[arguments] in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.*")) == []
 
 
 def test_the_page_of_all_claims_is_made_from_their_files(
@@ -215,13 +287,34 @@ def test_the_page_of_all_claims_is_made_from_their_files(
     main, results = load("__main__"), tmp_path / "results"
     found = run(runner, "super_convergence", results)
     monkeypatch.setattr(main, "DOCS", tmp_path / "docs" / "claims.md")
+    monkeypatch.setattr(main, "NAMES", ("super_convergence",))
     main.DOCS.parent.mkdir()
+    with pytest.raises(SystemExit):
+        main.main(["--docs", "--out", str(results)])  # of a quick run
+    (written,) = results.glob("*.json")
+    written.write_text(written.read_text("utf-8").replace('"quick": true', '"quick": false'))
     main.main(["--docs", "--out", str(results)])
     page = main.DOCS.read_text("utf-8")
     assert page.count("## One cycle at a large rate") == page.count("## ") == 1
     assert all(statement["text"] in page for statement in found["statements"])
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", page)
     assert (main.DOCS.parent / picture).exists()
+
+
+def test_the_page_in_the_documentation_is_that_of_the_results(load: Load, runner: ModuleType, tmp_path: Path):
+    main, page = load("__main__"), tmp_path / "claims.md"
+    claims = list(map(runner.load, main.NAMES))
+    results, kept = toolchain.ROOT / main.OUT, toolchain.ROOT / main.DOCS
+    runner.write_docs(claims, results, page)
+    from_docs, from_here = (os.path.relpath(results, path.parent) for path in (kept, page))
+    assert page.read_text("utf-8").replace(from_here, from_docs) == kept.read_text("utf-8")
+    for picture in re.findall(r"!\[.*\]\((.*)\)", kept.read_text("utf-8")):
+        assert (kept.parent / picture).exists()
+    for claim in claims:
+        setting = runner.Setting(claim.data[0] if claim.data else None)
+        kept_setting, runs, _ = runner.read(results / f"{runner.stem(claim, setting)}.json")
+        assert kept_setting == setting
+        assert [run.job for run in runs] == claim.jobs(setting)
 
 
 def test_an_installed_fastlr_goes_before_sources_without_native_code(tmp_path: Path):

@@ -104,6 +104,19 @@ def damaged(folder, change):
         write_fashion_mnist(folder, labels=[10] * 12)
     elif change == "labels missing":
         write_fashion_mnist(folder, labels=[1, 2, 3])
+    elif change == "no samples":
+        for name, shape in (("images-idx3", (0, 28, 28)), ("labels-idx1", (0,))):
+            header = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
+            (folder / f"t10k-{name}-ubyte").write_bytes(header)
+    elif change == "sizes below 0":
+        path = folder / "train-images-idx3-ubyte"
+        path.write_bytes(struct.pack(">I3i", 0x803, -12, -28, 28) + path.read_bytes()[16:])
+    elif change == "other sizes to test on":
+        images = struct.pack(">I3I", 0x803, 5, 14, 14) + bytes(5 * 14 * 14)
+        (folder / "t10k-images-idx3-ubyte").write_bytes(images)
+    elif change == "all alike":
+        images = struct.pack(">I3I", 0x803, 12, 28, 28) + bytes(12 * 28 * 28)
+        (folder / "train-images-idx3-ubyte").write_bytes(images)
 
 
 DAMAGES = {
@@ -115,6 +128,10 @@ DAMAGES = {
     "gzip that is none": (ValueError, "damaged"),
     "labels beyond 9": (ValueError, "10 labels"),
     "labels missing": (ValueError, "one of 10 labels for each image"),
+    "no samples": (ValueError, "one of 10 labels for each image"),
+    "sizes below 0": (ValueError, "no idx file"),
+    "other sizes to test on": (ValueError, "images of 784 pixels, the t10k files of 196"),
+    "all alike": (ValueError, "the training images of fashion-mnist in .* are all alike"),
 }
 
 
@@ -189,6 +206,10 @@ def test_missing_and_cut_batches_of_cifar10_are_refused(tmp_path):
     write_cifar10(tmp_path)
     path = tmp_path / "test_batch"
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="test_batch is no batch"):
+        data.load("cifar10", tmp_path)
+    write_cifar10(tmp_path)
+    path.write_bytes(pickle.dumps({b"data": "pixels"}, protocol=0).replace(b"data", b"dat\xff"))
     with pytest.raises(ValueError, match="test_batch is no batch"):
         data.load("cifar10", tmp_path)
 

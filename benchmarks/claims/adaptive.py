@@ -40,8 +40,7 @@ from fastlr.plotting.figure import COLORS, GREY, new_figure
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and its options. lr: the lowest rate of its grid; the range test begins at a hundredth of "
-    "that."""
+    """A rule and its options. lr: the lowest rate of its grid; the range test begins at a hundredth of it."""
 
     kind: Any
     lr: float
@@ -65,11 +64,11 @@ SETS = ("MLP, 6 tensors", "161 tensors of 64", "ResNet-18")  # of parameters, wh
 
 class Adaptive:
     name = "adaptive"
-    title = "Cyclic rates go with adaptive methods, and cost next to nothing"
+    title = "Cyclic rates go with adaptive methods"
     paper = "Smith, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 4.1.3"
     paper_says = (
-        "On CIFAR-10, with Nesterov, ADAM, RMSprop, AdaGrad and AdaDelta, 25,000 iterations with CLR are "
-        "set beside 70,000 at a fixed rate, and with most of them come close to it."
+        "CIFAR-10, 70,000 iterations at a fixed rate and 25,000 with CLR: Nesterov 82.1 % and 81.3 %, ADAM "
+        "81.4 % and 79.8 %, RMSprop 75.2 % and 72.8 %, AdaGrad 74.6 % and 76.0 %, AdaDelta 67.3 % and 67.3 %."
     )
     rule = (
         "It holds if for each of the six rules triangular2, tried once with the range test's bounds and "
@@ -110,8 +109,19 @@ class Adaptive:
         return Result({**result.figures, "bounds": bounds, "reason": found.reason}, result.measured)
 
     def summarise(self, setting: Setting, runs: Sequence[Run]) -> Summary:
-        rows = [["rule", "fixed rate", "", "triangular2", "half the updates", "all", "half against fixed"]]
+        rows = [
+            [
+                "rule",
+                "fixed rate",
+                "its accuracy",
+                "triangular2",
+                "half the updates",
+                "all",
+                "half against fixed",
+            ]
+        ]
         statements = []
+        factors = QUICK_FACTORS if setting.quick else FACTORS
         for name in RULES:
             fixed, half, whole = _chosen(runs, name)
             found = points_between(half, fixed)
@@ -131,8 +141,15 @@ class Adaptive:
             )
         note = (
             f"{caption(setting)} The fixed rates are the best of "
-            f"{len(matching(runs, rule='Adam', policy='fixed', seed=0))}; the bounds are the medians of "
-            f"those that a range test of {setting.updates(SWEEP)} updates found for each seed."
+            f"{len(factors)}, which are {', '.join(f'{factor:g}' for factor in factors)} times "
+            f"{', '.join(f'{rule.lr:g} ({name})' for name, rule in RULES.items())}; the bounds are the "
+            f"medians of those that a range test of {setting.updates(SWEEP)} updates, which are not counted, "
+            "found for each seed."
+            + (
+                f" Weight decay: {task_of(setting).weight_decay:g}."
+                if task_of(setting).weight_decay
+                else " AdamW decays weights by its usual 0.01, the others do not."
+            )
         )
         timed = [run for run in runs if "step over" in run.job]
         costs = [
@@ -159,8 +176,9 @@ class Adaptive:
         cost = Table(
             "What a cycle costs a step",
             costs,
-            f"Medians, both stepped in turn; triangular2 takes {ratio:.2f} of the time of a fixed rate, by "
-            "the median. What a schedule keeps is a few numbers a group.",
+            "Medians on one thread of the CPU, both stepped in turn, beside other trainings; triangular2 "
+            f"takes {ratio:.2f} of the time of a fixed rate, by the median. What a schedule keeps is a few "
+            "numbers a group.",
             measured=True,
         )
         return Summary([Table("Accuracy of each rule", rows, note), cost], statements)

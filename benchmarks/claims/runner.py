@@ -25,16 +25,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 import fastlr
-from fastlr import _training
+from fastlr import data
 from fastlr._files import write_text
+from fastlr._training import one_thread
 
 Job: TypeAlias = dict[
     str, Any
@@ -66,6 +68,9 @@ class Setting:
     def updates(self, full: float) -> int:
         """A number of updates, scaled."""
         return max(40, round(full * self.scale))
+
+
+QUICK: dict[str, Any] = {"seeds": 2, "scale": 0.25, "quick": True}
 
 
 class Result(NamedTuple):
@@ -102,17 +107,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the runs say: tables, and the statements that the verdict is made of."""
+    """What the runs say: tables, and the statements that the verdict is made of. animated: whether there is a
+    GIF beside the picture."""
 
     tables: list[Table]
     statements: list[Statement]
     notes: list[str] = field(default_factory=list)
+    animated: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """All statements hold, or some, or none."""
         held = [statement.holds for statement in self.statements]
         return "holds" if all(held) else "holds partly" if any(held) else "does not hold here"
+
+    @property
+    def listed(self) -> str:
+        """The statements in Markdown, and whether each is borne out."""
+        return "\n".join(f"- {'yes' if s.holds else 'no'}: {s.text}" for s in self.statements)
 
 
 class Claim(Protocol):
@@ -191,7 +203,7 @@ def _begin() -> None:
 
 
 def _work(name: str, setting: Setting, job: Job) -> Result:
-    with _training.one_thread():
+    with one_thread():
         try:
             return load(name).run(setting, job)
         except Exception as error:
@@ -201,20 +213,21 @@ def _work(name: str, setting: Setting, job: Job) -> Result:
 class Finished:
     """The runs that are done, in a file of one line each; a line that a kill has cut short does not count.
 
-    The first line says what they were made with. A file made with anything else is begun anew.
+    The first line says what they were made with. A file made with anything else is begun anew, but not before
+    there is a run to write: what fails at once takes nothing away.
     """
 
     def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
         self.path = path
+        self._first = json.dumps(made_with)
         self._runs: dict[str, Run] = {}
-        first = json.dumps(made_with)
-        lines = path.read_text("utf-8").split("\n") if path.exists() else []
-        if lines and lines[0] == first:
+        self._begun = False
+        lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else []
+        if lines and lines[0] == self._first:
             for line in lines[1:-1]:  # what follows the last line break is cut short, or empty
-                run = Run(**json.loads(line))
-                self._runs[_key(run.job)] = run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(f"{line}\n" for line in (first, *map(_line, self._runs.values()))))
+                with suppress(ValueError, TypeError):  # damaged ones do not count
+                    run = Run(**json.loads(line))
+                    self._runs[_key(run.job)] = run
 
     def __contains__(self, job: Job) -> bool:
         return _key(job) in self._runs
@@ -223,6 +236,11 @@ class Finished:
         return [self._runs[_key(job)] for job in jobs]
 
     def add(self, run: Run) -> None:
+        if not self._begun:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = (self._first, *map(_line, self._runs.values()))
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            self._begun = True
         line = _line(run)
         self._runs[_key(run.job)] = Run(**json.loads(line))  # as it would be read from the file
         with self.path.open("a", encoding="utf-8") as file:
@@ -242,14 +260,29 @@ def _line(run: Run) -> str:
 def _made_with(claim: Claim, setting: Setting) -> dict[str, Any]:
     """What decides a job's figures, besides its parameters."""
     module = importlib.import_module(type(claim).__module__)
-    sources = [module.__file__, _training.__file__, str(Path(__file__).with_name("tasks.py"))]
-    digest = hashlib.sha256(b"".join(Path(str(source)).read_bytes() for source in sources)).hexdigest()
+    package = Path(fastlr.__file__).parent
+    sources = [
+        *(Path(str(source)) for source in (module.__file__, __file__, fastlr._core.__file__)),
+        Path(__file__).with_name("tasks.py"),
+        *sorted(package.rglob("*.py")),
+    ]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     return {
         "setting": asdict(setting),
+        "data": None if setting.data is None else _data_digest(setting.data, setting.folder),
         "torch": torch.__version__,
         "fastlr": fastlr.__version__,
         "source": digest[:16],
     }
+
+
+@lru_cache(maxsize=4)
+def _data_digest(name: str, folder: str | None) -> str:
+    found = data.load(name, folder)  # type: ignore[arg-type]
+    digest = hashlib.sha256()
+    for tensor in (found.x_train, found.y_train, found.x_test, found.y_test):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # -- a whole claim -------------------------------------------------------------------------------------
@@ -260,8 +293,14 @@ def stem(claim: Claim, setting: Setting) -> str:
     return claim.name if setting.data is None else f"{claim.name}-{setting.data}"
 
 
+def _results(claim: Claim, data: str | None, out: Path) -> Path:
+    return out / f"{stem(claim, Setting(data))}.json"
+
+
 def finished_path(claim: Claim, setting: Setting, out: Path) -> Path:
-    return out / f".{stem(claim, setting)}.jsonl"
+    """Where the runs of a setting are kept until all are done."""
+    of_setting = hashlib.sha256(json.dumps(asdict(setting)).encode()).hexdigest()[:8]
+    return out / f".{stem(claim, setting)}-{of_setting}.jsonl"
 
 
 def run_claim(
@@ -300,7 +339,7 @@ def run_claim(
 
 def redraw(claim: Claim, setting: Setting, out: Path) -> Summary:
     """Makes tables, verdict and picture of the runs in the JSON file anew."""
-    setting, runs, made = read(out / f"{stem(claim, setting)}.json")
+    setting, runs, made = read(_results(claim, setting.data, out))
     return write(claim, setting, runs, out, made)
 
 
@@ -314,23 +353,36 @@ def read(path: Path) -> tuple[Setting, list[Run], dict[str, Any]]:
 
 DOCS = """# What the papers claim, shown here
 
-One section a claim: the rule by which it holds, written before the figures were there; what the paper says;
-what came out. It is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
+One section a claim: the rule by which it holds, which code applies to the figures; what the paper says;
+what came out. Where a rule or a setting was changed after figures had been seen, the section says so.
+Intervals are over the seeds, which decide labels, initial weights and the order of the batches; the test set
+is one. Papers' figures are those of the papers' own settings, which are larger.
+
+The page is made from the files in [benchmarks/results/claims](../benchmarks/results/claims) by
 `python -m benchmarks.claims --docs`. `make claims` runs everything anew, `make claims QUICK=1` a small form.
 """
 
 
 def write_docs(claims: Iterable[Claim], results: Path, path: Path) -> None:
-    """Makes the page of all claims, on all data sets that there are results of."""
-    lines = [DOCS]
+    """Makes the page of all claims, on all data sets that there are results of.
+
+    Raises:
+        ValueError: there are none of one of them, or they are a quick run's.
+    """
+    pictures = Path(os.path.relpath(results, path.parent)).as_posix()
+    rows, pages = [["claim", "data", "here"]], []
     for claim in claims:
-        for data in claim.data or (None,):
-            file = results / f"{stem(claim, Setting(data))}.json"
-            if file.exists():
-                setting, runs, _ = read(file)
-                pictures = Path(os.path.relpath(results, path.parent)).as_posix()
-                lines.append(page(claim, setting, claim.summarise(setting, runs), f"{pictures}/"))
-    write_text(path, "\n".join(lines))
+        names = [name for name in claim.data or (None,) if _results(claim, name, results).exists()]
+        if not names:
+            raise ValueError(f"no results of {claim.name} in {results}")
+        for name in names:
+            setting, runs, _ = read(_results(claim, name, results))
+            if setting.quick:
+                raise ValueError(f"the results of {claim.name} in {results} are those of a quick run")
+            summary = claim.summarise(setting, runs)
+            rows.append([claim.title, name or "", summary.verdict])
+            pages.append(page(claim, setting, summary, f"{pictures}/"))
+    write_text(path, "\n".join([DOCS, markdown(rows) + "\n", *pages]))
 
 
 def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict[str, Any]) -> Summary:
@@ -355,27 +407,47 @@ def write(claim: Claim, setting: Setting, runs: list[Run], out: Path, made: dict
         },
     }
     path = out / stem(claim, setting)
-    write_text(path.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path.with_suffix(".json"), _json(content))
     write_text(path.with_suffix(".md"), page(claim, setting, summary))
     claim.draw(setting, runs, path.with_suffix(".png"))
     return summary
 
 
+def _json(content: dict[str, Any]) -> str:
+    """Its entries, and those of its lists, a line each."""
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value, allow_nan=False)
+        return "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n]"
+
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(value)}" for key, value in content.items()) + "\n}\n"
+    )
+
+
 def page(claim: Claim, setting: Setting, summary: Summary, pictures: str = "") -> str:
     """A claim's section in Markdown: what the paper says, what came out, and how to run it again.
 
-    pictures: where the picture lies, seen from the page.
+    pictures: where they lie, seen from the page.
     """
+    usual = Setting(setting.data, **(QUICK if setting.quick else {}))
     command = f"python -m benchmarks.claims {claim.name}"
     command += "" if setting.data is None else f" --data {setting.data}"
     command += " --quick" if setting.quick else ""
+    for name in ("folder", "seeds", "device"):
+        if getattr(setting, name) != getattr(usual, name):
+            command += f" --{name} {getattr(setting, name)}"
     lines = [
         f"## {claim.title}" + ("" if setting.data is None else f": {setting.data}"),
         f"**{summary.verdict.capitalize()}.** {claim.rule}",
         *(["A quick run, which shows that all of it works and no more."] if setting.quick else []),
-        "\n".join(f"- {'yes' if s.holds else 'no'}: {s.text}" for s in summary.statements),
+        summary.listed,
         f"The paper: {claim.paper_says} ({claim.paper})",
-        f"![{claim.title}]({pictures}{stem(claim, setting)}.png)",
+        *(
+            f"![{claim.title}]({pictures}{stem(claim, setting)}.{kind})"
+            for kind in (("png", "gif") if summary.animated else ("png",))
+        ),
         *summary.notes,
     ]
     for table in summary.tables:

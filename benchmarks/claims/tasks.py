@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import mean, median
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.claims.runner import Job, Result, Run, Setting, Statement
 from fastlr import _training, data
 from fastlr._statistics import Comparison, compared
 
-MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]  # of parameters, and a weight decay
 MakeModel = Callable[[data.Dataset], torch.nn.Module]
 
 POINTS = 30  # of a curve
@@ -45,7 +45,8 @@ def quick_convnet(dataset: data.Dataset) -> torch.nn.Module:
 @dataclass(frozen=True)
 class Task:
     """What is trained on a data set, and for how many updates. label_noise: the part of the training labels
-    that is drawn anew, where clean ones are too easy to tell policies apart."""
+    that is drawn anew, where clean ones are too easy to tell policies apart. weight_decay: 0 for the
+    optimizer's own."""
 
     model: MakeModel
     batch_size: int
@@ -70,11 +71,18 @@ def caption(setting: Setting, updates: int | None = None) -> str:
     task = task_of(setting)
     noise = f" with {task.label_noise:.0%} of the training labels drawn at random" if task.label_noise else ""
     model = (task.model.__doc__ or "").split(":")[0].rstrip(".").lower()
+    decay = f"weight decay {task.weight_decay:g}, " if task.weight_decay else ""
     return (
-        f"{setting.data}{noise}; {model}; batches of {task.batch_size}, "
+        f"{setting.data}{noise}; {model}; batches of {task.batch_size}, {decay}"
         f"{updates or setting.updates(task.updates):,} updates, {setting.seeds} seeds. Rates are chosen on a "
-        "sixth of the training set, accuracies are those of the test set."
+        f"sixth of the training set{', whose labels are as noisy' if task.label_noise else ''}; accuracies "
+        "are those of the test set."
     )
+
+
+def dataset(name: str, folder: str | None, label_noise: float, seed: int, device: str) -> data.Dataset:
+    """Kept, once for all seeds where they decide nothing."""
+    return _dataset(name, folder, label_noise, seed if label_noise else 0, device)
 
 
 @lru_cache(maxsize=16)
@@ -91,9 +99,10 @@ class Trial:
     ) -> None:
         task = task_of(setting)
         self.setting, self.seed = setting, seed
-        self.dataset = _dataset(str(setting.data), setting.folder, task.label_noise, seed, setting.device)
+        self.dataset = dataset(str(setting.data), setting.folder, task.label_noise, seed, setting.device)
         self.x, self.y, self.x_val, self.y_val = self.dataset.held_out()
         self.make_model, self.batch_size = model or task.model, batch_size or task.batch_size
+        self.decay = {"weight_decay": task.weight_decay} if task.weight_decay else {}
 
     def model(self) -> torch.nn.Module:
         return _training.seeded(self.seed, lambda: self.make_model(self.dataset)).to(self.setting.device)
@@ -103,7 +112,7 @@ class Trial:
 
     def range_test(self, make: MakeOptimizer, **options: Any) -> fastlr.RangeTestResult:
         """The range test on this seed's weights and batches; options: see ``find_bounds()``."""
-        model = self.model()
+        model, make = self.model(), partial(make, **self.decay)
         validation = data.Batches(self.x_val, self.y_val, 500)
         options = {"num_steps": self.setting.updates(SWEEP), **options}
         return _training.find_bounds(model, make(model.parameters()), self.batches(), validation, **options)
@@ -111,7 +120,7 @@ class Trial:
     def train(self, make: MakeOptimizer, updates: int, points: int = POINTS) -> Result:
         """Trains so long; figures: "updates" and the accuracy in "test" after each of them, so many points,
         and that in "validation" at the end."""
-        model = self.model()
+        model, make = self.model(), partial(make, **self.decay)
         test, seconds = _training.train(
             model,
             make(model.parameters()),

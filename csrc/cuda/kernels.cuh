@@ -33,6 +33,8 @@ template <typename R, typename C, bool kAverages>
 constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? (kAverages ? 1 : 2)
                                 : kAverages                 ? 2
                                                             : R::kResidentBlocks;
+// Of those that measure a norm, where the compiler left to itself stops at 40 and may spill.
+constexpr int kResidentNormBlocks = 4;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -501,10 +503,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAv
   finish<R>(step, amp);
 }
 
-// Measures the gradients' norm; the last launch of them says what clips it. Four blocks leave 64
-// registers to a thread; left to itself the compiler takes 40, and spills.
+// Measures the gradients' norm; the last launch of them says what clips it.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
   const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {

@@ -146,7 +146,9 @@ class Averages:
         if names and by_name:
             if missing := [name for name in names if name not in by_name]:
                 raise ValueError(f"the model has no parameter {missing[0]}, which the optimizer averages")
-            pairs = [(by_name[name], p) for name, p in zip(names, trained, strict=True)]
+            pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
+                (by_name[name], p) for name, p in zip(names, trained, strict=True)
+            ]
         elif len(self.param_groups) > 1:
             raise ValueError(
                 f"which of the model's parameters is which of the {len(self.param_groups)} groups' cannot be "

@@ -26,12 +26,12 @@ def require(name: str, value: object, attribute: str, kind: str) -> None:
         raise TypeError(f"{name} must be {kind}, got {describe(value)}")
 
 
-def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
-    """A figure and its axes, one above the other over a shared x axis."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, ...]:
+    """A figure and its axes, row by row; those of a column share the x axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(rows, columns, sharex="col", squeeze=False).flatten()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
