@@ -33,6 +33,7 @@ class Kernel(NamedTuple):
     param: str = ""
     state: str = ""
     strided: bool = False
+    averages: bool = False  # whether it moves averages of the parameters too
     capacity: int = 0  # tensors that a launch takes
 
 
@@ -80,22 +81,27 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> str:
 def kernel_of(symbol: str) -> Kernel:
     """The kernel that a mangled name means.
 
-    >>> kernel_of("_ZN6fastlr11step_kernelINS_4AdamENS_8BFloat16ES2_Lb0ELi480EEEvNS_13StepArgumentsIXT3_EEE")
-    Kernel(name='step_kernel', rule='adam', param='bfloat16', state='bfloat16', strided=False, capacity=480)
+    >>> kernel_of("_ZN6fastlr11step_kernelINS_4AdamEfS2_Lb0ELb1ELi480EEEvNS_13StepArgumentsIXT4_EEE")
+    Kernel(name='step_kernel', rule='adam', param='float32', state='float32', strided=False, averages=True, \
+capacity=480)
     """
     types = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
     one = "|".join(types)
     if found := re.match(
-        rf"_ZN6fastlr11step_kernelINS_\d+([A-Z][a-z]+)E({one})({one}|S2_)Lb([01])ELi(\d+)EEEv", symbol
+        rf"_ZN6fastlr11step_kernelINS_\d+([A-Z][a-z]+)E({one})({one}|S2_)Lb([01])ELb([01])ELi(\d+)EEEv",
+        symbol,
     ):
-        rule, param, state, strided, capacity = found.groups()
+        rule, param, state, strided, averages, capacity = found.groups()
         types["S2_"] = types[param]  # "the same again"
-        return Kernel("step_kernel", rule.lower(), types[param], types[state], strided == "1", int(capacity))
+        return Kernel(
+            *("step_kernel", rule.lower(), types[param], types[state]),
+            *(strided == "1", averages == "1", int(capacity)),
+        )
     if found := re.match(r"_ZN6fastlr\S*12clock_kernelINS_\d+([A-Z][a-z]+)EEE", symbol):
         return Kernel("clock_kernel", found[1].lower())
     if found := re.match(rf"_ZN6fastlr11norm_kernelI({one})Lb([01])ELi(\d+)EEEv", symbol):
         param, strided, capacity = found.groups()
-        return Kernel("norm_kernel", "", types[param], "", strided == "1", int(capacity))
+        return Kernel("norm_kernel", "", types[param], "", strided == "1", capacity=int(capacity))
     raise ValueError(f"unknown kernel {symbol}")
 
 
@@ -163,7 +169,8 @@ def markdown(heads: list[str], rows: list[list[object]]) -> str:
 
 
 def bytes_per_element(param: str, state: str, slots: int) -> int:
-    """Reads parameter, gradient and so many slots of state, writes parameter and slots."""
+    """Reads parameter, gradient and so many slots of state, writes parameter and slots. An average is read
+    and written as a slot is."""
     return 3 * ITEMSIZE[param] + 2 * slots * ITEMSIZE[state]
 
 
@@ -183,7 +190,7 @@ def table_of_rule(
     alike: dict[tuple[str, ...], list[Kernel]] = {}
     for kernel in sorted(next(iter(resources.values()))):
         if kernel.rule == rule:
-            layout = "strided" if kernel.strided else "dense"
+            layout = ("strided" if kernel.strided else "dense") + (" with average" if kernel.averages else "")
             what = (kernel.param, kernel.state, layout) if kernel.param else ("clock", "", "")
             alike.setdefault(what, []).append(kernel)
     rows: list[list[object]] = []
@@ -237,7 +244,8 @@ and local memory of all of them together: {sum(r.stack + r.local for r in used)}
 
 {markdown(slots, of_pairs)}
 
-Parameter, gradient and state are read, parameter and state written.
+Parameter, gradient and state are read, parameter and state written. An average is read and written as
+well: 8 bytes more, of float64 16.
 
 ## Launches of a step, all tensors of one storage type
 

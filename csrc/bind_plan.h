@@ -33,18 +33,20 @@ inline const NativeSchedule* native_of(PyObject* native) {
   return py::handle(native).cast<const NativeSchedule*>();
 }
 
-inline py::list first_options(const Plan& plan, int count) {
-  py::list options;
-  for (int i = 0; i < count; ++i) {
-    options.append(py::cast(&plan.rule().option[i], py::return_value_policy::reference));
+inline std::vector<std::string> slot_names(const Plan& plan, uint32_t slots) {
+  std::vector<std::string> names;
+  for (int k = 0; k < kMaxSlots; ++k) {
+    if (is_live(slots, k) && plan.rule().slot[k] != nullptr) names.push_back(plan.rule().slot[k]);
   }
-  return options;
+  return names;
 }
 
 inline void bind_plan(py::module_& m) {
   py::class_<Option>(m, "Option", py::module_local())
       .def_readonly("name", &Option::name)
       .def_readonly("flag", &Option::flag)
+      .def_readonly("scheduled", &Option::scheduled)
+      .def_property_readonly("may_be_none", &Option::may_be_none)
       .def_readonly("reason", &Option::reason)
       .def_readonly("tuple", &Option::tuple)
       .def_readonly("place", &Option::place)
@@ -61,23 +63,20 @@ inline void bind_plan(py::module_& m) {
                  [&] { return new Plan(*found, runtime.ptr(), native_of, other_names); });
            }),
            py::arg("rule"), py::arg("runtime"), py::arg("other_names") = Groups::OtherNames())
-      .def("options", [](const Plan& plan) { return first_options(plan, plan.rule().options); })
-      .def("scheduled", [](const Plan& plan) { return first_options(plan, plan.rule().scheduled); })
-      .def("slots",
+      .def("options",
            [](const Plan& plan) {
-             return std::vector<std::string>(plan.rule().slot,
-                                             plan.rule().slot + plan.rule().slots);
+             py::list options;
+             for (int i = 0; i < plan.rule().options; ++i) {
+               options.append(py::cast(&plan.rule().option[i], py::return_value_policy::reference));
+             }
+             return options;
            })
+      .def("slots", [](const Plan& plan) { return slot_names(plan, kRuleSlots); })
+      .def("stage_slots", [](const Plan& plan) { return slot_names(plan, ~kRuleSlots); })
       .def("slots_of_other_rules",
            [](const Plan& plan) { return slots_of_other_rules(plan.rule()); })
       .def("always_live",
-           [](const Plan& plan) {
-             std::vector<std::string> names;
-             for (int k = 0; k < plan.rule().slots; ++k) {
-               if (is_live(plan.rule().always_live, k)) names.push_back(plan.rule().slot[k]);
-             }
-             return names;
-           })
+           [](const Plan& plan) { return slot_names(plan, plan.rule().always_live); })
       .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
       .def("starts_with_state", [](const Plan& plan) { return plan.rule().starts_with_state; })
       .def("live_slots", &Plan::live_slots, py::arg("values"))

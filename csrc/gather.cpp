@@ -17,6 +17,7 @@ struct Names {
   PyObject* params = PyUnicode_InternFromString("params");
   PyObject* step = PyUnicode_InternFromString("step");
   PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
+  PyObject* ema_dtype = PyUnicode_InternFromString("ema_dtype");
 };
 
 const Names& names() {
@@ -85,10 +86,11 @@ Gathering::Gathering(PyObject* runtime, const Groups& reader)
     : runtime_(runtime),
       float32_(checked(PyObject_GetAttrString(runtime, "float32"))),
       group_reader_(reader) {
-  for (int k = 0; k < reader.rule().slots; ++k) {
-    PyObject* const key = PyUnicode_InternFromString(reader.rule().slot[k]);
-    if (key == nullptr) throw PythonError();
-    keys_.push_back(key);  // for as long as the process lives, as all interned strings
+  for (int k = 0; k < kMaxSlots; ++k) {
+    const char* const name = reader.rule().slot[k];
+    if (name == nullptr) continue;
+    keys_[k] = PyUnicode_InternFromString(name);  // for as long as the process lives, as all are
+    if (keys_[k] == nullptr) throw PythonError();
   }
 }
 
@@ -165,9 +167,10 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
 }
 
 // Reads and checks one tensor of state. Returns how far its elements reach.
-int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, const char* name,
+int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, int slot,
                                PyObject* tensor, const Views& views, const TensorRef& ref,
                                TensorView& m, bool& alike) {
+  const char* const name = group_reader_.rule().slot[slot];
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
   m = read_tensor(tensor, name, place);
@@ -179,13 +182,15 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
+  const bool is_average = slot == kEmaSlot;
   StorageType type;
   if (!storage_type(m.dtype, type) || is_complex(m.dtype) != is_complex(p.dtype) ||
-      type != ref.state_type) {
-    const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
+      type != (is_average ? ref.ema_type : ref.state_type)) {
+    const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, place);
+    const bool takes_float32 = in_float32 && (!is_average || is_half(ref.type));
     refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
-           " takes " + (in_float32 ? "float32" : "its own type") +
-           " with state_dtype=" + (in_float32 ? "torch.float32" : "None") +
+           " takes " + (takes_float32 ? "float32" : "its own type") + " with " +
+           (is_average ? "ema_dtype=" : "state_dtype=") + (in_float32 ? "torch.float32" : "None") +
            ". Load the optimizer's state_dict again to convert it.");
   }
   if (m.data == nullptr && parameter.order.numel > 0) {
@@ -237,7 +242,7 @@ void Gathering::attach_step(const Place& place, const Parameter& parameter, PyOb
   const char* shared = meets(p, parameter.order.extent) ? "the parameter"
                        : meets(views.g, views.extent)   ? "the gradient"
                                                         : nullptr;
-  for (int k = 0; k < group_reader_.rule().slots; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (slots[k] != nullptr && meets(*slots[k], extents[k])) {
       shared = group_reader_.rule().slot[k];
     }
@@ -275,11 +280,11 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   std::array<int64_t, kMaxSlots> extents{};
   SlotViews slots{};
   bool all_alike = true;
-  for (int k = 0; k < rule.slots; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (entries[k] == nullptr) continue;
     TensorView& m = slot_views[k];
     bool alike;
-    extents[k] = attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike);
+    extents[k] = attach_slot(place, parameter, k, entries[k], views, ref, m, alike);
     all_alike = all_alike && alike;
     for (int other = 0; other < k; ++other) {
       if (slots[other] == nullptr) continue;
@@ -295,8 +300,9 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
+  ref.averages = slots[kEmaSlot] != nullptr;
   set_layout(place, parameter, views, slots, all_alike, ref);
-  for (int k = 0; k < rule.slots; ++k) {
+  for (int k = 0; k < kMaxSlots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
   }
   if (entries[kMaxSlots] != nullptr)
@@ -329,8 +335,8 @@ uint32_t Gathering::find_state(const Parameter& parameter, uint32_t live, bool w
                                Entries& found) const {
   uint32_t missing = 0;
   found = {};
-  for (size_t k = 0; k < keys_.size(); ++k) {
-    if ((live >> k & 1u) == 0) continue;
+  for (int k = 0; k < kMaxSlots; ++k) {
+    if (!is_live(live, k)) continue;
     found[k] = find(parameter, keys_[k]);
     missing |= (found[k] == nullptr ? 1u : 0u) << k;
   }
@@ -449,8 +455,9 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
-  const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
-  ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
+  ref.state_type = of_group(in_float32_, place) ? StorageType::kFloat32 : ref.type;
+  const bool widens = is_half(ref.type) && of_group(averages_in_float32_, place);
+  ref.ema_type = widens ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
@@ -458,27 +465,25 @@ void Gathering::gather(const Place& place, size_t position) {
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
   const uint32_t live = rule.live_slots(group.options, driven);
-  const bool with_step = live != 0 && (rule.counts_steps || updated_by != kHost);
+  const uint32_t of_rule = live & kRuleSlots;
+  const bool with_step = of_rule != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
   uint32_t missing = find_state(parameter, live, with_step, entries);
-  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 &&
-      std::any_of(entries.begin(), entries.end(),
-                  [](PyObject* entry) { return entry != nullptr; })) {
+  const bool has_begun = (of_rule & ~missing) != 0;
+  if (rule.counts_steps && (missing >> kMaxSlots & 1u) != 0 && has_begun) {
     refuse("the state of " + describe(place) +
            " has no step, so that nothing says how many updates it has seen. Load the optimizer's "
            "state_dict again, or remove the state to start anew.");
   }
   if (const uint32_t lost = missing & rule.always_live;
-      rule.counts_steps && lost != 0 &&
-      std::any_of(entries.begin(), entries.end(),
-                  [](PyObject* entry) { return entry != nullptr; })) {
+      rule.counts_steps && lost != 0 && (has_begun || entries[kMaxSlots] != nullptr)) {
     int slot = 0;
     while ((lost >> slot & 1u) == 0) ++slot;
     refuse("the state of " + describe(place) + " has no " + rule.slot[slot] +
            ", which its other parts say that it has had. Load the optimizer's state_dict again, or "
            "remove the state to start anew.");
   }
-  const bool has_slots = (missing & live) == 0;
+  const bool has_slots = (missing & of_rule) == 0;
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
   ref.age = has_slots ? 1 : 0;
@@ -602,12 +607,12 @@ bool Gathering::in_order() {
   return in_order_;
 }
 
-// Whether a group's state is to be float32 whatever its parameters are.
-bool Gathering::keeps_float32(PyObject* group, Py_ssize_t index) const {
-  PyObject* const dtype = PyDict_GetItemWithError(group, names().state_dtype);
+// Whether a group's state_dtype or ema_dtype is float32.
+bool Gathering::keeps_float32(PyObject* group, Py_ssize_t index, PyObject* key) const {
+  PyObject* const dtype = PyDict_GetItemWithError(group, key);
   if (dtype == Py_None || dtype == float32_.get()) return dtype != Py_None;
   if (dtype == nullptr && PyErr_Occurred()) throw PythonError();
-  refuse("state_dtype of parameter group " + std::to_string(index) +
+  refuse(std::string(PyUnicode_AsUTF8(key)) + " of parameter group " + std::to_string(index) +
          " must be None, which keeps state in its parameter's type, or torch.float32, got " +
          (dtype == nullptr ? "nothing" : text_of(dtype)));
 }
@@ -625,7 +630,9 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   synchronize(param_groups, state);
   groups_ = group_reader_.read(param_groups);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
-    in_float32_.push_back(keeps_float32(PyList_GET_ITEM(param_groups, i), i) ? 1 : 0);
+    PyObject* const group = PyList_GET_ITEM(param_groups, i);
+    in_float32_.push_back(keeps_float32(group, i, names().state_dtype) ? 1 : 0);
+    averages_in_float32_.push_back(keeps_float32(group, i, names().ema_dtype) ? 1 : 0);
   }
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
@@ -653,14 +660,23 @@ void Gathering::set_source(Source& source, const Entries& entries) {
   }
 }
 
+// An uninitialized tensor for a slot.
+Owned Gathering::new_slot(const NewState& added, int slot) const {
+  const bool is_average = slot == kEmaSlot;
+  const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, added.place);
+  return checked(PyObject_CallMethod(runtime_, is_average ? "new_average" : "new_state", "OO",
+                                     parameters_[added.parameter].tensor,
+                                     in_float32 ? float32_.get() : Py_None));
+}
+
 void Gathering::add_state() {
   const Rule& rule = group_reader_.rule();
-  std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
-  const auto fill_later = [&](PyObject* tensor, double value) {
-    Owned& list = to_fill[value];
+  const auto append = [](Owned& list, PyObject* tensor) {
     if (!list) list = checked(PyList_New(0));
     if (PyList_Append(list.get(), tensor) != 0) throw PythonError();
   };
+  std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
+  Owned averages, averaged;         // lists of new averages, and of what they begin as
   for (NewState& added : new_state_) {
     const Parameter& parameter = parameters_[added.parameter];
     const GroupReading& group = groups_[static_cast<size_t>(added.place.group_index)];
@@ -668,14 +684,20 @@ void Gathering::add_state() {
       if ((added.missing >> k & 1u) == 0) continue;
       if (k == kMaxSlots) {
         added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "O", parameter.tensor));
-        fill_later(added.made[k].get(), static_cast<double>(added.age));
+        append(to_fill[static_cast<double>(added.age)], added.made[k].get());
+        continue;
+      }
+      added.made[k] = new_slot(added, k);
+      if (k == kEmaSlot) {
+        append(averages, added.made[k].get());
+        append(averaged, parameter.tensor);
       } else {
-        const bool in_float32 = in_float32_[static_cast<size_t>(added.place.group_index)] != 0;
-        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor,
-                                                    in_float32 ? float32_.get() : Py_None));
-        fill_later(added.made[k].get(), rule.initial_state(group.options));
+        append(to_fill[rule.initial_state(group.options)], added.made[k].get());
       }
     }
+  }
+  if (averages) {
+    checked(PyObject_CallMethod(runtime_, "copy", "OO", averages.get(), averaged.get()));
   }
   for (const auto& [value, tensors] : to_fill) {
     checked(PyObject_CallMethod(runtime_, "fill", "Od", tensors.get(), value));
@@ -767,6 +789,7 @@ void Gathering::clear() {
   }
   groups_.clear();
   in_float32_.clear();
+  averages_in_float32_.clear();
   tensors_.clear();
   sources_.clear();
   layouts_.clear();

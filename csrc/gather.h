@@ -33,11 +33,12 @@ class Gathering {
   };
 
   // runtime: an object with the attribute float32, the type that a group may ask state to be kept
-  // in, and the methods new_state(parameter, dtype), which returns a new tensor for
-  // the parameter's state, new_step(parameter), one of a single number, fill(tensors, value), which
-  // makes all numbers in a list of them the value, gradient_like(parameter, gradient), a copy of
-  // the gradient that lies in memory as the parameter does, and has_no_values(tensor), whether it
-  // is nothing but a shape; borrowed.
+  // in, and the methods new_state(parameter, dtype) and new_average(parameter, dtype), which return
+  // a new tensor for the parameter's state, new_step(parameter), one of a single number,
+  // fill(tensors, value), which makes all numbers in a list of them the value, copy(tensors,
+  // parameters), which makes each the parameter's beside it, gradient_like(parameter, gradient), a
+  // copy of the gradient that lies in memory as the parameter does, and has_no_values(tensor),
+  // whether it is nothing but a shape; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -102,6 +103,10 @@ class Gathering {
     bool has_room = false;  // ... and whether it was added to the optimizer's state
   };
 
+  static bool of_group(const std::vector<char>& flags, const Place& place) {
+    return flags[static_cast<size_t>(place.group_index)] != 0;
+  }
+
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
   using Bytes = std::pair<const char*, const char*>;  // from the first to one past the last
   // A gradient, and where its own parameter begins.
@@ -116,7 +121,7 @@ class Gathering {
 
   void synchronize(PyObject* param_groups, PyObject* state);
   void refuse_repeated(PyObject* param_groups);
-  bool keeps_float32(PyObject* group, Py_ssize_t index) const;
+  bool keeps_float32(PyObject* group, Py_ssize_t index, PyObject* key) const;
   void take_back_room();
   bool states_unchanged(PyObject* state) const;
   void gather_all(PyObject* param_groups, PyObject* state);
@@ -135,15 +140,15 @@ class Gathering {
   int updated_on(const TensorView& p, const Place& place) const;
   void attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
                     const Views& views, TensorRef& ref);
-  int64_t attach_slot(const Place& place, const Parameter& parameter, const char* name,
-                      PyObject* tensor, const Views& views, const TensorRef& ref, TensorView& view,
-                      bool& alike);
+  int64_t attach_slot(const Place& place, const Parameter& parameter, int slot, PyObject* tensor,
+                      const Views& views, const TensorRef& ref, TensorView& view, bool& alike);
   void attach_step(const Place& place, const Parameter& parameter, PyObject* step,
                    const Views& views, const SlotViews& slots,
                    const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref);
   void check_range(const Place& place, const TensorRef& ref, int updated_by) const;
   void set_source(Source& source, const Entries& entries);
   PyObject* key_of(int entry) const;
+  Owned new_slot(const NewState& added, int slot) const;
   void set_layout(const Place& place, const Parameter& parameter, const Views& views,
                   const SlotViews& slots, bool slots_alike, TensorRef& ref);
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
@@ -152,7 +157,7 @@ class Gathering {
   Owned float32_;
   const Groups& group_reader_;
   TensorReader reader_;
-  std::vector<PyObject*> keys_;  // of the rule's slots, in a parameter's state
+  std::array<PyObject*, kMaxSlots> keys_{};  // of the slots, in a parameter's state, or nullptr
 
   // Cached.
   std::vector<Parameter> parameters_;
@@ -165,7 +170,8 @@ class Gathering {
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
-  std::vector<char> in_float32_;  // whether a group keeps state in float32
+  std::vector<char> in_float32_;           // whether a group keeps state in float32 ...
+  std::vector<char> averages_in_float32_;  // ... and averages of half parameters
   std::vector<TensorRef> tensors_;
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;

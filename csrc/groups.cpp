@@ -69,11 +69,11 @@ std::string text_of(PyObject* made) {
 }
 
 // A number, also another library's, or a tensor of one.
-double real(PyObject* value, Py_ssize_t index, PyObject* key) {
+double real(PyObject* value, Py_ssize_t index, PyObject* key, const char* expected = "a number") {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
   if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
-    refuse_item(key, index, "a number", value);
+    refuse_item(key, index, expected, value);
   }
   return result;
 }
@@ -130,7 +130,7 @@ Groups::Groups(const Rule& rule, NativeOf native_of, const OtherNames& other_nam
   for (const auto& [name, key] : other_names) other_names_.emplace_back(interned(name), key);
   for (int i = 0; i < rule.options; ++i) {
     const std::string name = rule.option[i].name;
-    const bool scheduled = i < rule.scheduled;
+    const bool scheduled = rule.option[i].scheduled;
     const char* const tuple = rule.option[i].tuple;
     keys_.push_back({interned(name), interned(tuple == nullptr ? name : tuple),
                      scheduled ? interned(name + "_schedule") : nullptr,
@@ -138,11 +138,12 @@ Groups::Groups(const Rule& rule, NativeOf native_of, const OtherNames& other_nam
   }
 }
 
-void Groups::check(const Options& options, const std::string& where) const {
+void Groups::check(const GivenOptions& given, const std::string& where) const {
+  const Options& options = given.options;
   for (int i = 0; i < rule_.options; ++i) {
     const Option& option = rule_.option[i];
     const double value = options[i];
-    if (option.flag || option.range.holds(value)) continue;
+    if (option.flag || option.range.holds(value) || (given.none >> i & 1u) != 0) continue;
     throw std::invalid_argument(option.name + where + " must be " + option.range.text() + ", got " +
                                 number(value) + (value >= option.range.high ? option.reason : ""));
   }
@@ -214,10 +215,21 @@ Driven Groups::driven_by(PyObject* group, const Keys& option, const Clock& clock
   return driven;
 }
 
+// The number that stands in a group for an option, or that its None stands for.
+double Groups::read_number(PyObject* group, Py_ssize_t index, int option, uint32_t& none) const {
+  PyObject* const found = value_of(group, index, option);
+  const Option& what = rule_.option[option];
+  PyObject* const key = keys_[option].name;
+  if (!what.may_be_none()) return real(found, index, key);
+  if (found != Py_None) return real(found, index, key, "a number or None");
+  none |= 1u << option;
+  return what.if_none;
+}
+
 // What the next update uses for a hyperparameter; checked against its schedule where it has one.
-double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
-                              const Driven& driven) const {
-  const double found = real(value_of(group, index, option), index, keys_[option].name);
+double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven,
+                              uint32_t& none) const {
+  const double found = read_number(group, index, option, none);
   if (driven.owner == nullptr) return found;
   const double expected = schedule_value(*driven.schedule, driven.clock);
   if (!(found == expected)) {
@@ -235,28 +247,30 @@ double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option,
 
 void Groups::check_owned(PyObject* group, Py_ssize_t index, uint32_t but_for) const {
   const Clock clock = read_clock(group);
-  for (int option = 0; option < rule_.scheduled; ++option) {
-    if ((but_for >> option & 1u) != 0) continue;
+  for (int option = 0; option < rule_.options; ++option) {
+    if (!rule_.option[option].scheduled || (but_for >> option & 1u) != 0) continue;
     const Driven driven = driven_by(group, keys_[option], clock);
-    if (driven.owner != nullptr) read_scheduled(group, index, option, driven);
+    uint32_t none = 0;
+    if (driven.owner != nullptr) read_scheduled(group, index, option, driven, none);
   }
 }
 
 GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
   const std::string where = in_group(index);
   GroupReading reading{};
+  GivenOptions given{};
   const Clock& clock = reading.clock = read_clock(group);
   for (int i = 0; i < rule_.options; ++i) {
-    double& value = reading.options.value[i];
-    if (i < rule_.scheduled) {
+    double& value = given.options.value[i];
+    if (rule_.option[i].scheduled) {
       reading.driven[i] = driven_by(group, keys_[i], clock);
       reading.driven_options |= (reading.driven[i].owner != nullptr ? 1u : 0u) << i;
-      value = read_scheduled(group, index, i, reading.driven[i]);
+      value = read_scheduled(group, index, i, reading.driven[i], given.none);
       warn_if_past_end(reading.driven[i], kFramesToCaller);
+    } else if (rule_.option[i].flag) {
+      value = flag(value_of(group, index, i), index, keys_[i].name);
     } else {
-      PyObject* const found = value_of(group, index, i);
-      value = rule_.option[i].flag ? flag(found, index, keys_[i].name)
-                                   : real(found, index, keys_[i].name);
+      value = read_number(group, index, i, given.none);
     }
     if (!(std::fabs(value) <= kLargeOption)) reading.large_options |= 1u << i;
   }
@@ -266,7 +280,8 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
                                 " updates, " + std::to_string(clock.samples) + " samples");
   }
   refuse_other_names(group, index);
-  check(reading.options, where);
+  check(given, where);
+  reading.options = given.options;
   return reading;
 }
 
@@ -280,7 +295,8 @@ std::vector<GroupReading> Groups::read(PyObject* groups) const {
 
 void Groups::warn_past_end(PyObject* group, int frames) const {
   const Clock clock = read_clock(group);
-  for (int i = 0; i < rule_.scheduled; ++i) {
+  for (int i = 0; i < rule_.options; ++i) {
+    if (!rule_.option[i].scheduled) continue;
     warn_if_past_end(driven_by(group, keys_[i], clock), frames);
   }
 }
@@ -293,7 +309,8 @@ void Groups::add_move(GroupMoves& moves, PyObject* group, const Clock& clock) co
   if (clock.samples != now.samples) {
     moves.add(group, keys().samples, checked(PyLong_FromLongLong(clock.samples)));
   }
-  for (int i = 0; i < rule_.scheduled; ++i) {
+  for (int i = 0; i < rule_.options; ++i) {
+    if (!rule_.option[i].scheduled) continue;
     const Driven driven = driven_by(group, keys_[i], clock);
     if (driven.owner == nullptr) continue;
     value_of(group, kSomeGroup, i);  // is there

@@ -48,10 +48,16 @@ struct Driven {
 
 struct GroupReading {
   Options options;  // for the next update
-  Driven driven[kMaxScheduled];
+  Driven driven[kMaxOptions];
   uint32_t driven_options;  // a bit for each that has an owner
   uint32_t large_options;   // a bit for each beyond kLargeOption
   Clock clock;
+};
+
+// A group's options, of which some may be None.
+struct GivenOptions {
+  Options options;  // with what stands for None
+  uint32_t none;    // a bit for each that is None
 };
 
 // What is about to be written into groups. Everything is made and checked before write(), which
@@ -89,7 +95,7 @@ class Groups {
 
   // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
   // group 0", for messages.
-  void check(const Options& options, const std::string& where) const;
+  void check(const GivenOptions& given, const std::string& where) const;
 
   // "lr=1e+39 of parameter group 0": what of a group is beyond kLargeOption.
   std::string large_options(const GroupReading& group, Py_ssize_t index) const;
@@ -127,7 +133,9 @@ class Groups {
 
   void refuse_other_names(PyObject* group, Py_ssize_t index) const;
   PyObject* value_of(PyObject* group, Py_ssize_t index, int option) const;
-  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
+  double read_number(PyObject* group, Py_ssize_t index, int option, uint32_t& none) const;
+  double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven,
+                        uint32_t& none) const;
   // clock: where the group stands, or is about to.
   Driven driven_by(PyObject* group, const Keys& keys, const Clock& clock) const;
   void add_move(GroupMoves& moves, PyObject* group, const Clock& clock) const;

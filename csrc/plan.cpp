@@ -16,12 +16,6 @@ namespace {
 
 bool is_on_host(const Gathering::Source& source) { return source.place == kHost; }
 
-Options options_of(const std::vector<double>& values) {
-  Options options{};
-  std::copy(values.begin(), values.end(), options.value);
-  return options;
-}
-
 }  // namespace
 
 Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of,
@@ -114,6 +108,11 @@ Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
     }
     part.scalars_of.push_back(index);
   }
+  for (const GroupReading& group : gathering_.groups()) {
+    const double* const of_stages = group.options.value + rule().rule_options;
+    part.averaging.push_back(
+        averaging(of_stages[kEmaDecay], of_stages[kEmaWarmup] != 0.0, group.clock.updates));
+  }
   if (measures_norm) part.sums.emplace(tensors);
   return part;
 }
@@ -121,7 +120,8 @@ Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
 // Returns the sum of the squares of the gradients, or 0.
 double Plan::step_on_host(HostPart& part, int threads, bool in_order) const {
   const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
-  const HostStep step{rule(), tensors, gathering_.layouts(), part.scalars, part.scalars_of};
+  const HostStep step{rule(),       tensors,         gathering_.layouts(),
+                      part.scalars, part.scalars_of, part.averaging};
   const WithoutGil other_threads_run;
   double squares = 0.0;
   if (part.sums) {
@@ -272,27 +272,36 @@ void Plan::advance_samples(PyObject* param_groups, int64_t samples) {
   move(moves, param_groups);
 }
 
-void Plan::check(const std::vector<double>& values, const std::string& where) const {
-  groups_.check(options_of(values), where);
+GivenOptions Plan::given(const Values& values) const {
+  GivenOptions given{};
+  for (size_t i = 0; i < values.size(); ++i) {
+    given.options.value[i] = values[i].value_or(rule().option[i].if_none);
+    given.none |= (values[i] ? 0u : 1u) << i;
+  }
+  return given;
 }
 
-std::vector<std::string> Plan::live_slots(const std::vector<double>& values) const {
-  const uint32_t live = rule().live_slots(options_of(values), 0);
+void Plan::check(const Values& values, const std::string& where) const {
+  groups_.check(given(values), where);
+}
+
+std::vector<std::string> Plan::live_slots(const Values& values) const {
+  const uint32_t live = rule().live_slots(given(values).options, 0);
   std::vector<std::string> names;
-  for (int k = 0; k < rule().slots; ++k) {
-    if ((live >> k & 1u) != 0) names.push_back(rule().slot[k]);
+  for (int k = 0; k < kMaxSlots; ++k) {
+    if (is_live(live, k)) names.push_back(rule().slot[k]);
   }
   return names;
 }
 
-double Plan::initial_state(const std::vector<double>& values) const {
-  return rule().initial_state(options_of(values));
+double Plan::initial_state(const Values& values) const {
+  return rule().initial_state(given(values).options);
 }
 
 void Plan::check_owned(PyObject* param_groups, Py_ssize_t index,
                        const std::vector<std::string>& but_for) const {
   uint32_t options = 0;
-  for (int i = 0; i < rule().scheduled; ++i) {
+  for (int i = 0; i < rule().options; ++i) {
     const bool left_out =
         std::find(but_for.begin(), but_for.end(), rule().option[i].name) != but_for.end();
     options |= (left_out ? 1u : 0u) << i;

@@ -37,13 +37,16 @@ class Plan {
 
   const Rule& rule() const { return groups_.rule(); }
 
-  // Throws std::invalid_argument for the values of a group's options, in their order, that are out
-  // of range or in conflict; see Groups::check.
-  void check(const std::vector<double>& values, const std::string& where) const;
+  // Of a group's options, in their order; nothing for None.
+  using Values = std::vector<std::optional<double>>;
+
+  // Throws std::invalid_argument for values that are out of range or in conflict; see
+  // Groups::check.
+  void check(const Values& values, const std::string& where) const;
 
   // The slots of state that an update with these values reads, by name, and what new ones hold.
-  std::vector<std::string> live_slots(const std::vector<double>& values) const;
-  double initial_state(const std::vector<double>& values) const;
+  std::vector<std::string> live_slots(const Values& values) const;
+  double initial_state(const Values& values) const;
 
   // Throws std::runtime_error where something else wrote a value that a schedule of the group at
   // this index owns, but for these options.
@@ -105,6 +108,7 @@ class Plan {
     std::vector<TensorRef> among_others;  // where only some of the tensors are the host's
     std::vector<AnyScalars> scalars;      // one for each age in each group
     std::vector<int32_t> scalars_of;      // each tensor's
+    std::vector<Averaging> averaging;     // each group's
     std::optional<ChunkSums> sums;
   };
 
@@ -117,6 +121,7 @@ class Plan {
   std::vector<TensorRef> tensors_on_host() const;
   std::optional<float> read_amp(PyObject* found_inf, PyObject* grad_scale) const;
   double measure_norm(int threads);
+  GivenOptions given(const Values& values) const;
   HostPart prepare_on_host(double factor, bool measures_norm) const;
   double step_on_host(HostPart& part, int threads, bool in_order) const;
 

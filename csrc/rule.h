@@ -11,9 +11,14 @@
 
 namespace fastlr {
 
-constexpr int kMaxOptions = 10;
-constexpr int kMaxScheduled = 4;
-constexpr int kMaxSlots = 3;
+constexpr int kMaxOptions = 12;
+constexpr int kMaxRuleSlots = 3;
+
+// NOTE: [stages]
+// What an update does besides its rule, for every rule alike, to state of its own: a slot, at the
+// same place whatever the rule, and options, which follow the rule's own in a group's Options.
+enum { kEmaSlot = kMaxRuleSlots, kMaxSlots };
+constexpr uint32_t kRuleSlots = (1u << kMaxRuleSlots) - 1;  // a bit for each
 
 // A group's hyperparameters for one update, in the order of its rule's options; flags are 0 or 1.
 struct Options {
@@ -47,7 +52,19 @@ struct Option {
   const char* reason = "";      // of the upper bound; follows the value that is beyond it
   const char* tuple = nullptr;  // the group's tuple that it stands in ...
   int place = 0;                // ... and where
+  bool scheduled = false;       // whether a schedule may drive it
+  double if_none = NAN;         // what None stands for; NaN: it must be a number
+
+  bool may_be_none() const { return if_none == if_none; }
 };
+
+// The options of stages, in their order behind a rule's own. An average that never moves is none.
+enum { kEmaDecay, kEmaWarmup, kStageOptionCount };
+constexpr Option kStageOptions[] = {
+    {"ema_decay", false, kBelowOne, "", nullptr, 0, true, 1.0},
+    {"ema_warmup", true, kAnyNumber},
+};
+static_assert(sizeof kStageOptions / sizeof kStageOptions[0] == kStageOptionCount, "one each");
 
 // Two options that do not go together.
 struct Conflict {
@@ -61,8 +78,11 @@ struct AnyScalars {
   alignas(8) unsigned char bytes[208];
 };
 
+// Of the rule's own options, which are also where those of stages begin, and of all.
 template <typename R>
-constexpr int kOptionCount = sizeof R::kOptions / sizeof R::kOptions[0];
+constexpr int kRuleOptionCount = sizeof R::kOptions / sizeof R::kOptions[0];
+template <typename R>
+constexpr int kOptionCount = kRuleOptionCount<R> + kStageOptionCount;
 
 constexpr FASTLR_HD_MEMBER bool is_live(uint32_t live, int slot) {
   return (live >> slot & 1u) != 0;
@@ -70,8 +90,8 @@ constexpr FASTLR_HD_MEMBER bool is_live(uint32_t live, int slot) {
 
 // NOTE: [rules]
 // The core loops over options and slots; what they are called, where they lie and what they do,
-// only the rule's own header in rules/ knows, and its Python class. Options that a schedule may
-// drive come first.
+// only the rule's own header in rules/ knows, and its Python class. Of its own options those that a
+// schedule may drive come first.
 //
 // NOTE: [age]
 // How many applied updates a parameter's state has seen, 0 for none: torch's "step". Scalars follow
@@ -82,9 +102,9 @@ struct Rule {
   int index;  // in the list of rules
   const Option* option;
   int options;
-  int scheduled;            // how many of them a schedule may drive
-  const char* const* slot;  // what its state is called, as torch's optimizers call it
-  int slots;
+  int rule_options;  // of these the rule's own; those of stages follow
+  const char*
+      slot[kMaxSlots];     // what its state is called, as torch's optimizers call it, or nullptr
   uint32_t always_live;    // a bit for each slot that every update reads and writes
   bool counts_steps;       // torch's optimizer has a "step" in its state
   bool starts_with_state;  // torch's has it before the first update, and so have files

@@ -16,15 +16,55 @@ constexpr uint32_t always_live() {
   return live;
 }
 
+// A rule's own options and those of stages.
+template <typename R>
+struct AllOptions {
+  Option option[kOptionCount<R>];
+};
+template <typename R>
+constexpr AllOptions<R> all_options() {
+  AllOptions<R> all{};
+  for (int i = 0; i < kRuleOptionCount<R>; ++i) {
+    all.option[i] = R::kOptions[i];
+    all.option[i].scheduled = i < R::kScheduled;
+  }
+  for (int i = 0; i < kStageOptionCount; ++i) {
+    all.option[kRuleOptionCount<R> + i] = kStageOptions[i];
+  }
+  return all;
+}
+template <typename R>
+constexpr AllOptions<R> kAllOptions = all_options<R>();
+
+template <typename R>
+uint32_t live_slots(const Options& options, uint32_t driven) {
+  constexpr int kDecay = kRuleOptionCount<R> + kEmaDecay;
+  const bool averages = options[kDecay] < 1.0 || (driven >> kDecay & 1u) != 0;
+  return R::live_slots(options, driven) | (averages ? 1u << kEmaSlot : 0u);
+}
+
 template <typename R>
 constexpr Rule rule_of(int index) {
-  static_assert(kOptionCount<R> <= kMaxOptions && R::kScheduled <= kMaxScheduled,
-                "room for its options");
+  static_assert(kOptionCount<R> <= kMaxOptions, "room for its options");
   static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
-  static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
-  return {R::kName,     index,          R::kOptions,       kOptionCount<R>,  R::kScheduled,
-          R::kSlots,    R::kSlotCount,  always_live<R>(),  R::kCountsSteps,  R::kStartsWithState,
-          &R::conflict, &R::live_slots, &R::initial_state, &form_scalars<R>, &in_range<R>};
+  static_assert(R::kSlotCount <= kMaxRuleSlots, "room for its slots");
+  Rule rule{R::kName,
+            index,
+            kAllOptions<R>.option,
+            kOptionCount<R>,
+            kRuleOptionCount<R>,
+            {},
+            always_live<R>(),
+            R::kCountsSteps,
+            R::kStartsWithState,
+            &R::conflict,
+            &live_slots<R>,
+            &R::initial_state,
+            &form_scalars<R>,
+            &in_range<R>};
+  for (int k = 0; k < R::kSlotCount; ++k) rule.slot[k] = R::kSlots[k];
+  rule.slot[kEmaSlot] = "ema";
+  return rule;
 }
 
 enum {
@@ -66,8 +106,14 @@ const Rule* find_rule(const std::string& name) {
 
 std::vector<std::string> slots_of_other_rules(const Rule& rule) {
   std::set<std::string> names;
-  for (const Rule& other : kRules) names.insert(other.slot, other.slot + other.slots);
-  for (int k = 0; k < rule.slots; ++k) names.erase(rule.slot[k]);
+  for (const Rule& other : kRules) {
+    for (const char* const name : other.slot) {
+      if (name != nullptr) names.insert(name);
+    }
+  }
+  for (const char* const name : rule.slot) {
+    if (name != nullptr) names.erase(name);
+  }
   return {names.begin(), names.end()};
 }
 

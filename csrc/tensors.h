@@ -12,6 +12,10 @@ namespace fastlr {
 
 enum class StorageType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+inline bool is_half(StorageType type) {
+  return type == StorageType::kBFloat16 || type == StorageType::kFloat16;
+}
+
 // One parameter with its gradient and state. Complex tensors appear as pairs of reals.
 struct TensorRef {
   void* param;
@@ -23,7 +27,9 @@ struct TensorRef {
   int32_t group;
   int32_t layout;  // index of its StridedLayout, or -1: all of them dense in the same order
   StorageType type;
-  StorageType state_type;
+  StorageType state_type;  // of the rule's slots
+  StorageType ema_type;
+  bool averages;  // whether an average is kept, which of an empty tensor has no address
 };
 static_assert(std::is_trivially_copyable<TensorRef>::value, "tables of it are copied as bytes");
 

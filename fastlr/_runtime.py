@@ -29,6 +29,13 @@ class Runtime:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
     @staticmethod
+    def new_average(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """The same for its average; dtype: None for its own, or float32 where its own is narrower."""
+        if dtype is not None:
+            dtype = torch.promote_types(parameter.dtype.to_real(), dtype)
+        return Runtime.new_state(parameter, dtype)
+
+    @staticmethod
     def new_step(parameter: torch.Tensor) -> torch.Tensor:
         """Where a parameter's age is kept, uninitialized: float32, shape (), on its device."""
         return torch.empty((), dtype=torch.float32, device=parameter.device)
@@ -49,6 +56,12 @@ class Runtime:
             return
         for tensor in tensors:
             tensor.fill_(complex(value, value) if tensor.is_complex() else value)
+
+    @staticmethod
+    def copy(tensors: list[torch.Tensor], originals: list[torch.Tensor]) -> None:
+        """Makes each tensor what the one beside it is, in its own type."""
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, originals)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

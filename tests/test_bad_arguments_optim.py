@@ -60,11 +60,13 @@ REFUSED: dict[str, list[Any]] = {
     "start": ["later", "", None, 3],
     "schedule": [0.1, None, "Cosine", [0.1]],
     "saved": [None, "Cosine", 3, {}, {"type": "Schedule"}, {"type": "one_cycle"}, {"type": ["Cosine"]}],
+    "model": [None, 3, ["parameters"]],
     "state_dict": [None, [], {}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}],
 }  # fmt: skip
 
 # Of each optimizer: its arguments, which its groups take too, but for the options of torch's optimizers.
-COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype"}
+STAGES = {"ema_decay": "new momentum", "ema_warmup": "flag", "ema_dtype": "dtype"}
+COMMON = {"lr": "rate", "weight_decay": "rate", "maximize": "flag", "state_dtype": "dtype", **STAGES}
 SGD = {**COMMON, "momentum": "momentum", "dampening": "number", "nesterov": "flag", "momentum_dtype": "dtype",
        "decoupled_weight_decay": "flag"}  # fmt: skip
 ADAMW = {**COMMON, "betas": "betas", "eps": "number >= 0", "amsgrad": "flag"}
@@ -183,6 +185,10 @@ CALLS: Table = {
     "FusedSGD.measure_grad_norm": (
         lambda optimizer, **a: setattr(optimizer, *a.popitem()), {"measure_grad_norm": "flag"}
     ),
+    "FusedSGD.copy_averages_to": (lambda optimizer, **a: optimizer.copy_averages_to(**a), {"model": "model"}),
+    "FusedSGD.averaged_state_dict": (
+        lambda optimizer, **a: optimizer.averaged_state_dict(**a), {"model": "model"}
+    ),
     "Schedule.__call__": (lambda _, **a: fastlr.Constant(0.1)(**a), {"clock": "count"}),
     "Schedule.values": (
         lambda _, **a: fastlr.Constant(0.1).values(**{"start": 0, "stop": 3, **a}),
@@ -273,7 +279,7 @@ ACCEPTED: dict[str, list[Any]] = {
 def test_accepted(kind: Kind) -> None:
     for name, found in {**kind.kinds, **kind.options}.items():
         for value in ACCEPTED.get(found.removeprefix("new "), []):
-            given = {"momentum": 0.9} if name == "nesterov" else {}
+            given = {"nesterov": {"momentum": 0.9}, "ema_warmup": {"ema_decay": 0.9}}.get(name, {})
             if name in CYCLE or (name == "nesterov" and kind.fused in CYCLIC):
                 continue
             group = kind.build({**given, name: value}).param_groups[0]
@@ -357,6 +363,7 @@ def test_two_names_for_the_type_of_state_must_agree(name: str) -> None:
 _BELOW_ONE = (r"in \[0, 1\)", [-0.1, 1.0, NAN])
 WRITTEN_TYPES = {
     "number": ("a number", ["0.1", None, True, 1j, torch.zeros(2)]),
+    "number or None": ("a number or None", ["0.1", True, 1j, torch.zeros(2)]),
     "flag": ("True or False", ["False", 1, 0.0, None, torch.tensor(True)]),
     "betas": ("a tuple of 2 numbers", [0.9, (), (0.9,), [0.9, 0.9, 0.9], "ab", None, np.array([0.9, 0.9])]),
     "clock": ("an integer of 64 bits", ["3", 1.5, 2**63, None, -(2**63) - 1]),
@@ -367,6 +374,7 @@ WRITTEN_RANGES = {
     "number >= 0": ("finite and >= 0", [-1.0, NAN, INF]),
     "number": ("finite", [NAN, -INF]),
     "momentum": _BELOW_ONE,
+    "new momentum": _BELOW_ONE,
     "up to one": (r"in \[0, 1\]", [-0.1, 1.1, NAN]),
 }
 
@@ -390,7 +398,8 @@ def refusing_steps(kind: Kind) -> list[tuple[str, Any, str, str]]:
                 expected, values = _BELOW_ONE
                 found += [(key, tuples(v), part, f"{expected}, got {v}") for v in values]
             continue
-        expected, values = WRITTEN_TYPES["flag" if what == "flag" else "number"]
+        numbers = "number or None" if key == "ema_decay" else "number"
+        expected, values = WRITTEN_TYPES["flag" if what == "flag" else numbers]
         found += [(key, value, key, f"{expected}, got {got(value)}") for value in values]
         expected, values = WRITTEN_RANGES.get(what, ("", []))
         found += [(key, value, key, f"{expected}, got {value}") for value in values]
@@ -429,7 +438,7 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             of_torch = "TorchOptions" in str(parameter.annotation)
-            names |= {*OF_ALL_GROUPS, *(OF_TORCH if of_torch else ())}
+            names |= {*OF_ALL_GROUPS, *STAGES, *(OF_TORCH if of_torch else ())}
         else:
             names.add(name)
     return names - {"self", "params"}

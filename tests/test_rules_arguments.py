@@ -14,7 +14,7 @@ from helpers import parameters, train
 from rule_table import RULES, Rule, assert_same_run, with_rules
 
 import fastlr
-from fastlr.optim._groups import OF_ALL_GROUPS, TorchOptions
+from fastlr.optim._groups import OF_ALL_GROUPS, STAGE_DEFAULTS, TorchOptions
 
 # How torch makes a step, which here is always the same; what of it asks for nothing else is taken.
 TAKEN: dict[str, tuple[bool | None, ...]] = {
@@ -72,7 +72,7 @@ def test_names_order_and_defaults_are_torchs(rule: Rule) -> None:
 
 
 def test_the_options_of_a_step_are_all_there() -> None:
-    assert set(typing.get_type_hints(TorchOptions)) == {*TAKEN, *OF_ALL_GROUPS}
+    assert set(typing.get_type_hints(TorchOptions)) == {*TAKEN, *OF_ALL_GROUPS, *STAGE_DEFAULTS}
 
 
 def options_of(rule: Rule) -> list[str]:

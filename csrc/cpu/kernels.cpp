@@ -256,6 +256,70 @@ void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScala
   }
 }
 
+// n averages towards the parameter's elements.
+template <typename T, typename From>
+void move_averages(const Average<T>& average, T* averages, From* p, int64_t n) {
+  const Average<T> a = average;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) averages[i] = a.moved(averages[i], p[i]);
+}
+
+// Of at most a block.
+template <typename P, typename E>
+void move_averages(const TensorRef& tensor, const StridedLayout* layout, const Averaging& averaging,
+                   int64_t begin, int64_t end) {
+  using C = compute_t<P>;
+  const Average<C>& average = averaging.in(C{});
+  const P* p = static_cast<const P*>(tensor.param);
+  E* averages = static_cast<E*>(tensor.slot[kEmaSlot]);
+  const int64_t n = end - begin;
+  if constexpr (std::is_same<P, C>::value && std::is_same<E, C>::value) {
+    if (layout == nullptr) return move_averages(average, averages + begin, p + begin, n);
+  }
+  C p_block[kBlock], block[kBlock];
+  if (layout == nullptr) {
+    load_dense(p_block, p + begin, n);
+    load_dense(block, averages + begin, n);
+    move_averages(average, block, p_block, n);
+    store_dense(averages + begin, block, n);
+    return;
+  }
+  Cursor<kMaxSlots> reader(*layout, begin);
+  Cursor<kMaxSlots> writer(*layout, begin);
+  for (int64_t i = 0; i < n; ++i, reader.advance()) {
+    p_block[i] = load(p[reader.param]);
+    block[i] = load(averages[reader.slot[kEmaSlot]]);
+  }
+  move_averages(average, block, p_block, n);
+  for (int64_t i = 0; i < n; ++i, writer.advance()) {
+    store(averages[writer.slot[kEmaSlot]], block[i]);
+  }
+}
+
+template <typename Half>
+void move_averages_of_half(const TensorRef& tensor, const StridedLayout* layout,
+                           const Averaging& averaging, int64_t begin, int64_t end) {
+  if (tensor.ema_type == tensor.type) {
+    move_averages<Half, Half>(tensor, layout, averaging, begin, end);
+  } else {
+    move_averages<Half, float>(tensor, layout, averaging, begin, end);
+  }
+}
+
+[[gnu::noinline]] void move_averages(const TensorRef& tensor, const StridedLayout* layout,
+                                     const Averaging& averaging, int64_t begin, int64_t end) {
+  switch (tensor.type) {
+    case StorageType::kFloat32:
+      return move_averages<float, float>(tensor, layout, averaging, begin, end);
+    case StorageType::kFloat64:
+      return move_averages<double, double>(tensor, layout, averaging, begin, end);
+    case StorageType::kBFloat16:
+      return move_averages_of_half<BFloat16>(tensor, layout, averaging, begin, end);
+    case StorageType::kFloat16:
+      return move_averages_of_half<Float16>(tensor, layout, averaging, begin, end);
+  }
+}
+
 template <typename R>
 void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
             int64_t begin, int64_t end, double* lanes) {
@@ -268,6 +332,20 @@ void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScala
       return update<R, BFloat16>(tensor, layout, scalars, begin, end, lanes);
     case StorageType::kFloat16:
       return update<R, Float16>(tensor, layout, scalars, begin, end, lanes);
+  }
+}
+
+// A rule's update and the stages behind it, block by block: what a stage reads is still in the
+// first-level cache.
+template <typename R>
+void update_with_stages(const TensorRef& tensor, const StridedLayout* layout,
+                        const AnyScalars& scalars, const Averaging* averaging, int64_t begin,
+                        int64_t end, double* lanes) {
+  if (averaging == nullptr) return update<R>(tensor, layout, scalars, begin, end, lanes);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t block_end = std::min(i + kBlock, end);
+    update<R>(tensor, layout, scalars, i, block_end, lanes);
+    move_averages(tensor, layout, *averaging, i, block_end);
   }
 }
 
@@ -315,7 +393,7 @@ void FASTLR_AT_LEVEL(squares, FASTLR_SIMD_LEVEL)(const TensorRef& tensor,
 
 extern const ChunkKernel FASTLR_AT_LEVEL(kernels, FASTLR_SIMD_LEVEL)[];
 const ChunkKernel FASTLR_AT_LEVEL(kernels, FASTLR_SIMD_LEVEL)[] = {
-#define FASTLR_KERNEL(rule) &update<rule>,
+#define FASTLR_KERNEL(rule) &update_with_stages<rule>,
     FASTLR_FOR_EACH_RULE(FASTLR_KERNEL)
 #undef FASTLR_KERNEL
 };

@@ -13,7 +13,12 @@ struct HostStep {
   const std::vector<TensorRef>& tensors;
   const std::vector<StridedLayout>& layouts;  // that TensorRef::layout refers to
   const std::vector<AnyScalars>& scalars;
-  const std::vector<int32_t>& scalars_of;  // which of them are each tensor's
+  const std::vector<int32_t>& scalars_of;   // which of them are each tensor's
+  const std::vector<Averaging>& averaging;  // each group's
+
+  const Averaging* averaging_of(const TensorRef& tensor) const {
+    return tensor.averages ? &averaging[tensor.group] : nullptr;
+  }
 };
 
 // Applies the update to every tensor. threads: the most to use, >= 1. Where tensors share memory

@@ -17,7 +17,7 @@ bool same(const Options& a, const Options& b) {
 // What the device must be told: the numbers that no schedule owns.
 Options unscheduled(const GroupReading& group) {
   Options options = group.options;
-  for (int i = 0; i < kMaxScheduled; ++i) {
+  for (int i = 0; i < kMaxOptions; ++i) {
     if (group.driven[i].owner != nullptr) options.value[i] = 0.0;
   }
   return options;
@@ -42,7 +42,7 @@ Clocks DevicePlan::clocks(float* found_inf) const { return clocks(state_, capaci
 void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
     const uint32_t live = rule_.live_slots(groups[i].options, groups[i].driven_options);
-    for (int slot = 0; slot < rule_.slots; ++slot) {
+    for (int slot = 0; slot < kMaxSlots; ++slot) {
       if ((live & seen_[i].slots_not_in_graph) >> slot & 1u) {
         throw std::runtime_error("parameter group " + std::to_string(i) + " now needs a " +
                                  rule_.slot[slot] +
@@ -68,7 +68,7 @@ DevicePlan::Changes DevicePlan::changes(const std::vector<GroupReading>& groups)
     changes.clocks = changes.clocks || group.clock.updates != seen.clock.updates ||
                      group.clock.samples != seen.clock.samples;
     changes.numbers = changes.numbers || !same(unscheduled(group), seen.options);
-    for (int k = 0; k < kMaxScheduled; ++k) {
+    for (int k = 0; k < kMaxOptions; ++k) {
       const Driven& driven = group.driven[k];
       changes.schedules = changes.schedules || driven.native != seen.native[k].get();
       changes.numbers = changes.numbers || driven.start != seen.start[k];
@@ -113,7 +113,7 @@ std::vector<DeviceGroup> DevicePlan::entries(const std::vector<GroupReading>& gr
   for (const GroupReading& group : groups) {
     DeviceGroup entry{};
     entry.options = unscheduled(group);
-    for (int k = 0; k < kMaxScheduled; ++k) {
+    for (int k = 0; k < kMaxOptions; ++k) {
       const Driven& driven = group.driven[k];
       if (driven.schedule == nullptr) continue;
       DeviceSchedule& placed = entry.schedule[k];
@@ -135,7 +135,7 @@ std::vector<DevicePlan::Seen> DevicePlan::seen_of(const std::vector<GroupReading
   std::vector<Seen> seen(groups.size());
   for (size_t i = 0; i < groups.size(); ++i) {
     seen[i].options = unscheduled(groups[i]);
-    for (int k = 0; k < kMaxScheduled; ++k) {
+    for (int k = 0; k < kMaxOptions; ++k) {
       seen[i].native[k] = Owned::borrow(groups[i].driven[k].native);
       seen[i].start[k] = groups[i].driven[k].start;
     }
@@ -217,6 +217,9 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>&
   measures_norm_ = measures_norm || norm_pass;
   if (norm_pass) cuda::preload_norm(scope.device());
   launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm_);
+  const bool averages = std::any_of(launches_.begin(), launches_.end(),
+                                    [](const cuda::Launch& launch) { return launch.averages; });
+  if (averages) cuda::preload(scope.device(), rule_, true);
 }
 
 void DevicePlan::launch_norm(const DeviceScope& scope, float* found_inf, const float* grad_scale) {

@@ -67,8 +67,8 @@ class DevicePlan {
   // What a group's table entry was made from.
   struct Seen {
     Options options{};  // without what schedules say
-    Owned native[kMaxScheduled];
-    int64_t start[kMaxScheduled] = {};
+    Owned native[kMaxOptions];
+    int64_t start[kMaxOptions] = {};
     Clock clock{};
     uint32_t live_slots = 0;
     uint32_t slots_not_in_graph = 0;  // a graph has captured it without these

@@ -4,6 +4,8 @@
 #include <float.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "../squares.h"
 #include "tables.h"
 
@@ -24,10 +26,13 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // A rule says how many blocks must fit on a multiprocessor; three leave 80 registers to a thread.
 // Left to itself the compiler stops at 64 and spills: evaluating a schedule, as the last block
 // does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
-// with two slots or more, and doubles, take up to 128 registers, which two blocks leave: 512
-// threads with four loads each have 32 KiB under way.
-template <typename R, typename C>
-constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? 2 : R::kResidentBlocks;
+// with two slots or more, averages and doubles take up to 128 registers, which two blocks leave:
+// 512 threads with four loads each have 32 KiB under way, as have the 256 of one block with
+// averages in double, which has eight.
+template <typename R, typename C, bool kAverages>
+constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? (kAverages ? 1 : 2)
+                                : kAverages                 ? 2
+                                                            : R::kResidentBlocks;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -106,10 +111,34 @@ struct Slots {
   M* at[R::kSlotCount];
 };
 
+// A parameter's average, stored as E; void: there is none.
+template <typename E, typename C>
+struct Averaged {
+  E* at;
+  Average<C> average;
+
+  __device__ E moved(E from, C p) const {
+    E to;
+    store(to, average.moved(load(from), p));
+    return to;
+  }
+};
+template <typename C>
+struct Averaged<void, C> {};
+
+// One average moves towards the parameter as it was stored.
+template <typename E, typename C, typename P>
+__device__ inline void move_average([[maybe_unused]] const Averaged<E, C>& averaged,
+                                    [[maybe_unused]] int64_t at, [[maybe_unused]] const P& p) {
+  if constexpr (!std::is_void<E>::value) {
+    averaged.at[at] = averaged.moved(averaged.at[at], load(p));
+  }
+}
+
 // One element, whose state lies at an index of its own in each slot.
 template <typename R, typename P, typename M>
 __device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P& p, const P& g,
-                                  const Slots<R, M>& slots, const int64_t (&at)[R::kSlotCount]) {
+                                  const Slots<R, M>& slots, const int64_t* at) {
   using C = compute_t<P>;
   C value = load(p);
   C values[R::kSlotCount];
@@ -127,9 +156,11 @@ __device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P& p, const
 
 // n elements that lie in memory in one order, by all threads of the block. Vectors begin where the
 // parameter is aligned, if gradient and state are aligned there too.
-template <typename R, typename P, typename M>
+template <typename R, typename P, typename M, typename E>
 __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
-                                    const Slots<R, M>& slots, int64_t n) {
+                                    const Slots<R, M>& slots,
+                                    const Averaged<E, compute_t<P>>& averaged, int64_t n) {
+  constexpr bool kAverages = !std::is_void<E>::value;
   using C = compute_t<P>;
   constexpr int kWidth = kVector<P, M>;
   const uint32_t live = s.around.live;
@@ -139,6 +170,7 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
   for (int k = 0; k < R::kSlotCount; ++k) {
     all_aligned = all_aligned && (!is_live(live, k) || aligned(slots.at[k] + head));
   }
+  if constexpr (kAverages) all_aligned = all_aligned && aligned(averaged.at + head);
   const int64_t vectors = all_aligned && n > head ? (n - head) / kWidth : 0;
   if (vectors == 0) head = 0;
   // Not unrolled, which the registers would not do for: other threads hide the latency.
@@ -153,6 +185,8 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
     for (int k = 0; k < R::kSlotCount; ++k) {
       if (is_live(live, k)) load_vector(slot_values[k], slots.at[k] + i);
     }
+    [[maybe_unused]] std::conditional_t<kAverages, E, P> averages[kWidth];
+    if constexpr (kAverages) load_vector(averages, averaged.at + i);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       C value = load(p_values[e]);
@@ -163,6 +197,7 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
       }
       update_element(s, live, false, s.around.coupled, value, load(g_values[e]), values);
       store(p_values[e], value);
+      if constexpr (kAverages) averages[e] = averaged.moved(averages[e], load(p_values[e]));
 #pragma unroll
       for (int k = 0; k < R::kSlotCount; ++k) {
         if (is_live(live, k)) store(slot_values[k][e], values[k]);
@@ -173,6 +208,7 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
     for (int k = 0; k < R::kSlotCount; ++k) {
       if (is_live(live, k)) store_vector(slots.at[k] + i, slot_values[k]);
     }
+    if constexpr (kAverages) store_vector(averaged.at + i, averages);
   }
   const int64_t rest = n - vectors * kWidth;
   for (int64_t e = threadIdx.x; e < rest; e += kThreads) {
@@ -181,6 +217,7 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
 #pragma unroll
     for (int k = 0; k < R::kSlotCount; ++k) at[k] = i;
     update_one<R>(s, p[i], g[i], slots, at);
+    move_average(averaged, i, p[i]);
   }
 }
 
@@ -192,9 +229,11 @@ struct Places {
   int64_t slot[kSlots > 0 ? kSlots : 1];
 };
 
-template <int kSlots>
-__device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t element) {
-  Places<kSlots> at{};
+// The slots are a rule's, and behind them its parameter's average where there is one.
+template <int kSlots, bool kAverages = false>
+__device__ inline Places<kSlots + kAverages> places_of(const StridedLayout& layout,
+                                                       int64_t element) {
+  Places<kSlots + kAverages> at{};
   for (int d = layout.ndim - 1; d >= 0; --d) {
     const int64_t index = element % layout.shape[d];
     element /= layout.shape[d];
@@ -202,18 +241,22 @@ __device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t 
     at.grad += index * layout.grad[d];
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) at.slot[k] += index * layout.slot[k][d];
+    if constexpr (kAverages) at.slot[kSlots] += index * layout.slot[kEmaSlot][d];
   }
   return at;
 }
 
 // The elements begin .. end, counted in the order of the layout's indices.
-template <typename R, typename P, typename M>
+template <typename R, typename P, typename M, typename E>
 __device__ inline void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
-                                      const Slots<R, M>& slots, const StridedLayout& layout,
-                                      int64_t begin, int64_t end) {
+                                      const Slots<R, M>& slots,
+                                      const Averaged<E, compute_t<P>>& averaged,
+                                      const StridedLayout& layout, int64_t begin, int64_t end) {
+  constexpr bool kAverages = !std::is_void<E>::value;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const Places<R::kSlotCount> at = places_of<R::kSlotCount>(layout, i);
+    const Places<R::kSlotCount + kAverages> at = places_of<R::kSlotCount, kAverages>(layout, i);
     update_one<R>(s, p[at.param], g[at.grad], slots, at.slot);
+    if constexpr (kAverages) move_average(averaged, at.slot[R::kSlotCount], p[at.param]);
   }
 }
 
@@ -275,8 +318,8 @@ __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int
   const int32_t groups = clocks.state->groups;
   for (int32_t i = threadIdx.x; i < groups * kOptionCount<R>; i += kThreads) {
     const int32_t group = i / kOptionCount<R>;
-    evaluate_option<R>(clocks.groups[group], clocks.clocks[group], i % kOptionCount<R>, updates,
-                       samples);
+    evaluate_option(clocks.groups[group], clocks.clocks[group], i % kOptionCount<R>, updates,
+                    samples);
   }
   __syncthreads();  // all options are there, and the ages that a step has counted up
   constexpr int32_t kHalf = kThreads / 2;
@@ -287,6 +330,9 @@ __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int
       clock.updates += updates;
       clock.samples += samples;
       clock.age = age;
+      const double* const of_stages = clock.options.value + kRuleOptionCount<R>;
+      clock.averaging =
+          averaging(of_stages[kEmaDecay], of_stages[kEmaWarmup] != 0.0, clock.updates);
       as<R>(clock.next).in_float = scalars<R, float>(clock.options, age, 1.0f);
     } else {
       as<R>(clock.next).in_double = scalars<R, double>(clock.options, age, 1.0f);
@@ -396,8 +442,33 @@ __device__ inline void measure_chunk(const StepHead& step, const DeviceTensor& t
   if (threadIdx.x == 0) step.squares[square] = squares;
 }
 
-template <typename R, typename P, typename M, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
+// NOTE: [stages on a device]
+// Stages are in kernels of their own, beside which plain steps carry none of their instructions and
+// registers. Whatever a stage can be told at run time it is: how an average is stored is a branch
+// that the whole block takes alike.
+//
+// Calls visit(Averaged) for how a tensor's average is stored.
+template <bool kAverages, typename P, typename Visit>
+__device__ inline void with_average([[maybe_unused]] const DeviceTensor& tensor,
+                                    [[maybe_unused]] const Averaging& averaging,
+                                    const Visit& visit) {
+  using C = compute_t<P>;
+  if constexpr (!kAverages) {
+    visit(Averaged<void, C>{});
+  } else {
+    void* const at = tensor.slot[kEmaSlot];
+    const Average<C> average = averaging.in(C{});
+    if constexpr (!std::is_same<P, C>::value) {
+      if (tensor.ema_type != StorageType::kFloat32) {
+        return visit(Averaged<P, C>{static_cast<P*>(at), average});
+      }
+    }
+    visit(Averaged<C, C>{static_cast<C*>(at), average});
+  }
+}
+
+template <typename R, typename P, typename M, bool kStrided, bool kAverages, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAverages>)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
   Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
@@ -411,7 +482,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     const P* g = static_cast<const P*>(step.grads[index]);
     if (step.squares != nullptr) measure_chunk<kStrided>(step, tensor, g, begin, end, square);
     P* p = static_cast<P*>(tensor.param);
-    Scalars<R, C> s = scalars_of<R, C>(step.clocks.clocks[tensor.group], tensor);
+    const GroupClock& clock = step.clocks.clocks[tensor.group];
+    Scalars<R, C> s = scalars_of<R, C>(clock, tensor);
     s.around.of_gradient *= factor;
     Slots<R, M> slots;
     const int64_t offset = kStrided ? 0 : begin;
@@ -419,11 +491,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>>)
     for (int k = 0; k < R::kSlotCount; ++k) {
       slots.at[k] = static_cast<M*>(tensor.slot[k]) + (is_live(s.around.live, k) ? offset : 0);
     }
-    if constexpr (kStrided) {
-      update_strided<R>(s, p, g, slots, step.layouts[tensor.layout], begin, end);
-    } else {
-      update_dense<R>(s, p + begin, g + begin, slots, end - begin);
-    }
+    with_average<kAverages, P>(tensor, clock.averaging, [&](auto averaged) {
+      if constexpr (kStrided) {
+        update_strided<R>(s, p, g, slots, averaged, step.layouts[tensor.layout], begin, end);
+      } else {
+        if constexpr (kAverages) averaged.at += begin;
+        update_dense<R>(s, p + begin, g + begin, slots, averaged, end - begin);
+      }
+    });
   };
   if (amp.applied) for_each_chunk_of_block(step, update);
   finish<R>(step, amp);

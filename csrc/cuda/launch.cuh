@@ -21,7 +21,7 @@ using Residency = std::map<const void*, int64_t>;
 
 // What is done with the kernels of one rule, or of the norm, and one size of arguments.
 struct Kernels {
-  void (*load)(Residency& residency, int multiprocessors);
+  void (*load)(Residency& residency, int multiprocessors, bool averages);
   void (*launch)(const Residency& residency, Stream stream, const Launch& launch);
 };
 
@@ -32,34 +32,37 @@ extern const Kernels kLargeNormKernels;
 template <int kCapacity>
 using StepKernel = void (*)(StepArguments<kCapacity>);
 
-// Strided parameters are rare: they have no kernels with large arguments, which would only take
-// longer to build.
+// Strided parameters are rare, and an average's bytes take longer than another launch: neither has
+// kernels with large arguments, which would only take longer to build.
 template <typename R, typename P, typename M, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(bool strided) {
+StepKernel<kCapacity> step_kernel_of(bool strided, bool averages) {
   if constexpr (kCapacity == kSmallLaunch) {
-    if (strided) return &step_kernel<R, P, M, true, kCapacity>;
+    if (strided && averages) return &step_kernel<R, P, M, true, true, kCapacity>;
+    if (strided) return &step_kernel<R, P, M, true, false, kCapacity>;
+    if (averages) return &step_kernel<R, P, M, false, true, kCapacity>;
   }
-  return &step_kernel<R, P, M, false, kCapacity>;
+  return &step_kernel<R, P, M, false, false, kCapacity>;
 }
 
 template <typename R, typename P, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(bool wide_state, bool strided) {
-  return wide_state ? step_kernel_of<R, P, float, kCapacity>(strided)
-                    : step_kernel_of<R, P, P, kCapacity>(strided);
+StepKernel<kCapacity> step_kernel_of(bool wide_state, bool strided, bool averages) {
+  return wide_state ? step_kernel_of<R, P, float, kCapacity>(strided, averages)
+                    : step_kernel_of<R, P, P, kCapacity>(strided, averages);
 }
 
 template <typename R, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(StorageType type, StorageType state_type, bool strided) {
+StepKernel<kCapacity> step_kernel_of(StorageType type, StorageType state_type, bool strided,
+                                     bool averages) {
   const bool wide = type != state_type;
   switch (type) {
     case StorageType::kFloat64:
-      return step_kernel_of<R, double, kCapacity>(wide, strided);
+      return step_kernel_of<R, double, kCapacity>(wide, strided, averages);
     case StorageType::kBFloat16:
-      return step_kernel_of<R, BFloat16, kCapacity>(wide, strided);
+      return step_kernel_of<R, BFloat16, kCapacity>(wide, strided, averages);
     case StorageType::kFloat16:
-      return step_kernel_of<R, Float16, kCapacity>(wide, strided);
+      return step_kernel_of<R, Float16, kCapacity>(wide, strided, averages);
     default:
-      return step_kernel_of<R, float, float, kCapacity>(strided);
+      return step_kernel_of<R, float, float, kCapacity>(strided, averages);
   }
 }
 
@@ -80,12 +83,13 @@ constexpr StorageType kStorageTypes[] = {StorageType::kFloat32, StorageType::kFl
                                          StorageType::kBFloat16, StorageType::kFloat16};
 
 template <typename R, int kCapacity>
-void load_step_kernels(Residency& residency, int multiprocessors) {
+void load_step_kernels(Residency& residency, int multiprocessors, bool averages) {
   for (const StorageType type : kStorageTypes) {
     for (const StorageType state_type : {type, StorageType::kFloat32}) {
       for (const bool strided : {false, true}) {
-        if (strided && kCapacity != kSmallLaunch) continue;
-        load(residency, step_kernel_of<R, kCapacity>(type, state_type, strided), multiprocessors);
+        if ((strided || averages) && kCapacity != kSmallLaunch) continue;
+        load(residency, step_kernel_of<R, kCapacity>(type, state_type, strided, averages),
+             multiprocessors);
       }
     }
   }
@@ -116,8 +120,8 @@ void launch_with(StepKernel<kCapacity> kernel, const Residency& residency, Strea
 template <typename R, int kCapacity>
 void launch_step_of(const Residency& residency, Stream stream, const Launch& launch) {
   launch_with<kCapacity>(
-      step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided), residency,
-      stream, launch);
+      step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided, launch.averages),
+      residency, stream, launch);
 }
 
 template <typename R, int kCapacity>
@@ -148,7 +152,7 @@ StepKernel<kCapacity> norm_kernel_of(StorageType type, bool strided) {
 }
 
 template <int kCapacity>
-void load_norm_kernels(Residency& residency, int multiprocessors) {
+void load_norm_kernels(Residency& residency, int multiprocessors, bool) {
   for (const StorageType type : kStorageTypes) {
     for (const bool strided : {false, true}) {
       if (strided && kCapacity != kSmallLaunch) continue;

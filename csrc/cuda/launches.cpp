@@ -17,6 +17,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
     StorageType type;
     StorageType state_type;
     bool strided;
+    bool averages;
     std::vector<Item> items;
   };
   Launches cut{};
@@ -25,11 +26,11 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
     const bool strided = tensor.layout >= 0;
     const auto fits = [&](const Batch& batch) {
       return batch.type == tensor.type && batch.state_type == tensor.state_type &&
-             batch.strided == strided;
+             batch.strided == strided && batch.averages == tensor.averages;
     };
     auto batch = in_order ? batches.end() : std::find_if(batches.begin(), batches.end(), fits);
     if (batch == batches.end()) {
-      batches.push_back({tensor.type, tensor.state_type, strided, {}});
+      batches.push_back({tensor.type, tensor.state_type, strided, tensor.averages, {}});
       batch = batches.end() - 1;
     }
     batch->items.push_back({&tensor, cut.chunks});
@@ -38,13 +39,15 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
 
   std::set<int32_t> led;  // groups
   for (const Batch& batch : batches) {
-    const size_t capacity = static_cast<size_t>(cuda::launch_capacity(batch.strided));
+    const bool rare = batch.strided || batch.averages;
+    const size_t capacity = static_cast<size_t>(cuda::launch_capacity(rare));
     for (size_t begin = 0; begin < batch.items.size(); begin += capacity) {
       const size_t end = std::min(begin + capacity, batch.items.size());
       cuda::Launch launch{};
       launch.type = batch.type;
       launch.state_type = batch.state_type;
       launch.strided = batch.strided;
+      launch.averages = batch.averages;
       cut.firsts.push_back(cut.tensors.size());
       for (size_t i = begin; i < end; ++i) {
         const TensorRef& tensor = *batch.items[i].tensor;
@@ -57,6 +60,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
         entry.first_square = batch.items[i].first_square;
         entry.group = tensor.group;
         entry.leads_group = tensor.step != nullptr && led.insert(tensor.group).second;
+        entry.ema_type = tensor.ema_type;
         entry.layout = -1;
         if (batch.strided) {
           entry.layout = static_cast<int32_t>(cut.layouts.size());

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "launch.cuh"
@@ -58,15 +59,15 @@ constexpr ClockKernel kClockKernels[] = {
 #undef FASTLR_KERNEL
 };
 
-// What was found out when kernels were loaded, by device and rule, or kNorm. Steps of several
-// optimizers may run at a time.
+// What was found out when kernels were loaded, by device and rule, or kNorm, and whether those with
+// averages. Steps of several optimizers may run at a time.
 constexpr int kNorm = -1;
-std::map<std::pair<int, int>, Residency> residencies;
+std::map<std::tuple<int, int, bool>, Residency> residencies;
 std::mutex residencies_mutex;
 
-const Residency* find_residency(int device, int kernels) {
+const Residency* find_residency(int device, int kernels, bool averages) {
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  const auto found = residencies.find({device, kernels});
+  const auto found = residencies.find({device, kernels, averages});
   return found == residencies.end() ? nullptr : &found->second;
 }
 
@@ -92,22 +93,23 @@ const Kernels& large_kernels([[maybe_unused]] int kernels) {
 #endif
 }
 
-void load_kernels(int kernels, Residency& residency, int multiprocessors) {
-  small_kernels(kernels).load(residency, multiprocessors);
-  if (has_large_arguments()) large_kernels(kernels).load(residency, multiprocessors);
+void load_kernels(int kernels, bool averages, Residency& residency, int multiprocessors) {
+  small_kernels(kernels).load(residency, multiprocessors, averages);
+  if (has_large_arguments()) large_kernels(kernels).load(residency, multiprocessors, averages);
 }
 
 void launch_kernels(int kernels, int device, Stream stream, const Launch& launch) {
   use_device(device);
   const bool is_small = launch.grads.size() <= static_cast<size_t>(kSmallLaunch);
   (is_small ? small_kernels(kernels) : large_kernels(kernels))
-      .launch(*find_residency(device, kernels), stream, launch);
+      .launch(*find_residency(device, kernels, kernels != kNorm && launch.averages), stream,
+              launch);
 }
 
 }  // namespace
 
-int32_t launch_capacity(bool strided) {
-  const int32_t most = has_large_arguments() && !strided ? kLargeLaunch : kSmallLaunch;
+int32_t launch_capacity(bool rare) {
+  const int32_t most = has_large_arguments() && !rare ? kLargeLaunch : kSmallLaunch;
   return capacity_limit == 0 ? most : std::min(capacity_limit, most);
 }
 
@@ -117,8 +119,8 @@ namespace {
 
 // load(residency, multiprocessors): of all kernels that there are of a kind.
 template <typename Load>
-void load_once(int device, int kernels, Load load) {
-  if (find_residency(device, kernels) != nullptr) return;
+void load_once(int device, int kernels, bool averages, Load load) {
+  if (find_residency(device, kernels, averages) != nullptr) return;
   use_device(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
@@ -126,21 +128,21 @@ void load_once(int device, int kernels, Load load) {
   Residency residency;
   load(residency, multiprocessors);
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  residencies.emplace(std::make_pair(device, kernels), std::move(residency));
+  residencies.emplace(std::make_tuple(device, kernels, averages), std::move(residency));
 }
 
 }  // namespace
 
-void preload(int device, const Rule& rule) {
-  load_once(device, rule.index, [&](Residency& residency, int multiprocessors) {
+void preload(int device, const Rule& rule, bool averages) {
+  load_once(device, rule.index, averages, [&](Residency& residency, int multiprocessors) {
     load(residency, kClockKernels[rule.index], multiprocessors);
-    load_kernels(rule.index, residency, multiprocessors);
+    load_kernels(rule.index, averages, residency, multiprocessors);
   });
 }
 
 void preload_norm(int device) {
-  load_once(device, kNorm, [](Residency& residency, int multiprocessors) {
-    load_kernels(kNorm, residency, multiprocessors);
+  load_once(device, kNorm, false, [](Residency& residency, int multiprocessors) {
+    load_kernels(kNorm, false, residency, multiprocessors);
   });
 }
 

@@ -2,6 +2,7 @@
 // the host, and the clocks, which the device itself moves.
 #pragma once
 
+#include "../average.h"
 #include "../schedule.h"
 #include "../step.h"
 #include "../tensors.h"
@@ -20,6 +21,7 @@ struct DeviceTensor {
   int32_t group;
   int32_t layout;       // index of its StridedLayout, or -1
   int32_t leads_group;  // whether its age is what the group's scalars are formed for
+  StorageType ema_type;
 };
 static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");
 
@@ -35,7 +37,7 @@ struct DeviceSchedule {
 
 struct DeviceGroup {
   Options options;
-  DeviceSchedule schedule[kMaxScheduled];  // of the first options
+  DeviceSchedule schedule[kMaxOptions];
 };
 static_assert(std::is_trivially_copyable<DeviceGroup>::value, "uploaded as bytes");
 
@@ -47,7 +49,8 @@ struct GroupClock {
   AnyScalars next;   // for parameters ...
   int64_t age;       // ... of this age
   int64_t next_age;  // for which the next ones are to be formed
-  bool past_end[kMaxScheduled];  // an update was applied after this schedule's end
+  Averaging averaging;
+  bool past_end[kMaxOptions];  // an update was applied after this schedule's end
 };
 static_assert(std::is_trivially_copyable<GroupClock>::value, "uploaded as bytes");
 
@@ -103,11 +106,10 @@ FASTLR_HD int64_t told_apart(int64_t age) {
 }
 
 // Evaluates an option of a group's next update, when its clock is about to move on.
-template <typename R>
 FASTLR_HD void evaluate_option(const DeviceGroup& group, GroupClock& clock, int option,
                                int64_t updates, int64_t samples) {
   double value = group.options.value[option];
-  if (option < R::kScheduled && group.schedule[option].count != 0) {
+  if (group.schedule[option].count != 0) {
     const DeviceSchedule& schedule = group.schedule[option];
     const int64_t before = (schedule.in_samples ? clock.samples : clock.updates) - schedule.start;
     if (updates != 0 && before > schedule.end) clock.past_end[option] = true;

@@ -1,8 +1,9 @@
-// Running averages of gradients and of their squares, and what else rules share.
+// Running averages of squares of gradients, and what else rules share.
 #pragma once
 
 #include <math.h>
 
+#include "../average.h"
 #include "../numeric.h"
 #include "../rule.h"
 #include "../schedule.h"
@@ -28,25 +29,6 @@ FASTLR_HD double root(double x) {
 #else
   return pow(x, 0.5);
 #endif
-}
-
-// The average m moves towards g by the part 1 - decay of the way, as torch.lerp moves: from the end
-// that is nearer.
-template <typename T>
-struct Average {
-  T part;  // of the way from m to g, negative: from g to m
-  Mask<T> from_start;
-
-  FASTLR_HD_MEMBER T moved(T m, T g) const {
-    return fused_multiply_add(g - m, part, select(from_start, m, g));
-  }
-};
-
-template <typename T>
-FASTLR_HD Average<T> average(double decay) {
-  const T part = static_cast<T>(1.0 - decay);
-  const bool from_start = part < T(0.5);
-  return {from_start ? part : part - T(1), mask_of<T>(from_start)};
 }
 
 // The average of squares: v * decay + (1 - decay) * g * g.

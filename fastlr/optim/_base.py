@@ -15,10 +15,13 @@ from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, index
 from fastlr._runtime import Runtime
+from fastlr.optim._averages import Averages
 from fastlr.optim._checkpoint import Loaded, pack, unpack
 from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
     OF_ALL_GROUPS,
+    STAGE_DEFAULTS,
+    STATE_DTYPES,
     Clock,
     RuleOptions,
     check_step_options,
@@ -34,7 +37,7 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable
 Driver: TypeAlias = float | Schedule | None
 
 
-class FusedOptimizer(GradNorm, torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
@@ -70,6 +73,7 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
         self.max_grad_norm = options.get("max_grad_norm")
         self.nonfinite = options.get("nonfinite", "skip")
         self._make_plan()
+        defaults |= {name: options.get(name, value) for name, value in STAGE_DEFAULTS.items()}
         for option in self._options.scheduled:
             defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
         defaults |= {**self._fixed, "updates": 0, "samples": 0, "fresh": False}
@@ -78,6 +82,7 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
         if not isinstance(params, torch.Tensor):
             params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
+        self._check_warmup()
 
     def _make_plan(self) -> None:
         self._plan = _core.Plan(self._rule, Runtime(), self._other_names)
@@ -96,19 +101,19 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: one of them has a wrong type or is out of range.
         """
-        dtype = checked_state_dtype(where, group["state_dtype"])
-        return {**self._options.checked(group, where), "state_dtype": dtype}
+        dtypes = {name: checked_state_dtype(where, group[name], name) for name in STATE_DTYPES}
+        return {**self._options.checked(group, where), **dtypes}
 
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         """A file's group, completed by the optimizer's own, in this class's form and checked."""
         group = {**group, **self._fixed}
-        if group["state_dtype"] == "float32":
-            group["state_dtype"] = torch.float32
+        group |= {name: torch.float32 for name in STATE_DTYPES if group[name] == "float32"}
         return {**group, **self._checked(group, where)}
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Adds what the group of an optimizer that an older version pickled does not have."""
-        group.setdefault("state_dtype", None)
+        for name, value in {"state_dtype": None, **STAGE_DEFAULTS}.items():
+            group.setdefault(name, value)
         for option in self._options.scheduled:
             group.setdefault(f"{option.name}_schedule", None)
             group.setdefault(f"{option.name}_start", 0)
@@ -383,6 +388,8 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
 
     def _step_once(self, closure: Callable[[], float] | None) -> float | None:
+        if self._holds_averages:
+            self._refuse_step()
         if not self.state and self._only_initializes_state():
             return None
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so
@@ -542,7 +549,7 @@ class FusedOptimizer(GradNorm, torch.optim.Optimizer):
             for group in groups:
                 for p in group["params"]:
                     if p in self.state:
-                        loaded[p] = self._rule_state.into(self.state[p], loaded.get(p, {}), group)
+                        loaded[p] = self._rule_state.into(p, self.state[p], loaded.get(p, {}), group)
         for p, entry in loaded.items():
             state["state"].setdefault(p, {}).update(entry)
         super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new

@@ -63,7 +63,7 @@ def unpack(
         options, rule_state: its rule's.
         in_own_form: makes a file's group, completed by the optimizer's own, a checked one.
     """
-    _check_form(state_dict, (*rule_state.slots, STEP))
+    _check_form(state_dict, (*rule_state.slots, *rule_state.stage_slots, STEP))
     saved_groups = state_dict["param_groups"]
     sizes = [[len(group["params"]) for group in groups] for groups in (own_groups, saved_groups)]
     if sizes[0] != sizes[1]:
@@ -86,7 +86,8 @@ def unpack(
             if f"{name}_schedule" in saved:
                 owner = saved[f"{name}_schedule"]
                 schedule = None if owner is None else Schedule.from_dict(owner)
-            elif "updates" in saved:  # fastlr's own, of a version in which none could drive this option
+            elif "updates" in saved and (option.tuple or name) in saved:
+                # fastlr's own, of a version in which none could drive this option
                 schedule = None
             else:
                 schedule = own[f"{name}_schedule"]

@@ -38,14 +38,14 @@ class RuleOptions:
     """The options of a rule, as groups hold them. What they are called and where they lie the rule knows.
 
     Attributes:
-        all: in the rule's order.
-        scheduled: those that a schedule can drive, which come first.
+        all: the rule's own in its order, then those of stages, which every rule has.
+        scheduled: those that a schedule can drive.
     """
 
     def __init__(self, plan: _core.Plan) -> None:
         self._plan = plan
         self.all = plan.options()
-        self.scheduled = plan.scheduled()
+        self.scheduled = [option for option in self.all if option.scheduled]
         self._sizes: dict[str, int] = {}  # of the tuples
         for option in self.all:
             if option.tuple is not None:
@@ -96,9 +96,14 @@ class RuleOptions:
         """
         values: dict[str, Any] = {}
         for option in self.all:
-            convert = flag if option.flag else number
-            values[option.name] = convert(f"{option.name}{where}", self.value(group, option, where))
-        self._plan.check([float(value) for value in values.values()], where)
+            name, value = f"{option.name}{where}", self.value(group, option, where)
+            if option.flag:
+                values[option.name] = flag(name, value)
+            elif not option.may_be_none:
+                values[option.name] = number(name, value)
+            else:
+                values[option.name] = None if value is None else number(name, value, "a number or None")
+        self._plan.check(list(values.values()), where)
         return self._in_group(values)
 
     def _in_group(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +121,15 @@ class RuleOptions:
         changed = dict(group)
         for option in self.all:
             if (option.tuple or option.name) in group:  # somebody may have taken one out
-                value = (bool if option.flag else float)(self.value(changed, option))
-                changed |= self.entry(changed, option, value)
+                value = self.value(changed, option)
+                if value is not None:
+                    changed |= self.entry(changed, option, (bool if option.flag else float)(value))
         return changed
 
-    def numbers(self, group: Mapping[str, Any]) -> list[float]:
+    def numbers(self, group: Mapping[str, Any]) -> list[float | None]:
         """A checked group's hyperparameters, in the order of the options."""
-        return [float(self.value(group, option)) for option in self.all]
+        values = [self.value(group, option) for option in self.all]
+        return [None if value is None else float(value) for value in values]
 
     def without_tensors(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a group's numbers that are tensors of one, as torch's rates may be, as numbers."""
@@ -138,6 +145,8 @@ class RuleOptions:
     ) -> dict[str, Any]:
         """A group's entries for an option that is a number, or a schedule with its zero."""
         name = option.name
+        if value is None and option.may_be_none:
+            return {**self.entry(group, option, None), f"{name}_schedule": None, f"{name}_start": 0}
         if not isinstance(value, Schedule):
             remedy = ""
             if isinstance(value, torch.Tensor):
@@ -145,7 +154,12 @@ class RuleOptions:
             elif hasattr(value, "triangular2"):  # a range test's result
                 reason = getattr(value, "reason", None)
                 remedy = f", which gives no bounds: {reason}" if reason else "; pass its triangular2(...)"
-            fixed = number(f"{name}{where}", value, "a number or a fastlr schedule", remedy)
+            expected = (
+                "a number, a fastlr schedule or None"
+                if option.may_be_none
+                else ("a number or a fastlr schedule")
+            )
+            fixed = number(f"{name}{where}", value, expected, remedy)
             return {
                 **self.entry(group, option, fixed),
                 f"{name}_schedule": None,
@@ -184,7 +198,7 @@ def checked_state_dtype(where: str, value: object, name: str = "state_dtype") ->
     return torch.float32 if value is not None else None
 
 
-class StepOptions(TypedDict, total=False):
+class OptionsOfAllGroups(TypedDict, total=False):
     """What every optimizer takes besides its rule's options, for all groups at once.
 
     Args:
@@ -195,6 +209,29 @@ class StepOptions(TypedDict, total=False):
 
     max_grad_norm: float | None
     nonfinite: Literal["skip", "raise"]
+
+
+class StageOptions(TypedDict, total=False):
+    """What every optimizer takes for its groups besides its rule's options.
+
+    Args:
+        ema_decay: keeps an average of each parameter in ``state[p]["ema"]``: in [0, 1), or a schedule; None:
+            none is kept. See :meth:`FusedOptimizer.averaged_weights`.
+        ema_warmup: let the decay grow from 0.1: ``min(ema_decay, (1 + t) / (10 + t))`` after t updates.
+        ema_dtype: ``torch.float32`` keeps the averages of half parameters in float32, which wider ones do in
+            their own type; None keeps all in their parameter's type.
+    """
+
+    ema_decay: float | Schedule | None
+    ema_warmup: bool
+    ema_dtype: torch.dtype | None
+
+
+STAGE_DEFAULTS: StageOptions = {"ema_decay": None, "ema_warmup": False, "ema_dtype": torch.float32}
+
+
+class StepOptions(OptionsOfAllGroups, StageOptions, total=False):
+    """Both."""
 
 
 class TorchOptions(StepOptions, total=False):
@@ -210,7 +247,8 @@ class TorchOptions(StepOptions, total=False):
     differentiable: bool | None
 
 
-OF_ALL_GROUPS = tuple(StepOptions.__annotations__)
+OF_ALL_GROUPS = tuple(OptionsOfAllGroups.__annotations__)
+STATE_DTYPES = ("state_dtype", "ema_dtype")
 
 
 # What each may not be, and why.
@@ -225,7 +263,7 @@ _REFUSED_OPTIONS = {
 def check_step_options(options: Mapping[str, Any], made: str) -> None:
     """Raises for what no optimizer takes, and for what a step cannot do."""
     for name, value in options.items():
-        if name in OF_ALL_GROUPS:
+        if name in OF_ALL_GROUPS or name in STAGE_DEFAULTS:
             continue
         if name not in _REFUSED_OPTIONS:
             raise TypeError(f"{made} got an unexpected keyword argument {name!r}")

@@ -29,6 +29,7 @@ class RuleState:
 
     Attributes:
         slots: names of its tensors that are as large as the parameter.
+        stage_slots: the same of what stages keep beside the rule.
         counts_steps: whether torch's optimizer of this rule has a ``step``.
     """
 
@@ -36,6 +37,7 @@ class RuleState:
         self._plan = plan
         self._options = options
         self.slots = plan.slots()
+        self.stage_slots = plan.stage_slots()
         self._strange = plan.slots_of_other_rules()
         self.counts_steps = plan.counts_steps()
         self._starts_with_state = plan.starts_with_state()
@@ -44,8 +46,14 @@ class RuleState:
         """The state of a parameter that was never updated."""
         values = self._options.numbers(group)
         live = self._plan.live_slots(values)
-        state = {name: Runtime.new_state(parameter, group["state_dtype"]) for name in live}
+        state = {
+            name: Runtime.new_state(parameter, group["state_dtype"]) for name in live if name in self.slots
+        }
         Runtime.fill(list(state.values()), self._plan.initial_state(values))
+        for name in live:
+            if name in self.stage_slots:
+                state[name] = Runtime.new_average(parameter, group["ema_dtype"])
+                Runtime.copy([state[name]], [parameter])
         if self.counts_steps:
             state[STEP] = Runtime.new_step(parameter)
             Runtime.fill([state[STEP]], 0)
@@ -59,12 +67,16 @@ class RuleState:
         PyTorch would cast them to their parameters' type, which loses what float32 state holds.
         """
         loaded: dict[str, torch.Tensor] = {}
-        for name in self.slots:
+        of_stages: dict[str, torch.Tensor] = {}
+        for name in (*self.slots, *self.stage_slots):
             found = entry.pop(name, None)
             if found is None:
                 continue
             _check_slot(f"the file's {name} {key}", found, parameter)
-            loaded[name] = Runtime.new_state(parameter, group["state_dtype"]).copy_(found)
+            if name in self.stage_slots:
+                of_stages[name] = Runtime.new_average(parameter, group["ema_dtype"]).copy_(found)
+            else:
+                loaded[name] = Runtime.new_state(parameter, group["state_dtype"]).copy_(found)
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
             loaded[STEP] = Runtime.new_step(parameter).fill_(_age(f"the file's step {key}", step))
@@ -87,10 +99,14 @@ class RuleState:
                 f"the file's state of parameter {key} has {', '.join(loaded)}, but no {lost[0]}; it may be "
                 "of another kind of optimizer"
             )
-        return loaded
+        return {**loaded, **of_stages}
 
     def into(
-        self, present: dict[str, Any], loaded: dict[str, torch.Tensor], group: dict[str, Any]
+        self,
+        parameter: torch.Tensor,
+        present: dict[str, Any],
+        loaded: dict[str, torch.Tensor],
+        group: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
         """Copies loaded state into the tensors that there are, for CUDA graphs that know their addresses.
 
@@ -99,12 +115,16 @@ class RuleState:
         """
         kept = dict(loaded)
         fill = self._plan.initial_state(self._options.numbers(group))
-        age = 1.0 if loaded and not self.counts_steps else 0.0
-        for name in (*self.slots, STEP):
+        has_begun = any(name in loaded for name in self.slots)
+        age = 1.0 if has_begun and not self.counts_steps else 0.0
+        for name in (*self.slots, *self.stage_slots, STEP):
             tensor, new = present.get(name), loaded.get(name)
             if not isinstance(tensor, torch.Tensor):
                 continue
-            if new is None:
+            if new is None and name in self.stage_slots:
+                Runtime.copy([tensor], [parameter])
+                kept[name] = tensor
+            elif new is None:
                 Runtime.fill([tensor], age if name == STEP else fill)
                 kept[name] = tensor
             elif _same_layout(tensor, new):
@@ -132,7 +152,8 @@ class RuleState:
         if self._starts_with_state:
             for key, parameter in parameters.items():
                 if not state.get(key):
-                    state[key] = self.new(parameter, group)
+                    made = self.new(parameter, group)
+                    state[key] = {name: made[name] for name in made if name not in self.stage_slots}
         if self.counts_steps:
             return
         entries = {key: state[key] for key in parameters if key in state and STEP in state[key]}

@@ -111,7 +111,7 @@ struct Group {
   // The slots that are live at some clock.
   uint32_t slots(const Reference& reference) const {
     Values ever = options;
-    for (const auto& entry : driven) ever[entry.first] = 1.0;
+    for (const auto& entry : driven) ever[entry.first] = 0.5;
     return live_slots(reference, ever);
   }
   Values now() const {
@@ -141,7 +141,8 @@ inline std::vector<Group> make_groups(const Rule& rule, const Reference& referen
   groups[4].drive("lr", tabulated({0.1, 0.05, 0.025}));                       // which ends
   groups[5].drive("lr", line_of_samples(0.1, 0.01, 300));
   // The rule's others: cycled, and through zero to an end.
-  for (int k = 1; k < rule.scheduled; ++k) {
+  for (int k = 1; k < rule.options; ++k) {
+    if (!rule.option[k].scheduled) continue;
     const std::string option = rule.option[k].name;
     groups[2].drive(option, cycle(0.95, 0.85, 2, 2, Decay::kNone), 997);
     groups[4].drive(option, tabulated({0.0, 0.5, 0.0, 0.9}));

@@ -60,6 +60,7 @@ class Optimizer {
         cases_(std::move(cases)),
         groups_(make_groups(rule_, reference_)) {
     cuda::preload(device_, rule_);
+    cuda::preload(device_, rule_, true);
     cuda::preload_norm(device_);
     std::vector<TensorRef> tensors;
     std::vector<StridedLayout> layouts;
@@ -68,7 +69,7 @@ class Optimizer {
     for (const auto& c : cases_) {
       const uint32_t slots = groups_[c->group].slots(reference_);
       tensors.push_back(c->ref(slots, layouts));
-      if (slots != 0) tensors.back().step = ages_->data() + ages.size();
+      if ((slots & kRuleSlots) != 0) tensors.back().step = ages_->data() + ages.size();
       ages.push_back(static_cast<float>(c->age));
     }
     ages_->upload(device_, ages);
@@ -169,7 +170,8 @@ class Optimizer {
     if (norm_first()) factor *= std::min(max_norm_ / (std::sqrt(squared_norm_) + 1e-6), 1.0);
     for (const auto& c : cases_) {
       const int64_t age = c->age;
-      c->expect_update(groups_[c->group].now(), factor);
+      const Group& group = groups_[c->group];
+      c->expect_update(group.now(), factor, group.updates);
       if (c.get() == leaders_[c->group] && c->age != age) groups_[c->group].age = c->age;
     }
     for (Group& group : groups_) group.move(1, 0);
@@ -242,7 +244,8 @@ class Optimizer {
     }
     for (const auto& c : cases_) {
       const bool has_leader = leaders_[c->group] != nullptr;
-      CHECK(has_leader == (groups_[c->group].slots(reference_) != 0), "group %d", c->group);
+      const uint32_t slots = groups_[c->group].slots(reference_) & kRuleSlots;
+      CHECK(has_leader == (slots != 0), "group %d", c->group);
     }
   }
 
@@ -306,7 +309,7 @@ class Optimizer {
     for (const Group& group : groups_) {
       DeviceGroup entry{in_order(rule_, group.options), {}};
       for (const auto& [option, schedule] : group.driven) {
-        for (int k = 0; k < rule_.scheduled; ++k) {
+        for (int k = 0; k < rule_.options; ++k) {
           if (option == rule_.option[k].name) entry.schedule[k] = place(schedule);
         }
       }

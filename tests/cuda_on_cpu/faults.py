@@ -36,6 +36,7 @@ LAUNCH = "cuda/launch.cuh"
 LAUNCHES = "cuda/launches.cpp"
 TABLES = "cuda/tables.h"
 STEP = "step.h"
+AVERAGE = "average.h"
 DEVICE_PLAN = "cuda/device_plan.cpp"
 DEVICE_MEMORY = "cuda/device_memory.cpp"
 GATHER = "gather.cpp"
@@ -286,7 +287,11 @@ FAULTS = {
         "adam",
     ),
     "schedules of the first two options only": Fault(
-        TABLES, "if (option < R::kScheduled &&", "if (option < 2 &&", *TENSORS, "adam"
+        TABLES,
+        "if (group.schedule[option].count != 0)",
+        "if (option < 2 && group.schedule[option].count != 0)",
+        *TENSORS,
+        "adam",
     ),
     "options formed by one block's width only": Fault(
         KERNELS,
@@ -352,7 +357,7 @@ FAULTS = {
         "lion",
     ),
     "averages always from their start": Fault(
-        "rules/moments.h",
+        AVERAGE,
         "const bool from_start = part < T(0.5);",
         "const bool from_start = true;",
         *TENSORS,
@@ -420,6 +425,42 @@ FAULTS = {
     ),
     "norm of the step before where there are no tensors": Fault(
         LAUNCHER, "    clocks.state->squared_norm = amp.applied ? 0.0 : NAN;\n", "", *STATE
+    ),
+    # The parameters' averages.
+    "average of the parameter that is not rounded": Fault(
+        KERNELS,
+        "averaged.moved(averages[e], load(p_values[e]))",
+        "averaged.moved(averages[e], value)",
+        *TENSORS,
+    ),
+    "averages not written back": Fault(
+        KERNELS, "    if constexpr (kAverages) store_vector(averaged.at + i, averages);\n", "", *TENSORS
+    ),
+    "averages beside vectors stay": Fault(KERNELS, "    move_average(averaged, i, p[i]);\n", "", *TENSORS),
+    "averages of every chunk in the first one's place": Fault(
+        KERNELS, "        if constexpr (kAverages) averaged.at += begin;\n", "", *TENSORS
+    ),
+    "vectors whatever the average's alignment": Fault(
+        KERNELS,
+        "  if constexpr (kAverages) all_aligned = all_aligned && aligned(averaged.at + head);\n",
+        "",
+        *UNDEFINED,
+    ),
+    "strided averages by the parameter's strides": Fault(
+        KERNELS, "index * layout.slot[kEmaSlot][d]", "index * layout.param[d]", *ADDRESS
+    ),
+    "averages of halves all taken for float32": Fault(
+        KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *ADDRESS
+    ),
+    "averages told to launches without": Fault(
+        LAUNCHES, "batch.averages == tensor.averages", "true", *TENSORS
+    ),
+    "averages warmed up by the update after": Fault(
+        KERNELS, "kEmaWarmup] != 0.0, clock.updates)", "kEmaWarmup] != 0.0, clock.updates + 1)", *TENSORS
+    ),
+    "averages not warmed up": Fault(AVERAGE, "if (warms_up && ", "if (false && ", *TENSORS),
+    "kernels with averages not loaded": Fault(
+        DEVICE_PLAN, "  if (averages) cuda::preload(scope.device(), rule_, true);\n", "", *TEST
     ),
     # What the device holds for an optimizer.
     "the same schedule begins where it began before": Fault(

@@ -65,7 +65,7 @@ std::vector<Leads> misalignments() {
       for (int64_t m = 0; m < kM; ++m) {
         const bool telling = (g == p || g == (kP - p) % kP || g == p + 1) &&
                              (m == p % kM || m == (p + 1) % kM || kM < kP);
-        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, {m, m, m}});
+        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, {m, m, m, m}});
       }
     }
   }
@@ -94,7 +94,7 @@ Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
       if (!is_first(reference) && near != kChunkElements + 1) continue;
       const int64_t same = lead();
       add(flat(near), Leads::same(same));
-      if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead()}});
+      if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead(), lead()}});
     }
     for (const Leads& leads : misalignments<P, M>())
       if (!few || random() % 16 == 0) add(flat(1 + static_cast<int64_t>(random() % 70)), leads);
@@ -103,11 +103,16 @@ Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
       leads.slot[k] = 1;
       add(flat(33), leads);
     }
+    for (int i = 0; i < 4; ++i) {  // of the average alone, of random groups
+      Leads leads = Leads::same(0);
+      leads.slot[kEmaSlot] = 1;
+      add(flat(33), leads);
+    }
     for (const Geometry& geometry : geometries()) {
       if (geometry.strides.empty() ||
           (elements(geometry) > 1000 && (few || type != StorageType::kFloat32)))
         continue;
-      add(geometry, {lead(), lead(), {lead(), lead(), lead()}});
+      add(geometry, {lead(), lead(), {lead(), lead(), lead(), lead()}});
     }
   });
   std::shuffle(cases.begin(), cases.end(), random);
@@ -128,18 +133,31 @@ Cases some_cases(const Reference& reference, std::mt19937& random) {
   return cases;
 }
 
-// `count` tensors of one storage type. Most are empty, as these cost no time; those beside the
-// boundaries of launches are not.
+// Those of the groups that have averages, or have none.
+std::vector<int> groups_with(const Reference& reference, bool averages) {
+  const std::vector<Group> groups = make_groups(*find_rule(reference.rule), reference);
+  std::vector<int> found;
+  for (unsigned i = 0; i < kGroupsOfTensors; ++i) {
+    if (is_live(groups[i].slots(reference), kEmaSlot) == averages)
+      found.push_back(static_cast<int>(i));
+  }
+  return found;
+}
+
+// `count` tensors of one storage type, with averages or without. Most are empty, as these cost no
+// time; those beside the boundaries of launches are not.
 template <typename P, typename M>
 void add_many(const Reference& reference, Cases& cases, size_t count, StorageType type,
-              StorageType state_type, std::mt19937& random) {
+              StorageType state_type, bool averages, std::mt19937& random) {
   Maker maker{reference, cases, random};
-  const size_t capacity = static_cast<size_t>(cuda::launch_capacity(false));
+  const size_t capacity = static_cast<size_t>(cuda::launch_capacity(averages));
+  const std::vector<int> groups = groups_with(reference, averages);
   for (size_t i = 0; i < count; ++i) {
     const size_t at = i % capacity;
     const bool beside = at <= 1 || at + 2 >= capacity || i + 2 >= count;
     const int64_t n = beside ? 5 : random() % 50 == 0 ? 40 : 0;
     maker.add<P, M>(flat(n), type, state_type, Leads::same(0));
+    cases.back()->group = groups[random() % groups.size()];
   }
 }
 
@@ -147,7 +165,10 @@ void preload_all(const std::vector<const Reference*>& rules) {
   emulator::set_device_count(kDevices);
   for (int device = 0; device < kDevices; ++device) {
     emulator::set_seed(static_cast<uint64_t>(device));
-    for (const Reference* reference : rules) cuda::preload(device, *find_rule(reference->rule));
+    for (const Reference* reference : rules) {
+      for (const bool averages : {false, true})
+        cuda::preload(device, *find_rule(reference->rule), averages);
+    }
   }
 }
 
@@ -166,7 +187,7 @@ void check_capture(const Reference& reference) {
   // Enough for kernels with large arguments.
   for_each_pair([&](StorageType type, StorageType state_type, auto p, auto m) {
     if (!is_first(reference) && type != StorageType::kFloat32) return;
-    add_many<decltype(p), decltype(m)>(reference, cases, kSmallLaunch + 10, type, state_type,
+    add_many<decltype(p), decltype(m)>(reference, cases, kSmallLaunch + 10, type, state_type, false,
                                        random);
   });
   Optimizer large(0, reference, std::move(cases)),
@@ -308,24 +329,26 @@ void check_launch_boundaries(const Reference& reference) {
   struct Boundary {
     int driver, limit;
     size_t tensors, launches;
+    bool averages = false;
   };
   const std::vector<Boundary> boundaries{
       {12000, 0, 480, 1}, {12000, 0, 481, 2},  {12000, 0, 961, 3},  {12010, 0, 480, 1},
       {12010, 0, 481, 1}, {12010, 0, 3900, 1}, {12010, 0, 3901, 2}, {12010, 5, 4, 1},
-      {12010, 5, 5, 1},   {12010, 5, 6, 2},    {12010, 5, 23, 5},
+      {12010, 5, 5, 1},   {12010, 5, 6, 2},    {12010, 5, 23, 5},   {12010, 0, 481, 2, true},
   };
   std::mt19937 random(4);
   for (const Boundary& boundary : boundaries) {
     if (kFew && boundary.tensors != 481 && boundary.limit != 5) continue;
     emulator::set_driver_version(boundary.driver);
     cuda::limit_launch_capacity(boundary.limit);
-    const bool large = boundary.driver >= 12010 && boundary.limit == 0;
+    const bool large = boundary.driver >= 12010 && boundary.limit == 0 && !boundary.averages;
     const int32_t most = boundary.limit != 0 ? boundary.limit : large ? kLargeLaunch : kSmallLaunch;
-    CHECK(cuda::launch_capacity(false) == most, "%d", cuda::launch_capacity(false));
+    const int32_t capacity = cuda::launch_capacity(boundary.averages);
+    CHECK(capacity == most, "%d", capacity);
     CHECK(cuda::launch_capacity(true) <= kSmallLaunch, "%d", cuda::launch_capacity(true));
     Cases cases;
     add_many<float, float>(reference, cases, boundary.tensors, StorageType::kFloat32,
-                           StorageType::kFloat32, random);
+                           StorageType::kFloat32, boundary.averages, random);
     Optimizer optimizer(static_cast<int>(boundary.tensors) % kDevices, reference, std::move(cases));
     CHECK(optimizer.launches() == boundary.launches, "%zu tensors take %zu launches",
           boundary.tensors, optimizer.launches());

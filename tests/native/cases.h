@@ -85,7 +85,7 @@ struct Leads {
   int64_t param, grad;
   int64_t slot[kMaxSlots];
 
-  static Leads same(int64_t lead) { return {lead, lead, {lead, lead, lead}}; }
+  static Leads same(int64_t lead) { return {lead, lead, {lead, lead, lead, lead}}; }
 };
 
 // A shape; strides of parameter, gradient and the first slot (none: all dense in row-major order).
@@ -116,6 +116,8 @@ inline std::vector<std::vector<int64_t>> all_strides(const Geometry& geometry) {
   std::reverse(all.back().begin(), all.back().end());
   all.push_back(packed(shape));
   for (int64_t& stride : all.back()) stride *= 2;
+  all.push_back(packed(shape));
+  for (int64_t& stride : all.back()) stride *= 3;
   return all;
 }
 
@@ -179,8 +181,8 @@ struct Case {
   virtual double put_in_gradient(double value) = 0;
   // kept: a bit for each slot that there is memory for.
   virtual TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) = 0;
-  // factor: of the gradient.
-  virtual void expect_update(const Values& options, double factor) = 0;
+  // factor: of the gradient. updates: of the group, before this one.
+  virtual void expect_update(const Values& options, double factor, int64_t updates) = 0;
   virtual void check() const = 0;
   int group = 0;
   int64_t age = 0;  // updates that its state has seen
@@ -198,8 +200,11 @@ class TypedCase : public Case {
         type_(type),
         state_type_(state_type),
         in_place_(in_place),
+        narrow_average_(sizeof(P) == 2 && random() % 3 == 0),
         param_(extent(0), leads.param, Holds::kAny, random),
-        grad_(extent(1), leads.grad, Holds::kAny, random) {
+        grad_(extent(1), leads.grad, Holds::kAny, random),
+        average_(extent(2 + kEmaSlot), leads.slot[kEmaSlot], Holds::kAny, random),
+        own_average_(extent(2 + kEmaSlot), leads.slot[kEmaSlot], Holds::kAny, random) {
     for (size_t k = 0; k < reference.slots.size(); ++k)
       slots_.emplace_back(extent(2 + k), leads.slot[k], reference.slots[k].holds, random);
   }
@@ -210,6 +215,13 @@ class TypedCase : public Case {
     ref.grad = in_place_ ? static_cast<const void*>(param_.data()) : grad_.data();
     for (size_t k = 0; k < slots_.size(); ++k)
       ref.slot[k] = is_live(kept, static_cast<int>(k)) ? slots_[k].data() : nullptr;
+    ref.averages = is_live(kept, kEmaSlot);
+    if (ref.averages) {
+      ref.slot[kEmaSlot] =
+          narrow_average_ ? static_cast<void*>(own_average_.data()) : average_.data();
+    }
+    const bool is_wide = sizeof(P) == 2 && !narrow_average_;
+    ref.ema_type = is_wide ? StorageType::kFloat32 : type_;
     ref.age = age;
     ref.numel = numel_;
     ref.group = group;
@@ -230,7 +242,7 @@ class TypedCase : public Case {
     return ref;
   }
 
-  void expect_update(const Values& options, double factor) override {
+  void expect_update(const Values& options, double factor, int64_t updates) override {
     using C = compute_t<P>;
     const Update<C> update = whole_update<C>(reference_, options, age, factor);
     const uint32_t live = live_slots(reference_, options);
@@ -250,8 +262,15 @@ class TypedCase : public Case {
         encode(value, state[k]);
         slots_[k].expect(at(2 + k, i), value);
       }
+      if (!is_live(live, kEmaSlot)) continue;
+      const C stored = decode(new_p);
+      if (narrow_average_) {
+        expect_average(own_average_, at(2 + kEmaSlot, i), options, updates, stored);
+      } else {
+        expect_average(average_, at(2 + kEmaSlot, i), options, updates, stored);
+      }
     }
-    if (live != 0) ++age;
+    if ((live & kRuleSlots) != 0) ++age;
   }
 
   void append_squares(std::vector<double>& sums) const override {
@@ -284,9 +303,20 @@ class TypedCase : public Case {
     param_.check("parameter" + where);
     grad_.check("gradient" + where);
     for (size_t k = 0; k < slots_.size(); ++k) slots_[k].check(reference_.slots[k].name + where);
+    average_.check("average" + where);
+    own_average_.check("average of the parameter's type" + where);
   }
 
  private:
+  template <typename E>
+  static void expect_average(Memory<E>& averages, int64_t place, const Values& options,
+                             int64_t updates, compute_t<P> param) {
+    E value;
+    encode(value,
+           averaged<compute_t<P>>(options, updates, decode(averages.before()[place]), param));
+    averages.expect(place, value);
+  }
+
   // Where the i-th element, in row-major order, of parameter (0), gradient (1) or a slot lies.
   int64_t at(size_t which, int64_t i) const {
     if (strides_.empty()) return i;
@@ -302,8 +332,11 @@ class TypedCase : public Case {
   int64_t numel_;
   std::vector<std::vector<int64_t>> strides_;
   StorageType type_, state_type_;
-  bool in_place_;  // the gradient is the parameter
+  bool in_place_;        // the gradient is the parameter
+  bool narrow_average_;  // the average is stored as the parameter is
   Memory<P> param_, grad_;
+  Memory<compute_t<P>> average_;
+  Memory<P> own_average_;
   std::vector<Memory<M>> slots_;
 };
 

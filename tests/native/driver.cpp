@@ -77,7 +77,8 @@ void step_std(const HostStep& step, int threads, std::vector<double>& sums) {
         for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
           const int64_t end = std::min(begin + kChunkElements, share.end);
           double lanes[kLanes] = {};
-          kernel(tensor, layout, scalars, begin, end, sums.empty() ? nullptr : lanes);
+          kernel(tensor, layout, scalars, step.averaging_of(tensor), begin, end,
+                 sums.empty() ? nullptr : lanes);
           if (sums.empty()) continue;
           sums[first_chunks[share.tensor] + begin / kChunkElements] =
               sum_of_lanes(lanes, end - begin);
@@ -137,7 +138,13 @@ void check_steps(const Reference& reference, const std::vector<Geometry>& geomet
       }
       scalars_of.push_back(at->second);
     }
-    const HostStep step{*rule, tensors, layouts, scalars, scalars_of};
+    const int64_t updates = threads;  // before this one: any number
+    std::vector<Averaging> averages;
+    for (const Values& options : reference.options) {
+      averages.push_back(
+          averaging(options.at("ema_decay"), options.at("ema_warmup") != 0.0, updates));
+    }
+    const HostStep step{*rule, tensors, layouts, scalars, scalars_of, averages};
     std::vector<double> sums;
     for (const auto& c : cases) c->append_squares(sums);
     const double expected = sum_in_lanes(sums);
@@ -155,7 +162,7 @@ void check_steps(const Reference& reference, const std::vector<Geometry>& geomet
     }
     CHECK(found == expected, "%d threads: %a, not %a", threads, found, expected);
     for (const auto& c : cases) {
-      c->expect_update(reference.options[static_cast<size_t>(c->group)], inverse_scale);
+      c->expect_update(reference.options[static_cast<size_t>(c->group)], inverse_scale, updates);
       c->check();
     }
   }

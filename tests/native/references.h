@@ -59,8 +59,11 @@ inline bool is_live(const SlotReference& slot, const Values& values) {
   return slot.option == nullptr || is_set(values, slot.option);
 }
 
+// Whether an average is kept; a decay of 1, at which it would not move, says that none is.
+inline bool keeps_average(const Values& values) { return values.at("ema_decay") < 1; }
+
 inline uint32_t live_slots(const Reference& reference, const Values& values) {
-  uint32_t live = 0;
+  uint32_t live = keeps_average(values) ? 1u << kEmaSlot : 0u;
   for (size_t k = 0; k < reference.slots.size(); ++k)
     live |= is_live(reference.slots[k], values) ? 1u << k : 0u;
   return live;
@@ -83,6 +86,15 @@ template <typename C>
 C lerp(C start, C end, C weight) {
   return weight < C(0.5) ? std::fma(weight, end - start, start)
                          : std::fma(weight - C(1), end - start, end);
+}
+
+// A parameter's average after an update, before which there were so many.
+template <typename C>
+C averaged(const Values& o, int64_t updates, C average, C param) {
+  double decay = o.at("ema_decay");
+  const double t = static_cast<double>(updates);
+  if (is_set(o, "ema_warmup")) decay = std::fmin(decay, (1 + t) / (10 + t));
+  return lerp(average, param, static_cast<C>(1 - decay));
 }
 
 template <typename C>
@@ -188,7 +200,7 @@ Update<C> whole_update(const Reference& reference, const Values& o, int64_t age,
 }
 
 // `eps` is large enough for its place to show. No option makes a NaN of the numbers that the slots
-// are filled with: see Holds.
+// are filled with: see Holds. Of a rule's options two out of three keep averages.
 inline std::vector<Reference> references() {
   const auto named = [](const std::vector<const char*>& names,
                         const std::vector<std::vector<double>>& rows) {
@@ -196,6 +208,9 @@ inline std::vector<Reference> references() {
     for (const std::vector<double>& row : rows) {
       all.emplace_back();
       for (size_t i = 0; i < names.size(); ++i) all.back()[names[i]] = row.at(i);
+      const size_t kind = (all.size() - 1) % 3;
+      all.back()["ema_decay"] = std::vector<double>{1.0, 0.3, 0.9}[kind];
+      all.back()["ema_warmup"] = kind == 2 ? 1 : 0;
     }
     return all;
   };

@@ -1,0 +1,195 @@
+"""The averages of an optimizer's parameters, which its step keeps: how they are read and put to use."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from fastlr._checks import describe
+from fastlr._runtime import Runtime
+
+EMA = "ema"  # in a parameter's state
+
+
+class Averages:
+    """What :class:`FusedOptimizer` has of its parameters' averages."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[torch.Tensor, Any]
+    _holds_averages = False
+
+    def _check_warmup(self) -> None:
+        """Raises ValueError where ``ema_warmup`` warms nothing up."""
+        warms_up = any(group["ema_warmup"] for group in self.param_groups)
+        if warms_up and not self._keeps_averages():
+            raise ValueError(
+                "ema_warmup must be False without ema_decay, got True; give the decay that it grows to, as "
+                "ema_decay=0.9999"
+            )
+
+    def _keeps_averages(self) -> bool:
+        return any(group["ema_decay"] is not None for group in self.param_groups)
+
+    def _refuse_step(self) -> NoReturn:
+        raise RuntimeError(
+            "step() inside averaged_weights() would update averages, which are taken out again at its end; "
+            "call it after the with block"
+        )
+
+    def _averaged(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each parameter that has an average, with it."""
+        if not self._keeps_averages():
+            raise ValueError(
+                f"{type(self).__name__} keeps no averages, as ema_decay is None; give it one, as "
+                "ema_decay=0.9999"
+            )
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [(p, self.state[p][EMA]) for p in parameters if self.state.get(p, {}).get(EMA) is not None]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The parameters are their averages inside a ``with`` block, and themselves again behind it.
+
+        With ``ema_decay`` a step keeps an average of each parameter in ``state[p]["ema"]``, in its own pass
+        over the parameter. Before the first applied update it is the parameter as it then is; after each::
+
+            ema = ema + (1 - decay) * (p - ema)     (ema.lerp_(p, 1 - decay), of complex numbers part by part)
+            decay = min(ema_decay, (1 + t) / (10 + t)) if ema_warmup else ema_decay
+
+        p is the parameter as it is stored, of halves the rounded one. t counts the updates that were applied
+        before, as :meth:`FusedOptimizer.clock` does when the step begins: TensorFlow's
+        ``ExponentialMovingAverage`` takes such a ``num_updates``, and diffusers the same formula one update
+        later. A skipped update changes no average. A parameter without a gradient keeps its own, and whoever
+        begins later starts as it is then, as after loading a file that has no averages.
+
+        Weights are copied out and in again to the bit, also where the block raises. Parameters without an
+        average (in groups without ``ema_decay``, or never updated) stay what they are. Averages in float32 of
+        half parameters are rounded. An average takes 4 bytes an element, of float64 8, and the block as much
+        as the parameters.
+
+        The same elsewhere: ``ModelEmaV3`` of timm and ``AveragedModel`` of ``torch.optim.swa_utils`` are a
+        second model (``get_ema_multi_avg_fn(decay)``; see :meth:`copy_averages_to`), ``EMAModel`` of
+        diffusers has ``store()``, ``copy_to()`` and ``restore()`` for what this block does. Their
+        ``update_parameters()`` or ``step()`` is here the optimizer's step.
+
+        Raises:
+            ValueError: no group has an ``ema_decay``.
+            RuntimeError: a block is open already; or inside it, :meth:`FusedOptimizer.step` is called.
+
+        >>> import fastlr, torch
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> opt = fastlr.FusedSGD([p], lr=1.0, ema_decay=0.75)
+        >>> p.grad = torch.tensor([-4.0, 4.0])
+        >>> opt.step()
+        >>> with opt.averaged_weights():
+        ...     p.tolist()
+        [1.0, -1.0]
+        >>> p.tolist()
+        [4.0, -4.0]
+        """
+        if self._holds_averages:
+            raise RuntimeError("averaged_weights() is open already; its parameters are averages")
+        averaged = self._averaged()
+        parameters = [p for p, _ in averaged]
+        weights = [p.detach().clone() for p in parameters]
+        try:
+            self._holds_averages = True
+            Runtime.copy(parameters, [average for _, average in averaged])
+            yield
+        finally:
+            Runtime.copy(parameters, weights)
+            self._holds_averages = False
+
+    def copy_averages_to(self, model: torch.nn.Module | Iterable[torch.Tensor]) -> None:
+        """Copies the averages into a model's parameters; of those without one, the weights themselves.
+
+        timm and ``torch.optim.swa_utils`` call such a model ``ema.module``; diffusers fills one by
+        ``copy_to(model.parameters())``. Buffers stay as they are: :meth:`averaged_state_dict` has both.
+
+        Args:
+            model: the trained one itself, or another of the same parameters, as ``copy.deepcopy(model)``, of
+                which each takes the one of its name, where the optimizer was given ``named_parameters()``, or
+                else, of a single group, of its place.
+
+        Raises:
+            ValueError: no group has an ``ema_decay``, or it cannot be told which parameter is which.
+
+        >>> import copy, fastlr, torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = fastlr.FusedSGD(model.named_parameters(), lr=0.1, ema_decay=0.99)
+        >>> averaged = copy.deepcopy(model).eval()
+        >>> opt.copy_averages_to(averaged)
+        """
+        trained = [p for group in self.param_groups for p in group["params"]]
+        matched = self._matched(model, trained)
+        averages = dict(self._averaged())
+        pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
+        Runtime.copy([to for to, _ in pairs], [value.detach() for _, value in pairs])
+
+    def _matched(
+        self, model: torch.nn.Module | Iterable[torch.Tensor], trained: list[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A model's parameters, each with the optimizer's that it is or is like."""
+        by_name = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+        given: Any = model.parameters() if isinstance(model, torch.nn.Module) else model
+        theirs = list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(p, torch.Tensor) for p in theirs):
+            raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
+        known = set(trained)
+        if own := [p for p in theirs if p in known]:
+            return [(p, p) for p in own]
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if names and by_name:
+            if missing := [name for name in names if name not in by_name]:
+                raise ValueError(f"the model has no parameter {missing[0]}, which the optimizer averages")
+            pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
+                (by_name[name], p) for name, p in zip(names, trained, strict=True)
+            ]
+        elif len(self.param_groups) > 1:
+            raise ValueError(
+                f"which of the model's parameters is which of the {len(self.param_groups)} groups' cannot be "
+                "told; make the optimizer from named parameters, or copy the model inside averaged_weights()"
+            )
+        elif len(theirs) != len(trained):
+            raise ValueError(f"the model has {len(theirs)} parameters, and the optimizer {len(trained)}")
+        else:
+            pairs = list(zip(theirs, trained, strict=True))
+        for place, (to, p) in enumerate(pairs):
+            if to.shape != p.shape:
+                raise ValueError(
+                    f"parameter {place} has shape {tuple(to.shape)} in the model and {tuple(p.shape)} in the "
+                    "optimizer; give it a model like the one that is trained"
+                )
+        return pairs
+
+    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The trained model's ``state_dict()`` with the averages in place of its parameters; a copy.
+
+        Buffers are the model's own, as with diffusers, timm's ``exclude_buffers`` and ``AveragedModel``'s
+        ``use_buffers=False``. For BatchNorm, whose statistics then are those of the weights and not of their
+        averages, load it into a copy of the model and let ``torch.optim.swa_utils.update_bn(loader, copy)``
+        measure them anew.
+
+        Args:
+            model: whose parameters the optimizer updates.
+
+        Raises:
+            ValueError: no group has an ``ema_decay``, or the model has none of the optimizer's parameters.
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+        trained = {p for group in self.param_groups for p in group["params"]}
+        if not trained.intersection(model.parameters()):
+            raise ValueError(
+                "the model has none of the optimizer's parameters; give it the one that is trained"
+            )
+        with self.averaged_weights():
+            state = model.state_dict()
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = value.detach().clone()
+        return state
