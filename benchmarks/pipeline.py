@@ -64,15 +64,6 @@ CONTENDERS = ("fastlr", TORCHS_SCALER, "torch fused", "torch foreach", COMPILED)
 Parameters = list[torch.nn.Parameter]
 
 
-def takes_average() -> bool:
-    """Whether fastlr's optimizers keep an average of the weights."""
-    try:
-        fastlr.FusedSGD([torch.zeros(1)], ema_decay=EMA_DECAY)  # type: ignore[call-arg]
-    except TypeError:
-        return False
-    return True
-
-
 def make_scaler(kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
     """Whose scale stays as it is."""
     scaler = kind("cpu", init_scale=SCALE, growth_interval=2**31 - 1)
@@ -269,14 +260,9 @@ def main() -> None:
 
     machine = {"processor": processor(), "torch": torch.__version__, "fastlr": fastlr.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    cases = arguments.cases
-    if not takes_average():
-        skipped = [case for case in cases if "average" in CASES[case]]
-        cases = [case for case in cases if case not in skipped]
-        print(f"skipped, as fastlr's optimizers do not take ema_decay: {'; '.join(skipped) or 'none'}")
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for rule, threads, case in itertools.product(arguments.rules, arguments.threads, cases):
+        for rule, threads, case in itertools.product(arguments.rules, arguments.threads, arguments.cases):
             print(f"\n{rule}, {case}, {threads} thread(s); microseconds, and times fastlr's")
             heads = " ".join(f"{name:>22}" for name in CONTENDERS[1:])
             print(f"{'':20} {'fastlr':>12} {heads}     limit")
