@@ -439,19 +439,12 @@ FAULTS = {
         KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *UNDEFINED
     ),
     "averages told to launches without": Fault(
-        LAUNCHES, "batch.averages == tensor.averages", "true", *ADDRESS
+        LAUNCHES, "batch.averages == tensor.averages", "true", *UNDEFINED
     ),
     "averages warmed up by the update after": Fault(
         KERNELS, "kEmaWarmup] != 0.0, clock.updates)", "kEmaWarmup] != 0.0, clock.updates + 1)", *TENSORS
     ),
     "averages not warmed up": Fault(AVERAGE, "if (warms_up && ", "if (false && ", *TENSORS),
-    "kernels with averages not loaded": Fault(
-        DEVICE_PLAN,
-        "  if (averages) cuda::preload(scope.device(), rule_, true);\n",
-        "",
-        *TEST,
-        test="test_averages.py::test_it_is_the_same_launch",
-    ),
     # What the device holds for an optimizer.
     "the same schedule begins where it began before": Fault(
         DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 0 && driven.start != seen.start[k])", *TEST
