@@ -450,18 +450,15 @@ FAULTS = {
         KERNELS, "index * layout.slot[kEmaSlot][d]", "index * layout.param[d]", *ADDRESS
     ),
     "averages of halves all taken for float32": Fault(
-        KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *ADDRESS
+        KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *UNDEFINED
     ),
     "averages told to launches without": Fault(
-        LAUNCHES, "batch.averages == tensor.averages", "true", *TENSORS
+        LAUNCHES, "batch.averages == tensor.averages", "true", *UNDEFINED
     ),
     "averages warmed up by the update after": Fault(
         KERNELS, "kEmaWarmup] != 0.0, clock.updates)", "kEmaWarmup] != 0.0, clock.updates + 1)", *TENSORS
     ),
     "averages not warmed up": Fault(AVERAGE, "if (warms_up && ", "if (false && ", *TENSORS),
-    "kernels with averages not loaded": Fault(
-        DEVICE_PLAN, "  if (averages) cuda::preload(scope.device(), rule_, true);\n", "", *TEST
-    ),
     # What the device holds for an optimizer.
     "the same schedule begins where it began before": Fault(
         DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 0 && driven.start != seen.start[k])", *TEST
@@ -518,7 +515,7 @@ FAULTS = {
     ),
     "state of another type than its group's": Fault(
         GATHER,
-        "type != ref.state_type) {",
+        "type != (is_average ? ref.ema_type : ref.state_type)) {",
         "(type != ref.type && type != StorageType::kFloat32)) {",
         *TEST,
         test=f"{STATES}::test_a_type_of_state_that_is_written_into_a_group_is_that_of_new_state",
