@@ -34,7 +34,7 @@ def set_scaled_gradients(step: int, scaler: Scaler, *models: Model) -> None:
     """Scaled, and in about a third of the steps with an inf or NaN somewhere."""
     set_gradients(step, *models)
     generator = torch.Generator("cpu").manual_seed(step)
-    draw = torch.rand(3, generator=generator).tolist()
+    draw = torch.rand(3, generator=generator, device="cpu").tolist()
     value = (math.inf, -math.inf, math.nan)[int(3 * draw[0])] if draw[1] < 0.35 else None
     for model in models:
         for p in model:

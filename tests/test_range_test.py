@@ -582,10 +582,16 @@ def test_losses_and_metrics_are_computed_under_autocast():
     assert types == {torch.bfloat16}
 
 
+each_scaler = pytest.mark.parametrize(
+    "make_scaler", [torch.amp.GradScaler, fastlr.GradScaler], ids=["torch's scaler", "fastlr's"]
+)
+
+
+@each_scaler
 @each_optimizer
-def test_a_scaler_is_used_and_put_back(make_optimizer):
+def test_a_scaler_is_used_and_put_back(make_optimizer, make_scaler):
     job = Job(make_optimizer).fit(1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+    scaler = make_scaler("cpu", init_scale=1024.0, growth_interval=5)
     before, vars_before = copy.deepcopy(job.everything()), dict(vars(scaler))
     scaled = job.range_test(scaler=scaler, num_steps=24, end_lr=0.01)
     plain = job.range_test(num_steps=24, end_lr=0.01)
@@ -609,8 +615,9 @@ def overflowing(at):
     return loss_fn
 
 
+@each_scaler
 @each_optimizer
-def test_a_skipped_update_makes_no_point(make_optimizer):
+def test_a_skipped_update_makes_no_point(make_optimizer, make_scaler):
     job = Job(make_optimizer)
     rates = []
     inner = overflowing({3, 4, 9})
@@ -619,7 +626,7 @@ def test_a_skipped_update_makes_no_point(make_optimizer):
         rates.append(float(job.optimizer.param_groups[0]["lr"]))
         return inner(output, target)
 
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = make_scaler("cpu")
     found = job.range_test(loss_fn, scaler=scaler, num_steps=30, end_lr=0.01)
     assert len(rates) == 30  # as many batches as asked for, whatever was skipped
     assert len(found.lrs) == 27
@@ -628,12 +635,13 @@ def test_a_skipped_update_makes_no_point(make_optimizer):
     assert found.stopped is None
 
 
+@each_scaler
 @each_optimizer
-def test_ten_skipped_updates_in_a_row_end_the_sweep(make_optimizer):
+def test_ten_skipped_updates_in_a_row_end_the_sweep(make_optimizer, make_scaler):
     job = Job(make_optimizer)
     before = copy.deepcopy(job.everything())
     skips = set(range(12, 10_000)) - {15}
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = make_scaler("cpu")
     found = job.range_test(overflowing(skips), scaler=scaler, num_steps=100)
     assert len(found.losses) == 13
     assert "skipped 10 updates in a row" in found.stopped

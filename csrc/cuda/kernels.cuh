@@ -510,7 +510,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAv
 template <typename P, bool kStrided, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kStrided ? 5 : 8)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
-  // Of what is read again at the end: to keep it takes registers, too.
+  // Of what is read again at the end: to keep it takes registers, too. Where it is measured, there
+  // are barriers between that and the write to found_inf.
   const auto measures = [&](const Amp& amp) {
     return amp.applied || (step.seeks_inf && amp.invalid_scale);
   };
@@ -535,9 +536,10 @@ __global__ void __launch_bounds__(kThreads, kStrided ? 5 : 8)
   state.squared_norm = squared_norm;
   state.set_factor(factor);
   const bool finite = amp.applied ? factor == factor : squares <= DBL_MAX;
+  if (finite || !measures(amp)) return;
   if (step.seeks_inf) {
-    if (!finite) *step.clocks.found_inf = 1.0f;
-  } else if (amp.applied && !finite) {
+    *step.clocks.found_inf = 1.0f;
+  } else {
     state.nonfinite = 1;
   }
 }

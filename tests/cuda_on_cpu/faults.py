@@ -409,16 +409,19 @@ FAULTS = {
     ),
     "norm that could not be clipped not told": Fault(KERNELS, "    state.nonfinite = 1;\n", "", *STATE),
     "an inf or NaN that GradScaler seeks not told": Fault(
-        KERNELS, "    if (!finite) *step.clocks.found_inf = 1.0f;\n", "", *STATE
+        KERNELS, "    *step.clocks.found_inf = 1.0f;\n", "", *STATE
     ),
     "an inf or NaN that GradScaler seeks told as an error": Fault(
-        KERNELS, "  } else if (amp.applied && !finite) {", "  }\n  if (amp.applied && !finite) {", *STATE
+        KERNELS, "  } else {\n    state.nonfinite", "  }\n  {\n    state.nonfinite", *STATE
     ),
     "an inf or NaN not sought where the scale is unusable": Fault(
         KERNELS, "amp.applied || (step.seeks_inf && amp.invalid_scale);", "amp.applied;", *STATE
     ),
     "an unusable scale told as an inf": Fault(
         KERNELS, "amp.applied ? factor == factor : squares <= DBL_MAX;", "factor == factor;", *STATE
+    ),
+    "found_inf written while other threads read it": Fault(
+        KERNELS, "if (finite || !measures(amp)) return;", "if (finite) return;", *RACE
     ),
     "a scale judged where an inf was found": Fault(
         KERNELS, "amp.invalid_scale = !found && !(", "amp.invalid_scale = !(", *STATE
