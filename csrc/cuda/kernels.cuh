@@ -33,6 +33,9 @@ template <typename R, typename C, bool kAverages>
 constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? (kAverages ? 1 : 2)
                                 : kAverages                 ? 2
                                                             : R::kResidentBlocks;
+// Of those that measure a norm, where the compiler left to itself stops at 40 registers and spills;
+// more blocks than four have no room on a multiprocessor of compute capability 7.5.
+constexpr int kResidentNormBlocks = 4;
 
 // NOTE: [kernel arguments]
 // Gradients move from step to step, so their addresses are passed by value: no upload, and a CUDA
@@ -505,10 +508,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAv
 }
 
 // Measures the gradients' norm; the last launch of them says what clips it, and where asked whether
-// there is an inf or NaN: then no scale is judged. As many blocks as leave 48 registers to strided
-// tensors, which the compiler, left to itself, gives 40 on some architectures and spills.
+// there is an inf or NaN: then no scale is judged.
 template <typename P, bool kStrided, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kStrided ? 5 : 8)
+__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   // Of what is read again at the end: to keep it takes registers, too. Where it is measured, there
   // are barriers between that and the write to found_inf.

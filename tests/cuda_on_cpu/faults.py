@@ -302,10 +302,10 @@ FAULTS = {
     ),
     "no barrier between options and scalars": Fault(KERNELS, BARRIER, "  //", *RACE, "adam"),
     "no barrier before own scalars are formed": Fault(
-        KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE, "adam"
+        KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE
     ),
     "no barrier before own scalars are used": Fault(
-        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE, "adam"
+        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE
     ),
     # Around the rules, and in them.
     "scale ignored": Fault(
