@@ -53,12 +53,14 @@ inline void bind_plan(py::module_& m) {
           "bounds", [](const Option& option, double value) { return option.range.bounds(value); },
           py::arg("value"));
   py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const std::string& rule, const py::object& runtime) {
+      .def(py::init([](const std::string& rule, const py::object& runtime,
+                       const Groups::OtherNames& other_names) {
              const Rule* const found = find_rule(rule);
              if (found == nullptr) throw std::invalid_argument("there is no rule " + rule);
-             return new Plan(*found, runtime.ptr(), native_of);
+             return with_python_errors(
+                 [&] { return new Plan(*found, runtime.ptr(), native_of, other_names); });
            }),
-           py::arg("rule"), py::arg("runtime"))
+           py::arg("rule"), py::arg("runtime"), py::arg("other_names") = Groups::OtherNames())
       .def("options", [](const Plan& plan) { return first_options(plan, plan.rule().options); })
       .def("scheduled", [](const Plan& plan) { return first_options(plan, plan.rule().scheduled); })
       .def("slots",
@@ -66,6 +68,8 @@ inline void bind_plan(py::module_& m) {
              return std::vector<std::string>(plan.rule().slot,
                                              plan.rule().slot + plan.rule().slots);
            })
+      .def("slots_of_other_rules",
+           [](const Plan& plan) { return slots_of_other_rules(plan.rule()); })
       .def("always_live",
            [](const Plan& plan) {
              std::vector<std::string> names;
@@ -75,6 +79,7 @@ inline void bind_plan(py::module_& m) {
              return names;
            })
       .def("counts_steps", [](const Plan& plan) { return plan.rule().counts_steps; })
+      .def("starts_with_state", [](const Plan& plan) { return plan.rule().starts_with_state; })
       .def("live_slots", &Plan::live_slots, py::arg("values"))
       .def("initial_state", &Plan::initial_state, py::arg("values"))
       .def("check", &Plan::check, py::arg("values"), py::arg("where"))

@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <stdexcept>
+#include <unordered_set>
 
 #include "build_info.h"
 
@@ -81,7 +82,9 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 }  // namespace
 
 Gathering::Gathering(PyObject* runtime, const Groups& reader)
-    : runtime_(runtime), group_reader_(reader) {
+    : runtime_(runtime),
+      float32_(checked(PyObject_GetAttrString(runtime, "float32"))),
+      group_reader_(reader) {
   for (int k = 0; k < reader.rule().slots; ++k) {
     PyObject* const key = PyUnicode_InternFromString(reader.rule().slot[k]);
     if (key == nullptr) throw PythonError();
@@ -99,6 +102,10 @@ TensorView Gathering::read_tensor(PyObject* tensor, const char* what, const Plac
   const Owned layout(PyObject_GetAttrString(tensor, "layout"));
   const std::string layout_name = text_of(layout.get());
   PyErr_Clear();
+  if (!layout) {
+    refuse(std::string("the ") + what + " of " + describe(place) + " must be a tensor, got a " +
+           Py_TYPE(tensor)->tp_name + ".");
+  }
   if (layout_name != "torch.strided") {
     refuse(std::string("the ") + what + " of " + describe(place) + " has layout " + layout_name +
            ", fastlr updates dense tensors only. Make it dense (nn.Embedding(..., sparse=False), "
@@ -160,7 +167,7 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
 // Reads and checks one tensor of state. Returns how far its elements reach.
 int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, const char* name,
                                PyObject* tensor, const Views& views, const TensorRef& ref,
-                               TensorView& m, bool& alike, StorageType& type) {
+                               TensorView& m, bool& alike) {
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
   m = read_tensor(tensor, name, place);
@@ -172,19 +179,20 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
-  const bool fits = storage_type(m.dtype, type) && is_complex(m.dtype) == is_complex(p.dtype) &&
-                    (type == ref.type || type == StorageType::kFloat32);
-  if (!fits) {
+  StorageType type;
+  if (!storage_type(m.dtype, type) || is_complex(m.dtype) != is_complex(p.dtype) ||
+      type != ref.state_type) {
+    const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
     refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
-           " takes its own type or float32. Load the optimizer's state_dict again to convert it.");
-  }
-  if (is_complex(m.dtype) && is_lazy(tensor)) {
-    refuse(the_slot() + " is a lazily conjugated view; replace it by " + name + ".resolve_conj().");
+           " takes " + (in_float32 ? "float32" : "its own type") +
+           " with state_dtype=" + (in_float32 ? "torch.float32" : "None") +
+           ". Load the optimizer's state_dict again to convert it.");
   }
   if (m.data == nullptr && parameter.order.numel > 0) {
     refuse(the_slot() + " has no memory of its own.");
   }
   int64_t extent = parameter.order.extent;
+  bool dense = parameter.order.dense;
   alike = same_order(p, m);
   if (!alike) {
     const MemoryOrder order = memory_order(m);
@@ -192,6 +200,11 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
       refuse(the_slot() + " has elements that share memory; replace it by a clone() of it.");
     }
     extent = order.extent;
+    dense = order.dense;
+  }
+  if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {
+    refuse(the_slot() + " is a lazily conjugated or negated view; replace it by " + name +
+           ".resolve_conj().resolve_neg().");
   }
   if (!apart(m, extent, g, views.extent) && (!same(m.dtype, g.dtype) || share_elements(m, g))) {
     refuse("the gradient of " + describe(place) + " shares memory with its own " + name +
@@ -205,8 +218,10 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, c
 }
 
 // Reads and checks where a parameter's age is kept, and on the host the age.
-void Gathering::attach_step(const Place& place, PyObject* step, const TensorView& p,
-                            TensorRef& ref) {
+void Gathering::attach_step(const Place& place, const Parameter& parameter, PyObject* step,
+                            const Views& views, const SlotViews& slots,
+                            const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref) {
+  const TensorView& p = views.p;
   TensorView view = read_tensor(step, "step", place);
   StorageType type;
   if (!storage_type(view.dtype, type) || type != StorageType::kFloat32 || is_complex(view.dtype) ||
@@ -215,13 +230,42 @@ void Gathering::attach_step(const Place& place, PyObject* step, const TensorView
            ", got " + type_name(view.dtype) + " of shape " + shape_of(step) + " on " +
            device_name(view.device) + ". Load the optimizer's state_dict again to convert it.");
   }
+  const auto meets = [&](const TensorView& other, int64_t extent) {
+    return !apart(view, 1, other, extent) &&
+           (!same(view.dtype, other.dtype) || share_elements(view, other));
+  };
+  const char* shared = meets(p, parameter.order.extent) ? "the parameter"
+                       : meets(views.g, views.extent)   ? "the gradient"
+                                                        : nullptr;
+  for (int k = 0; k < group_reader_.rule().slots; ++k) {
+    if (slots[k] != nullptr && meets(*slots[k], extents[k])) {
+      shared = group_reader_.rule().slot[k];
+    }
+  }
+  if (shared != nullptr) {
+    refuse("the step of " + describe(place) + " shares memory with " + shared +
+           "; replace it by a clone() of it.");
+  }
   ref.step = static_cast<float*>(view.data);
   if (view.device.type != dlpack::kCpu || updated_on(p, place) != kHost) return;
-  if (!(*ref.step >= 0.0f && *ref.step < 9.2e18f && *ref.step == std::floor(*ref.step))) {
+  if (!(*ref.step >= 0.0f && *ref.step < 0x1p62f && *ref.step == std::floor(*ref.step))) {
     refuse("the step of " + describe(place) + " must be a number of updates, got " +
            std::to_string(*ref.step) + ".");
   }
   ref.age = static_cast<int64_t>(*ref.step);
+}
+
+// Refuses numbers that would make a parameter infinite, or keep it from moving. updated_by: a
+// device's age is not known; there the corrections for bias, which end, are left out.
+void Gathering::check_range(const Place& place, const TensorRef& ref, int updated_by) const {
+  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  const bool in_double = ref.type == StorageType::kFloat64;
+  const int64_t age = updated_by == kHost ? ref.age : int64_t{1} << 62;
+  if (group_reader_.rule().in_range(group.options, age, in_double)) return;
+  const std::string type = in_double ? "float64" : "float32";
+  refuse(group_reader_.large_options(group, place.group_index) + " leads beyond the range of " +
+         type + ", in which " + describe(place) + " is computed; give it a smaller one" +
+         (in_double ? "." : ", or make it float64."));
 }
 
 void Gathering::attach_state(const Place& place, const Parameter& parameter, const Entries& entries,
@@ -233,11 +277,9 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   bool all_alike = true;
   for (int k = 0; k < rule.slots; ++k) {
     if (entries[k] == nullptr) continue;
-    StorageType type;
     TensorView& m = slot_views[k];
     bool alike;
-    extents[k] =
-        attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike, type);
+    extents[k] = attach_slot(place, parameter, rule.slot[k], entries[k], views, ref, m, alike);
     all_alike = all_alike && alike;
     for (int other = 0; other < k; ++other) {
       if (slots[other] == nullptr) continue;
@@ -245,16 +287,11 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
         return std::string("the ") + rule.slot[k] + " and the " + rule.slot[other] + " of " +
                describe(place);
       };
-      if (type != ref.state_type) {
-        refuse(both() + " have " + type_name(m.dtype) + " and " + type_name(slots[other]->dtype) +
-               ". Load the optimizer's state_dict again to convert them to one type.");
-      }
       if (!apart(m, extents[k], *slots[other], extents[other]) &&
           share_elements(m, *slots[other])) {
         refuse(both() + " share memory; replace one by a clone() of it.");
       }
     }
-    ref.state_type = type;
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
@@ -262,7 +299,8 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
   for (int k = 0; k < rule.slots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
   }
-  if (entries[kMaxSlots] != nullptr) attach_step(place, entries[kMaxSlots], views.p, ref);
+  if (entries[kMaxSlots] != nullptr)
+    attach_step(place, parameter, entries[kMaxSlots], views, slots, extents, ref);
 }
 
 int Gathering::updated_on(const TensorView& p, const Place& place) const {
@@ -411,7 +449,8 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
-  ref.state_type = ref.type;
+  const bool in_float32 = in_float32_[static_cast<size_t>(place.group_index)] != 0;
+  ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
@@ -452,6 +491,7 @@ void Gathering::gather(const Place& place, size_t position) {
     new_state_.push_back(
         {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
   }
+  if (group.large_options != 0) check_range(place, ref, updated_by);
   tensors_.push_back(ref);
   parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
@@ -466,6 +506,23 @@ bool Gathering::states_unchanged(PyObject* state) const {
     if (seen.first != key || seen.second != value) return false;
   }
   return true;
+}
+
+// Of a parameter that is listed twice, a step would count one update and make two.
+void Gathering::refuse_repeated(PyObject* param_groups) {
+  std::unordered_set<PyObject*> seen;
+  size_t position = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    PyObject* const group = PyList_GET_ITEM(param_groups, i);
+    PyObject* const params = PyDict_GetItemWithError(group, names().params);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j, ++position) {
+      if (seen.insert(parameters_[position].tensor).second) continue;
+      parameters_.clear();  // so that the next step looks again
+      refuse(describe(Place{group, i, j}) +
+             " is in the parameter groups twice, where its state counts one update a step; list it "
+             "once.");
+    }
+  }
 }
 
 // Brings the list of parameters and their state dicts up to date with the optimizer's.
@@ -494,6 +551,7 @@ void Gathering::synchronize(PyObject* param_groups, PyObject* state) {
   }
   changed = changed || position != parameters_.size();
   parameters_.resize(position);
+  if (changed && group_reader_.rule().counts_steps) refuse_repeated(param_groups);
   if (!changed && states_unchanged(state)) return;
 
   for (Parameter& parameter : parameters_) {
@@ -544,6 +602,16 @@ bool Gathering::in_order() {
   return in_order_;
 }
 
+// Whether a group's state is to be float32 whatever its parameters are.
+bool Gathering::keeps_float32(PyObject* group, Py_ssize_t index) const {
+  PyObject* const dtype = PyDict_GetItemWithError(group, names().state_dtype);
+  if (dtype == Py_None || dtype == float32_.get()) return dtype != Py_None;
+  if (dtype == nullptr && PyErr_Occurred()) throw PythonError();
+  refuse("state_dtype of parameter group " + std::to_string(index) +
+         " must be None, which keeps state in its parameter's type, or torch.float32, got " +
+         (dtype == nullptr ? "nothing" : text_of(dtype)));
+}
+
 void Gathering::read(PyObject* param_groups, PyObject* state) {
   may_copy_ = true;
   gather_all(param_groups, state);
@@ -556,6 +624,9 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   clear();
   synchronize(param_groups, state);
   groups_ = group_reader_.read(param_groups);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    in_float32_.push_back(keeps_float32(PyList_GET_ITEM(param_groups, i), i) ? 1 : 0);
+  }
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* group = PyList_GET_ITEM(param_groups, i);
@@ -599,15 +670,9 @@ void Gathering::add_state() {
         added.made[k] = checked(PyObject_CallMethod(runtime_, "new_step", "O", parameter.tensor));
         fill_later(added.made[k].get(), static_cast<double>(added.age));
       } else {
-        PyObject* const dtype = PyDict_GetItemWithError(added.place.group, names().state_dtype);
-        if (dtype == nullptr) {
-          if (PyErr_Occurred()) throw PythonError();
-          throw std::invalid_argument(
-              "parameter group " + std::to_string(added.place.group_index) +
-              " has no \"state_dtype\"; None keeps state in its parameter's type");
-        }
-        added.made[k] =
-            checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor, dtype));
+        const bool in_float32 = in_float32_[static_cast<size_t>(added.place.group_index)] != 0;
+        added.made[k] = checked(PyObject_CallMethod(runtime_, "new_state", "OO", parameter.tensor,
+                                                    in_float32 ? float32_.get() : Py_None));
         fill_later(added.made[k].get(), rule.initial_state(group.options));
       }
     }
@@ -701,6 +766,7 @@ void Gathering::clear() {
     PyErr_Restore(type, value, traceback);
   }
   groups_.clear();
+  in_float32_.clear();
   tensors_.clear();
   sources_.clear();
   layouts_.clear();

@@ -32,7 +32,8 @@ class Gathering {
     PyObject* step;             // ... and where its age is kept, or nullptr
   };
 
-  // runtime: an object with the methods new_state(parameter, dtype), which returns a new tensor for
+  // runtime: an object with the attribute float32, the type that a group may ask state to be kept
+  // in, and the methods new_state(parameter, dtype), which returns a new tensor for
   // the parameter's state, new_step(parameter), one of a single number, fill(tensors, value), which
   // makes all numbers in a list of them the value, gradient_like(parameter, gradient), a copy of
   // the gradient that lies in memory as the parameter does, and has_no_values(tensor), whether it
@@ -114,6 +115,8 @@ class Gathering {
   };
 
   void synchronize(PyObject* param_groups, PyObject* state);
+  void refuse_repeated(PyObject* param_groups);
+  bool keeps_float32(PyObject* group, Py_ssize_t index) const;
   void take_back_room();
   bool states_unchanged(PyObject* state) const;
   void gather_all(PyObject* param_groups, PyObject* state);
@@ -134,8 +137,11 @@ class Gathering {
                     const Views& views, TensorRef& ref);
   int64_t attach_slot(const Place& place, const Parameter& parameter, const char* name,
                       PyObject* tensor, const Views& views, const TensorRef& ref, TensorView& view,
-                      bool& alike, StorageType& type);
-  void attach_step(const Place& place, PyObject* step, const TensorView& p, TensorRef& ref);
+                      bool& alike);
+  void attach_step(const Place& place, const Parameter& parameter, PyObject* step,
+                   const Views& views, const SlotViews& slots,
+                   const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref);
+  void check_range(const Place& place, const TensorRef& ref, int updated_by) const;
   void set_source(Source& source, const Entries& entries);
   PyObject* key_of(int entry) const;
   void set_layout(const Place& place, const Parameter& parameter, const Views& views,
@@ -143,6 +149,7 @@ class Gathering {
   void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
+  Owned float32_;
   const Groups& group_reader_;
   TensorReader reader_;
   std::vector<PyObject*> keys_;  // of the rule's slots, in a parameter's state
@@ -158,6 +165,7 @@ class Gathering {
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
+  std::vector<char> in_float32_;  // whether a group keeps state in float32
   std::vector<TensorRef> tensors_;
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;

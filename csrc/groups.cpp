@@ -125,7 +125,9 @@ Clock read_clock(PyObject* group) {
   return {integer_item(group, keys().updates), integer_item(group, keys().samples)};
 }
 
-Groups::Groups(const Rule& rule, NativeOf native_of) : rule_(rule), native_of_(native_of) {
+Groups::Groups(const Rule& rule, NativeOf native_of, const OtherNames& other_names)
+    : rule_(rule), native_of_(native_of) {
+  for (const auto& [name, key] : other_names) other_names_.emplace_back(interned(name), key);
   for (int i = 0; i < rule.options; ++i) {
     const std::string name = rule.option[i].name;
     const bool scheduled = i < rule.scheduled;
@@ -148,6 +150,28 @@ void Groups::check(const Options& options, const std::string& where) const {
   if (conflict.option < 0) return;
   throw std::invalid_argument(rule_.option[conflict.option].name + where + " must be " +
                               conflict.expected + ", got " + number(options[conflict.option]));
+}
+
+std::string Groups::large_options(const GroupReading& group, Py_ssize_t index) const {
+  std::string text;
+  for (int i = 0; i < rule_.options; ++i) {
+    if ((group.large_options >> i & 1u) == 0) continue;
+    text += (text.empty() ? "" : ", ") + (rule_.option[i].name + ("=" + number(group.options[i])));
+  }
+  return text + in_group(index);
+}
+
+// What is written there would be read by nothing.
+void Groups::refuse_other_names(PyObject* group, Py_ssize_t index) const {
+  for (const auto& [name, key] : other_names_) {
+    const int found = PyDict_Contains(group, name);
+    if (found < 0) throw PythonError();
+    if (found == 0) continue;
+    const std::string text = PyUnicode_AsUTF8(name);
+    throw std::invalid_argument(text + in_group(index) + " is a constructor's name for " + key +
+                                "; write group[\"" + key + "\"], and take \"" + text +
+                                "\" out of the group");
+  }
 }
 
 // What stands in a group for an option, borrowed.
@@ -234,12 +258,14 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
       value = rule_.option[i].flag ? flag(found, index, keys_[i].name)
                                    : real(found, index, keys_[i].name);
     }
+    if (!(std::fabs(value) <= kLargeOption)) reading.large_options |= 1u << i;
   }
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + where +
                                 " is out of range: " + std::to_string(clock.updates) +
                                 " updates, " + std::to_string(clock.samples) + " samples");
   }
+  refuse_other_names(group, index);
   check(reading.options, where);
   return reading;
 }

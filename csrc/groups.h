@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +50,7 @@ struct GroupReading {
   Options options;  // for the next update
   Driven driven[kMaxScheduled];
   uint32_t driven_options;  // a bit for each that has an owner
+  uint32_t large_options;   // a bit for each beyond kLargeOption
   Clock clock;
 };
 
@@ -78,13 +80,19 @@ class GroupMoves {
 // Reads and writes the parameter groups of an optimizer of one rule.
 class Groups {
  public:
-  Groups(const Rule& rule, NativeOf native_of);
+  // Names that constructors have for keys of a group, and the keys: a group has none of them.
+  using OtherNames = std::map<std::string, std::string>;
+
+  Groups(const Rule& rule, NativeOf native_of, const OtherNames& other_names);
 
   const Rule& rule() const { return rule_; }
 
   // Throws std::invalid_argument for options out of range or in conflict. where: " of parameter
   // group 0", for messages.
   void check(const Options& options, const std::string& where) const;
+
+  // "lr=1e+39 of parameter group 0": what of a group is beyond kLargeOption.
+  std::string large_options(const GroupReading& group, Py_ssize_t index) const;
 
   // Throws as check() does, and std::runtime_error where something else wrote a value that a
   // schedule owns.
@@ -117,6 +125,7 @@ class Groups {
     PyObject* start;
   };
 
+  void refuse_other_names(PyObject* group, Py_ssize_t index) const;
   PyObject* value_of(PyObject* group, Py_ssize_t index, int option) const;
   double read_scheduled(PyObject* group, Py_ssize_t index, int option, const Driven& driven) const;
   // clock: where the group stands, or is about to.
@@ -126,6 +135,7 @@ class Groups {
   const Rule& rule_;
   NativeOf native_of_;
   std::vector<Keys> keys_;  // one an option
+  std::vector<std::pair<PyObject*, std::string>> other_names_;
 };
 
 // Updates every group by a dict of its own, all of them at once. The keys are strings that the

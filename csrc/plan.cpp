@@ -23,9 +23,10 @@ Options options_of(const std::vector<double>& values) {
 
 }  // namespace
 
-Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of)
+Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of,
+           const Groups::OtherNames& other_names)
     : runtime_(Owned::borrow(runtime)),
-      groups_(rule, native_of),
+      groups_(rule, native_of, other_names),
       gathering_(runtime, groups_)
 #if defined(FASTLR_HAS_CUDA)
       ,

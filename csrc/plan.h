@@ -31,7 +31,8 @@ class Plan {
   // runtime: see Gathering and NOTE: [the runtime object]; besides, read_amp(found_inf, grad_scale)
   // returns what the host makes of these: the inverse scale, or None where the update is to be
   // skipped; and will_write(parameters) is told which are about to be updated.
-  Plan(const Rule& rule, PyObject* runtime, NativeOf native_of);
+  Plan(const Rule& rule, PyObject* runtime, NativeOf native_of,
+       const Groups::OtherNames& other_names);
 
   const Rule& rule() const { return groups_.rule(); }
 

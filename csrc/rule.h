@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <vector>
 
 #include "host_device.h"
 
@@ -84,8 +85,9 @@ struct Rule {
   int scheduled;            // how many of them a schedule may drive
   const char* const* slot;  // what its state is called, as torch's optimizers call it
   int slots;
-  uint32_t always_live;  // a bit for each slot that every update reads and writes
-  bool counts_steps;     // torch's optimizer has a "step" in its state
+  uint32_t always_live;    // a bit for each slot that every update reads and writes
+  bool counts_steps;       // torch's optimizer has a "step" in its state
+  bool starts_with_state;  // torch's has it before the first update, and so have files
   Conflict (*conflict)(const Options& options);
   // A bit for each slot of state that an update with these options reads or writes, or may do so at
   // another clock of the schedules. driven: a bit for each option that one drives.
@@ -94,20 +96,34 @@ struct Rule {
   double (*initial_state)(const Options& options);
   // For the next update of a parameter of this age. inverse_scale: see Around in step.h.
   void (*scalars)(const Options& options, int64_t age, float inverse_scale, AnyScalars& out);
+  // Whether the options, and what follows from them at an age, are finite in the compute type. They
+  // are as long as no option is larger than kLargeOption.
+  bool (*in_range)(const Options& options, int64_t age, bool in_double);
 };
+
+// Below the square root of the largest float32.
+constexpr double kLargeOption = 1e19;
 
 // What a rule has that says nothing else.
 struct RuleDefaults {
   static constexpr bool kCountsSteps = true;
+  static constexpr bool kStartsWithState = false;
   static constexpr int kResidentBlocks = 3;  // see NOTE: [registers] in cuda/kernels.cuh
   static Conflict conflict(const Options&) { return {-1, nullptr}; }
   static double initial_state(const Options&) { return 0.0; }
   // Whether weight decay shrinks the parameter instead of adding to the gradient.
   FASTLR_HD_MEMBER static bool decouples(const Options&) { return false; }
+  // The scalar with which an update grows.
+  template <typename S>
+  static auto rate(const S& scalars) {
+    return scalars.neg_lr;
+  }
 };
 
 // The rule of this name, or nullptr.
 const Rule* find_rule(const std::string& name);
+// What other rules' state is called that this one's is not.
+std::vector<std::string> slots_of_other_rules(const Rule& rule);
 // One of them, for what all kernels do alike.
 const Rule& any_rule();
 

@@ -1,6 +1,8 @@
 // What the core is told of each rule.
 #include "rules.h"
 
+#include <set>
+
 #include "rule.h"
 #include "step.h"
 
@@ -20,10 +22,9 @@ constexpr Rule rule_of(int index) {
                 "room for its options");
   static_assert(sizeof R::kSlots / sizeof R::kSlots[0] == R::kSlotCount, "a name for each slot");
   static_assert(R::kSlotCount <= kMaxSlots, "room for its slots");
-  return {R::kName,        index,        R::kOptions,    kOptionCount<R>,
-          R::kScheduled,   R::kSlots,    R::kSlotCount,  always_live<R>(),
-          R::kCountsSteps, &R::conflict, &R::live_slots, &R::initial_state,
-          &form_scalars<R>};
+  return {R::kName,     index,          R::kOptions,       kOptionCount<R>,  R::kScheduled,
+          R::kSlots,    R::kSlotCount,  always_live<R>(),  R::kCountsSteps,  R::kStartsWithState,
+          &R::conflict, &R::live_slots, &R::initial_state, &form_scalars<R>, &in_range<R>};
 }
 
 enum {
@@ -61,6 +62,13 @@ const Rule* find_rule(const std::string& name) {
     if (name == rule.name) return &rule;
   }
   return nullptr;
+}
+
+std::vector<std::string> slots_of_other_rules(const Rule& rule) {
+  std::set<std::string> names;
+  for (const Rule& other : kRules) names.insert(other.slot, other.slot + other.slots);
+  for (int k = 0; k < rule.slots; ++k) names.erase(rule.slot[k]);
+  return {names.begin(), names.end()};
 }
 
 const Rule& any_rule() { return kRules[0]; }

@@ -71,6 +71,20 @@ FASTLR_HD void form_scalars(const Options& options, int64_t age, float inverse_s
                                   scalars<R, double>(options, age, inverse_scale)};
 }
 
+template <typename R, typename T>
+bool in_range(const Options& options, int64_t age) {
+  for (int i = 0; i < kOptionCount<R>; ++i) {
+    if (!isfinite(static_cast<T>(options[i]))) return false;
+  }
+  const Scalars<R, T> s = scalars<R, T>(options, age, 1.0f);
+  return isfinite(s.around.of_parameter) && isfinite(R::rate(s.rule));
+}
+
+template <typename R>
+bool in_range(const Options& options, int64_t age, bool in_double) {
+  return in_double ? in_range<R, double>(options, age) : in_range<R, float>(options, age);
+}
+
 template <typename R>
 FASTLR_HD const GroupScalars<R>& as(const AnyScalars& scalars) {
   return *reinterpret_cast<const GroupScalars<R>*>(scalars.bytes);

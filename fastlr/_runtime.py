@@ -17,6 +17,9 @@ class Runtime:
     which only tests do.
     """
 
+    # The type that a group may ask state to be kept in.
+    float32 = torch.float32
+
     @staticmethod
     def new_state(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """An uninitialized tensor for a parameter's state, laid out like it; dtype: None for its own."""

@@ -20,7 +20,6 @@ import torch
 from helpers import parameters, train
 
 import fastlr
-from fastlr.optim._base import Scheduled
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 EPOCHS = fastlr.Constant(0.1, unit="epoch")
@@ -154,7 +153,7 @@ def calls_of(name: str, kind: Kind) -> Table:
         name: (lambda _, **a: kind.build(a), {**kind.kinds, **options}),
         f"{name}.add_param_group": (
             lambda optimizer, **a: optimizer.add_param_group({"params": parameters([(3,)]), **a}),
-            {**kind.kinds, "differentiable": "false"},
+            {**kind.kinds, **OPTIONS},
         ),
         f"{name}.set_schedule": (
             lambda optimizer, **a: optimizer.set_schedule(**a),
@@ -438,7 +437,8 @@ def test_the_table_names_every_argument() -> None:
         if what.endswith((".add_param_group", ".measure_grad_norm")):
             continue  # takes a dict, is set
         if what.endswith(".set_schedule"):  # what a schedule can drive depends on the rule
-            assert set(kinds) - set(Scheduled.__annotations__) == {"lr", "group", "start"}
+            options = {option.name for option in KINDS[what.split(".")[0]].trained()._options.scheduled}
+            assert set(kinds) - {"betas"} == options | {"group", "start"}
             continue
         elsewhere = {"momentum"} if what == "FusedCyclicSGD" else set()  # with cycles it is None or fixed
         assert set(kinds) == arguments_of(function(what)) - elsewhere, what

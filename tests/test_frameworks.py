@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same
-from rule_table import Rule, with_rules
+from rule_table import RULES, Rule, with_rules
 from rule_table import assert_same_run as assert_same_rules_run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -179,6 +179,63 @@ def test_distributed_helpers_carry_a_run_over(rule: Rule, back: bool):
     train(carried_model, carried, 3, start=4)
     models = list(model.parameters()), list(carried_model.parameters())
     assert_same_rules_run(rule, (opt, models[0]), (carried, models[1]))
+
+
+@one_process
+@with_rules
+def test_a_distributed_checkpoint_of_torchs_optimizer_is_read(tmp_path: Path, rule: Rule):
+    """Whose groups have fewer keys than the template, so that the template's own values stay for these."""
+    model = make_model()
+    reference = rule.make_torch(model.parameters(), **rule.full)
+    train(model, reference, 4)
+    saved = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, reference)}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    carried_model = make_model(1)
+    carried = rule.make(carried_model.parameters(), **rule.full)
+    template = {
+        "model": carried_model.state_dict(),
+        "optim": get_optimizer_state_dict(carried_model, carried),
+    }
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True, planner=planner)
+    carried_model.load_state_dict(template["model"])
+    set_optimizer_state_dict(carried_model, carried, template["optim"])
+    train(model, reference, 3, start=4)
+    train(carried_model, carried, 3, start=4)
+    models = list(model.parameters()), list(carried_model.parameters())
+    assert_same_rules_run(rule, (reference, models[0]), (carried, models[1]))
+
+
+@with_rules
+def test_a_flat_state_of_torchs_optimizer_is_read_over_the_own_one(rule: Rule):
+    """torch's helper asks it for every key that the optimizer's groups have, and that it has not."""
+    model = make_model()
+    reference = rule.make_torch(model.parameters(), **rule.full)
+    train(model, reference, 4)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, reference, options=OPTIONS["flat"]))
+    carried_model = copy.deepcopy(model)
+    carried = rule.make(carried_model.parameters(), **rule.full)
+    own = get_optimizer_state_dict(carried_model, carried, options=OPTIONS["flat"])
+    set_optimizer_state_dict(carried_model, carried, {**own, **saved}, options=OPTIONS["flat"])
+    train(model, reference, 3, start=4)
+    train(carried_model, carried, 3, start=4)
+    models = list(model.parameters()), list(carried_model.parameters())
+    assert_same_rules_run(rule, (reference, models[0]), (carried, models[1]))
+
+
+def test_a_flat_state_of_version_0_1_is_read_over_the_own_one():
+    rule = RULES["SGD"]
+    model, opt = trained_by_rule(rule, 4, scheduled=False, **rule.full)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=OPTIONS["flat"]))
+    later = ("state_dtype", "weight_decay_schedule", "weight_decay_start")
+    saved = {key: value for key, value in saved.items() if not key.endswith(later)}
+    resumed_model = copy.deepcopy(model)
+    resumed = rule.make(resumed_model.parameters(), **rule.full)  # state is read where there is some
+    own = get_optimizer_state_dict(resumed_model, resumed, options=OPTIONS["flat"])
+    set_optimizer_state_dict(resumed_model, resumed, {**own, **saved}, options=OPTIONS["flat"])
+    for m, o in ((model, opt), (resumed_model, resumed)):
+        train(m, o, 3, start=4)
+    assert_same_optimizers(rule, (model, opt), (resumed_model, resumed))
 
 
 # -- Lightning -----------------------------------------------------------------------------------

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
-from rule_table import Rule, assert_same_run, close_on_devices, drive, slots, states, with_cases, with_rules
+from rule_table import (
+    RULES,
+    Rule,
+    assert_same_run,
+    close_on_devices,
+    drive,
+    slots,
+    states,
+    with_cases,
+    with_rules,
+)
 
 from fastlr import _core
 
@@ -269,6 +279,57 @@ def test_parameters_of_several_ages_equal_torch(
     if rule.counts:
         ages = [int(fused.state[p]["step"]) for p in ours[:-1]]
         assert ages == [14 - len(missing) for missing in MISSING.values()][:-1]
+
+
+# The corrections of betas near 1 go on for as long as a float32 counts.
+AGES = (0, 1, 99, 999, 1000, 1001, 4321, 100_000, 2**24 - 2)
+SLOW = {
+    "Adam": {"betas": (0.999, 0.99999), "amsgrad": True},
+    "AdamW": {"betas": (0.999, 0.99999)},
+    "Adagrad": {"lr_decay": 1e-3},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), SLOW.items(), ids=SLOW)
+@with_exact_types
+def test_old_state_equals_torch(name: str, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    rule = RULES[name]
+    ours, theirs = twins([(9,)] * len(AGES), dtype)
+    fused, reference = rule.make(ours, **options), rule.make_torch(theirs, **options)
+    train(1, (theirs, reference.step), (ours, fused.step))
+    for optimizer, model in ((fused, ours), (reference, theirs)):
+        for p, age in zip(model, AGES, strict=True):
+            optimizer.state[p]["step"].fill_(float(age))
+    train(2, (theirs, reference.step), (ours, fused.step), start=1)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+    assert [int(fused.state[p]["step"]) for p in ours] == [age + 2 for age in AGES]
+
+
+# -- state that is no number -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@with_exact_types
+def test_what_is_no_number_in_the_largest_squares_stays_as_in_torch(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
+    """In the largest so far, in the average, in both: torch's maximum is a NaN where one of them is."""
+    rule = RULES[name]
+    ours, theirs = twins([(9,)], dtype)
+    fused, reference = (rule.make(ours, amsgrad=True), rule.make_torch(theirs, amsgrad=True))
+    train(1, (theirs, reference.step), (ours, fused.step))
+    nan, inf = float("nan"), float("inf")
+    for optimizer, p in ((fused, ours[0]), (reference, theirs[0])):
+        for slot, values in (
+            ("max_exp_avg_sq", (nan, 0.5, nan, inf, 0.5, nan)),
+            ("exp_avg_sq", (0.5, nan, nan, 0.5, inf, inf)),
+        ):
+            for place, value in enumerate(values):
+                optimizer.state[p][slot][place] = value
+    train(2, (theirs, reference.step), (ours, fused.step), start=1)
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+    largest = fused.state[ours[0]]["max_exp_avg_sq"]
+    assert largest.isnan().nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
 # -- what a result does not depend on --------------------------------------------------------------

@@ -96,6 +96,31 @@ def test_options_that_ask_for_something_else_are_refused(rule: Rule) -> None:
 
 
 @with_rules
+def test_groups_are_asked_as_the_constructor_is(rule: Rule) -> None:
+    model = parameters([(4,), (4,)])
+    optimizer = rule.make(model[:1])
+    for name, values in TAKEN.items():
+        for value in values:
+            rule.make([{"params": model, name: value}])
+        bad = {"no": "be True or False, got 'no'"}
+        if name in REFUSED:
+            bad[REFUSED[name][0]] = REFUSED[name][1].split(" must ")[1]
+        for value, message in bad.items():
+            for place, call in ((0, lambda g: rule.make([g])), (1, optimizer.add_param_group)):
+                with pytest.raises(ValueError, match=f"^{name} of parameter group {place} must {message}"):
+                    call({"params": model[1:], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+@with_rules
+def test_groups_of_torchs_optimizer_are_taken(rule: Rule) -> None:
+    reference = rule.torch(parameters([(4,)]), lr=0.25)
+    fused = rule.fused([dict(group) for group in reference.param_groups])
+    assert fused.param_groups[0]["lr"] == 0.25
+    fused.load_state_dict(reference.state_dict())
+
+
+@with_rules
 def test_arguments_by_position_are_torchs(rule: Rule) -> None:
     """Each of another value than its default."""
     other = {
@@ -180,3 +205,36 @@ def test_cyclic_optimizers_name_what_is_wrong_with_their_momentum() -> None:
     betas: Any = np.array([0.9, 0.99])
     with pytest.raises(ValueError, match="betas of parameter group 0 must be a tuple of 2"):
         fastlr.FusedCyclicAdam(model, 0.1, 0.2, cycle_momentum=True, betas=betas)
+
+
+@pytest.mark.parametrize("cycled", [False, True], ids=["fixed", "cycled"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (fastlr.FusedCyclicSGD, "lr"), (fastlr.FusedCyclicSGD, "momentum"), (fastlr.FusedCyclicAdam, "lr"),
+        (fastlr.FusedCyclicAdam, "beta1"), (fastlr.FusedCyclicAdamW, "beta1"),
+        (fastlr.FusedCyclicAdamW, "beta2"),
+    ],
+)  # fmt: skip
+def test_cyclic_optimizers_refuse_an_owner_of_what_they_set(kind: Any, name: str, cycled: bool) -> None:
+    """Which a group that another optimizer has used brings."""
+    group = {"params": parameters([(4,)]), f"{name}_schedule": fastlr.Constant(0.5), f"{name}_start": 0}
+    told = f"^{name}_schedule of parameter group 0 is Constant.*, of another optimizer, but {kind.__name__} s"
+    with pytest.raises(ValueError, match=told):
+        kind([group], 0.1, 0.2, cycle_momentum=cycled)
+
+
+@with_rules
+def test_schedules_for_nothing_in_a_group_are_refused(rule: Rule) -> None:
+    """Of an option that none can drive, and beside another one."""
+    model = parameters([(4,)])
+    constant, other = fastlr.Constant(0.25), fastlr.Constant(0.5)
+    with pytest.raises(ValueError, match=r"^maximize_schedule of parameter group 0 is for nothing, as no"):
+        rule.fused([{"params": model, "maximize_schedule": constant}])
+    with pytest.raises(
+        ValueError, match=r"^lr of parameter group 0 is .*0\.25.*, and lr_schedule .*0\.5.*; le"
+    ):
+        rule.fused([{"params": model, "lr": constant, "lr_schedule": other}])
+    for same in (fastlr.Constant(0.5), 0.125):  # as groups of another optimizer have them
+        optimizer = rule.fused([{"params": model, "lr": same, "lr_schedule": other}])
+        assert optimizer.param_groups[0]["lr"] == 0.5

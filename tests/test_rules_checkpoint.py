@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -327,13 +328,24 @@ def test_a_file_of_version_0_1(momentum_dtype: str | None) -> None:
 
 # -- damaged files ---------------------------------------------------------------------------------
 
+NO_AGE = "the file's step 1 must be a number of updates, got "
 BAD_STEPS: dict[str, tuple[Any, str]] = {
     "missing": (None, "the file's state of parameter 1 has .*, but no step"),
-    "negative": (torch.tensor(-1.0), r"the file's step 1 must be a number of updates, got tensor\(-1"),
-    "nan": (float("nan"), "the file's step 1 must be a number of updates, got nan"),
-    "infinite": (float("inf"), "the file's step 1 must be a number of updates, got inf"),
-    "between": (2.5, "the file's step 1 must be a number of updates, got 2.5"),
-    "two": (torch.ones(2), r"the file's step 1 must be a number of updates, got tensor\(\[1"),
+    "negative": (torch.tensor(-1.0), NO_AGE + r"tensor\(-1"),
+    "nan": (float("nan"), NO_AGE + "nan"),
+    "infinite": (float("inf"), NO_AGE + "inf"),
+    "between": (2.5, NO_AGE + "2.5"),
+    "two": (torch.ones(2), NO_AGE + r"tensor\(\[1"),
+    "flag": (True, NO_AGE + "True"),
+    "huge": (1e300, NO_AGE + r"1e\+300"),
+    "huge-int": (10**400, NO_AGE + "1000"),
+    "longer": (10**5000, NO_AGE + "an integer of 16610 bits"),
+    "beyond-a-clock": (2**63, NO_AGE + "9223372036854775808"),
+    "huge-tensor": (torch.tensor(1e300, dtype=torch.float64), NO_AGE + r"tensor\(1.0000e\+300"),
+    "complex": (torch.tensor(1 + 1j), NO_AGE + r"tensor\(1.\+1.j"),
+    "flag-tensor": (torch.tensor(True), NO_AGE + r"tensor\(True"),
+    "sparse": (torch.ones(1, device="cpu").to_sparse(), NO_AGE + r"tensor\(indices"),
+    "meta": (torch.ones((), device="meta"), NO_AGE + r"tensor\(\.\.\."),
     "word": ("2", "the file's state of parameter 1 .* as step, got str"),
 }
 
@@ -353,6 +365,44 @@ def test_a_slot_of_another_shape_in_a_file_changes_nothing(rule: Rule) -> None:
     for name in names:
         assert_load_refused(rule, lambda e, name=name: {**e, name: torch.ones(3)}, f"{name} 1 has shape")
         assert_load_refused(rule, lambda e, name=name: {**e, name: 3}, f"a tensor as {name}, got int")
+
+
+NO_SLOTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sparse": (lambda m: m.to_sparse(), "must be a dense tensor with values, got one of .* torch.sparse_coo"),
+    "meta": (lambda m: m.to("meta"), "must be a dense tensor with values, got one of .* on meta"),
+    "nested": (lambda m: torch.nested.nested_tensor([m]), "must be a dense tensor with values"),
+    "complex": (lambda m: m.to(torch.complex64), r"has shape \(4,\) and torch.complex64, its parameter"),
+}  # fmt: skip
+
+
+@with_rules
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize(("make", "message"), NO_SLOTS.values(), ids=NO_SLOTS.keys())
+def test_a_tensor_that_is_no_state_in_a_file_changes_nothing(
+    rule: Rule, make: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    (names,) = {tuple(slots(o, p)) for o, p in [one_step(rule)]}
+    for name in names:
+        assert_load_refused(
+            rule, lambda e, name=name: {**e, name: make(torch.ones(4))}, f"the file's {name} 1 {message}"
+        )
+
+
+@with_rules
+def test_real_state_of_a_complex_parameter_in_a_file_changes_nothing(rule: Rule) -> None:
+    """Its imaginary parts would be lost."""
+    model = parameters([(4,)], torch.complex64)
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = str(optimizer.state_dict())
+    for name in slots(optimizer, model[0]):
+        bad = {**saved, "state": {0: {**saved["state"][0], name: torch.ones(4)}}}
+        with pytest.raises(
+            ValueError, match=rf"the file's {name} 0 has shape \(4,\) and torch.float32, its parameter .*x64"
+        ):
+            optimizer.load_state_dict(bad)
+        assert str(optimizer.state_dict()) == before
 
 
 def one_step(rule: Rule) -> tuple[Any, torch.nn.Parameter]:
@@ -432,8 +482,11 @@ def stepped(rule: Rule, **options: Any) -> tuple[list[torch.nn.Parameter], Any]:
 
 @pytest.mark.parametrize(
     ("made_by", "loaded_by"),
-    [("SGD", "Adam"), ("Adam", "SGD"), ("RMSprop", "AdamW"), ("Adagrad", "RMSprop"), ("Adam", "Adadelta")],
-)
+    [
+        ("SGD", "Adam"), ("Adam", "SGD"), ("RMSprop", "AdamW"), ("Adagrad", "RMSprop"), ("Adam", "Adadelta"),
+        ("Adam", "Lion"), ("RMSprop", "SGD"), ("Adadelta", "RMSprop"),
+    ],
+)  # fmt: skip
 def test_a_file_of_another_kind_is_refused(made_by: str, loaded_by: str) -> None:
     _, optimizer = stepped(RULES[made_by])
     _, other = stepped(RULES[loaded_by])
@@ -446,3 +499,73 @@ def test_a_file_of_another_kind_is_refused(made_by: str, loaded_by: str) -> None
     assert after["param_groups"] == before["param_groups"]
     for key, entry in before["state"].items():
         assert_same(entry.values(), after["state"][key].values())
+
+
+def test_what_a_user_keeps_beside_the_state_is_loaded() -> None:
+    model, optimizer = stepped(RULES["Adam"])
+    optimizer.state[model[0]]["average"] = torch.full_like(model[0], 0.5)
+    saved = through_file(optimizer.state_dict())
+    other_model, other = stepped(RULES["Adam"])
+    other.load_state_dict(saved)
+    assert torch.equal(other.state[other_model[0]]["average"].detach().cpu(), torch.full((9,), 0.5))
+
+
+# -- state that torch's optimizer makes in its constructor -------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_adagrads_initial_sums_reach_torch(updates: int, dtype: torch.dtype, backend: str) -> None:
+    """Of parameters never updated too: torch's optimizer would begin with its own constructor's."""
+    rule = RULES["Adagrad"]
+    ours, theirs = (
+        parameters([(9,), (4,), (3,)], dtype, device=device) for device in (torch.get_default_device(), "cpu")
+    )
+    options = {"initial_accumulator_value": 0.5, "lr_decay": 0.1}
+    fused, reference = rule.make(ours, **options), rule.make_torch(theirs, **options)
+
+    def step_all(start: int, *optimizers: Any, late: bool) -> None:
+        for step in range(start, start + 3):
+            set_gradients(step, ours, theirs)
+            for model in (ours, theirs):
+                model[2].grad = None
+                model[1].grad = model[1].grad if late else None
+            for optimizer in optimizers:
+                optimizer.step()
+
+    if updates:
+        step_all(0, fused, reference, late=False)
+    file, wanted = through_file(fused.state_dict()), reference.state_dict()
+    assert {key: set(entry) for key, entry in file["state"].items()} == {
+        key: set(entry) for key, entry in wanted["state"].items()
+    }
+    for key, entry in wanted["state"].items():
+        if not dtype.is_complex:  # which torch's squares in another way
+            assert_same([entry[name] for name in entry], [file["state"][key][name] for name in entry])
+    assert set(fused.state) == (set(ours[:1]) if updates else set())  # nothing is made by saving
+    if backend == "cuda" or dtype.is_complex:
+        return
+    back = rule.make_torch(ours)  # with 0
+    back.load_state_dict(file)
+    step_all(updates, back, reference, late=True)
+    assert_same_run(rule, (reference, theirs), (back, ours))
+
+
+# -- schedules beside a file that knows none ---------------------------------------------------------
+
+
+@with_rules
+def test_a_schedule_set_in_mid_run_goes_on_beside_a_file_without_one(rule: Rule) -> None:
+    model, optimizer = stepped(rule)
+    optimizer.set_schedule(**rule.drives)
+    train(2, (model, optimizer.step), start=3)
+    group = optimizer.param_groups[0]
+    starts = {name: group[f"{name}_start"] for name in rule.drives}
+    assert set(starts.values()) == {3}
+    expected = optimizer.state_dict()["param_groups"]
+    other = rule.make_torch(parameters([(9,), (5, 4)], device="cpu"), **rule.full)
+    with pytest.warns(UserWarning, match="the file has no clock"):
+        optimizer.load_state_dict(other.state_dict())
+    assert {name: optimizer.param_groups[0][f"{name}_start"] for name in rule.drives} == starts
+    loaded = optimizer.state_dict()["param_groups"]
+    assert [{key: group[key] for key in expected[0]} for group in loaded] == expected

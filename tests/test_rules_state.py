@@ -190,6 +190,46 @@ def test_options_switched_in_mid_run(
     assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
 
 
+class Stopping(Runtime):
+    """Raises where everything is ready to be written."""
+
+    stops = False
+
+    def will_write(self, parameters: list[torch.Tensor]) -> None:  # type: ignore[override]
+        if self.stops:
+            raise KeyboardInterrupt
+        Runtime.will_write(parameters)
+
+
+@pytest.mark.parametrize(("name", "before", "after", "made"), SWITCHED.values(), ids=SWITCHED.keys())
+def test_a_step_that_is_stopped_leaves_no_room_for_state(
+    name: str, before: dict[str, Any], after: dict[str, Any], made: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Neither in a parameter's state, where some is missing, nor for a parameter that has none."""
+    rule, stopping = RULES[name], Stopping()
+    monkeypatch.setattr("fastlr.optim._base.Runtime", lambda: stopping)
+    ours, theirs = parameters([(9,), (5, 3)]), parameters([(9,), (5, 3)])
+    stopped, untouched = rule.make(ours, **before), rule.make(theirs, **before)
+    for step in range(6):
+        set_gradients(step, ours, theirs)
+        if step < 3:
+            ours[1].grad = theirs[1].grad = None
+        if step == 3:
+            for optimizer in (stopped, untouched):
+                optimizer.param_groups[0].update(after)
+            kept = {p: dict(entry) for p, entry in stopped.state.items()}
+            stopping.stops = True
+            with pytest.raises(KeyboardInterrupt):
+                stopped.step()
+            stopping.stops = False
+            assert dict(stopped.state) == kept
+        stopped.step()
+        untouched.step()
+    assert_same_run(rule, (untouched, theirs), (stopped, ours))
+    assert set(made) <= set(stopped.state[ours[0]])
+
+
 def replace_slot(optimizer: Any, p: torch.Tensor, name: str) -> None:
     optimizer.state[p][name] = optimizer.state[p][name].clone()
 
@@ -230,6 +270,33 @@ def test_nothing_is_remembered_that_may_move(rule: Rule, change: Callable[..., N
                 change(fused, p, name)
                 if fused.state[p][name] is not old and fused.state[p][name].data_ptr() != pointer:
                     old.fill_(float("nan"))
+    assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
+
+
+def as_gradient(optimizer: Any, model: list[torch.nn.Parameter], name: str) -> None:
+    model[1].grad = optimizer.state[model[0]][name][-model[1].numel() :]
+
+
+def as_state(optimizer: Any, model: list[torch.nn.Parameter], name: str) -> None:
+    optimizer.state[model[1]][name] = optimizer.state[model[0]][name][-model[1].numel() :]
+
+
+@with_rules
+@pytest.mark.parametrize("share", [as_gradient, as_state], ids=lambda f: f.__name__)
+def test_state_that_another_update_reads_or_writes_is_updated_in_order(
+    rule: Rule, share: Callable[..., None], backend: str
+) -> None:
+    """What the first thread writes last, the second would read first."""
+    torch.set_num_threads(2)
+    unit = 100_000 if backend == "cpu" else 100
+    ours, theirs = twins([(4 * unit,), (unit,), (3 * unit,)])
+    fused, reference = rule.make(ours, **rule.full), rule.make_torch(theirs, **rule.full)
+    train(1, (theirs, reference.step), (ours, fused.step))
+    for step in range(1, 4):
+        set_gradients(step, ours, theirs)
+        for optimizer, model in ((fused, ours), (reference, theirs)):
+            share(optimizer, model, sorted(slots(fused, ours[0]))[0])
+            optimizer.step()
     assert_same_run(rule, (reference, theirs), (fused, ours), close_on_devices(rule, backend))
 
 
@@ -289,6 +356,23 @@ def test_bad_slots_are_refused(rule: Rule, make: Callable[..., torch.Tensor], me
     assert optimizer.sync().updates == 3
 
 
+@with_rules
+def test_lazily_conjugated_and_negated_slots_are_refused(rule: Rule) -> None:
+    """Their memory holds other values than they say."""
+    message = "the {slot} of parameter 1 .* is a lazily conjugated or negated view; replace it by {slot}.res"
+    for dtype, size in ((torch.complex64, 7), (torch.float32, 7), (torch.float32, 1)):
+        model = parameters([(9,), (size,)], dtype)
+        optimizer = rule.make(model, **rule.full)
+        train(2, (model, optimizer.step))
+        for slot, kept in slots(optimizer, model[1]).items():
+            lazy = kept.clone().conj() if kept.is_complex() else torch.complex(kept, -kept).conj().imag
+            assert lazy.is_conj() or lazy.is_neg()
+            optimizer.state[model[1]][slot] = lazy
+            assert_refused(optimizer, model, message.format(slot=slot))
+            optimizer.state[model[1]][slot] = lazy.resolve_conj().resolve_neg()
+        train(1, (model, optimizer.step), start=2)
+
+
 def assert_refused(optimizer: Any, model: list[torch.nn.Parameter], message: str) -> None:
     """A step raises and has changed nothing."""
 
@@ -336,23 +420,63 @@ def test_state_that_shares_memory_is_refused(rule: Rule, shift: int) -> None:
     train(1, (model, optimizer.step), start=2)
 
 
-SEVERAL = {
-    name: rule for name, rule in RULES.items() if len(_core.Plan(rule.fused._rule, Runtime()).slots()) > 1
-}
-
-
-@pytest.mark.parametrize("rule", SEVERAL.values(), ids=SEVERAL.keys())
-def test_slots_of_two_types_are_refused(rule: Rule) -> None:
+@with_rules
+def test_a_slot_of_another_type_than_its_group_says_is_refused(rule: Rule) -> None:
     model = parameters([(9,), (7,)], torch.bfloat16)
     optimizer = rule.make(model, **rule.full)
     train(2, (model, optimizer.step))
-    names = sorted(slots(optimizer, model[1]))
-    optimizer.state[model[1]][names[0]] = optimizer.state[model[1]][names[0]].float()
-    assert_refused(
-        optimizer, model, "of parameter 1 of group 0.* have (float32 and bfloat16|bfloat16 and float32)"
-    )
+    name = sorted(slots(optimizer, model[1]))[0]
+    optimizer.state[model[1]][name] = optimizer.state[model[1]][name].float()
+    own = "float32; a parameter of bfloat16 takes its own type with state_dtype=None. Load the optimizer's"
+    assert_refused(optimizer, model, f"the {name} of parameter 1 of group 0.* has {own} state_dict again")
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
+
+
+@with_rules
+def test_a_type_of_state_that_is_written_into_a_group_is_that_of_new_state(rule: Rule, backend: str) -> None:
+    """And refused where there is state of another one, which loading the optimizer's own file converts."""
+    ours, others = (parameters([(9,), (7,)], torch.bfloat16) for _ in range(2))
+    written, made = rule.make(ours, **rule.full), rule.make(others, state_dtype=torch.float32, **rule.full)
+    written.param_groups[0]["state_dtype"] = torch.float32
+    train(2, (ours, written.step), (others, made.step))
+    assert_same_run(rule, (made, others), (written, ours))
+
+    written.param_groups[0]["state_dtype"] = None
+    assert_refused(
+        written, ours, "of parameter 0 of group 0.* has float32; a parameter of bfloat16 takes its own type"
+    )
+    written.load_state_dict(written.state_dict())
+    assert all(m.dtype is torch.bfloat16 for p in ours for m in slots(written, p).values())
+    train(2, (ours, written.step), start=2)
+    written.param_groups[0]["state_dtype"] = torch.float32
+    assert_refused(
+        written, ours, "of parameter 0 of group 0.* has bfloat16; a parameter of bfloat16 takes float32 with"
+    )
+    for value in (torch.float64, "float32", 32):
+        written.param_groups[0]["state_dtype"] = value
+        assert_refused(written, ours, f"state_dtype of parameter group 0 must be None, .*, got .*{value}")
+
+
+def test_the_constructors_name_for_the_type_of_state_is_refused_in_a_group_in_use() -> None:
+    """It would be read by nothing."""
+    for kind in (fastlr.FusedSGD, fastlr.FusedCyclicSGD):
+        model = parameters([(9,), (7,)], torch.bfloat16)
+        bounds = (
+            {"lr": 0.1} if kind is fastlr.FusedSGD else {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 3}
+        )
+        optimizer = kind([{"params": [p], "momentum_dtype": torch.float32} for p in model], **bounds)
+        set_gradients(0, model)
+        optimizer.step()
+        for value in (torch.float32, None):
+            optimizer.param_groups[1]["momentum_dtype"] = value
+            assert_refused(
+                optimizer,
+                model,
+                "momentum_dtype of parameter group 1 is a constructor's name for state_dtype; write",
+            )
+        del optimizer.param_groups[1]["momentum_dtype"]
+        optimizer.step()
 
 
 BAD_STEPS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -407,6 +531,119 @@ def test_state_without_its_step_is_refused(rule: Rule) -> None:
     assert_refused(optimizer, model, "the state of parameter 1 of group 0, .* has no step")
     optimizer.state[model[1]]["step"] = kept
     optimizer.step()
+
+
+@with_counting_rules
+def test_a_step_that_shares_memory_is_refused(rule: Rule) -> None:
+    """With the parameter, its gradient, or another tensor of its state."""
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    entry = optimizer.state[model[1]]
+    kept = entry["step"]
+    shared = {"the parameter": model[1].detach(), "the gradient": model[1].grad}
+    for name, tensor in {**shared, **slots(optimizer, model[1])}.items():
+        entry["step"] = tensor[3].copy_(2.0)
+        assert_refused(optimizer, model, f"the step of parameter 1 .* shares memory with {name}; .*clone")
+    # Between its elements, and beside them.
+    memory = torch.full((7, 2), 2.0)
+    memory[:, 0] = model[1].detach()
+    model[1].data = memory[:, 0]
+    entry["step"] = memory[3, 1]
+    train(1, (model, optimizer.step), start=2)
+    assert entry["step"] == 3.0
+    assert memory[3, 1] == 3.0
+    entry["step"] = kept
+
+
+# -- numbers beyond a type ---------------------------------------------------------------------------
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "lr": {"lr": 1e39},
+    "lr-far": {"lr": 1e300},
+    "scheduled": {"lr": fastlr.Constant(1e39)},
+    "weight_decay": {"weight_decay": 1e39},
+    "eps": {"eps": 1e39},
+    "dampening": {"dampening": -1e39},
+    "initial_accumulator_value": {"initial_accumulator_value": 1e39},
+}
+BEYOND_TOGETHER = {"lr": 1e20, "weight_decay": 1e20}
+
+
+@with_rules
+@pytest.mark.parametrize("options", BEYOND.values(), ids=BEYOND.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_numbers_beyond_float32_are_refused(rule: Rule, options: dict[str, Any], dtype: torch.dtype) -> None:
+    (name,) = options
+    model = parameters([(9,), (7,)], dtype)
+    if name not in rule.make(model).param_groups[0]:
+        pytest.skip("an option of other rules")
+    optimizer = rule.make(model, **options)
+    set_gradients(0, model)
+    value = re.escape(str(optimizer.param_groups[0][name]))
+    assert_refused(
+        optimizer,
+        model,
+        f"^{name}={value} of parameter group 0 leads beyond the range of float32, in which parameter 0 of "
+        r"group 0, shape \(9,\) is computed; give it a smaller one, or make it float64",
+    )
+    assert not optimizer.state
+    for p in model:
+        p.data = p.data.to(torch.complex128 if p.is_complex() else torch.float64)
+    set_gradients(0, model)
+    optimizer.step()
+
+
+@with_rules
+def test_what_follows_from_numbers_is_no_further_than_float32(rule: Rule, backend: str) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **BEYOND_TOGETHER)
+    set_gradients(0, model)
+    if rule in (RULES["AdamW"], RULES["Lion"]):  # whose decay is a factor
+        assert_refused(optimizer, model, r"^lr=1e\+20, weight_decay=1e\+20 of parameter group 0 leads beyond")
+    else:
+        optimizer.step()
+    if rule in (RULES["Adam"], RULES["AdamW"]) and backend == "cpu":  # a device's ages are not known
+        optimizer = rule.make(model, lr=1e38, betas=(0.99, 0.999), weight_decay=0.0)
+        assert_refused(optimizer, model, r"^lr=1e\+38 of parameter group 0 leads beyond the range of float32")
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        for p in model:
+            optimizer.state[p]["step"].fill_(5000.0)  # the bias is gone
+        optimizer.param_groups[0]["lr"] = 1e38
+        optimizer.step()
+
+
+@with_rules
+def test_a_parameter_that_is_listed_twice(rule: Rule, backend: str) -> None:
+    """torch's loop updates it twice, and so do rules that count nothing; the others would count once."""
+    (p, q), (r, s) = parameters([(9,), (7,)]), parameters([(9,), (7,)], device="cpu")
+    fused, reference = rule.make([p, q], **rule.full), rule.make_torch([r, s], **rule.full)
+    for optimizer, again in ((fused, p), (reference, r)):
+        optimizer.param_groups[0]["params"].append(again)
+    if rule.counts:
+        set_gradients(0, [p, q])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"parameter 2 of group 0, shape \(9,\) is in the .* twice"):
+                fused.step()
+        fused.param_groups[0]["params"].pop()
+        fused.step()
+    elif backend == "cpu":
+        train(3, ([r, s], reference.step), ([p, q], fused.step))
+        assert_same([r, s], [p, q])
+
+
+@with_counting_rules
+def test_state_that_is_no_tensor_is_refused(rule: Rule) -> None:
+    model = parameters([(9,), (7,)])
+    optimizer = rule.make(model, **rule.full)
+    train(2, (model, optimizer.step))
+    for name, kept in dict(optimizer.state[model[1]]).items():
+        optimizer.state[model[1]][name] = 3
+        with pytest.raises(ValueError, match=f"the {name} of parameter 1 .* must be a tensor, got a int"):
+            optimizer.step()
+        optimizer.state[model[1]][name] = kept
+    train(1, (model, optimizer.step), start=2)
 
 
 # -- state that something has taken a part of --------------------------------------------------------

@@ -22,6 +22,7 @@ struct Adagrad : RuleDefaults {
   enum { kSum, kSlotCount };
   static constexpr const char* kSlots[] = {"sum"};
   static constexpr uint32_t kLiveSets[] = {0b1};  // that live_slots() returns
+  static constexpr bool kStartsWithState = true;
 
   FASTLR_HD_MEMBER static uint32_t live_slots(const Options&, uint32_t) { return 1u << kSum; }
   static double initial_state(const Options& options) { return options[kInitial]; }

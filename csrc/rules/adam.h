@@ -66,6 +66,11 @@ struct Adam : RuleDefaults {
   }
 
   template <typename T>
+  static T rate(const Scalars<T>& s) {
+    return s.neg_step_size;
+  }
+
+  template <typename T>
   FASTLR_HD_INLINED void update(const Scalars<T>& s, uint32_t live, T& p, T g,
                                 T (&slots)[kSlotCount]) {
     const T m = slots[kFirst] = s.first.moved(slots[kFirst], g);

@@ -6,11 +6,10 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch.optim import optimizer as torch_optimizer
-from typing_extensions import Unpack
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
@@ -22,6 +21,7 @@ from fastlr.optim._groups import (
     RuleOptions,
     TorchOptions,
     check_torch_options,
+    check_torch_options_in,
     checked_state_dtype,
     clock_of,
 )
@@ -29,18 +29,8 @@ from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-
-class Scheduled(TypedDict, total=False):
-    """What a schedule can drive besides the learning rate; each rule has some of these."""
-
-    momentum: float | Schedule | None
-    betas: tuple[float | Schedule, float | Schedule] | None
-    beta1: float | Schedule | None
-    beta2: float | Schedule | None
-    alpha: float | Schedule | None
-    rho: float | Schedule | None
-    weight_decay: float | Schedule | None
+# What may come to be in charge of an option; None: what is.
+Driver: TypeAlias = float | Schedule | None
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -53,6 +43,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _rule: str  # the native rule's name
     # What every group holds, whatever its maker or a file says.
     _fixed: dict[str, Any] = {}  # noqa: RUF012
+    # What the constructor, and new groups, may call a key of a group; groups in use have the key alone.
+    _other_names: dict[str, str] = {}  # noqa: RUF012
 
     # Whether a step is as long as the rate says, however large the gradients are.
     _adapts = True
@@ -80,7 +72,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _make_plan(self) -> None:
-        self._plan = _core.Plan(self._rule, Runtime())
+        self._plan = _core.Plan(self._rule, Runtime(), self._other_names)
         self._options = RuleOptions(self._plan)
         self._rule_state = RuleState(self._plan, self._options)
 
@@ -142,18 +134,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{name}{where} must be {value!r} in {type(self).__name__}, got {param_group[name]!r}; "
                     "leave it out of the group"
                 )
+        driven = [option.name for option in self._options.scheduled]
         for option in self._options.all:
+            if option.name not in driven and param_group.get(f"{option.name}_schedule") is not None:
+                raise ValueError(
+                    f"{option.name}_schedule{where} is for nothing, as no schedule can drive {option.name}; "
+                    f"leave it out of the group, got {param_group[f'{option.name}_schedule']!r}"
+                )
             if option.tuple is not None and option.name in param_group:
                 raise ValueError(
                     f"{option.name}{where} stands in {option.tuple}, got {param_group[option.name]!r} as an "
                     f"entry of its own; give the group {option.tuple}"
                 )
         filled = {**self.defaults, **self._in_own_words(param_group, where)}
-        check_torch_options({"differentiable": filled.get("differentiable")}, "")
+        check_torch_options_in(filled, where)
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
         for option in self._options.scheduled:
-            given = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
-            given = self._options.value(filled, option, where) if given is None else given
+            owner = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
+            given = self._options.value(filled, option, where)
+            if owner is not None and isinstance(given, Schedule) and given != owner:
+                raise ValueError(
+                    f"{option.name}{where} is {given!r}, and {option.name}_schedule {owner!r}; leave one out"
+                )
+            given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
         filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
@@ -166,19 +169,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def set_schedule(
         self,
-        lr: float | Schedule | None = None,
+        lr: Driver = None,
         *,
         group: int | None = None,
         start: Literal["now", "zero"] = "now",
-        **others: Unpack[Scheduled],
+        **others: Driver | tuple[Driver, ...],
     ) -> None:
         """Puts schedules, or plain numbers, in charge of the learning rate and other hyperparameters.
 
         Args:
             lr: a schedule, or a number, which takes the rate back from a schedule; None: unchanged.
-            others: the same for what else a schedule can drive: ``momentum`` of SGD and RMSprop, ``betas``,
-                or ``beta1`` and ``beta2`` alone, of Adam and its kin, ``alpha`` of RMSprop, ``rho`` of
-                Adadelta, ``weight_decay`` of all.
+            others: the same for each argument of the constructor that takes a schedule, by its name. What
+                stands in a tuple there has a name of its own, too.
             group: index of one parameter group; None: all.
             start: ``"now"``: the schedule's zero is the present clock; ``"zero"``: its zero is the
                 clock's, so that it continues in the middle.
@@ -487,7 +489,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self._options, self._rule_state, state_dict)
+        pack(self.param_groups, self._options, self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the
@@ -500,6 +502,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         A schedule that goes on beside a file without a clock does so where this optimizer stands, which a
         warning says; :meth:`set_clock` tells how far the file's run was. torch's optimizers keep a clock that
         they do not know, so that after updates of theirs it has to be told too.
+
+        torch.distributed.checkpoint asks a file for every key that the groups of this optimizer have. What of
+        these a file of another optimizer, or of version 0.1, has not comes from this one's own
+        ``get_optimizer_state_dict(model, optimizer, ...)``: read the file into that with
+        ``DefaultLoadPlanner(allow_partial_load=True)``, or, where both are flattened, pass
+        ``{**own, **file}`` to ``set_optimizer_state_dict``.
 
         Raises:
             ValueError: the file is damaged, or the groups differ in number or size, or state in shape.

@@ -14,10 +14,15 @@ from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
 
-def pack(options: RuleOptions, rule_state: RuleState, state_dict: dict[str, Any]) -> None:
-    """Makes a state_dict of plain values, without what torch's of the same rule has not."""
-    for group in state_dict["param_groups"]:
-        rule_state.in_file(state_dict["state"], group["params"])
+def pack(
+    own_groups: list[dict[str, Any]],
+    options: RuleOptions,
+    rule_state: RuleState,
+    state_dict: dict[str, Any],
+) -> None:
+    """Makes a state_dict of plain values, with the state that torch's of the same rule has."""
+    for own, group in zip(own_groups, state_dict["param_groups"], strict=True):
+        rule_state.in_file(state_dict["state"], dict(zip(group["params"], own["params"], strict=True)), own)
         group |= options.plain(group)
         for key, value in group.items():
             if isinstance(value, Schedule):
@@ -85,8 +90,7 @@ def unpack(
                 schedule = None
             else:
                 schedule = own[f"{name}_schedule"]
-                at = group["updates" if schedule is None else clock_of(schedule)]
-                group[f"{name}_start"] = min(own[f"{name}_start"], at)
+                group[f"{name}_start"] = own[f"{name}_start"]
             group[f"{name}_schedule"] = schedule
             if schedule is not None:
                 check_owner(option, schedule, where)
@@ -100,6 +104,11 @@ def unpack(
                 states[parameter] = loaded
             if not state[key]:
                 del state[key]
+    if any(group["fresh"] for group in groups) and not all(map(rule_state.is_new, states.values())):
+        # A file that knows no such flag was read into a template that a first, initializing step made.
+        states = {p: entry for p, entry in states.items() if not rule_state.is_new(entry)}
+        for group in groups:
+            group["fresh"] = False
     found = [group["lr"] for group in groups]
     plan.publish(groups)  # what schedules own follows from the clock, not from the file
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):

@@ -206,10 +206,24 @@ _REFUSED_OPTIONS = {
 }
 
 
-def check_torch_options(options: dict[str, Any], made: str) -> None:
+def check_torch_options(options: Mapping[str, Any], made: str) -> None:
+    """Raises for what a constructor is given besides its own arguments."""
     for name, value in options.items():
         if name not in _REFUSED_OPTIONS:
             raise TypeError(f"{made} got an unexpected keyword argument {name!r}")
-        refused, reason = _REFUSED_OPTIONS[name]
-        if value is not None and flag(name, value) is refused:
-            raise ValueError(f"{name} must be {not refused} or None, got {value!r}: {reason}; leave it out")
+        _check_torch_option(name, value)
+
+
+def check_torch_options_in(group: Mapping[str, Any], where: str) -> None:
+    """Raises for what a new group, which may be torch's, asks for as the constructor would."""
+    for name in _REFUSED_OPTIONS:
+        if name in group:
+            _check_torch_option(name, group[name], where)
+
+
+def _check_torch_option(name: str, value: object, where: str = "") -> None:
+    refused, reason = _REFUSED_OPTIONS[name]
+    if value is not None and flag(f"{name}{where}", value) is refused:
+        raise ValueError(
+            f"{name}{where} must be {not refused} or None, got {value!r}: {reason}; leave it out"
+        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
 
 from fastlr import _core
+from fastlr._checks import describe
 from fastlr._runtime import Runtime
 from fastlr.optim._groups import RuleOptions
 
@@ -21,6 +20,8 @@ States: TypeAlias = dict[torch.Tensor, dict[str, torch.Tensor]]
 # nothing, the state on the host does not either, and a state_dict never does: what has a momentum buffer has
 # been updated.
 STEP = "step"
+# Below which an age has to be: float32 counts on no further than 2**24 anyway.
+_AGES_END = 2**62
 
 
 class RuleState:
@@ -35,7 +36,9 @@ class RuleState:
         self._plan = plan
         self._options = options
         self.slots = plan.slots()
+        self._strange = plan.slots_of_other_rules()
         self.counts_steps = plan.counts_steps()
+        self._starts_with_state = plan.starts_with_state()
 
     def new(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The state of a parameter that was never updated."""
@@ -60,19 +63,11 @@ class RuleState:
             found = entry.pop(name, None)
             if found is None:
                 continue
-            if found.shape != parameter.shape or found.is_complex() != parameter.is_complex():
-                raise ValueError(
-                    f"the file's {name} {key} has shape {tuple(found.shape)} and "
-                    f"{found.dtype}, its parameter {tuple(parameter.shape)} and {parameter.dtype}"
-                )
+            _check_slot(f"the file's {name} {key}", found, parameter)
             loaded[name] = Runtime.new_state(parameter, group["state_dtype"]).copy_(found)
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
-            single = not isinstance(step, torch.Tensor) or step.numel() == 1
-            age = float(step) if single else math.nan
-            if not (age >= 0.0 and age.is_integer()):
-                raise ValueError(f"the file's step {key} must be a number of updates, got {step!r}")
-            loaded[STEP] = Runtime.new_step(parameter).fill_(age)
+            loaded[STEP] = Runtime.new_step(parameter).fill_(_age(f"the file's step {key}", step))
         elif loaded and self.counts_steps:
             raise ValueError(f"the file's state of parameter {key} has {', '.join(loaded)}, but no step")
         others = [name for name, value in entry.items() if isinstance(value, torch.Tensor)]
@@ -80,6 +75,11 @@ class RuleState:
             raise ValueError(
                 f"the file's state of parameter {key} has {', '.join(others)} and nothing of "
                 f"{', '.join(self.slots)}; it may be of another kind of optimizer"
+            )
+        if strange := [name for name in others if name in self._strange]:
+            raise ValueError(
+                f"the file's state of parameter {key} has {', '.join(strange)} besides "
+                f"{', '.join(loaded)}; it may be of another kind of optimizer"
             )
         lost = [name for name in self._plan.always_live() if name not in loaded]
         if loaded and lost:
@@ -111,17 +111,68 @@ class RuleState:
                 kept[name] = tensor.copy_(new)
         return kept
 
-    def in_file(self, state: dict[Any, dict[str, Any]], keys: Iterable[Any]) -> None:
-        """Leaves out of a copied state, whose entries are still the original's, what torch's has not."""
+    def is_new(self, entry: dict[str, torch.Tensor]) -> bool:
+        """Whether state is as :meth:`new` makes it; without a ``step``, whether it is all zeros."""
+        if any(map(Runtime.has_no_values, entry.values())):
+            return True
+        if STEP in entry:
+            return float(entry[STEP]) == 0.0
+        return not any(bool(tensor.any()) for tensor in entry.values())
+
+    def in_file(
+        self, state: dict[Any, dict[str, Any]], parameters: dict[Any, torch.Tensor], group: dict[str, Any]
+    ) -> None:
+        """Makes a copied state, whose entries are still the original's, that of torch's optimizer.
+
+        Args:
+            state: by keys.
+            parameters: those of one group, by their keys in it.
+            group: theirs.
+        """
+        if self._starts_with_state:
+            for key, parameter in parameters.items():
+                if not state.get(key):
+                    state[key] = self.new(parameter, group)
         if self.counts_steps:
             return
-        entries = {key: state[key] for key in keys if key in state and STEP in state[key]}
+        entries = {key: state[key] for key in parameters if key in state and STEP in state[key]}
         ages = _numbers([entry[STEP] for entry in entries.values()])
         for (key, entry), age in zip(entries.items(), ages, strict=True):
             left_out = {STEP} if age else {STEP, *self.slots}
             state[key] = {name: value for name, value in entry.items() if name not in left_out}
             if not state[key]:
                 del state[key]
+
+
+def _check_slot(name: str, found: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Raises ValueError for a file's tensor that is no state of a parameter."""
+    if not _is_dense(found) or (Runtime.has_no_values(found) and not Runtime.has_no_values(parameter)):
+        raise ValueError(f"{name} must be a dense tensor with values, got {_kind(found)}")
+    if found.shape != parameter.shape or found.is_complex() != parameter.is_complex():
+        raise ValueError(
+            f"{name} has shape {tuple(found.shape)} and {found.dtype}, its parameter "
+            f"{tuple(parameter.shape)} and {parameter.dtype}"
+        )
+
+
+def _age(name: str, step: object) -> float:
+    """A file's count of updates: a number, or a tensor of one."""
+    age = step
+    if isinstance(step, torch.Tensor):
+        usable = _is_dense(step) and not Runtime.has_no_values(step) and step.numel() == 1
+        age = step.item() if usable else None
+    is_number = isinstance(age, (int, float)) and not isinstance(age, bool)
+    if not is_number or not 0 <= age < _AGES_END or age != int(age):  # type: ignore[operator, call-overload]
+        raise ValueError(f"{name} must be a number of updates, got {describe(step)}")
+    return float(age)  # type: ignore[arg-type]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"one of {tensor.dtype} with layout {tensor.layout} on {tensor.device}"
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

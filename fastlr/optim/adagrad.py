@@ -19,7 +19,7 @@ class FusedAdagrad(FusedOptimizer):
 
     Args:
         params: as for :class:`FusedAdam`. Unlike torch's, the state of a parameter is made at its first
-            update, and gradients are dense.
+            update (a ``state_dict`` has that of all), and gradients are dense.
         lr: learning rate, >= 0, or a schedule (clocked in updates or samples).
         lr_decay: >= 0.
         weight_decay: L2 penalty, >= 0, or a schedule.

@@ -49,6 +49,7 @@ class FusedAdam(FusedOptimizer):
 
     Each of them may stand in a parameter group. ``param_groups[i]["betas"]`` is a tuple of floats: what the
     next step will use; their owners stand under ``"beta1_schedule"`` and ``"beta2_schedule"``.
+    :meth:`set_schedule` takes ``beta1`` and ``beta2`` alone, too.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the range.

@@ -27,7 +27,7 @@ class FusedLion(FusedOptimizer):
         params: as for :class:`FusedAdam`.
         lr: learning rate, >= 0, or a schedule (clocked in updates or samples).
         betas: decay of the average in the update, and of the average that is kept, each in [0, 1), or a
-            schedule that stays there.
+            schedule that stays there. :meth:`set_schedule` takes ``beta1`` and ``beta2`` alone, too.
         weight_decay: decoupled, >= 0, or a schedule.
         maximize: ascend instead of descend.
         state_dtype, foreach, fused, capturable, differentiable: as for :class:`FusedAdam`.

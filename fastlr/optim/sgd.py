@@ -60,6 +60,7 @@ class FusedSGD(FusedOptimizer):
 
     _rule = "sgd"
     _adapts = False
+    _other_names = {"momentum_dtype": "state_dtype"}  # noqa: RUF012
 
     def __init__(
         self,

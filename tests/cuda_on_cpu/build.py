@@ -30,6 +30,7 @@ FLAGS = (
     *(f"-I{HERE}", f"-I{toolchain.CSRC}"),
 )
 KERNELS = ("cuda/step_cuda.cu", "cuda/step_cuda_large.cu")
+CPU_KERNELS = "cpu/kernels.cpp"
 PLAN = (
     *("cuda/device_memory.cpp", "cuda/device_norm.cpp", "cuda/device_plan.cpp", "cuda/devices.cpp"),
     *("cuda/launches.cpp", "cuda/tensor_table.cpp"),
@@ -86,11 +87,14 @@ def build_extension(cache: Path) -> Path:
     """The extension, built where the cache has none for these sources."""
     library = built_here(cache) / "extension" / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = [*FLAGS, *python_flags(), "-O2"]
-    items = [(toolchain.CSRC / name, flags) for name in (*KERNELS, *PLAN)]
+    sources = (*KERNELS, *PLAN, "cpu/step_cpu.cpp", CPU_KERNELS)
+    items = [(toolchain.CSRC / name, [*flags, *own_flags(name)]) for name in sources]
     items += [(HERE / name, flags) for name in ("module.cpp", "emulator.cpp")]
-    items.append((toolchain.CSRC / "cpu" / "step_cpu.cpp", flags))
-    items.append((toolchain.CSRC / "cpu" / "kernels.cpp", [*flags, "-DFASTLR_SIMD_LEVEL=baseline"]))
     return make_once(library, lambda output: link(compile_all(library.parent, items), output))
+
+
+def own_flags(source: str) -> tuple[str, ...]:
+    return ("-DFASTLR_SIMD_LEVEL=baseline",) if source == CPU_KERNELS else ()
 
 
 def python_flags() -> list[str]:
@@ -108,7 +112,7 @@ def link(objects: list[Path], library: Path) -> None:
 def relink_extension(library: Path, csrc: Path, source: str, folder: Path) -> Path:
     """The extension of `library` again, in a folder, with one of its sources as `csrc` has it."""
     other = folder / "other.o"
-    flags = [flag for flag in FLAGS if flag != f"-I{toolchain.CSRC}"]
+    flags = [flag for flag in (*FLAGS, *own_flags(source)) if flag != f"-I{toolchain.CSRC}"]
     toolchain.run_or_fail(
         compiler(), *flags, f"-I{csrc}", *python_flags(), "-O0", "-c", csrc / source, "-o", other
     )

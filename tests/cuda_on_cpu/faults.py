@@ -38,15 +38,21 @@ TABLES = "cuda/tables.h"
 STEP = "step.h"
 DEVICE_PLAN = "cuda/device_plan.cpp"
 DEVICE_MEMORY = "cuda/device_memory.cpp"
+GATHER = "gather.cpp"
 
 EXTENSION = "extension"  # the build that the tests of EXTENSION_TESTS run on
 EXTENSION_TESTS = "test_cuda_launcher.py"
+STATES = "test_rules_state.py"
 
 
 @dataclass(frozen=True)
 class Fault:
     """A text that stands in a file of csrc once, what takes its place, the build in which the fault is
-    noticed, by what, and the rule whose kernels are built and run for it."""
+    noticed, by what, and the rule whose kernels are built and run for it.
+
+    Or, in the extension: the test that notices the fault, on its CPU loops or another backend, and the source
+    that is built anew for a header.
+    """
 
     file: str
     old: str
@@ -54,6 +60,9 @@ class Fault:
     build: str
     noticed: str
     rule: str = "sgd"
+    test: str = EXTENSION_TESTS
+    backend: str = "cpu"
+    source: str = ""
 
 
 TICKET = "is_last = atomicAdd(&state.ticket, 1u) == gridDim.x - 1;"
@@ -405,6 +414,73 @@ FAULTS = {
         "",
         *TEST,
     ),
+    # What there is to know of tensors and numbers before a step, for every backend.
+    "state is not noted as written": Fault(
+        GATHER,
+        "    if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);\n",
+        "",
+        *TEST,
+        test=f"{STATES}::test_state_that_another_update_reads_or_writes_is_updated_in_order",
+        backend="cuda-on-cpu",  # the extension's CPU loops have one thread
+    ),
+    "lazily conjugated state taken as it lies": Fault(
+        GATHER,
+        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
+        "if (!is_complex(m.dtype) && may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
+        *TEST,
+        test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
+    ),
+    "lazily negated state taken as it lies": Fault(
+        GATHER,
+        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
+        "if (is_complex(m.dtype) && is_lazy(tensor)) {",
+        *TEST,
+        test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
+    ),
+    "room for state not taken back": Fault(
+        GATHER,
+        "if ((added.room >> k & 1u) != 0) PyDict_DelItem(added.state.get(), key_of(k));",
+        "",
+        *TEST,
+        test=f"{STATES}::test_a_step_that_is_stopped_leaves_no_room_for_state",
+    ),
+    "a step in the parameter's memory": Fault(
+        GATHER,
+        'meets(p, parameter.order.extent) ? "the parameter"',
+        'false ? "the parameter"',
+        *TEST,
+        test=f"{STATES}::test_a_step_that_shares_memory_is_refused",
+    ),
+    "state of another type than its group's": Fault(
+        GATHER,
+        "type != ref.state_type) {",
+        "(type != ref.type && type != StorageType::kFloat32)) {",
+        *TEST,
+        test=f"{STATES}::test_a_type_of_state_that_is_written_into_a_group_is_that_of_new_state",
+    ),
+    "numbers beyond a type": Fault(
+        GATHER,
+        "  if (group.large_options != 0) check_range(place, ref, updated_by);\n",
+        "",
+        *TEST,
+        test=f"{STATES}::test_numbers_beyond_float32_are_refused",
+    ),
+    "adam: bias corrections that end": Fault(
+        "rules/adam.h",
+        "power(options[kBeta2], age + 1)",
+        "power(options[kBeta2], age < 1000 ? age + 1 : 1000)",
+        *TEST,
+        test="test_rules.py::test_old_state_equals_torch",
+        source="rules.cpp",
+    ),
+    "adam: a NaN that is not the largest": Fault(
+        "numeric.h",
+        "return a > b || a != a ? a : b;",
+        "return a > b ? a : b;",
+        *TEST,
+        test="test_rules.py::test_what_is_no_number_in_the_largest_squares_stays_as_in_torch",
+        source="cpu/kernels.cpp",
+    ),
 }
 
 
@@ -435,8 +511,10 @@ def run_faulty(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     fault = FAULTS[name]
     if fault.build == EXTENSION:
         unchanged = build.build_extension(build.CACHE)
-        library = build.relink_extension(unchanged, plant(fault, folder), fault.file, folder)
-        command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", EXTENSION_TESTS)
+        source = fault.source or fault.file
+        library = build.relink_extension(unchanged, plant(fault, folder), source, folder)
+        options = ("-q", "-x", "-p", "no:cacheprovider", "--backend", fault.backend)
+        command = (sys.executable, "-m", "pytest", *options, fault.test)
         environment = {**os.environ, build.LIBRARY: str(library)}
         return toolchain.run(*command, cwd=Path(__file__).parents[1], env=environment, timeout=300)
     part = "launches" if fault.file == LAUNCHES else "kernels"

@@ -423,6 +423,9 @@ class Run:
 
     def check_slots(self) -> None:
         states = [opt.state_dict()["state"] for opt in (self.optimizer, self.reference)]
+        # A file of Adagrad has state of all parameters; torch's makes it for those of its constructor alone.
+        later = states[0].keys() - states[1].keys()
+        states[0] = {k: v for k, v in states[0].items() if k not in later or v.get(STEP) != 0.0}
         ours, theirs = (
             {(k, name): s for k, slots in state.items() for name, s in slots.items() if s is not None}
             for state in states
