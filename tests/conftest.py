@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from cuda_on_cpu import build as cuda_on_cpu
 from cuda_on_cpu.recording import Streams
+from native import toolchain
 
 from fastlr import _core
 
@@ -138,6 +140,16 @@ def emulated() -> ModuleType:
     return cuda_on_cpu.load_extension(
         Path(library) if library else cuda_on_cpu.build_extension(cuda_on_cpu.CACHE)
     )
+
+
+@pytest.fixture(scope="module")
+def load_claims() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of benchmarks/claims/."""
+    for package in ("matplotlib", "scipy", "sklearn"):
+        pytest.importorskip(package, reason=f"the claims need {package}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(toolchain.ROOT)
+        yield lambda name: importlib.import_module(f"benchmarks.claims.{name}")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,7 @@ import fastlr
 from fastlr import data
 from fastlr._statistics import compared, spread
 
-for package in ("matplotlib", "scipy", "sklearn"):
-    pytest.importorskip(package, reason=f"the claims need {package}")
+pytest.importorskip("scipy", reason="intervals come from scipy")
 
 FOLDER = toolchain.ROOT / "benchmarks" / "claims"
 NAMES = sorted(
@@ -42,16 +40,8 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def load() -> Iterator[Load]:
-    """Imports a module of benchmarks/claims/."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(toolchain.ROOT)
-        yield lambda name: importlib.import_module(f"benchmarks.claims.{name}")
-
-
-@pytest.fixture(scope="module")
-def runner(load: Load) -> ModuleType:
-    return load("runner")
+def runner(load_claims: Load) -> ModuleType:
+    return load_claims("runner")
 
 
 def tiny(runner: ModuleType, name: str, **changes: Any) -> tuple[Any, Any]:
@@ -82,8 +72,8 @@ def content(path: Path) -> dict[str, Any]:
 # -- every claim -------------------------------------------------------------------------------------
 
 
-def test_every_claim_has_a_name_that_runs_it(load: Load):
-    assert sorted(load("__main__").NAMES) == NAMES
+def test_every_claim_has_a_name_that_runs_it(load_claims: Load):
+    assert sorted(load_claims("__main__").NAMES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,8 +218,8 @@ def test_a_job_that_fails_is_named(runner: ModuleType):
 # -- the command -------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_and_draws_anew(load: Load, tmp_path: Path, capsys, monkeypatch):
-    main = load("__main__")
+def test_the_command_writes_and_draws_anew(load_claims: Load, tmp_path: Path, capsys, monkeypatch):
+    main = load_claims("__main__")
     monkeypatch.setattr(main.runner, "QUICK", {"seeds": 2, "scale": 0.02, "quick": True})
     arguments = ["super_convergence", "--quick", "--workers", "0", "--out", str(tmp_path)]
     main.main(arguments)
@@ -264,9 +254,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_what_cannot_be_is_refused_before_anything_runs(
-    load: Load, tmp_path: Path, capsys, monkeypatch, arguments
+    load_claims: Load, tmp_path: Path, capsys, monkeypatch, arguments
 ):
-    main, file = load("__main__"), tmp_path / "file"
+    main, file = load_claims("__main__"), tmp_path / "file"
     monkeypatch.chdir(tmp_path)
     file.write_text("")
     with pytest.raises(SystemExit) as stopped:
@@ -282,9 +272,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 
 
 def test_the_page_of_all_claims_is_made_from_their_files(
-    load: Load, runner: ModuleType, tmp_path: Path, monkeypatch
+    load_claims: Load, runner: ModuleType, tmp_path: Path, monkeypatch
 ):
-    main, results = load("__main__"), tmp_path / "results"
+    main, results = load_claims("__main__"), tmp_path / "results"
     found = run(runner, "super_convergence", results)
     monkeypatch.setattr(main, "DOCS", tmp_path / "docs" / "claims.md")
     monkeypatch.setattr(main, "NAMES", ("super_convergence",))
@@ -301,8 +291,10 @@ def test_the_page_of_all_claims_is_made_from_their_files(
     assert (main.DOCS.parent / picture).exists()
 
 
-def test_the_page_in_the_documentation_is_that_of_the_results(load: Load, runner: ModuleType, tmp_path: Path):
-    main, page = load("__main__"), tmp_path / "claims.md"
+def test_the_page_in_the_documentation_is_that_of_the_results(
+    load_claims: Load, runner: ModuleType, tmp_path: Path
+):
+    main, page = load_claims("__main__"), tmp_path / "claims.md"
     claims = list(map(runner.load, main.NAMES))
     results, kept = toolchain.ROOT / main.OUT, toolchain.ROOT / main.DOCS
     runner.write_docs(claims, results, page)
@@ -440,9 +432,9 @@ def test_cyclic_on_made_up_figures(runner: ModuleType, case: str, verdict: str):
 
 
 @pytest.mark.parametrize(("case", "rate"), [("right", 0.03), ("wrong", 0.003), ("none", None)])
-def test_range_test_on_made_up_figures(runner: ModuleType, load: Load, case: str, rate: float | None):
+def test_range_test_on_made_up_figures(runner: ModuleType, load_claims: Load, case: str, rate: float | None):
     """All rates but 0.03 are bad; other readings say so."""
-    ours, by_loss, *others = load("range_test").READINGS
+    ours, by_loss, *others = load_claims("range_test").READINGS
     read = {ours: rate, by_loss: rate, **dict.fromkeys(others, 0.3)}
     summary = made_up(runner, "range_test", lambda job: 0.9 if job.get("lr") == 0.03 else 0.5, read=read)
     assert [statement.holds for statement in summary.statements] == [case == "right", case == "right", True]
@@ -457,18 +449,18 @@ FEATURES = {"digits": 64, "fashion-mnist": 784, "cifar10": 3072}
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_models_fit_the_data(load: Load, name: str):
+def test_models_fit_the_data(load_claims: Load, name: str):
     x = torch.randn(3, FEATURES[name])
     dataset = data.Dataset(name, x, torch.zeros(3), x, torch.zeros(3), 10)
-    makers = [load("tasks").TASKS[name].model]
-    network, models = load("range_test").network, load("range_test").MODELS
+    makers = [load_claims("tasks").TASKS[name].model]
+    network, models = load_claims("range_test").network, load_claims("range_test").MODELS
     makers += [partial(network, kind=k, batch_norm=norm) for k in models for norm in (False, True)]
     for make in makers:
         assert make(dataset)(x).shape == (3, 10)
 
 
-def test_rates_are_chosen_on_the_validation_split(runner: ModuleType, load: Load):
-    tasks = load("tasks")
+def test_rates_are_chosen_on_the_validation_split(runner: ModuleType, load_claims: Load):
+    tasks = load_claims("tasks")
 
     def run_of(lr: float, seed: int, validation: float, test: float) -> Any:
         return runner.Run(

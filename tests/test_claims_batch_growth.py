@@ -5,31 +5,25 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from native import toolchain
 
 from fastlr import _training
 
-for package in ("matplotlib", "scipy", "sklearn"):
-    pytest.importorskip(package, reason=f"the claims need {package}")
+
+@pytest.fixture(scope="module")
+def growth(load_claims: Callable[[str], ModuleType]) -> ModuleType:
+    return load_claims("batch_growth")
 
 
 @pytest.fixture(scope="module")
-def growth() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(toolchain.ROOT)
-        yield importlib.import_module("benchmarks.claims.batch_growth")
-
-
-@pytest.fixture(scope="module")
-def runner(growth: ModuleType) -> ModuleType:
-    return importlib.import_module("benchmarks.claims.runner")
+def runner(load_claims: Callable[[str], ModuleType]) -> ModuleType:
+    return load_claims("runner")
 
 
 @pytest.fixture(scope="module")

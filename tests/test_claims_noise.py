@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from native import toolchain
 
 from fastlr import _training
 
-for package in ("matplotlib", "scipy", "sklearn"):
-    pytest.importorskip(package, reason=f"the claims need {package}")
-
 
 @pytest.fixture(scope="module")
-def noise() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(toolchain.ROOT)
-        yield importlib.import_module("benchmarks.claims.noise")
+def noise(load_claims: Callable[[str], ModuleType]) -> ModuleType:
+    return load_claims("noise")
 
 
 @pytest.fixture(scope="module")

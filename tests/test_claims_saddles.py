@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from native import toolchain
 
 
 @pytest.fixture(scope="module")
-def saddles() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(toolchain.ROOT)
-        yield importlib.import_module("benchmarks.claims.saddles")
+def saddles(load_claims: Callable[[str], ModuleType]) -> ModuleType:
+    return load_claims("saddles")
 
 
 @pytest.fixture(scope="module")
