@@ -196,8 +196,12 @@ def test_the_blocks_of_a_rule_fit_on_a_multiprocessor(resources: dict):
     for architecture, kernels in resources.items():
         for kernel, used in kernels.items():
             if kernel.name != "clock_kernel":
-                of_type = 2 if kernel.param == "float64" or not kernel.rule else RULES[kernel.rule].blocks
-                blocks = (1 if kernel.param == "float64" else 2) if kernel.averages else of_type
+                if not kernel.rule:
+                    blocks = 4
+                elif kernel.averages:
+                    blocks = 2 if kernel.param == "float32" else 1
+                else:
+                    blocks = 2 if kernel.param == "float64" else RULES[kernel.rule].blocks
                 assert used.resident_blocks() >= blocks, f"{kernel} for {architecture}: {used}"
                 assert used.stack == used.local == 0
 

@@ -27,12 +27,13 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // Left to itself the compiler stops at 64 and spills: evaluating a schedule, as the last block
 // does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
 // with two slots or more, averages and doubles take up to 128 registers, which two blocks leave:
-// 512 threads with four loads each have 32 KiB under way, as have the 256 of one block with
-// averages in double, which has eight.
-template <typename R, typename C, bool kAverages>
-constexpr int kResidentBlocks = sizeof(C) == sizeof(double) ? (kAverages ? 1 : 2)
-                                : kAverages                 ? 2
-                                                            : R::kResidentBlocks;
+// 512 threads with four loads each have 32 KiB under way. So have the 256 of one block, with all
+// registers there are, where averages come with doubles or with halves, which have eight loads: up
+// to two for each wider tensor beside them.
+template <typename R, typename P, bool kAverages>
+constexpr int kResidentBlocks = kAverages        ? (std::is_same<P, float>::value ? 2 : 1)
+                                : sizeof(P) == 8 ? 2
+                                                 : R::kResidentBlocks;
 // Of those that measure a norm, where the compiler left to itself stops at 40 registers and spills;
 // more blocks than four have no room on a multiprocessor of compute capability 7.5.
 constexpr int kResidentNormBlocks = 4;
@@ -471,7 +472,7 @@ __device__ inline void with_average([[maybe_unused]] const DeviceTensor& tensor,
 }
 
 template <typename R, typename P, typename M, bool kStrided, bool kAverages, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, compute_t<P>, kAverages>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, P, kAverages>)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
   Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
