@@ -319,8 +319,8 @@ FAULTS = {
     ),
     "decoupled decay after the rule": Fault(
         STEP,
-        "    p = p * s.around.of_parameter;\n  }\n  R::update(s.rule, live, p, g, slots);\n",
-        "  }\n  R::update(s.rule, live, p, g, slots);\n  p = p * s.around.of_parameter;\n",
+        "      p = p * s.around.of_parameter;\n    }\n  }\n  R::update(s.rule, live, p, g, slots);\n",
+        "    }\n  }\n  R::update(s.rule, live, p, g, slots);\n  p = p * s.around.of_parameter;\n",
         *TENSORS,
         "lion",
     ),
