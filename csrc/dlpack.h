@@ -12,7 +12,7 @@ constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4, kComplex = 5 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kComplex = 5 };
 
 struct Version {
   uint32_t major;

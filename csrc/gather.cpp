@@ -154,9 +154,16 @@ void Gathering::set_layout(const Place& place, const Parameter& parameter, const
   layouts_.push_back(layout);
 }
 
-// Meta and fake tensors. To be called without a Python error set.
-bool Gathering::has_no_values(PyObject* tensor) const {
-  return checked(PyObject_CallMethod(runtime_, "has_no_values", "O", tensor)).get() == Py_True;
+// What the runtime says of a tensor. To be called without a Python error set.
+bool Gathering::answers(const char* question, PyObject* tensor) const {
+  return checked(PyObject_CallMethod(runtime_, question, "O", tensor)).get() == Py_True;
+}
+
+// Meta and fake tensors.
+bool Gathering::has_no_values(PyObject* tensor) const { return answers("has_no_values", tensor); }
+
+const double* Gathering::stage_options(const GroupReading& group) const {
+  return group.options.value + group_reader_.rule().rule_options;
 }
 
 // Notes memory that the step will write.
@@ -164,6 +171,28 @@ void Gathering::will_write(const void* data, int64_t extent, dlpack::DataType ty
   if (extent == 0) return;
   const char* begin = static_cast<const char*>(data);
   written_.emplace_back(begin, begin + extent * (type.bits / 8));
+}
+
+bool Gathering::has_type(int slot, dlpack::DataType type, const TensorRef& ref) const {
+  if (slot == kMasterSlot && ref.type == StorageType::kBFloat16) {
+    return type.code == dlpack::kInt && type.bits == 16;
+  }
+  const StorageType expected = slot == kMasterSlot ? StorageType::kFloat32
+                               : slot == kEmaSlot  ? ref.ema_type
+                                                   : ref.state_type;
+  StorageType found;
+  return storage_type(type, found) && found == expected;
+}
+
+// In words.
+std::string Gathering::type_of_slot(const Place& place, int slot, const TensorRef& ref) const {
+  if (slot == kMasterSlot) return ref.type == StorageType::kBFloat16 ? "int16" : "float32";
+  if (slot != kEmaSlot && ref.kept == Kept::kMaster) return "float32 with master_weights=True";
+  const bool is_average = slot == kEmaSlot;
+  const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, place);
+  const bool takes_float32 = in_float32 && (!is_average || is_half(ref.type));
+  return std::string(takes_float32 ? "float32" : "its own type") + " with " +
+         (is_average ? "ema_dtype=" : "state_dtype=") + (in_float32 ? "torch.float32" : "None");
 }
 
 // Reads and checks one tensor of state. Returns how far its elements reach.
@@ -182,15 +211,9 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, i
         ". Move the model before building the optimizer, or load the optimizer's state_dict again "
         "after moving it.");
   }
-  const bool is_average = slot == kEmaSlot;
-  StorageType type;
-  if (!storage_type(m.dtype, type) || is_complex(m.dtype) != is_complex(p.dtype) ||
-      type != (is_average ? ref.ema_type : ref.state_type)) {
-    const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, place);
-    const bool takes_float32 = in_float32 && (!is_average || is_half(ref.type));
+  if (is_complex(m.dtype) != is_complex(p.dtype) || !has_type(slot, m.dtype, ref)) {
     refuse(the_slot() + " has " + type_name(m.dtype) + "; a parameter of " + type_name(p.dtype) +
-           " takes " + (takes_float32 ? "float32" : "its own type") + " with " +
-           (is_average ? "ema_dtype=" : "state_dtype=") + (in_float32 ? "torch.float32" : "None") +
+           " takes " + type_of_slot(place, slot, ref) +
            ". Load the optimizer's state_dict again to convert it.");
   }
   if (m.data == nullptr && parameter.order.numel > 0) {
@@ -300,7 +323,6 @@ void Gathering::attach_state(const Place& place, const Parameter& parameter, con
     ref.slot[k] = m.data;
     slots[k] = &m;
   }
-  ref.averages = slots[kEmaSlot] != nullptr;
   set_layout(place, parameter, views, slots, all_alike, ref);
   for (int k = 0; k < kMaxSlots; ++k) {
     if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);
@@ -351,11 +373,16 @@ void Gathering::gather_shape(const Place& place, size_t position) {
   const Parameter& parameter = parameters_[position];
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const Rule& rule = group_reader_.rule();
+  const bool masters = stage_options(group)[kMasterWeights] != 0.0;
+  const bool has_master = masters && answers("is_half", parameter.tensor);
+  uint32_t live = rule.live_slots(group.options, 0);
+  if (!has_master) live &= ~(1u << kMasterSlot);
   Entries entries;
-  const uint32_t missing =
-      find_state(parameter, rule.live_slots(group.options, 0), rule.counts_steps, entries);
+  const uint32_t missing = find_state(parameter, live, rule.counts_steps, entries);
   if (missing != 0) {
-    new_state_.push_back({position, kNoTensor, place, missing, 0, {}, entries, {}, Owned()});
+    const bool in_float32 = has_master || of_group(in_float32_, place);
+    new_state_.push_back(
+        {position, kNoTensor, place, missing, 0, in_float32, {}, entries, {}, Owned()});
   }
   parameters_read_.push_back(Owned::borrow(parameter.tensor));
 }
@@ -377,6 +404,26 @@ void Gathering::check_gradient_memory(const Place& place, const Parameter& param
            " shares memory with the parameter, at other places than its own elements'; give it a "
            "clone() of the gradient.");
   }
+}
+
+// What stages there are to a parameter, but for whether an average is kept.
+void Gathering::set_stages(const Place& place, size_t position, TensorRef& ref) const {
+  const double* const option = stage_options(groups_[static_cast<size_t>(place.group_index)]);
+  const bool widens = is_half(ref.type) && of_group(averages_in_float32_, place);
+  ref.ema_type = widens ? StorageType::kFloat32 : ref.type;
+  ref.place = static_cast<int32_t>(position);
+  ref.max_value = max_value_of(option);
+  ref.kept = Kept::kNearest;
+  if (is_half(ref.type) && option[kMasterWeights] != 0.0) ref.kept = Kept::kMaster;
+  if (is_half(ref.type) && option[kStochasticRounding] != 0.0) {
+    if (ref.type == StorageType::kFloat16) {
+      refuse("stochastic_rounding is for bfloat16, and " + describe(place) +
+             " has float16; give its group master_weights=True instead.");
+    }
+    ref.kept = Kept::kStochastic;
+  }
+  ref.staged =
+      ref.kept != Kept::kNearest || std::isfinite(ref.max_value) || option[kCautious] != 0.0;
 }
 
 void Gathering::gather(const Place& place, size_t position) {
@@ -455,16 +502,19 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
-  ref.state_type = of_group(in_float32_, place) ? StorageType::kFloat32 : ref.type;
-  const bool widens = is_half(ref.type) && of_group(averages_in_float32_, place);
-  ref.ema_type = widens ? StorageType::kFloat32 : ref.type;
+  set_stages(place, position, ref);
+  const bool in_float32 = of_group(in_float32_, place) || ref.kept == Kept::kMaster;
+  ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
   const Rule& rule = group_reader_.rule();
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
-  const uint32_t live = rule.live_slots(group.options, driven);
+  uint32_t live = rule.live_slots(group.options, driven);
+  if (ref.kept != Kept::kMaster) live &= ~(1u << kMasterSlot);
+  ref.averages = is_live(live, kEmaSlot);
+  ref.staged = ref.staged || ref.averages;
   const uint32_t of_rule = live & kRuleSlots;
   const bool with_step = of_rule != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
@@ -494,7 +544,7 @@ void Gathering::gather(const Place& place, size_t position) {
   } else {
     const int64_t age = !rule.counts_steps && has_slots ? 1 : 0;
     new_state_.push_back(
-        {position, tensors_.size(), place, missing, age, views, entries, {}, Owned()});
+        {position, tensors_.size(), place, missing, age, in_float32, views, entries, {}, Owned()});
   }
   if (group.large_options != 0) check_range(place, ref, updated_by);
   tensors_.push_back(ref);
@@ -662,11 +712,15 @@ void Gathering::set_source(Source& source, const Entries& entries) {
 
 // An uninitialized tensor for a slot.
 Owned Gathering::new_slot(const NewState& added, int slot) const {
+  PyObject* const parameter = parameters_[added.parameter].tensor;
+  if (slot == kMasterSlot) {
+    return checked(PyObject_CallMethod(runtime_, "new_master", "O", parameter));
+  }
   const bool is_average = slot == kEmaSlot;
-  const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, added.place);
+  const bool in_float32 =
+      is_average ? of_group(averages_in_float32_, added.place) : added.in_float32;
   return checked(PyObject_CallMethod(runtime_, is_average ? "new_average" : "new_state", "OO",
-                                     parameters_[added.parameter].tensor,
-                                     in_float32 ? float32_.get() : Py_None));
+                                     parameter, in_float32 ? float32_.get() : Py_None));
 }
 
 void Gathering::add_state() {
@@ -676,7 +730,7 @@ void Gathering::add_state() {
     if (PyList_Append(list.get(), tensor) != 0) throw PythonError();
   };
   std::map<double, Owned> to_fill;  // lists of new tensors, by their numbers
-  Owned averages, averaged;         // lists of new averages, and of what they begin as
+  Owned of_stages, begin_as;        // lists of new averages and masters, and of their parameters
   for (NewState& added : new_state_) {
     const Parameter& parameter = parameters_[added.parameter];
     const GroupReading& group = groups_[static_cast<size_t>(added.place.group_index)];
@@ -688,16 +742,16 @@ void Gathering::add_state() {
         continue;
       }
       added.made[k] = new_slot(added, k);
-      if (k == kEmaSlot) {
-        append(averages, added.made[k].get());
-        append(averaged, parameter.tensor);
+      if (k >= kMaxRuleSlots) {
+        append(of_stages, added.made[k].get());
+        append(begin_as, parameter.tensor);
       } else {
         append(to_fill[rule.initial_state(group.options)], added.made[k].get());
       }
     }
   }
-  if (averages) {
-    checked(PyObject_CallMethod(runtime_, "copy", "OO", averages.get(), averaged.get()));
+  if (of_stages) {
+    checked(PyObject_CallMethod(runtime_, "begin_stages", "OO", of_stages.get(), begin_as.get()));
   }
   for (const auto& [value, tensors] : to_fill) {
     checked(PyObject_CallMethod(runtime_, "fill", "Od", tensors.get(), value));

@@ -33,12 +33,13 @@ class Gathering {
   };
 
   // runtime: an object with the attribute float32, the type that a group may ask state to be kept
-  // in, and the methods new_state(parameter, dtype) and new_average(parameter, dtype), which return
-  // a new tensor for the parameter's state, new_step(parameter), one of a single number,
-  // fill(tensors, value), which makes all numbers in a list of them the value, copy(tensors,
-  // parameters), which makes each the parameter's beside it, gradient_like(parameter, gradient), a
-  // copy of the gradient that lies in memory as the parameter does, and has_no_values(tensor),
-  // whether it is nothing but a shape; borrowed.
+  // in, and the methods new_state(parameter, dtype), new_average(parameter, dtype) and
+  // new_master(parameter), which return a new tensor for the parameter's state,
+  // new_step(parameter), one of a single number, fill(tensors, value), which makes all numbers in a
+  // list of them the value, begin_stages(tensors, parameters), which makes averages and masters
+  // what they are before the first update of the parameter beside them, gradient_like(parameter,
+  // gradient), a copy of the gradient that lies in memory as the parameter does,
+  // has_no_values(tensor), whether it is nothing but a shape, and is_half(tensor); borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -95,6 +96,7 @@ class Gathering {
     Place place;
     uint32_t missing;  // a bit for each entry
     int64_t age;       // of what is there, where `step` is missing
+    bool in_float32;   // the rule's slots
     Views views;
     Entries there;
     std::array<Owned, kMaxEntries> made;
@@ -128,6 +130,11 @@ class Gathering {
   void gather(const Place& place, size_t position);
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
+  bool answers(const char* question, PyObject* tensor) const;
+  const double* stage_options(const GroupReading& group) const;
+  bool has_type(int slot, dlpack::DataType type, const TensorRef& ref) const;
+  std::string type_of_slot(const Place& place, int slot, const TensorRef& ref) const;
+  void set_stages(const Place& place, size_t position, TensorRef& ref) const;
   PyObject* find(const Parameter& parameter, PyObject* key) const;
   uint32_t find_state(const Parameter& parameter, uint32_t live, bool with_step,
                       Entries& found) const;

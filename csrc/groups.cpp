@@ -272,7 +272,8 @@ GroupReading Groups::read(PyObject* group, Py_ssize_t index) const {
     } else {
       value = read_number(group, index, i, given.none);
     }
-    if (!(std::fabs(value) <= kLargeOption)) reading.large_options |= 1u << i;
+    const bool is_none = (given.none >> i & 1u) != 0;
+    if (!is_none && !(std::fabs(value) <= kLargeOption)) reading.large_options |= 1u << i;
   }
   if (clock.updates < 0 || clock.samples < 0 || clock.updates == INT64_MAX) {
     throw std::invalid_argument("the clock" + where +

@@ -163,6 +163,13 @@ FASTLR_HD T select(Mask<T> mask, T a, T b) {
 FASTLR_HD float square_root(float x) { return __builtin_sqrtf(x); }
 FASTLR_HD double square_root(double x) { return __builtin_sqrt(x); }
 
+// As torch.clamp between -bound and bound: NaN stays.
+template <typename T>
+FASTLR_HD T clipped(T x, T bound) {
+  const T from_above = x > bound ? bound : x;
+  return from_above < -bound ? -bound : from_above;
+}
+
 // The larger of two numbers, NaN where one of them is, as torch.maximum.
 template <typename T>
 FASTLR_HD T larger(T a, T b) {

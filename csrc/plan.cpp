@@ -75,6 +75,12 @@ bool Plan::on_one_device() const {
 #endif
 }
 
+bool Plan::clips_values() const {
+  const std::vector<TensorRef>& tensors = gathering_.tensors();
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const TensorRef& tensor) { return std::isfinite(tensor.max_value); });
+}
+
 std::vector<TensorRef> Plan::tensors_on_host() const {
   std::vector<TensorRef> tensors;
   for (size_t i = 0; i < gathering_.tensors().size(); ++i) {
@@ -83,7 +89,7 @@ std::vector<TensorRef> Plan::tensors_on_host() const {
   return tensors;
 }
 
-Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
+Plan::HostPart Plan::prepare_on_host(const Unscaling& unscaling, bool measures_norm) const {
   HostPart part;
   const bool alone = all_on_host();
   if (!alone) part.among_others = tensors_on_host();
@@ -103,15 +109,14 @@ Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
       index = found->second;
       if (is_new) {
         rule().scalars(gathering_.groups()[static_cast<size_t>(tensor.group)].options, tensor.age,
-                       factor, part.scalars.emplace_back());
+                       unscaling, part.scalars.emplace_back());
       }
     }
     part.scalars_of.push_back(index);
   }
   for (const GroupReading& group : gathering_.groups()) {
-    const double* const of_stages = group.options.value + rule().rule_options;
-    part.averaging.push_back(
-        averaging(of_stages[kEmaDecay], of_stages[kEmaWarmup] != 0.0, group.clock.updates));
+    part.stages.push_back(
+        group_stages(group.options.value + rule().rule_options, group.clock.updates));
   }
   if (measures_norm) part.sums.emplace(tensors);
   return part;
@@ -121,7 +126,7 @@ Plan::HostPart Plan::prepare_on_host(double factor, bool measures_norm) const {
 double Plan::step_on_host(HostPart& part, int threads, bool in_order) const {
   const std::vector<TensorRef>& tensors = all_on_host() ? gathering_.tensors() : part.among_others;
   const HostStep step{rule(),       tensors,         gathering_.layouts(),
-                      part.scalars, part.scalars_of, part.averaging};
+                      part.scalars, part.scalars_of, part.stages};
   const WithoutGil other_threads_run;
   double squares = 0.0;
   if (part.sums) {
@@ -147,13 +152,15 @@ std::optional<float> Plan::read_amp(PyObject* found_inf, PyObject* grad_scale) c
   return inverse_scale;
 }
 
-// The sum of the squares of all gradients, wherever they are; waits for devices.
-double Plan::measure_norm(int threads) {
+// The sum of the squares of all gradients, wherever they are; waits for devices. inverse_scale: of
+// the scale that they, and what they are clipped to, come with; nothing: as they are.
+double Plan::measure_norm(std::optional<float> inverse_scale, int threads) {
   double squares = 0.0;
 #if defined(FASTLR_HAS_CUDA)
-  squares += devices_.measure(gathering_);
+  squares += devices_.measure(gathering_, inverse_scale);
 #endif
-  const std::vector<TensorRef> tensors = tensors_on_host();
+  std::vector<TensorRef> tensors = tensors_on_host();
+  for (TensorRef& tensor : tensors) bring_to_scale(tensor, inverse_scale);
   const WithoutGil other_threads_run;
   return squares + squared_norm_cpu(tensors, gathering_.layouts(), threads);
 }
@@ -184,9 +191,13 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   std::optional<double> squares;  // of all gradients, where the host knows them before the update
   double factor = *inverse_scale;
   if (norm_here) {
-    const double scaled = measure_norm(settings.threads);
+    // What is sought is there before anything is clipped to a value.
+    double scaled = measure_norm(seeks_here ? std::nullopt : inverse_scale, settings.threads);
     // A scale is judged where nothing was found, as with torch's GradScaler.
-    if (seeks_here && std::isfinite(scaled)) inverse_scale = read_amp(Py_None, settings.grad_scale);
+    if (seeks_here && std::isfinite(scaled)) {
+      inverse_scale = read_amp(Py_None, settings.grad_scale);
+      if (clips_values()) scaled = measure_norm(inverse_scale, settings.threads);
+    }
     squares = unscaled_squares(scaled, *inverse_scale);
     factor = clipping_factor(*squares, settings.max_norm, *inverse_scale);
     if (std::isnan(factor)) {
@@ -200,7 +211,7 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   }
   const bool measures_norm = settings.measures_norm && !norm_here;  // in the pass of the update
   HostPart host;
-  if (with_host) host = prepare_on_host(factor, measures_norm);
+  if (with_host) host = prepare_on_host({factor, *inverse_scale}, measures_norm);
   const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
   gathering_.reserve_state(state);
   // Their version counters, so that a backward pass through an overwritten parameter raises.

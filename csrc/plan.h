@@ -108,7 +108,7 @@ class Plan {
     std::vector<TensorRef> among_others;  // where only some of the tensors are the host's
     std::vector<AnyScalars> scalars;      // one for each age in each group
     std::vector<int32_t> scalars_of;      // each tensor's
-    std::vector<Averaging> averaging;     // each group's
+    std::vector<GroupStages> stages;      // each group's
     std::optional<ChunkSums> sums;
   };
 
@@ -118,11 +118,12 @@ class Plan {
   bool uses_host() const;
   bool on_one_device() const;
   bool all_on_host() const;
+  bool clips_values() const;
   std::vector<TensorRef> tensors_on_host() const;
   std::optional<float> read_amp(PyObject* found_inf, PyObject* grad_scale) const;
-  double measure_norm(int threads);
+  double measure_norm(std::optional<float> inverse_scale, int threads);
   GivenOptions given(const Values& values) const;
-  HostPart prepare_on_host(double factor, bool measures_norm) const;
+  HostPart prepare_on_host(const Unscaling& unscaling, bool measures_norm) const;
   double step_on_host(HostPart& part, int threads, bool in_order) const;
 
   Owned runtime_;

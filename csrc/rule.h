@@ -11,13 +11,14 @@
 
 namespace fastlr {
 
-constexpr int kMaxOptions = 12;
+constexpr int kMaxOptions = 16;
 constexpr int kMaxRuleSlots = 3;
 
 // NOTE: [stages]
-// What an update does besides its rule, for every rule alike, to state of its own: a slot, at the
-// same place whatever the rule, and options, which follow the rule's own in a group's Options.
-enum { kEmaSlot = kMaxRuleSlots, kMaxSlots };
+// What an update does besides its rule, for every rule alike: options, which follow the rule's own
+// in a group's Options, and where there is state of its own a slot, at the same place whatever the
+// rule. What it costs, only tensors pay that ask for it: see TensorRef::staged.
+enum { kEmaSlot = kMaxRuleSlots, kMasterSlot, kMaxSlots };
 constexpr uint32_t kRuleSlots = (1u << kMaxRuleSlots) - 1;  // a bit for each
 
 // A group's hyperparameters for one update, in the order of its rule's options; flags are 0 or 1.
@@ -42,6 +43,7 @@ struct Range {
 };
 constexpr Range kAnyNumber{-INFINITY, INFINITY, false, false};
 constexpr Range kNotNegative{0.0, INFINITY, false, false};
+constexpr Range kPositive{0.0, INFINITY, true, false};
 constexpr Range kBelowOne{0.0, 1.0, false, true};
 constexpr Range kUpToOne{0.0, 1.0, false, false};
 
@@ -58,11 +60,26 @@ struct Option {
   bool may_be_none() const { return if_none == if_none; }
 };
 
-// The options of stages, in their order behind a rule's own. An average that never moves is none.
-enum { kEmaDecay, kEmaWarmup, kStageOptionCount };
+// The options of stages, in their order behind a rule's own. An average that never moves is none;
+// zero, to which no gradient may be clipped, stands for no bound.
+enum {
+  kEmaDecay,
+  kEmaWarmup,
+  kMaxGradValue,
+  kCautious,
+  kMasterWeights,
+  kStochasticRounding,
+  kRoundingSeed,
+  kStageOptionCount
+};
 constexpr Option kStageOptions[] = {
     {"ema_decay", false, kBelowOne, "", nullptr, 0, true, 1.0},
     {"ema_warmup", true, kAnyNumber},
+    {"max_grad_value", false, kPositive, "", nullptr, 0, false, 0.0},
+    {"cautious", true, kAnyNumber},
+    {"master_weights", true, kAnyNumber},
+    {"stochastic_rounding", true, kAnyNumber},
+    {"rounding_seed", false, kNotNegative},
 };
 static_assert(sizeof kStageOptions / sizeof kStageOptions[0] == kStageOptionCount, "one each");
 
@@ -70,6 +87,12 @@ static_assert(sizeof kStageOptions / sizeof kStageOptions[0] == kStageOptionCoun
 struct Conflict {
   int option;            // the one to change, or -1: there is none
   const char* expected;  // "> 0 with nesterov=True"
+};
+
+// What gradients bring along.
+struct Unscaling {
+  double factor = 1.0;  // they are multiplied with it: 1 / scale, times what clips their norm
+  float inverse_scale = 1.0f;  // 1 / GradScaler's scale
 };
 
 // A group's scalars as a rule forms them: a GroupScalars of step.h, of which only the rule's own
@@ -114,8 +137,8 @@ struct Rule {
   uint32_t (*live_slots)(const Options& options, uint32_t driven);
   // What every element of new state is.
   double (*initial_state)(const Options& options);
-  // For the next update of a parameter of this age. factor: of gradients, see Around in step.h.
-  void (*scalars)(const Options& options, int64_t age, double factor, AnyScalars& out);
+  // For the next update of a parameter of this age. unscaling: of its gradient.
+  void (*scalars)(const Options& options, int64_t age, const Unscaling& unscaling, AnyScalars& out);
   // Whether the options, and what follows from them at an age, are finite in the compute type. They
   // are as long as no option is larger than kLargeOption.
   bool (*in_range)(const Options& options, int64_t age, bool in_double);

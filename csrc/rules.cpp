@@ -40,7 +40,26 @@ template <typename R>
 uint32_t live_slots(const Options& options, uint32_t driven) {
   constexpr int kDecay = kRuleOptionCount<R> + kEmaDecay;
   const bool averages = options[kDecay] < 1.0 || (driven >> kDecay & 1u) != 0;
-  return R::live_slots(options, driven) | (averages ? 1u << kEmaSlot : 0u);
+  const bool masters = options[kRuleOptionCount<R> + kMasterWeights] != 0.0;
+  return R::live_slots(options, driven) | (averages ? 1u << kEmaSlot : 0u) |
+         (masters ? 1u << kMasterSlot : 0u);
+}
+
+template <typename R>
+Conflict conflict(const Options& options) {
+  const Conflict of_rule = R::conflict(options);
+  if (of_rule.option >= 0) return of_rule;
+  constexpr int kFirst = kRuleOptionCount<R>;
+  if (options[kFirst + kMasterWeights] != 0.0 && options[kFirst + kStochasticRounding] != 0.0) {
+    return {kFirst + kStochasticRounding,
+            "False with master_weights=True, of which rounding loses nothing"};
+  }
+  if (options[kFirst + kCautious] != 0.0 && !R::decouples(options)) {
+    return {kFirst + kCautious,
+            "False where weight decay is added to the gradient; it needs an optimizer that decays "
+            "decoupled, as with decoupled_weight_decay=True"};
+  }
+  return {-1, nullptr};
 }
 
 template <typename R>
@@ -57,13 +76,14 @@ constexpr Rule rule_of(int index) {
             always_live<R>(),
             R::kCountsSteps,
             R::kStartsWithState,
-            &R::conflict,
+            &conflict<R>,
             &live_slots<R>,
             &R::initial_state,
             &form_scalars<R>,
             &in_range<R>};
   for (int k = 0; k < R::kSlotCount; ++k) rule.slot[k] = R::kSlots[k];
   rule.slot[kEmaSlot] = "ema";
+  rule.slot[kMasterSlot] = "master";
   return rule;
 }
 

@@ -24,6 +24,7 @@ struct Gradients {
     const MemoryOrder order = memory_order(view);
     if (view.data == nullptr && order.numel != 0) return false;
     ref.state_type = ref.type;
+    bring_to_scale(ref, std::nullopt);
     ref.grad = view.data;
     ref.numel = order.numel * (is_complex(view.dtype) ? 2 : 1);
     ref.layout = -1;

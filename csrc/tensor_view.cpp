@@ -85,6 +85,7 @@ dlpack::DataType parse_type(const char* name) {
       {"torch.complex32", {dlpack::kComplex, 32, 1}},
       {"torch.complex64", {dlpack::kComplex, 64, 1}},
       {"torch.complex128", {dlpack::kComplex, 128, 1}},
+      {"torch.int16", {dlpack::kInt, 16, 1}},
   };
   for (const auto& entry : kNames) {
     if (std::strcmp(entry.name, name) == 0) return entry.type;
@@ -161,6 +162,9 @@ bool TensorReader::read_attributes(PyObject* tensor, bool has_memory, TensorView
 std::string type_name(dlpack::DataType type) {
   const std::string bits = std::to_string(type.bits);
   switch (type.code) {
+    case dlpack::kInt:
+      if (type.bits != 0) return "int" + bits;
+      break;
     case dlpack::kFloat:
       return "float" + bits;
     case dlpack::kBfloat:
@@ -168,8 +172,9 @@ std::string type_name(dlpack::DataType type) {
     case dlpack::kComplex:
       return "complex" + bits;
     default:
-      return "an unsupported type";
+      break;
   }
+  return "an unsupported type";
 }
 
 std::string device_name(dlpack::Device device) {

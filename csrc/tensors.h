@@ -3,10 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "rule.h"
+#include "stages.h"
 
 namespace fastlr {
 
@@ -29,9 +32,24 @@ struct TensorRef {
   StorageType type;
   StorageType state_type;  // of the rule's slots
   StorageType ema_type;
-  bool averages;  // whether an average is kept, which of an empty tensor has no address
+  Kept kept;
+  bool averages;     // whether an average is kept, which of an empty tensor has no address
+  bool staged;       // whether there is any stage to it
+  int32_t place;     // among the optimizer's parameters
+  double max_value;  // what its gradient is clipped to element by element, or infinity
 };
 static_assert(std::is_trivially_copyable<TensorRef>::value, "tables of it are copied as bytes");
+
+// Makes what a gradient is clipped to a bound of the scaled one; nothing: of none.
+inline void bring_to_scale(TensorRef& tensor, std::optional<float> inverse_scale) {
+  if (!inverse_scale) {
+    tensor.max_value = std::numeric_limits<double>::infinity();
+  } else if (tensor.type == StorageType::kFloat64) {
+    tensor.max_value /= static_cast<double>(*inverse_scale);
+  } else {  // rounded as where they are updated
+    tensor.max_value = static_cast<float>(tensor.max_value) / *inverse_scale;
+  }
+}
 
 constexpr int kMaxDims = 64;  // PyTorch's own limit for elementwise kernels
 

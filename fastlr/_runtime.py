@@ -36,6 +36,24 @@ class Runtime:
         return Runtime.new_state(parameter, dtype)
 
     @staticmethod
+    def is_half(parameter: torch.Tensor) -> bool:
+        """Whether a parameter has a type that steps compute in a wider one."""
+        return parameter.dtype in (torch.bfloat16, torch.float16)
+
+    @staticmethod
+    def new_master(parameter: torch.Tensor) -> torch.Tensor:
+        """The same for what is kept of a half parameter's master: 16 bits beside a bfloat16, or all of it."""
+        dtype = torch.int16 if parameter.dtype is torch.bfloat16 else torch.float32
+        return Runtime.new_state(parameter, dtype)
+
+    @staticmethod
+    def begin_stages(tensors: list[torch.Tensor], parameters: list[torch.Tensor]) -> None:
+        """Makes averages and masters what they are before the first update of the parameter beside them."""
+        copies = [pair for pair in zip(tensors, parameters, strict=True) if pair[0].dtype is not torch.int16]
+        Runtime.copy([tensor for tensor, _ in copies], [parameter for _, parameter in copies])
+        Runtime.fill([tensor for tensor in tensors if tensor.dtype is torch.int16], 0.0)
+
+    @staticmethod
     def new_step(parameter: torch.Tensor) -> torch.Tensor:
         """Where a parameter's age is kept, uninitialized: float32, shape (), on its device."""
         return torch.empty((), dtype=torch.float32, device=parameter.device)
@@ -60,8 +78,9 @@ class Runtime:
     @staticmethod
     def copy(tensors: list[torch.Tensor], originals: list[torch.Tensor]) -> None:
         """Makes each tensor what the one beside it is, in its own type."""
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, originals)
+        if tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, originals)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -66,20 +66,33 @@ template <typename C>
 // Blocks follow each other in the lanes, so each begins at the first.
 static_assert(kBlock % kLanes == 0, "a block ends with the last lane");
 
-// n elements in their compute type. kLive, kPlain, kCoupled: as in their scalars: GCC vectorises no
-// loop with many conditions, also where they are the same for all elements. Iterations
-// are independent even where p and g are the same memory. The slots are arguments one by one, as
-// the compiler does not see through arrays of pointers.
-template <typename R, uint32_t kLive, bool kPlain, bool kCoupled, typename T, size_t... kSlot,
-          typename... Slot>
+// The same of values that are clipped.
+template <typename C>
+void add_squares(double* lanes, const C* values, int64_t n, C bound) {
+  if (!(bound < static_cast<C>(INFINITY))) return add_squares(lanes, values, n);
+  C block[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t count = std::min(n - i, kBlock);
+    for (int64_t k = 0; k < count; ++k) block[k] = clipped(values[i + k], bound);
+    add_squares(lanes, block, count);
+  }
+}
+
+// n elements in their compute type. kLive and the rest of the form: as in their scalars: GCC
+// vectorises no loop with many conditions, also where they are the same for all elements.
+// Iterations are independent even where p and g are the same memory. The slots are arguments one by
+// one, as the compiler does not see through arrays of pointers.
+template <typename R, uint32_t kLive, bool kPlain, bool kCoupled, bool kStaged, typename T,
+          size_t... kSlot, typename... Slot>
 void update_live(const Scalars<R, T>& scalars, T* p, const T* g, int64_t n,
                  std::index_sequence<kSlot...>, Slot*... slot) {
   const Scalars<R, T> s = scalars;
+  constexpr Form kForm{kLive, kPlain, kCoupled, kStaged};
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T values[] = {is_live(kLive, kSlot) ? slot[i] : T(0)...};
     T value = p[i];
-    update_element(s, kLive, kPlain, kCoupled, value, g[i], values);
+    update_element(s, kForm, value, g[i], values);
     p[i] = value;
     ((is_live(kLive, kSlot) ? void(slot[i] = values[kSlot]) : void()), ...);
   }
@@ -92,12 +105,21 @@ void update_elements(const Scalars<R, T>& s, T* p, const T* g,
   const auto update = [&](auto live) {
     constexpr uint32_t kLive = decltype(live)::value;
     if (s.around.live != kLive) return;
-    if (s.around.plain) {
-      update_live<R, kLive, true, false>(s, p, g, n, all, slots[kSlot]...);
+    const auto update_as = [&](auto plain, auto coupled, auto staged) {
+      update_live<R, kLive, plain, coupled, staged>(s, p, g, n, all, slots[kSlot]...);
+    };
+    constexpr std::true_type kYes;
+    constexpr std::false_type kNo;
+    if (s.around.staged && s.around.coupled) {
+      update_as(kNo, kYes, kYes);
+    } else if (s.around.staged) {
+      update_as(kNo, kNo, kYes);
+    } else if (s.around.plain) {
+      update_as(kYes, kNo, kNo);
     } else if (s.around.coupled) {
-      update_live<R, kLive, false, true>(s, p, g, n, all, slots[kSlot]...);
+      update_as(kNo, kYes, kNo);
     } else {
-      update_live<R, kLive, false, false>(s, p, g, n, all, slots[kSlot]...);
+      update_as(kNo, kNo, kNo);
     }
   };
   (update(std::integral_constant<uint32_t, R::kLiveSets[kSet]>()), ...);
@@ -119,7 +141,7 @@ template <typename R, typename T>
   if (lanes == nullptr) return update_elements(s, p, g, slots, n);
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = n - i < kBlock ? n - i : kBlock;
-    add_squares(lanes, g + i, count);
+    add_squares(lanes, g + i, count, s.around.bound);
     update_elements(s, p + i, g + i, slots, count);
     for (T*& slot : slots) {
       if (slot != nullptr) slot += count;
@@ -131,7 +153,7 @@ template <typename R, typename T>
 template <typename R, typename C>
 struct Staged {
   void update(const Scalars<R, C>& s, int64_t count, double* lanes) {
-    if (lanes != nullptr) add_squares(lanes, g, count);
+    if (lanes != nullptr) add_squares(lanes, g, count, s.around.bound);
     std::array<C*, R::kSlotCount> at;
     for (int k = 0; k < R::kSlotCount; ++k) at[k] = slots[k];
     update_elements(s, p, g, at, count);
@@ -140,27 +162,8 @@ struct Staged {
   C p[kBlock], g[kBlock], slots[R::kSlotCount][kBlock];
 };
 
-template <typename R, typename P, typename M>
-void update_dense(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
-                  const std::array<M*, R::kSlotCount>& slots, int64_t n, double* lanes) {
-  const uint32_t live = s.around.live;
-  Staged<R, compute_t<P>> staged;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_dense(staged.p, p + i, count);
-    load_dense(staged.g, g + i, count);
-    for (int k = 0; k < R::kSlotCount; ++k) {
-      if (is_live(live, k)) load_dense(staged.slots[k], slots[k] + i, count);
-    }
-    staged.update(s, count, lanes);
-    store_dense(p + i, staged.p, count);
-    for (int k = 0; k < R::kSlotCount; ++k) {
-      if (is_live(live, k)) store_dense(slots[k] + i, staged.slots[k], count);
-    }
-  }
-}
-
-// Walks through a strided layout in row-major order of its indices.
+// Walks through a strided layout in row-major order of its indices: parameter, gradient and the
+// first slots.
 template <int kSlots>
 class Cursor {
  public:
@@ -196,19 +199,146 @@ class Cursor {
   int64_t index_[kMaxDims];
 };
 
+// n masters of half parameters; see NOTE: [master weights].
+void load_masters(float* to, const BFloat16* p, const int16_t* rests, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = joined(p[i], rests[i]);
+}
+void store_masters(BFloat16* p, int16_t* rests, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) split(from[i], p[i], rests[i]);
+}
+
+// Of at most a block. The compiler packs no conversion of a float16 by itself.
+void load_masters(float* to, const Float16* p, const float* masters, int64_t n) {
+  Float16 rounded[kBlock];
+  store_dense(rounded, masters, n);
+  load_dense(to, p, n);
+  for (int64_t i = 0; i < n; ++i) to[i] = rounded[i].bits == p[i].bits ? masters[i] : to[i];
+}
+void store_masters(Float16* p, float* masters, const float* from, int64_t n) {
+  store_dense(p, from, n);
+  store_dense(masters, from, n);
+}
+
+// n numbers in their places from the element `begin` of a parameter on.
+void store_by_chance(BFloat16* p, RandomKey key, int64_t begin, const float* from, int64_t n) {
+  const uint32_t low_begin = static_cast<uint32_t>(begin);
+  const uint32_t high_begin = static_cast<uint32_t>(static_cast<uint64_t>(begin) >> 32);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t low = low_begin + static_cast<uint32_t>(i);
+    const uint32_t high = high_begin + (low < low_begin ? 1u : 0u);
+    p[i] = rounded_by_chance(from[i], random_bits(key, low, high));
+  }
+}
+
+// A parameter's elements, however they are kept: blocks of dense ones, and single ones. Wide types
+// are kept as they are.
+template <typename P>
+struct Parameter {
+  using C = compute_t<P>;
+
+  Parameter(const TensorRef& tensor, const GroupStages*) : at(static_cast<P*>(tensor.param)) {}
+
+  void load(C* to, int64_t begin, int64_t n) const { load_dense(to, at + begin, n); }
+  void store(const C* from, int64_t begin, int64_t n) const { store_dense(at + begin, from, n); }
+  template <int kSlots>
+  C load(const Cursor<kSlots>& from) const {
+    return fastlr::load(at[from.param]);
+  }
+  template <int kSlots>
+  void store(C x, const Cursor<kSlots>& to) const {
+    fastlr::store(at[to.param], x);
+  }
+
+  P* at;
+};
+
+template <typename Half>
+struct HalfParameter {
+  HalfParameter(const TensorRef& tensor, const GroupStages* stages)
+      : at(static_cast<Half*>(tensor.param)),
+        masters(static_cast<master_t<Half>*>(tensor.slot[kMasterSlot])),
+        kept(tensor.kept) {
+    if (kept == Kept::kStochastic) key = random_key(stages->random, tensor.place);
+  }
+
+  void load(float* to, int64_t begin, int64_t n) const {
+    if (kept != Kept::kMaster) return load_dense(to, at + begin, n);
+    load_masters(to, at + begin, masters + begin, n);
+  }
+
+  void store(const float* from, int64_t begin, int64_t n) const {
+    if (kept == Kept::kMaster) return store_masters(at + begin, masters + begin, from, n);
+    if constexpr (std::is_same<Half, BFloat16>::value) {
+      if (kept == Kept::kStochastic) return store_by_chance(at + begin, key, begin, from, n);
+    }
+    store_dense(at + begin, from, n);
+  }
+
+  float load(const Cursor<kMaxSlots>& from) const {
+    if (kept != Kept::kMaster) return fastlr::load(at[from.param]);
+    return joined(at[from.param], masters[from.slot[kMasterSlot]]);
+  }
+
+  void store(float x, const Cursor<kMaxSlots>& to) const {
+    if (kept == Kept::kMaster) return split(x, at[to.param], masters[to.slot[kMasterSlot]]);
+    if constexpr (std::is_same<Half, BFloat16>::value) {
+      if (kept == Kept::kStochastic) {
+        at[to.param] = rounded_by_chance(x, random_bits(key, to.param));
+        return;
+      }
+    }
+    fastlr::store(at[to.param], x);
+  }
+
+  Half* at;
+  master_t<Half>* masters;
+  Kept kept;
+  RandomKey key{};
+};
+template <>
+struct Parameter<BFloat16> : HalfParameter<BFloat16> {
+  using HalfParameter::HalfParameter;
+};
+template <>
+struct Parameter<Float16> : HalfParameter<Float16> {
+  using HalfParameter::HalfParameter;
+};
+
 template <typename R, typename P, typename M>
-void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
+void update_dense(const Scalars<R, compute_t<P>>& s, const Parameter<P>& p, const P* g,
+                  const std::array<M*, R::kSlotCount>& slots, int64_t begin, int64_t end,
+                  double* lanes) {
+  const uint32_t live = s.around.live;
+  Staged<R, compute_t<P>> staged;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t count = std::min(end - i, kBlock);
+    p.load(staged.p, i, count);
+    load_dense(staged.g, g + i, count);
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) load_dense(staged.slots[k], slots[k] + i, count);
+    }
+    staged.update(s, count, lanes);
+    p.store(staged.p, i, count);
+    for (int k = 0; k < R::kSlotCount; ++k) {
+      if (is_live(live, k)) store_dense(slots[k] + i, staged.slots[k], count);
+    }
+  }
+}
+
+template <typename R, typename P, typename M>
+void update_strided(const Scalars<R, compute_t<P>>& s, const Parameter<P>& p, const P* g,
                     const std::array<M*, R::kSlotCount>& slots, const StridedLayout& layout,
                     int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
   const uint32_t live = s.around.live;
   Staged<R, C> staged;
-  Cursor<R::kSlotCount> reader(layout, begin);
-  Cursor<R::kSlotCount> writer(layout, begin);
+  constexpr int kSlots = sizeof(P) == 2 ? int{kMaxSlots} : int{R::kSlotCount};
+  Cursor<kSlots> reader(layout, begin);
+  Cursor<kSlots> writer(layout, begin);
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
     for (int64_t k = 0; k < count; ++k, reader.advance()) {
-      staged.p[k] = load(p[reader.param]);
+      staged.p[k] = p.load(reader);
       staged.g[k] = load(g[reader.grad]);
       for (int m = 0; m < R::kSlotCount; ++m) {
         if (is_live(live, m)) {
@@ -218,7 +348,7 @@ void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
     }
     staged.update(s, count, lanes);
     for (int64_t k = 0; k < count; ++k, writer.advance()) {
-      store(p[writer.param], staged.p[k]);
+      p.store(staged.p[k], writer);
       for (int m = 0; m < R::kSlotCount; ++m) {
         if (is_live(live, m)) store(slots[m][writer.slot[m]], staged.slots[m][k]);
       }
@@ -228,31 +358,31 @@ void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
 
 template <typename R, typename P, typename M>
 void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
-            int64_t begin, int64_t end, double* lanes) {
+            const GroupStages* stages, int64_t begin, int64_t end, double* lanes) {
   using C = compute_t<P>;
   const Scalars<R, C>& s = as<R>(scalars).in(C{});
-  P* p = static_cast<P*>(tensor.param);
+  const Parameter<P> p(tensor, stages);
   const P* g = static_cast<const P*>(tensor.grad);
   std::array<M*, R::kSlotCount> slots;
   for (int k = 0; k < R::kSlotCount; ++k) slots[k] = static_cast<M*>(tensor.slot[k]);
   if (layout != nullptr) return update_strided<R>(s, p, g, slots, *layout, begin, end, lanes);
-  for (M*& slot : slots) {
-    if (slot != nullptr) slot += begin;
-  }
   if constexpr (std::is_same<P, C>::value && std::is_same<M, C>::value) {
-    update_in_place<R>(s, p + begin, g + begin, slots, end - begin, lanes);
+    for (M*& slot : slots) {
+      if (slot != nullptr) slot += begin;
+    }
+    update_in_place<R>(s, p.at + begin, g + begin, slots, end - begin, lanes);
   } else {
-    update_dense<R>(s, p + begin, g + begin, slots, end - begin, lanes);
+    update_dense<R>(s, p, g, slots, begin, end, lanes);
   }
 }
 
 template <typename R, typename P>
 void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
-            int64_t begin, int64_t end, double* lanes) {
+            const GroupStages* stages, int64_t begin, int64_t end, double* lanes) {
   if (tensor.state_type == tensor.type) {
-    update<R, P, P>(tensor, layout, scalars, begin, end, lanes);
+    update<R, P, P>(tensor, layout, scalars, stages, begin, end, lanes);
   } else {
-    update<R, P, float>(tensor, layout, scalars, begin, end, lanes);
+    update<R, P, float>(tensor, layout, scalars, stages, begin, end, lanes);
   }
 }
 
@@ -266,19 +396,19 @@ void move_averages(const Average<T>& average, T* averages, From* p, int64_t n) {
 
 // Of at most a block.
 template <typename P, typename E>
-void move_averages(const TensorRef& tensor, const StridedLayout* layout, const Averaging& averaging,
+void move_averages(const TensorRef& tensor, const StridedLayout* layout, const GroupStages& stages,
                    int64_t begin, int64_t end) {
   using C = compute_t<P>;
-  const Average<C>& average = averaging.in(C{});
-  const P* p = static_cast<const P*>(tensor.param);
+  const Average<C>& average = stages.averaging.in(C{});
+  const Parameter<P> p(tensor, &stages);
   E* averages = static_cast<E*>(tensor.slot[kEmaSlot]);
   const int64_t n = end - begin;
   if constexpr (std::is_same<P, C>::value && std::is_same<E, C>::value) {
-    if (layout == nullptr) return move_averages(average, averages + begin, p + begin, n);
+    if (layout == nullptr) return move_averages(average, averages + begin, p.at + begin, n);
   }
   C p_block[kBlock], block[kBlock];
   if (layout == nullptr) {
-    load_dense(p_block, p + begin, n);
+    p.load(p_block, begin, n);
     load_dense(block, averages + begin, n);
     move_averages(average, block, p_block, n);
     store_dense(averages + begin, block, n);
@@ -287,7 +417,7 @@ void move_averages(const TensorRef& tensor, const StridedLayout* layout, const A
   Cursor<kMaxSlots> reader(*layout, begin);
   Cursor<kMaxSlots> writer(*layout, begin);
   for (int64_t i = 0; i < n; ++i, reader.advance()) {
-    p_block[i] = load(p[reader.param]);
+    p_block[i] = p.load(reader);
     block[i] = load(averages[reader.slot[kEmaSlot]]);
   }
   move_averages(average, block, p_block, n);
@@ -298,54 +428,56 @@ void move_averages(const TensorRef& tensor, const StridedLayout* layout, const A
 
 template <typename Half>
 void move_averages_of_half(const TensorRef& tensor, const StridedLayout* layout,
-                           const Averaging& averaging, int64_t begin, int64_t end) {
+                           const GroupStages& stages, int64_t begin, int64_t end) {
   if (tensor.ema_type == tensor.type) {
-    move_averages<Half, Half>(tensor, layout, averaging, begin, end);
+    move_averages<Half, Half>(tensor, layout, stages, begin, end);
   } else {
-    move_averages<Half, float>(tensor, layout, averaging, begin, end);
+    move_averages<Half, float>(tensor, layout, stages, begin, end);
   }
 }
 
 [[gnu::noinline]] void move_averages(const TensorRef& tensor, const StridedLayout* layout,
-                                     const Averaging& averaging, int64_t begin, int64_t end) {
+                                     const GroupStages& stages, int64_t begin, int64_t end) {
   switch (tensor.type) {
     case StorageType::kFloat32:
-      return move_averages<float, float>(tensor, layout, averaging, begin, end);
+      return move_averages<float, float>(tensor, layout, stages, begin, end);
     case StorageType::kFloat64:
-      return move_averages<double, double>(tensor, layout, averaging, begin, end);
+      return move_averages<double, double>(tensor, layout, stages, begin, end);
     case StorageType::kBFloat16:
-      return move_averages_of_half<BFloat16>(tensor, layout, averaging, begin, end);
+      return move_averages_of_half<BFloat16>(tensor, layout, stages, begin, end);
     case StorageType::kFloat16:
-      return move_averages_of_half<Float16>(tensor, layout, averaging, begin, end);
+      return move_averages_of_half<Float16>(tensor, layout, stages, begin, end);
   }
 }
 
 template <typename R>
 void update(const TensorRef& tensor, const StridedLayout* layout, const AnyScalars& scalars,
-            int64_t begin, int64_t end, double* lanes) {
+            const GroupStages* stages, int64_t begin, int64_t end, double* lanes) {
   switch (tensor.type) {
     case StorageType::kFloat32:
-      return update<R, float, float>(tensor, layout, scalars, begin, end, lanes);
+      return update<R, float, float>(tensor, layout, scalars, stages, begin, end, lanes);
     case StorageType::kFloat64:
-      return update<R, double>(tensor, layout, scalars, begin, end, lanes);
+      return update<R, double>(tensor, layout, scalars, stages, begin, end, lanes);
     case StorageType::kBFloat16:
-      return update<R, BFloat16>(tensor, layout, scalars, begin, end, lanes);
+      return update<R, BFloat16>(tensor, layout, scalars, stages, begin, end, lanes);
     case StorageType::kFloat16:
-      return update<R, Float16>(tensor, layout, scalars, begin, end, lanes);
+      return update<R, Float16>(tensor, layout, scalars, stages, begin, end, lanes);
   }
 }
 
-// A rule's update and the stages behind it, block by block: what a stage reads is still in the
+// A rule's update and the averages behind it, block by block: what they read is still in the
 // first-level cache.
 template <typename R>
 void update_with_stages(const TensorRef& tensor, const StridedLayout* layout,
-                        const AnyScalars& scalars, const Averaging* averaging, int64_t begin,
+                        const AnyScalars& scalars, const GroupStages* stages, int64_t begin,
                         int64_t end, double* lanes) {
-  if (averaging == nullptr) return update<R>(tensor, layout, scalars, begin, end, lanes);
+  if (stages == nullptr || !tensor.averages) {
+    return update<R>(tensor, layout, scalars, stages, begin, end, lanes);
+  }
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t block_end = std::min(i + kBlock, end);
-    update<R>(tensor, layout, scalars, i, block_end, lanes);
-    move_averages(tensor, layout, *averaging, i, block_end);
+    update<R>(tensor, layout, scalars, stages, i, block_end, lanes);
+    move_averages(tensor, layout, *stages, i, block_end);
   }
 }
 
@@ -354,8 +486,9 @@ void squares(const TensorRef& tensor, const StridedLayout* layout, int64_t begin
              double* lanes) {
   using C = compute_t<T>;
   const T* values = static_cast<const T*>(tensor.grad);
+  const C bound = static_cast<C>(tensor.max_value);
   if constexpr (std::is_same<T, C>::value) {
-    if (layout == nullptr) return add_squares(lanes, values + begin, end - begin);
+    if (layout == nullptr) return add_squares(lanes, values + begin, end - begin, bound);
   }
   C block[kBlock];
   std::optional<Cursor<0>> reader;
@@ -367,7 +500,7 @@ void squares(const TensorRef& tensor, const StridedLayout* layout, int64_t begin
     } else {
       load_dense(block, values + i, count);
     }
-    add_squares(lanes, block, count);
+    add_squares(lanes, block, count, bound);
   }
 }
 

@@ -3,18 +3,17 @@
 
 #include <vector>
 
-#include "../average.h"
 #include "../rule.h"
+#include "../stages.h"
 #include "../tensors.h"
 
 namespace fastlr {
 
-// Updates the elements begin .. end of a tensor. layout: its StridedLayout, or nullptr. averaging:
-// how the tensor's average moves, nullptr where it has none. lanes: what the squares of the
-// gradient's elements are added to, the first to the first of kLanes, or nullptr; see NOTE: [sums
-// in lanes].
+// Updates the elements begin .. end of a tensor. layout: its StridedLayout, or nullptr. stages: its
+// group's, or nullptr where it has none. lanes: what the squares of the gradient's elements are
+// added to, the first to the first of kLanes, or nullptr; see NOTE: [sums in lanes].
 using ChunkKernel = void (*)(const TensorRef& tensor, const StridedLayout* layout,
-                             const AnyScalars& scalars, const Averaging* averaging, int64_t begin,
+                             const AnyScalars& scalars, const GroupStages* stages, int64_t begin,
                              int64_t end, double* lanes);
 
 // Adds the squares alone.

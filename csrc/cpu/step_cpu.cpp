@@ -185,7 +185,7 @@ void step_cpu(const HostStep& step, int threads, bool in_order) {
     for_each_chunk(step.tensors, total, part, parts, kGrain, [&](const Chunk& chunk) {
       const TensorRef& tensor = step.tensors[chunk.tensor];
       kernel(tensor, layout_of(tensor, step.layouts), step.scalars[step.scalars_of[chunk.tensor]],
-             step.averaging_of(tensor), chunk.begin, chunk.end, nullptr);
+             step.stages_of(tensor), chunk.begin, chunk.end, nullptr);
     });
   });
 }
@@ -196,7 +196,7 @@ double measured_step_cpu(const HostStep& step, int threads, bool in_order, Chunk
       step.tensors, step.layouts, in_order ? 1 : threads, sums,
       [&](size_t tensor, const StridedLayout* layout, int64_t begin, int64_t end, double* lanes) {
         kernel(step.tensors[tensor], layout, step.scalars[step.scalars_of[tensor]],
-               step.averaging_of(step.tensors[tensor]), begin, end, lanes);
+               step.stages_of(step.tensors[tensor]), begin, end, lanes);
       });
 }
 

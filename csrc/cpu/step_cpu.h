@@ -13,11 +13,11 @@ struct HostStep {
   const std::vector<TensorRef>& tensors;
   const std::vector<StridedLayout>& layouts;  // that TensorRef::layout refers to
   const std::vector<AnyScalars>& scalars;
-  const std::vector<int32_t>& scalars_of;   // which of them are each tensor's
-  const std::vector<Averaging>& averaging;  // each group's
+  const std::vector<int32_t>& scalars_of;  // which of them are each tensor's
+  const std::vector<GroupStages>& stages;  // each group's
 
-  const Averaging* averaging_of(const TensorRef& tensor) const {
-    return tensor.averages ? &averaging[tensor.group] : nullptr;
+  const GroupStages* stages_of(const TensorRef& tensor) const {
+    return tensor.staged ? &stages[tensor.group] : nullptr;
   }
 };
 
@@ -37,7 +37,8 @@ struct ChunkSums {
 // allocates anything.
 double measured_step_cpu(const HostStep& step, int threads, bool in_order, ChunkSums& sums);
 
-// The sum of the squares of all elements of the tensors' `grad`; nothing else of them is read.
+// The sum of the squares of all elements of the tensors' `grad`, clipped to max_value; nothing else
+// of them is read.
 double squared_norm_cpu(const std::vector<TensorRef>& tensors,
                         const std::vector<StridedLayout>& layouts, int threads);
 

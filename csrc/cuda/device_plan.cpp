@@ -217,9 +217,9 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>&
   measures_norm_ = measures_norm || norm_pass;
   if (norm_pass) cuda::preload_norm(scope.device());
   launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm_);
-  const bool averages = std::any_of(launches_.begin(), launches_.end(),
-                                    [](const cuda::Launch& launch) { return launch.averages; });
-  if (averages) cuda::preload(scope.device(), rule_, true);
+  const bool staged = std::any_of(launches_.begin(), launches_.end(),
+                                  [](const cuda::Launch& launch) { return launch.staged; });
+  if (staged) cuda::preload(scope.device(), rule_, true);
 }
 
 void DevicePlan::launch_norm(const DeviceScope& scope, float* found_inf, const float* grad_scale) {

@@ -125,7 +125,7 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
   return capturing != 0;
 }
 
-double Devices::measure(const Gathering& gathering) {
+double Devices::measure(const Gathering& gathering, std::optional<float> inverse_scale) {
   std::set<int> devices;
   for (const Gathering::Source& source : gathering.sources()) {
     if (source.place != kHost) devices.insert(source.place);
@@ -133,7 +133,9 @@ double Devices::measure(const Gathering& gathering) {
   double sum = 0.0;
   for (const int device : devices) {
     DeviceNorm& norm = norms_.try_emplace(device, runtime_, device).first->second;
-    sum += norm.measure(tensors_on(device, gathering), gathering.layouts());
+    std::vector<TensorRef> tensors = tensors_on(device, gathering);
+    for (TensorRef& tensor : tensors) bring_to_scale(tensor, inverse_scale);
+    sum += norm.measure(tensors, gathering.layouts());
   }
   return sum;
 }

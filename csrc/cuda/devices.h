@@ -38,7 +38,8 @@ class Devices {
             std::optional<double> factor, int64_t samples);
 
   // The sum of the squares of the gathered gradients on all devices. Waits for these.
-  double measure(const Gathering& gathering);
+  // inverse_scale: see bring_to_scale().
+  double measure(const Gathering& gathering, std::optional<float> inverse_scale);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);

@@ -28,10 +28,10 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
 // with two slots or more, averages and doubles take up to 128 registers, which two blocks leave:
 // 512 threads with four loads each have 32 KiB under way. So have the 256 of one block, with all
-// registers there are, where averages come with doubles or with halves, which have eight loads: up
-// to two for each wider tensor beside them.
-template <typename R, typename P, bool kAverages>
-constexpr int kResidentBlocks = kAverages        ? (std::is_same<P, float>::value ? 2 : 1)
+// registers there are, where stages come with doubles or with halves: these have up to ten loads,
+// two for each wider tensor beside them.
+template <typename R, typename P, bool kStaged>
+constexpr int kResidentBlocks = kStaged          ? (std::is_same<P, float>::value ? 2 : 1)
                                 : sizeof(P) == 8 ? 2
                                                  : R::kResidentBlocks;
 // Of those that measure a norm, where the compiler left to itself stops at 40 registers and spills;
@@ -115,68 +115,129 @@ struct Slots {
   M* at[R::kSlotCount];
 };
 
-// A parameter's average, stored as E; void: there is none.
-template <typename E, typename C>
-struct Averaged {
-  E* at;
+// A master's part that is kept beside a parameter; of a wide one there is none.
+template <typename P>
+using rest_t = std::conditional_t<std::is_void<master_t<P>>::value, P, master_t<P>>;
+
+// What a tensor's stages work on. E: how its average is stored; void: there are no stages.
+template <typename P, typename E>
+struct Stages {
+  using C = compute_t<P>;
+
+  E* averages;  // nullptr: none are kept
   Average<C> average;
+  rest_t<P>* rests;  // nullptr: there are no masters
+  bool by_chance;
+  RandomKey key;
 
   __device__ E moved(E from, C p) const {
     E to;
     store(to, average.moved(load(from), p));
     return to;
   }
-};
-template <typename C>
-struct Averaged<void, C> {};
 
-// One average moves towards the parameter as it was stored.
-template <typename E, typename C, typename P>
-__device__ inline void move_average([[maybe_unused]] const Averaged<E, C>& averaged,
-                                    [[maybe_unused]] int64_t at, [[maybe_unused]] const P& p) {
-  if constexpr (!std::is_void<E>::value) {
-    averaged.at[at] = averaged.moved(averaged.at[at], load(p));
+  __device__ C value_of(const P& p, const rest_t<P>& rest) const {
+    if constexpr (!std::is_same<P, C>::value) {
+      if (rests != nullptr) return joined(p, rest);
+    }
+    return load(p);
   }
-}
 
-// One element, whose state lies at an index of its own in each slot.
-template <typename R, typename P, typename M>
-__device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P& p, const P& g,
-                                  const Slots<R, M>& slots, const int64_t* at) {
+  // Returns what the average moves towards.
+  __device__ C keep(C value, P& p, rest_t<P>& rest, int64_t element) const {
+    if constexpr (!std::is_same<P, C>::value) {
+      if (rests != nullptr) {
+        split(value, p, rest);
+        return value;
+      }
+    }
+    if constexpr (std::is_same<P, BFloat16>::value) {
+      if (by_chance) {
+        p = rounded_by_chance(value, random_bits(key, element));
+        return load(p);
+      }
+    }
+    store(p, value);
+    return load(p);
+  }
+};
+template <typename P>
+struct Stages<P, void> {};
+
+// Where an element's state lies, in each slot of a rule and of stages.
+template <int kSlots>
+struct SlotPlaces {
+  int64_t slot[kSlots > 0 ? kSlots : 1];
+  int64_t average;
+  int64_t master;
+};
+
+// One element, whose place in its parameter is that of p.
+template <typename R, typename P, typename M, typename E>
+__device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P* p, int64_t element,
+                                  const P& g, const Slots<R, M>& slots,
+                                  [[maybe_unused]] const Stages<P, E>& stages,
+                                  const SlotPlaces<R::kSlotCount>& at) {
   using C = compute_t<P>;
-  C value = load(p);
+  constexpr bool kStaged = !std::is_void<E>::value;
+  const Form form{s.around.live, false, s.around.coupled, kStaged};
+  [[maybe_unused]] rest_t<P> rest{};
+  C value;
+  if constexpr (kStaged) {
+    if (stages.rests != nullptr) rest = stages.rests[at.master];
+    value = stages.value_of(p[element], rest);
+  } else {
+    value = load(p[element]);
+  }
   C values[R::kSlotCount];
 #pragma unroll
   for (int k = 0; k < R::kSlotCount; ++k) {
-    values[k] = is_live(s.around.live, k) ? static_cast<C>(load(slots.at[k][at[k]])) : C(0);
+    values[k] = is_live(form.live, k) ? static_cast<C>(load(slots.at[k][at.slot[k]])) : C(0);
   }
-  update_element(s, s.around.live, false, s.around.coupled, value, load(g), values);
-  store(p, value);
+  update_element(s, form, value, load(g), values);
+  if constexpr (kStaged) {
+    P kept;
+    const C target = stages.keep(value, kept, rest, element);
+    p[element] = kept;
+    if (stages.rests != nullptr) stages.rests[at.master] = rest;
+    if (stages.averages != nullptr) {
+      stages.averages[at.average] = stages.moved(stages.averages[at.average], target);
+    }
+  } else {
+    store(p[element], value);
+  }
 #pragma unroll
   for (int k = 0; k < R::kSlotCount; ++k) {
-    if (is_live(s.around.live, k)) store(slots.at[k][at[k]], values[k]);
+    if (is_live(form.live, k)) store(slots.at[k][at.slot[k]], values[k]);
   }
 }
 
-// n elements that lie in memory in one order, by all threads of the block. Vectors begin where the
-// parameter is aligned, if gradient and state are aligned there too.
+// The elements begin .. end of tensors that lie in memory in one order, by all threads of the
+// block. Vectors begin where the parameter is aligned, if gradient and state are aligned there too.
 template <typename R, typename P, typename M, typename E>
 __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
                                     const Slots<R, M>& slots,
-                                    const Averaged<E, compute_t<P>>& averaged, int64_t n) {
-  constexpr bool kAverages = !std::is_void<E>::value;
+                                    [[maybe_unused]] const Stages<P, E>& stages, int64_t begin,
+                                    int64_t end) {
+  constexpr bool kStaged = !std::is_void<E>::value;
   using C = compute_t<P>;
   constexpr int kWidth = kVector<P, M>;
   const uint32_t live = s.around.live;
-  int64_t head = misaligned_elements(p);
+  const Form form{live, false, s.around.coupled, kStaged};
+  int64_t head = begin + misaligned_elements(p + begin);
   bool all_aligned = aligned(g + head);
 #pragma unroll
   for (int k = 0; k < R::kSlotCount; ++k) {
     all_aligned = all_aligned && (!is_live(live, k) || aligned(slots.at[k] + head));
   }
-  if constexpr (kAverages) all_aligned = all_aligned && aligned(averaged.at + head);
-  const int64_t vectors = all_aligned && n > head ? (n - head) / kWidth : 0;
-  if (vectors == 0) head = 0;
+  if constexpr (kStaged) {
+    const auto fits = [&](const auto* of_stage) {
+      return of_stage == nullptr || aligned(of_stage + head);
+    };
+    all_aligned = all_aligned && fits(stages.averages) && fits(stages.rests);
+  }
+  const int64_t vectors = all_aligned && end > head ? (end - head) / kWidth : 0;
+  if (vectors == 0) head = begin;
   // Not unrolled, which the registers would not do for: other threads hide the latency.
 #pragma unroll 1
   for (int64_t v = threadIdx.x; v < vectors; v += kThreads) {
@@ -189,19 +250,32 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
     for (int k = 0; k < R::kSlotCount; ++k) {
       if (is_live(live, k)) load_vector(slot_values[k], slots.at[k] + i);
     }
-    [[maybe_unused]] std::conditional_t<kAverages, E, P> averages[kWidth];
-    if constexpr (kAverages) load_vector(averages, averaged.at + i);
+    [[maybe_unused]] std::conditional_t<kStaged, E, P> averages[kWidth];
+    [[maybe_unused]] rest_t<P> rests[kWidth];
+    if constexpr (kStaged) {
+      if (stages.averages != nullptr) load_vector(averages, stages.averages + i);
+      if (stages.rests != nullptr) load_vector(rests, stages.rests + i);
+    }
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
-      C value = load(p_values[e]);
+      C value;
+      if constexpr (kStaged) {
+        value = stages.value_of(p_values[e], rests[e]);
+      } else {
+        value = load(p_values[e]);
+      }
       C values[R::kSlotCount];
 #pragma unroll
       for (int k = 0; k < R::kSlotCount; ++k) {
         values[k] = is_live(live, k) ? static_cast<C>(load(slot_values[k][e])) : C(0);
       }
-      update_element(s, live, false, s.around.coupled, value, load(g_values[e]), values);
-      store(p_values[e], value);
-      if constexpr (kAverages) averages[e] = averaged.moved(averages[e], load(p_values[e]));
+      update_element(s, form, value, load(g_values[e]), values);
+      if constexpr (kStaged) {
+        const C target = stages.keep(value, p_values[e], rests[e], i + e);
+        if (stages.averages != nullptr) averages[e] = stages.moved(averages[e], target);
+      } else {
+        store(p_values[e], value);
+      }
 #pragma unroll
       for (int k = 0; k < R::kSlotCount; ++k) {
         if (is_live(live, k)) store(slot_values[k][e], values[k]);
@@ -212,16 +286,19 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
     for (int k = 0; k < R::kSlotCount; ++k) {
       if (is_live(live, k)) store_vector(slots.at[k] + i, slot_values[k]);
     }
-    if constexpr (kAverages) store_vector(averaged.at + i, averages);
+    if constexpr (kStaged) {
+      if (stages.averages != nullptr) store_vector(stages.averages + i, averages);
+      if (stages.rests != nullptr) store_vector(stages.rests + i, rests);
+    }
   }
-  const int64_t rest = n - vectors * kWidth;
+  const int64_t rest = end - begin - vectors * kWidth;
   for (int64_t e = threadIdx.x; e < rest; e += kThreads) {
-    const int64_t i = e < head ? e : e + vectors * kWidth;
-    int64_t at[R::kSlotCount];
+    const int64_t i = begin + e < head ? begin + e : begin + e + vectors * kWidth;
+    SlotPlaces<R::kSlotCount> at;
 #pragma unroll
-    for (int k = 0; k < R::kSlotCount; ++k) at[k] = i;
-    update_one<R>(s, p[i], g[i], slots, at);
-    move_average(averaged, i, p[i]);
+    for (int k = 0; k < R::kSlotCount; ++k) at.slot[k] = i;
+    at.average = at.master = i;
+    update_one<R>(s, p, i, g[i], slots, stages, at);
   }
 }
 
@@ -230,22 +307,23 @@ template <int kSlots>
 struct Places {
   int64_t param;
   int64_t grad;
-  int64_t slot[kSlots > 0 ? kSlots : 1];
+  SlotPlaces<kSlots> of;
 };
 
-// The slots are a rule's, and behind them its parameter's average where there is one.
-template <int kSlots, bool kAverages = false>
-__device__ inline Places<kSlots + kAverages> places_of(const StridedLayout& layout,
-                                                       int64_t element) {
-  Places<kSlots + kAverages> at{};
+template <int kSlots, bool kStaged = false>
+__device__ inline Places<kSlots> places_of(const StridedLayout& layout, int64_t element) {
+  Places<kSlots> at{};
   for (int d = layout.ndim - 1; d >= 0; --d) {
     const int64_t index = element % layout.shape[d];
     element /= layout.shape[d];
     at.param += index * layout.param[d];
     at.grad += index * layout.grad[d];
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) at.slot[k] += index * layout.slot[k][d];
-    if constexpr (kAverages) at.slot[kSlots] += index * layout.slot[kEmaSlot][d];
+    for (int k = 0; k < kSlots; ++k) at.of.slot[k] += index * layout.slot[k][d];
+    if constexpr (kStaged) {
+      at.of.average += index * layout.slot[kEmaSlot][d];
+      at.of.master += index * layout.slot[kMasterSlot][d];
+    }
   }
   return at;
 }
@@ -253,14 +331,12 @@ __device__ inline Places<kSlots + kAverages> places_of(const StridedLayout& layo
 // The elements begin .. end, counted in the order of the layout's indices.
 template <typename R, typename P, typename M, typename E>
 __device__ inline void update_strided(const Scalars<R, compute_t<P>>& s, P* p, const P* g,
-                                      const Slots<R, M>& slots,
-                                      const Averaged<E, compute_t<P>>& averaged,
+                                      const Slots<R, M>& slots, const Stages<P, E>& stages,
                                       const StridedLayout& layout, int64_t begin, int64_t end) {
-  constexpr bool kAverages = !std::is_void<E>::value;
+  constexpr bool kStaged = !std::is_void<E>::value;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    const Places<R::kSlotCount + kAverages> at = places_of<R::kSlotCount, kAverages>(layout, i);
-    update_one<R>(s, p[at.param], g[at.grad], slots, at.slot);
-    if constexpr (kAverages) move_average(averaged, at.slot[R::kSlotCount], p[at.param]);
+    const Places<R::kSlotCount> at = places_of<R::kSlotCount, kStaged>(layout, i);
+    update_one<R>(s, p, at.param, g[at.grad], slots, stages, at.of);
   }
 }
 
@@ -287,14 +363,15 @@ __device__ inline double sum_over_block(double lane) {
 }
 
 // The sum of the squares of a chunk's gradients; in the first thread. All of them are read before
-// it returns in any. layout: nullptr, or they are counted in the order of its indices.
-template <typename P>
+// it returns in any. layout: nullptr, or they are counted in the order of its indices. of(x): what
+// of a gradient x is squared.
+template <typename P, typename Of>
 __device__ inline double sum_of_squares(const P* g, const StridedLayout* layout, int64_t begin,
-                                        int64_t end) {
+                                        int64_t end, const Of& of) {
   double lane = 0.0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    lane =
-        add_square(lane, load_global(g + (layout == nullptr ? i : places_of<0>(*layout, i).grad)));
+    const int64_t at = layout == nullptr ? i : places_of<0>(*layout, i).grad;
+    lane = add_square(lane, of(load_global(g + at)));
   }
   return sum_over_block(lane);
 }
@@ -335,11 +412,10 @@ __device__ inline void advance_clocks(const Clocks& clocks, int64_t updates, int
       clock.samples += samples;
       clock.age = age;
       const double* const of_stages = clock.options.value + kRuleOptionCount<R>;
-      clock.averaging =
-          averaging(of_stages[kEmaDecay], of_stages[kEmaWarmup] != 0.0, clock.updates);
-      as<R>(clock.next).in_float = scalars<R, float>(clock.options, age, 1.0f);
+      clock.stages = group_stages(of_stages, clock.updates);
+      as<R>(clock.next).in_float = scalars<R, float>(clock.options, age, Unscaling{});
     } else {
-      as<R>(clock.next).in_double = scalars<R, double>(clock.options, age, 1.0f);
+      as<R>(clock.next).in_double = scalars<R, double>(clock.options, age, Unscaling{});
     }
   }
 }
@@ -415,7 +491,7 @@ __device__ inline Scalars<R, C> scalars_of(const GroupClock& clock, const Device
   if (tensor.age == nullptr || age == clock.age) return shared;
   FASTLR_SHARED(RuleScalars, own);
   __syncthreads();  // the last tensor's are done with
-  if (threadIdx.x == 0) own = scalars<R, C>(clock.options, age, 1.0f);
+  if (threadIdx.x == 0) own = scalars<R, C>(clock.options, age, Unscaling{});
   __syncthreads();
   return own;
 }
@@ -438,41 +514,47 @@ __device__ inline void for_each_chunk_of_block(const StepArguments<kCapacity>& s
 }
 
 // The sum of a chunk's squares takes its place; by all threads.
-template <bool kStrided, typename P>
+template <bool kStrided, typename P, typename Of>
 __device__ inline void measure_chunk(const StepHead& step, const DeviceTensor& tensor, const P* g,
-                                     int64_t begin, int64_t end, int64_t square) {
+                                     int64_t begin, int64_t end, int64_t square, const Of& of) {
   const StridedLayout* const layout = kStrided ? step.layouts + tensor.layout : nullptr;
-  const double squares = sum_of_squares(g, layout, begin, end);
+  const double squares = sum_of_squares(g, layout, begin, end, of);
   if (threadIdx.x == 0) step.squares[square] = squares;
 }
 
 // NOTE: [stages on a device]
 // Stages are in kernels of their own, beside which plain steps carry none of their instructions and
-// registers. Whatever a stage can be told at run time it is: how an average is stored is a branch
-// that the whole block takes alike.
+// registers. Whatever a stage can be told at run time it is: there is another loop only where an
+// average is stored in another type.
 //
-// Calls visit(Averaged) for how a tensor's average is stored.
-template <bool kAverages, typename P, typename Visit>
-__device__ inline void with_average([[maybe_unused]] const DeviceTensor& tensor,
-                                    [[maybe_unused]] const Averaging& averaging,
-                                    const Visit& visit) {
+// Calls visit(Stages) for how a tensor's average is stored, if it has one.
+template <bool kStaged, typename P, typename Visit>
+__device__ inline void with_stages([[maybe_unused]] const DeviceTensor& tensor,
+                                   [[maybe_unused]] const GroupStages& of_group,
+                                   const Visit& visit) {
   using C = compute_t<P>;
-  if constexpr (!kAverages) {
-    visit(Averaged<void, C>{});
+  if constexpr (!kStaged) {
+    visit(Stages<P, void>{});
   } else {
+    const auto visit_as = [&](auto* averages) {
+      Stages<P, std::remove_pointer_t<decltype(averages)>> stages{};
+      stages.averages = averages;
+      stages.average = of_group.averaging.in(C{});
+      stages.rests = static_cast<rest_t<P>*>(tensor.slot[kMasterSlot]);
+      stages.by_chance = tensor.kept == Kept::kStochastic;
+      if (stages.by_chance) stages.key = random_key(of_group.random, tensor.place);
+      visit(stages);
+    };
     void* const at = tensor.slot[kEmaSlot];
-    const Average<C> average = averaging.in(C{});
     if constexpr (!std::is_same<P, C>::value) {
-      if (tensor.ema_type != StorageType::kFloat32) {
-        return visit(Averaged<P, C>{static_cast<P*>(at), average});
-      }
+      if (tensor.ema_type != StorageType::kFloat32) return visit_as(static_cast<P*>(at));
     }
-    visit(Averaged<C, C>{static_cast<C*>(at), average});
+    visit_as(static_cast<C*>(at));
   }
 }
 
-template <typename R, typename P, typename M, bool kStrided, bool kAverages, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, P, kAverages>)
+template <typename R, typename P, typename M, bool kStrided, bool kStaged, int kCapacity>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<R, P, kStaged>)
     step_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   using C = compute_t<P>;
   Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
@@ -484,23 +566,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, P, kAverages>)
   const auto update = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
     const DeviceTensor& tensor = step.tensors[index];
     const P* g = static_cast<const P*>(step.grads[index]);
-    if (step.squares != nullptr) measure_chunk<kStrided>(step, tensor, g, begin, end, square);
     P* p = static_cast<P*>(tensor.param);
     const GroupClock& clock = step.clocks.clocks[tensor.group];
     Scalars<R, C> s = scalars_of<R, C>(clock, tensor);
+    if constexpr (kStaged) s.around.bound /= static_cast<C>(amp.inverse_scale);
+    if (step.squares != nullptr) {
+      measure_chunk<kStrided>(step, tensor, g, begin, end, square, [&](C x) {
+        if constexpr (kStaged) return clipped(x, s.around.bound);
+        return x;
+      });
+    }
     s.around.of_gradient *= factor;
     Slots<R, M> slots;
-    const int64_t offset = kStrided ? 0 : begin;
 #pragma unroll
-    for (int k = 0; k < R::kSlotCount; ++k) {
-      slots.at[k] = static_cast<M*>(tensor.slot[k]) + (is_live(s.around.live, k) ? offset : 0);
-    }
-    with_average<kAverages, P>(tensor, clock.averaging, [&](auto averaged) {
+    for (int k = 0; k < R::kSlotCount; ++k) slots.at[k] = static_cast<M*>(tensor.slot[k]);
+    with_stages<kStaged, P>(tensor, clock.stages, [&](const auto& stages) {
       if constexpr (kStrided) {
-        update_strided<R>(s, p, g, slots, averaged, step.layouts[tensor.layout], begin, end);
+        update_strided<R>(s, p, g, slots, stages, step.layouts[tensor.layout], begin, end);
       } else {
-        if constexpr (kAverages) averaged.at += begin;
-        update_dense<R>(s, p + begin, g + begin, slots, averaged, end - begin);
+        update_dense<R>(s, p, g, slots, stages, begin, end);
       }
     });
   };
@@ -518,13 +602,28 @@ __global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
   const auto measures = [&](const Amp& amp) {
     return amp.applied || (step.seeks_inf && amp.invalid_scale);
   };
-  const auto measure = [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
-    const P* g = static_cast<const P*>(step.grads[index]);
-    measure_chunk<kStrided>(step, step.tensors[index], g, begin, end, square);
+  using C = compute_t<P>;
+  const auto measure_with = [&](float inverse_scale) {
+    for_each_chunk_of_block(step, [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
+      const DeviceTensor& tensor = step.tensors[index];
+      const P* g = static_cast<const P*>(step.grads[index]);
+      const GroupClock* const clocks = step.clocks.clocks;
+      const double max_value =
+          clocks == nullptr ? tensor.max_value : clocks[tensor.group].stages.max_value;
+      const C bound = static_cast<C>(max_value) / static_cast<C>(inverse_scale);
+      if (bound < static_cast<C>(INFINITY)) {
+        const bool keeps_inf = step.seeks_inf;
+        measure_chunk<kStrided>(step, tensor, g, begin, end, square, [&](C x) {
+          const bool is_inf = x == static_cast<C>(INFINITY) || x == static_cast<C>(-INFINITY);
+          return keeps_inf && is_inf ? x : clipped(x, bound);
+        });
+      } else {
+        measure_chunk<kStrided>(step, tensor, g, begin, end, square, [](C x) { return x; });
+      }
+    });
   };
-  if (measures(read_amp(step.clocks.found_inf, step.grad_scale))) {
-    for_each_chunk_of_block(step, measure);
-  }
+  const Amp before = read_amp(step.clocks.found_inf, step.grad_scale);
+  if (measures(before)) measure_with(before.inverse_scale);
   DeviceState& state = *step.clocks.state;
   if (!is_last_block(state)) return;
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);

@@ -21,7 +21,7 @@ using Residency = std::map<const void*, int64_t>;
 
 // What is done with the kernels of one rule, or of the norm, and one size of arguments.
 struct Kernels {
-  void (*load)(Residency& residency, int multiprocessors, bool averages);
+  void (*load)(Residency& residency, int multiprocessors, bool staged);
   void (*launch)(const Residency& residency, Stream stream, const Launch& launch);
 };
 
@@ -32,37 +32,37 @@ extern const Kernels kLargeNormKernels;
 template <int kCapacity>
 using StepKernel = void (*)(StepArguments<kCapacity>);
 
-// Strided parameters are rare, and an average's bytes take longer than another launch: neither has
+// Strided parameters are rare, and a stage's bytes take longer than another launch: neither has
 // kernels with large arguments, which would only take longer to build.
 template <typename R, typename P, typename M, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(bool strided, bool averages) {
+StepKernel<kCapacity> step_kernel_of(bool strided, bool staged) {
   if constexpr (kCapacity == kSmallLaunch) {
-    if (strided && averages) return &step_kernel<R, P, M, true, true, kCapacity>;
+    if (strided && staged) return &step_kernel<R, P, M, true, true, kCapacity>;
     if (strided) return &step_kernel<R, P, M, true, false, kCapacity>;
-    if (averages) return &step_kernel<R, P, M, false, true, kCapacity>;
+    if (staged) return &step_kernel<R, P, M, false, true, kCapacity>;
   }
   return &step_kernel<R, P, M, false, false, kCapacity>;
 }
 
 template <typename R, typename P, int kCapacity>
-StepKernel<kCapacity> step_kernel_of(bool wide_state, bool strided, bool averages) {
-  return wide_state ? step_kernel_of<R, P, float, kCapacity>(strided, averages)
-                    : step_kernel_of<R, P, P, kCapacity>(strided, averages);
+StepKernel<kCapacity> step_kernel_of(bool wide_state, bool strided, bool staged) {
+  return wide_state ? step_kernel_of<R, P, float, kCapacity>(strided, staged)
+                    : step_kernel_of<R, P, P, kCapacity>(strided, staged);
 }
 
 template <typename R, int kCapacity>
 StepKernel<kCapacity> step_kernel_of(StorageType type, StorageType state_type, bool strided,
-                                     bool averages) {
+                                     bool staged) {
   const bool wide = type != state_type;
   switch (type) {
     case StorageType::kFloat64:
-      return step_kernel_of<R, double, kCapacity>(wide, strided, averages);
+      return step_kernel_of<R, double, kCapacity>(wide, strided, staged);
     case StorageType::kBFloat16:
-      return step_kernel_of<R, BFloat16, kCapacity>(wide, strided, averages);
+      return step_kernel_of<R, BFloat16, kCapacity>(wide, strided, staged);
     case StorageType::kFloat16:
-      return step_kernel_of<R, Float16, kCapacity>(wide, strided, averages);
+      return step_kernel_of<R, Float16, kCapacity>(wide, strided, staged);
     default:
-      return step_kernel_of<R, float, float, kCapacity>(strided, averages);
+      return step_kernel_of<R, float, float, kCapacity>(strided, staged);
   }
 }
 
@@ -83,12 +83,12 @@ constexpr StorageType kStorageTypes[] = {StorageType::kFloat32, StorageType::kFl
                                          StorageType::kBFloat16, StorageType::kFloat16};
 
 template <typename R, int kCapacity>
-void load_step_kernels(Residency& residency, int multiprocessors, bool averages) {
+void load_step_kernels(Residency& residency, int multiprocessors, bool staged) {
   for (const StorageType type : kStorageTypes) {
     for (const StorageType state_type : {type, StorageType::kFloat32}) {
       for (const bool strided : {false, true}) {
-        if ((strided || averages) && kCapacity != kSmallLaunch) continue;
-        load(residency, step_kernel_of<R, kCapacity>(type, state_type, strided, averages),
+        if ((strided || staged) && kCapacity != kSmallLaunch) continue;
+        load(residency, step_kernel_of<R, kCapacity>(type, state_type, strided, staged),
              multiprocessors);
       }
     }
@@ -120,7 +120,7 @@ void launch_with(StepKernel<kCapacity> kernel, const Residency& residency, Strea
 template <typename R, int kCapacity>
 void launch_step_of(const Residency& residency, Stream stream, const Launch& launch) {
   launch_with<kCapacity>(
-      step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided, launch.averages),
+      step_kernel_of<R, kCapacity>(launch.type, launch.state_type, launch.strided, launch.staged),
       residency, stream, launch);
 }
 

@@ -17,7 +17,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
     StorageType type;
     StorageType state_type;
     bool strided;
-    bool averages;
+    bool staged;
     std::vector<Item> items;
   };
   Launches cut{};
@@ -26,11 +26,11 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
     const bool strided = tensor.layout >= 0;
     const auto fits = [&](const Batch& batch) {
       return batch.type == tensor.type && batch.state_type == tensor.state_type &&
-             batch.strided == strided && batch.averages == tensor.averages;
+             batch.strided == strided && batch.staged == tensor.staged;
     };
     auto batch = in_order ? batches.end() : std::find_if(batches.begin(), batches.end(), fits);
     if (batch == batches.end()) {
-      batches.push_back({tensor.type, tensor.state_type, strided, tensor.averages, {}});
+      batches.push_back({tensor.type, tensor.state_type, strided, tensor.staged, {}});
       batch = batches.end() - 1;
     }
     batch->items.push_back({&tensor, cut.chunks});
@@ -39,7 +39,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
 
   std::set<int32_t> led;  // groups
   for (const Batch& batch : batches) {
-    const bool rare = batch.strided || batch.averages;
+    const bool rare = batch.strided || batch.staged;
     const size_t capacity = static_cast<size_t>(cuda::launch_capacity(rare));
     for (size_t begin = 0; begin < batch.items.size(); begin += capacity) {
       const size_t end = std::min(begin + capacity, batch.items.size());
@@ -47,7 +47,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
       launch.type = batch.type;
       launch.state_type = batch.state_type;
       launch.strided = batch.strided;
-      launch.averages = batch.averages;
+      launch.staged = batch.staged;
       cut.firsts.push_back(cut.tensors.size());
       for (size_t i = begin; i < end; ++i) {
         const TensorRef& tensor = *batch.items[i].tensor;
@@ -60,7 +60,10 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
         entry.first_square = batch.items[i].first_square;
         entry.group = tensor.group;
         entry.leads_group = tensor.step != nullptr && led.insert(tensor.group).second;
+        entry.place = tensor.place;
         entry.ema_type = tensor.ema_type;
+        entry.kept = tensor.kept;
+        entry.max_value = tensor.max_value;
         entry.layout = -1;
         if (batch.strided) {
           entry.layout = static_cast<int32_t>(cut.layouts.size());

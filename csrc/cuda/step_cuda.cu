@@ -60,14 +60,14 @@ constexpr ClockKernel kClockKernels[] = {
 };
 
 // What was found out when kernels were loaded, by device and rule, or kNorm, and whether those with
-// averages. Steps of several optimizers may run at a time.
+// stages. Steps of several optimizers may run at a time.
 constexpr int kNorm = -1;
 std::map<std::tuple<int, int, bool>, Residency> residencies;
 std::mutex residencies_mutex;
 
-const Residency* find_residency(int device, int kernels, bool averages) {
+const Residency* find_residency(int device, int kernels, bool staged) {
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  const auto found = residencies.find({device, kernels, averages});
+  const auto found = residencies.find({device, kernels, staged});
   return found == residencies.end() ? nullptr : &found->second;
 }
 
@@ -93,17 +93,16 @@ const Kernels& large_kernels([[maybe_unused]] int kernels) {
 #endif
 }
 
-void load_kernels(int kernels, bool averages, Residency& residency, int multiprocessors) {
-  small_kernels(kernels).load(residency, multiprocessors, averages);
-  if (has_large_arguments()) large_kernels(kernels).load(residency, multiprocessors, averages);
+void load_kernels(int kernels, bool staged, Residency& residency, int multiprocessors) {
+  small_kernels(kernels).load(residency, multiprocessors, staged);
+  if (has_large_arguments()) large_kernels(kernels).load(residency, multiprocessors, staged);
 }
 
 void launch_kernels(int kernels, int device, Stream stream, const Launch& launch) {
   use_device(device);
   const bool is_small = launch.grads.size() <= static_cast<size_t>(kSmallLaunch);
   (is_small ? small_kernels(kernels) : large_kernels(kernels))
-      .launch(*find_residency(device, kernels, kernels != kNorm && launch.averages), stream,
-              launch);
+      .launch(*find_residency(device, kernels, kernels != kNorm && launch.staged), stream, launch);
 }
 
 }  // namespace
@@ -119,8 +118,8 @@ namespace {
 
 // load(residency, multiprocessors): of all kernels that there are of a kind.
 template <typename Load>
-void load_once(int device, int kernels, bool averages, Load load) {
-  if (find_residency(device, kernels, averages) != nullptr) return;
+void load_once(int device, int kernels, bool staged, Load load) {
+  if (find_residency(device, kernels, staged) != nullptr) return;
   use_device(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
@@ -128,15 +127,15 @@ void load_once(int device, int kernels, bool averages, Load load) {
   Residency residency;
   load(residency, multiprocessors);
   const std::lock_guard<std::mutex> lock(residencies_mutex);
-  residencies.emplace(std::make_tuple(device, kernels, averages), std::move(residency));
+  residencies.emplace(std::make_tuple(device, kernels, staged), std::move(residency));
 }
 
 }  // namespace
 
-void preload(int device, const Rule& rule, bool averages) {
-  load_once(device, rule.index, averages, [&](Residency& residency, int multiprocessors) {
+void preload(int device, const Rule& rule, bool staged) {
+  load_once(device, rule.index, staged, [&](Residency& residency, int multiprocessors) {
     load(residency, kClockKernels[rule.index], multiprocessors);
-    load_kernels(rule.index, averages, residency, multiprocessors);
+    load_kernels(rule.index, staged, residency, multiprocessors);
   });
 }
 

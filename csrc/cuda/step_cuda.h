@@ -22,19 +22,19 @@ struct Launch {
   StorageType type;
   StorageType state_type;
   bool strided;
-  bool averages;  // each of its tensors has an average, or none
+  bool staged;  // each of its tensors has a stage, or none
   StepHead head;
   std::vector<const void*> grads;  // one a tensor; at most launch_capacity()
 };
 
 // The most tensors that one launch takes; see NOTE: [kernel arguments] in kernels.cuh. rare: of
-// strided tensors, or with averages. A lower limit may be set for tests; 0: none.
+// strided tensors, or with stages. A lower limit may be set for tests; 0: none.
 int32_t launch_capacity(bool rare);
 void limit_launch_capacity(int32_t limit);
 
-// Loads every kernel of a rule, those with or those without averages, and finds out how many of its
+// Loads every kernel of a rule, those with or those without stages, and finds out how many of its
 // blocks a device holds. What is loaded only at its first launch could not be captured.
-void preload(int device, const Rule& rule, bool averages = false);
+void preload(int device, const Rule& rule, bool staged = false);
 // The same for the kernels that measure a norm.
 void preload_norm(int device);
 

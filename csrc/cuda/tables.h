@@ -2,7 +2,6 @@
 // the host, and the clocks, which the device itself moves.
 #pragma once
 
-#include "../average.h"
 #include "../schedule.h"
 #include "../step.h"
 #include "../tensors.h"
@@ -21,7 +20,10 @@ struct DeviceTensor {
   int32_t group;
   int32_t layout;       // index of its StridedLayout, or -1
   int32_t leads_group;  // whether its age is what the group's scalars are formed for
+  int32_t place;        // among the optimizer's parameters
   StorageType ema_type;
+  Kept kept;
+  double max_value;  // what its gradient is clipped to where the launch has no groups
 };
 static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");
 
@@ -49,7 +51,7 @@ struct GroupClock {
   AnyScalars next;   // for parameters ...
   int64_t age;       // ... of this age
   int64_t next_age;  // for which the next ones are to be formed
-  Averaging averaging;
+  GroupStages stages;
   bool past_end[kMaxOptions];  // an update was applied after this schedule's end
 };
 static_assert(std::is_trivially_copyable<GroupClock>::value, "uploaded as bytes");

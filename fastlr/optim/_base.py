@@ -26,6 +26,7 @@ from fastlr.optim._groups import (
     RuleOptions,
     check_step_options,
     check_torch_options_in,
+    check_rounded_by_chance,
     checked_state_dtype,
     clock_of,
 )
@@ -180,6 +181,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
+        if filled["stochastic_rounding"]:
+            check_rounded_by_chance(filled["params"], where)
         super().add_param_group(filled)
         tell_of_missing_cuda(filled["params"])
         param_group.clear()

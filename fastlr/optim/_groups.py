@@ -191,6 +191,17 @@ def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
         )
 
 
+def check_rounded_by_chance(params: object, where: str) -> None:
+    """Raises ValueError for a float16 parameter among a new group's; what else is wrong PyTorch says."""
+    for entry in params if isinstance(params, list) else [params]:
+        p = entry[-1] if isinstance(entry, tuple) and entry else entry
+        if isinstance(p, torch.Tensor) and p.dtype is torch.float16:
+            raise ValueError(
+                f"stochastic_rounding{where} must be False, got True: it is for bfloat16, and a parameter of "
+                f"shape {tuple(p.shape)} has float16; use master_weights=True instead"
+            )
+
+
 def checked_state_dtype(where: str, value: object, name: str = "state_dtype") -> torch.dtype | None:
     """The type that a group keeps state in: None for each parameter's own, or float32."""
     if value is not None and value is not torch.float32:
@@ -220,14 +231,39 @@ class StageOptions(TypedDict, total=False):
         ema_warmup: let the decay grow from 0.1: ``min(ema_decay, (1 + t) / (10 + t))`` after t updates.
         ema_dtype: ``torch.float32`` keeps the averages of half parameters in float32, which wider ones do in
             their own type; None keeps all in their parameter's type.
+        max_grad_value: gradients without GradScaler's scale are clipped to [-max_grad_value, max_grad_value]
+            element by element, as by ``clip_grad_value_`` (of complex ones either part), before their norm is
+            measured and clipped; > 0; None: they are not.
+        cautious: decoupled weight decay spares what the rule moves away from zero (arXiv 2510.12402):
+            ``p = p * (1 - lr * weight_decay)`` only where the update and p do not have one sign.
+        master_weights: half parameters are updated as if they were float32, and their state is float32. What
+            a bfloat16 lacks of its float32 master is kept in ``state[p]["master"]``: 16 bits (int16), to a
+            float16 all of it (float32). Other parameters stay as they are.
+        stochastic_rounding: a bfloat16 parameter is rounded up or down by chance, in proportion to the
+            distances, so that small updates count on average. Not for float16; wider ones stay as they are.
+        rounding_seed: of that chance; the same in all processes that hold the same parameters.
     """
 
     ema_decay: float | Schedule | None
     ema_warmup: bool
     ema_dtype: torch.dtype | None
+    max_grad_value: float | None
+    cautious: bool
+    master_weights: bool
+    stochastic_rounding: bool
+    rounding_seed: float
 
 
-STAGE_DEFAULTS: StageOptions = {"ema_decay": None, "ema_warmup": False, "ema_dtype": torch.float32}
+STAGE_DEFAULTS: StageOptions = {
+    "ema_decay": None,
+    "ema_warmup": False,
+    "ema_dtype": torch.float32,
+    "max_grad_value": None,
+    "cautious": False,
+    "master_weights": False,
+    "stochastic_rounding": False,
+    "rounding_seed": 0.0,
+}
 
 
 class StepOptions(OptionsOfAllGroups, StageOptions, total=False):

@@ -20,6 +20,8 @@ States: TypeAlias = dict[torch.Tensor, dict[str, torch.Tensor]]
 # nothing, the state on the host does not either, and a state_dict never does: what has a momentum buffer has
 # been updated.
 STEP = "step"
+# What a half parameter lacks of its master; see NOTE: [master weights] in csrc/stages.h.
+MASTER = "master"
 # Below which an age has to be: float32 counts on no further than 2**24 anyway.
 _AGES_END = 2**62
 
@@ -46,18 +48,26 @@ class RuleState:
         """The state of a parameter that was never updated."""
         values = self._options.numbers(group)
         live = self._plan.live_slots(values)
-        state = {
-            name: Runtime.new_state(parameter, group["state_dtype"]) for name in live if name in self.slots
-        }
+        rule = [name for name in live if name in self.slots]
+        state = {name: self._new_tensor(name, parameter, group) for name in rule}
         Runtime.fill(list(state.values()), self._plan.initial_state(values))
         for name in live:
-            if name in self.stage_slots:
-                state[name] = Runtime.new_average(parameter, group["ema_dtype"])
-                Runtime.copy([state[name]], [parameter])
+            if name in self.stage_slots and (name != MASTER or Runtime.is_half(parameter)):
+                state[name] = self._new_tensor(name, parameter, group)
+                Runtime.begin_stages([state[name]], [parameter])
         if self.counts_steps:
             state[STEP] = Runtime.new_step(parameter)
             Runtime.fill([state[STEP]], 0)
         return state
+
+    def _new_tensor(self, name: str, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """An uninitialized one of a parameter's state, in the type that its group keeps it in."""
+        if name == MASTER:
+            return Runtime.new_master(parameter)
+        if name in self.stage_slots:
+            return Runtime.new_average(parameter, group["ema_dtype"])
+        has_master = group["master_weights"] and Runtime.is_half(parameter)
+        return Runtime.new_state(parameter, torch.float32 if has_master else group["state_dtype"])
 
     def from_file(
         self, key: object, entry: dict[str, Any], parameter: torch.Tensor, group: dict[str, Any]
@@ -73,10 +83,10 @@ class RuleState:
             if found is None:
                 continue
             _check_slot(f"the file's {name} {key}", found, parameter)
-            if name in self.stage_slots:
-                of_stages[name] = Runtime.new_average(parameter, group["ema_dtype"]).copy_(found)
-            else:
-                loaded[name] = Runtime.new_state(parameter, group["state_dtype"]).copy_(found)
+            if name == MASTER:
+                _check_master(f"the file's {name} {key}", found, parameter)
+            made = self._new_tensor(name, parameter, group).copy_(found)
+            (of_stages if name in self.stage_slots else loaded)[name] = made
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
             loaded[STEP] = Runtime.new_step(parameter).fill_(_age(f"the file's step {key}", step))
@@ -122,7 +132,7 @@ class RuleState:
             if not isinstance(tensor, torch.Tensor):
                 continue
             if new is None and name in self.stage_slots:
-                Runtime.copy([tensor], [parameter])
+                Runtime.begin_stages([tensor], [parameter])
                 kept[name] = tensor
             elif new is None:
                 Runtime.fill([tensor], age if name == STEP else fill)
@@ -173,6 +183,16 @@ def _check_slot(name: str, found: torch.Tensor, parameter: torch.Tensor) -> None
         raise ValueError(
             f"{name} has shape {tuple(found.shape)} and {found.dtype}, its parameter "
             f"{tuple(parameter.shape)} and {parameter.dtype}"
+        )
+
+
+def _check_master(name: str, found: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Raises ValueError for what is kept of the master of a parameter of another type."""
+    is_half = Runtime.is_half(parameter)
+    if not is_half or found.dtype is not Runtime.new_master(parameter).dtype:
+        raise ValueError(
+            f"{name} has {found.dtype}, as beside parameters of another type than {parameter.dtype}; take it "
+            'out of the file, and out of its groups "master_weights", to go on from the parameter alone'
         )
 
 

@@ -128,7 +128,7 @@ struct Group {
   }
 };
 
-constexpr unsigned kGroupsOfTensors = 6;
+constexpr unsigned kGroupsOfTensors = 9;
 
 // Groups of each of the reference's options, some of them driven by schedules, and more groups than
 // a block has threads, whose clocks move all the same.

@@ -68,7 +68,7 @@ class Optimizer {
     ages_ = std::make_unique<DeviceArray<float>>(cases_.size());
     for (const auto& c : cases_) {
       const uint32_t slots = groups_[c->group].slots(reference_);
-      tensors.push_back(c->ref(slots, layouts));
+      tensors.push_back(c->ref(slots, groups_[c->group].options, layouts));
       if ((slots & kRuleSlots) != 0) tensors.back().step = ages_->data() + ages.size();
       ages.push_back(static_cast<float>(c->age));
     }
@@ -150,11 +150,13 @@ class Optimizer {
     const float inverse_scale = scaler_used_ ? static_cast<float>(1.0 / scale_) : 1.0f;
     const bool usable = std::isnormal(inverse_scale) && inverse_scale > 0;
     const bool found = scaler_used_ && given_found_inf_ != 0;
+    const float known_scale = usable ? inverse_scale : 1.0f;
     norm_kept_ = norm_measured_ || norm_first();
     double squares = NAN;
     if (norm_kept_ && !found) {
       std::vector<double> sums;
-      for (const auto& c : cases_) c->append_squares(sums);
+      for (const auto& c : cases_)
+        c->append_squares(groups_[c->group].now(), known_scale, seeks_inf_, sums);
       squares = sum_in_lanes(sums);
     }
     told_inf_ = seeks_inf_ && !found && !std::isfinite(squares);
@@ -171,7 +173,7 @@ class Optimizer {
     for (const auto& c : cases_) {
       const int64_t age = c->age;
       const Group& group = groups_[c->group];
-      c->expect_update(group.now(), factor, group.updates);
+      c->expect_update(group.now(), factor, known_scale, group.updates);
       if (c.get() == leaders_[c->group] && c->age != age) groups_[c->group].age = c->age;
     }
     for (Group& group : groups_) group.move(1, 0);

@@ -65,7 +65,7 @@ std::vector<Leads> misalignments() {
       for (int64_t m = 0; m < kM; ++m) {
         const bool telling = (g == p || g == (kP - p) % kP || g == p + 1) &&
                              (m == p % kM || m == (p + 1) % kM || kM < kP);
-        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, {m, m, m, m}});
+        if (kP * kP * kM <= 64 || telling) all.push_back({p, g, {m, m, m, m, m}});
       }
     }
   }
@@ -94,7 +94,7 @@ Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
       if (!is_first(reference) && near != kChunkElements + 1) continue;
       const int64_t same = lead();
       add(flat(near), Leads::same(same));
-      if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead(), lead()}});
+      if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead(), lead(), lead()}});
     }
     for (const Leads& leads : misalignments<P, M>())
       if (!few || random() % 16 == 0) add(flat(1 + static_cast<int64_t>(random() % 70)), leads);
@@ -103,16 +103,16 @@ Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
       leads.slot[k] = 1;
       add(flat(33), leads);
     }
-    for (int i = 0; i < 4; ++i) {  // of the average alone, of random groups
+    for (int i = 0; i < 8; ++i) {  // of one of the stages' alone, of random groups
       Leads leads = Leads::same(0);
-      leads.slot[kEmaSlot] = 1;
+      leads.slot[i % 2 == 0 ? kEmaSlot : kMasterSlot] = 1;
       add(flat(33), leads);
     }
     for (const Geometry& geometry : geometries()) {
       if (geometry.strides.empty() ||
           (elements(geometry) > 1000 && (few || type != StorageType::kFloat32)))
         continue;
-      add(geometry, {lead(), lead(), {lead(), lead(), lead(), lead()}});
+      add(geometry, {lead(), lead(), {lead(), lead(), lead(), lead(), lead()}});
     }
   });
   std::shuffle(cases.begin(), cases.end(), random);
@@ -133,19 +133,20 @@ Cases some_cases(const Reference& reference, std::mt19937& random) {
   return cases;
 }
 
-// Those of the groups that have averages, or have none.
+// Those of the groups that have averages, or no stage at all.
 std::vector<int> groups_with(const Reference& reference, bool averages) {
   const std::vector<Group> groups = make_groups(*find_rule(reference.rule), reference);
   std::vector<int> found;
   for (unsigned i = 0; i < kGroupsOfTensors; ++i) {
-    if (is_live(groups[i].slots(reference), kEmaSlot) == averages)
+    const bool is_staged = is_set(groups[i].options, "max_grad_value");
+    if (is_live(groups[i].slots(reference), kEmaSlot) == averages && (averages || !is_staged))
       found.push_back(static_cast<int>(i));
   }
   return found;
 }
 
-// `count` tensors of one storage type, with averages or without. Most are empty, as these cost no
-// time; those beside the boundaries of launches are not.
+// `count` tensors of one storage type, with averages or without any stage. Most are empty, as these
+// cost no time; those beside the boundaries of launches are not.
 template <typename P, typename M>
 void add_many(const Reference& reference, Cases& cases, size_t count, StorageType type,
               StorageType state_type, bool averages, std::mt19937& random) {

@@ -85,7 +85,7 @@ struct Leads {
   int64_t param, grad;
   int64_t slot[kMaxSlots];
 
-  static Leads same(int64_t lead) { return {lead, lead, {lead, lead, lead, lead}}; }
+  static Leads same(int64_t lead) { return {lead, lead, {lead, lead, lead, lead, lead}}; }
 };
 
 // A shape; strides of parameter, gradient and the first slot (none: all dense in row-major order).
@@ -118,6 +118,8 @@ inline std::vector<std::vector<int64_t>> all_strides(const Geometry& geometry) {
   for (int64_t& stride : all.back()) stride *= 2;
   all.push_back(packed(shape));
   for (int64_t& stride : all.back()) stride *= 3;
+  all.push_back(packed(shape));
+  for (int64_t& stride : all.back()) stride *= 2;
   return all;
 }
 
@@ -175,17 +177,22 @@ inline std::vector<Geometry> few_geometries() {
 // One tensor in the step, and its reference.
 struct Case {
   virtual ~Case() = default;
-  // Appends the sums of the squares of the gradient's chunks.
-  virtual void append_squares(std::vector<double>& sums) const = 0;
+  // Appends the sums of the squares of the gradient's chunks, clipped to a value where it is finite
+  // or all are.
+  virtual void append_squares(const Values& options, float inverse_scale, bool finite_only,
+                              std::vector<double>& sums) const = 0;
   // Puts a number in the place of the gradient's last element, and returns what was there.
   virtual double put_in_gradient(double value) = 0;
   // kept: a bit for each slot that there is memory for.
-  virtual TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) = 0;
+  virtual TensorRef ref(uint32_t kept, const Values& options,
+                        std::vector<StridedLayout>& layouts) = 0;
   // factor: of the gradient. updates: of the group, before this one.
-  virtual void expect_update(const Values& options, double factor, int64_t updates) = 0;
+  virtual void expect_update(const Values& options, double factor, float inverse_scale,
+                             int64_t updates) = 0;
   virtual void check() const = 0;
   int group = 0;
   int64_t age = 0;  // updates that its state has seen
+  int32_t place = 0;
 };
 
 template <typename P, typename M>
@@ -204,12 +211,23 @@ class TypedCase : public Case {
         param_(extent(0), leads.param, Holds::kAny, random),
         grad_(extent(1), leads.grad, Holds::kAny, random),
         average_(extent(2 + kEmaSlot), leads.slot[kEmaSlot], Holds::kAny, random),
-        own_average_(extent(2 + kEmaSlot), leads.slot[kEmaSlot], Holds::kAny, random) {
+        own_average_(extent(2 + kEmaSlot), leads.slot[kEmaSlot], Holds::kAny, random),
+        rest_(extent(2 + kMasterSlot), leads.slot[kMasterSlot], Holds::kAny, random),
+        master_(extent(2 + kMasterSlot), leads.slot[kMasterSlot], Holds::kAny, random) {
+    place = static_cast<int32_t>(random() % 1000);
+    // Three masters out of four are those of their parameter, which somebody wrote of the others.
+    for (int64_t i = 0; i < numel_ && sizeof(P) == 2; ++i) {
+      const float p = static_cast<float>(decode(param_.before()[at(0, i)]));
+      const float near =
+          p * (1.0f + 1e-4f * (static_cast<float>(random() % 1000) / 1000.0f - 0.5f));
+      if (random() % 4 != 0) master_.put(at(2 + kMasterSlot, i), near);
+    }
     for (size_t k = 0; k < reference.slots.size(); ++k)
       slots_.emplace_back(extent(2 + k), leads.slot[k], reference.slots[k].holds, random);
   }
 
-  TensorRef ref(uint32_t kept, std::vector<StridedLayout>& layouts) override {
+  TensorRef ref(uint32_t kept, const Values& options,
+                std::vector<StridedLayout>& layouts) override {
     TensorRef ref{};
     ref.param = param_.data();
     ref.grad = in_place_ ? static_cast<const void*>(param_.data()) : grad_.data();
@@ -222,6 +240,16 @@ class TypedCase : public Case {
     }
     const bool is_wide = sizeof(P) == 2 && !narrow_average_;
     ref.ema_type = is_wide ? StorageType::kFloat32 : type_;
+    if (has_master(kept)) {
+      ref.kept = Kept::kMaster;
+      ref.slot[kMasterSlot] = kIsBFloat16 ? static_cast<void*>(rest_.data()) : master_.data();
+    } else if (rounds_by_chance(options)) {
+      ref.kept = Kept::kStochastic;
+    }
+    ref.place = place;
+    ref.max_value = is_set(options, "max_grad_value") ? options.at("max_grad_value") : INFINITY;
+    ref.staged = ref.averages || ref.kept != Kept::kNearest || std::isfinite(ref.max_value) ||
+                 is_set(options, "cautious");
     ref.age = age;
     ref.numel = numel_;
     ref.group = group;
@@ -242,19 +270,20 @@ class TypedCase : public Case {
     return ref;
   }
 
-  void expect_update(const Values& options, double factor, int64_t updates) override {
+  void expect_update(const Values& options, double factor, float inverse_scale,
+                     int64_t updates) override {
     using C = compute_t<P>;
-    const Update<C> update = whole_update<C>(reference_, options, age, factor);
+    const Update<C> update = whole_update<C>(reference_, options, age, factor, inverse_scale);
     const uint32_t live = live_slots(reference_, options);
     for (int64_t i = 0; i < numel_; ++i) {
-      C p = decode(param_.before()[at(0, i)]);
-      const C g = in_place_ ? p : decode(grad_.before()[at(1, i)]);
-      C state[kMaxSlots];
+      const C before = decode(param_.before()[at(0, i)]);
+      const C g = in_place_ ? before : decode(grad_.before()[at(1, i)]);
+      C p = has_master(live) ? static_cast<C>(master(i)) : before;
+      C state[kMaxSlots] = {};
       for (size_t k = 0; k < slots_.size(); ++k)
         state[k] = decode(slots_[k].before()[at(2 + k, i)]);
       update(p, g, state);
-      P new_p;
-      encode(new_p, p);
+      const P new_p = kept_as(p, i, live, options, updates);
       param_.expect(at(0, i), new_p);
       for (size_t k = 0; k < slots_.size(); ++k) {
         if (!is_live(live, static_cast<int>(k))) continue;
@@ -263,7 +292,7 @@ class TypedCase : public Case {
         slots_[k].expect(at(2 + k, i), value);
       }
       if (!is_live(live, kEmaSlot)) continue;
-      const C stored = decode(new_p);
+      const C stored = has_master(live) ? p : static_cast<C>(decode(new_p));
       if (narrow_average_) {
         expect_average(own_average_, at(2 + kEmaSlot, i), options, updates, stored);
       } else {
@@ -273,11 +302,14 @@ class TypedCase : public Case {
     if ((live & kRuleSlots) != 0) ++age;
   }
 
-  void append_squares(std::vector<double>& sums) const override {
+  void append_squares(const Values& options, float inverse_scale, bool finite_only,
+                      std::vector<double>& sums) const override {
+    using C = compute_t<P>;
+    const C bound = bound_of<C>(options, inverse_scale);
     std::vector<double> chunk;
     for (int64_t i = 0; i < numel_; ++i) {
-      chunk.push_back(in_place_ ? decode(param_.before()[at(0, i)])
-                                : decode(grad_.before()[at(1, i)]));
+      const C g = in_place_ ? decode(param_.before()[at(0, i)]) : decode(grad_.before()[at(1, i)]);
+      chunk.push_back(finite_only && std::isinf(g) ? g : clip_value(g, bound));
       if (chunk.size() == 8192 || i + 1 == numel_) {
         sums.push_back(sum_in_lanes(chunk, chunk));
         chunk.clear();
@@ -305,9 +337,55 @@ class TypedCase : public Case {
     for (size_t k = 0; k < slots_.size(); ++k) slots_[k].check(reference_.slots[k].name + where);
     average_.check("average" + where);
     own_average_.check("average of the parameter's type" + where);
+    rest_.check("rest of the master" + where);
+    master_.check("master" + where);
   }
 
  private:
+  static constexpr bool kIsBFloat16 = std::is_same<P, BFloat16>::value;
+
+  static bool has_master(uint32_t live) { return sizeof(P) == 2 && is_live(live, kMasterSlot); }
+  static bool rounds_by_chance(const Values& options) {
+    return kIsBFloat16 && is_set(options, "stochastic_rounding");
+  }
+
+  // The float32 number that a half parameter stands for.
+  float master(int64_t i) const {
+    const P p = param_.before()[at(0, i)];
+    if constexpr (sizeof(P) == 2) {
+      if (kIsBFloat16) {
+        const int64_t upper = p.bits, lower = rest_.before()[at(2 + kMasterSlot, i)];
+        return bits_float(static_cast<uint32_t>(upper * 65536 + lower));
+      }
+      const float whole = master_.before()[at(2 + kMasterSlot, i)];
+      P rounded;
+      encode(rounded, whole);
+      if (rounded.bits == p.bits) return whole;
+    }
+    return static_cast<float>(decode(p));
+  }
+
+  // The parameter after an update, of which its master's part is expected here.
+  P kept_as(compute_t<P> value, int64_t i, uint32_t live, const Values& options, int64_t updates) {
+    P kept;
+    encode(kept, value);
+    if constexpr (kIsBFloat16) {
+      const uint32_t bits = float_bits(value);
+      if (has_master(live)) {
+        const bool up = (bits & 0xffffu) >= 0x8000u;  // ties too: away from zero
+        kept.bits = static_cast<uint16_t>(bits / 65536 + (up ? 1 : 0));
+        const int64_t rest = int64_t{bits} - int64_t{kept.bits} * 65536;
+        rest_.expect(at(2 + kMasterSlot, i), static_cast<int16_t>(rest));
+      } else if (rounds_by_chance(options)) {
+        const uint32_t chance = random_16(options.at("rounding_seed"), place, updates, at(0, i));
+        kept.bits = static_cast<uint16_t>(bits / 65536 + (bits % 65536 + chance >= 65536 ? 1 : 0));
+      }
+    } else if (has_master(live)) {
+      master_.expect(at(2 + kMasterSlot, i), static_cast<float>(value));
+    }
+    return kept;
+  }
+
   template <typename E>
   static void expect_average(Memory<E>& averages, int64_t place, const Values& options,
                              int64_t updates, compute_t<P> param) {
@@ -337,6 +415,8 @@ class TypedCase : public Case {
   Memory<P> param_, grad_;
   Memory<compute_t<P>> average_;
   Memory<P> own_average_;
+  Memory<int16_t> rest_;  // of the master of a bfloat16 parameter ...
+  Memory<float> master_;  // ... and that of a float16 one
   std::vector<Memory<M>> slots_;
 };
 

@@ -77,7 +77,7 @@ void step_std(const HostStep& step, int threads, std::vector<double>& sums) {
         for (int64_t begin = share.begin; begin < share.end; begin += kChunkElements) {
           const int64_t end = std::min(begin + kChunkElements, share.end);
           double lanes[kLanes] = {};
-          kernel(tensor, layout, scalars, step.averaging_of(tensor), begin, end,
+          kernel(tensor, layout, scalars, step.stages_of(tensor), begin, end,
                  sums.empty() ? nullptr : lanes);
           if (sums.empty()) continue;
           sums[first_chunks[share.tensor] + begin / kChunkElements] =
@@ -129,24 +129,29 @@ void check_steps(const Reference& reference, const std::vector<Geometry>& geomet
     std::map<std::pair<int, int64_t>, int32_t> formed;  // by group and age
     for (const auto& c : cases) {
       const Values& options = reference.options[static_cast<size_t>(c->group)];
-      tensors.push_back(c->ref(live_slots(reference, options), layouts));
+      tensors.push_back(c->ref(live_slots(reference, options), options, layouts));
+      bring_to_scale(tensors.back(), inverse_scale);
       const auto [at, is_new] =
           formed.try_emplace({c->group, c->age}, static_cast<int32_t>(scalars.size()));
       if (is_new) {
         scalars.emplace_back();
-        rule->scalars(in_order(*rule, options), c->age, inverse_scale, scalars.back());
+        rule->scalars(in_order(*rule, options), c->age, {inverse_scale, inverse_scale},
+                      scalars.back());
       }
       scalars_of.push_back(at->second);
     }
     const int64_t updates = threads;  // before this one: any number
-    std::vector<Averaging> averages;
+    std::vector<GroupStages> stages;
     for (const Values& options : reference.options) {
-      averages.push_back(
-          averaging(options.at("ema_decay"), options.at("ema_warmup") != 0.0, updates));
+      const Options ordered = in_order(*rule, options);
+      stages.push_back(group_stages(ordered.value + rule->rule_options, updates));
     }
-    const HostStep step{*rule, tensors, layouts, scalars, scalars_of, averages};
+    const HostStep step{*rule, tensors, layouts, scalars, scalars_of, stages};
     std::vector<double> sums;
-    for (const auto& c : cases) c->append_squares(sums);
+    for (const auto& c : cases) {
+      const Values& options = reference.options[static_cast<size_t>(c->group)];
+      c->append_squares(options, inverse_scale, false, sums);
+    }
     const double expected = sum_in_lanes(sums);
     double found = expected;
     if (!openmp) {
@@ -162,7 +167,8 @@ void check_steps(const Reference& reference, const std::vector<Geometry>& geomet
     }
     CHECK(found == expected, "%d threads: %a, not %a", threads, found, expected);
     for (const auto& c : cases) {
-      c->expect_update(reference.options[static_cast<size_t>(c->group)], inverse_scale, updates);
+      c->expect_update(reference.options[static_cast<size_t>(c->group)], inverse_scale,
+                       inverse_scale, updates);
       c->check();
     }
   }

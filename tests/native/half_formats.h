@@ -63,6 +63,11 @@ inline float decode(float x) { return x; }
 inline double decode(double x) { return x; }
 inline float decode(Float16 x) { return static_cast<float>(kFloat16Format.decode(x.bits)); }
 inline float decode(BFloat16 x) { return static_cast<float>(kBFloat16Format.decode(x.bits)); }
+// What a Memory of these is filled with, and how it is shown.
+inline float decode(int16_t x) { return x; }
+inline void encode(int16_t& to, float x) {
+  to = static_cast<int16_t>(std::remainder(x * 4099.0f, 65535.0f));
+}
 inline void encode(float& to, double x) { to = static_cast<float>(x); }
 inline void encode(double& to, double x) { to = x; }
 inline void encode(Float16& to, float x) { to.bits = kFloat16Format.encode(x); }

@@ -3,8 +3,10 @@
 // references().
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <string>
@@ -62,8 +64,10 @@ inline bool is_live(const SlotReference& slot, const Values& values) {
 // Whether an average is kept; a decay of 1, at which it would not move, says that none is.
 inline bool keeps_average(const Values& values) { return values.at("ema_decay") < 1; }
 
+// Of a half parameter.
 inline uint32_t live_slots(const Reference& reference, const Values& values) {
   uint32_t live = keeps_average(values) ? 1u << kEmaSlot : 0u;
+  if (is_set(values, "master_weights")) live |= 1u << kMasterSlot;
   for (size_t k = 0; k < reference.slots.size(); ++k)
     live |= is_live(reference.slots[k], values) ? 1u << k : 0u;
   return live;
@@ -74,6 +78,27 @@ inline Options in_order(const Rule& rule, const Values& values) {
   Options options{};
   for (int i = 0; i < rule.options; ++i) options.value[i] = values.at(rule.option[i].name);
   return options;
+}
+
+// The bits by which a number is rounded up or down: of splitmix64 and lowbias32.
+inline uint32_t random_16(double seed, int32_t place, int64_t updates, int64_t element) {
+  const auto wide = [](uint64_t x) {
+    x ^= x >> 30, x *= 0xbf58476d1ce4e5b9;
+    x ^= x >> 27, x *= 0x94d049bb133111eb;
+    return x ^ (x >> 31);
+  };
+  const auto narrow = [](uint32_t x) {
+    x ^= x >> 16, x *= 0x7feb352d;
+    x ^= x >> 15, x *= 0x846ca68b;
+    return x ^ (x >> 16);
+  };
+  uint64_t seed_bits;
+  std::memcpy(&seed_bits, &seed, sizeof seed);
+  const uint64_t key =
+      wide(wide(wide(seed_bits) + static_cast<uint64_t>(updates)) + static_cast<uint64_t>(place));
+  const uint32_t inner = narrow(static_cast<uint32_t>(element) + static_cast<uint32_t>(key));
+  const uint32_t upper = static_cast<uint32_t>(element >> 32) * 0x9e3779b9;
+  return narrow(inner + static_cast<uint32_t>(key >> 32) + upper) >> 16;
 }
 
 template <typename C>
@@ -182,25 +207,46 @@ Update<C> lion(const Values& o, int64_t) {
   };
 }
 
+// What scaled gradients are clipped to element by element, 0: nothing.
+template <typename C>
+C bound_of(const Values& o, float inverse_scale) {
+  return static_cast<C>(o.at("max_grad_value")) / static_cast<C>(inverse_scale);
+}
+
+// An infinity stays one where that is asked for.
+template <typename C>
+C clip_value(C g, C bound) {
+  return bound == 0 || std::isnan(g) ? g : std::fmax(-bound, std::fmin(g, bound));
+}
+
 // The rule's update with what is done to gradient and parameter before it.
 template <typename C>
-Update<C> whole_update(const Reference& reference, const Values& o, int64_t age, double factor) {
+Update<C> whole_update(const Reference& reference, const Values& o, int64_t age, double factor,
+                       float inverse_scale) {
   const Update<C> update = reference.update(C{}, o, age);
   const bool maximize = is_set(o, "maximize"), decays = is_set(o, "weight_decay");
   const bool decoupled = is_set(o, "decoupled_weight_decay");
   const C weight_decay = o.at("weight_decay");
   const C shrinks = 1 - o.at("lr") * o.at("weight_decay");
+  const bool cautious = is_set(o, "cautious");
+  const C bound = bound_of<C>(o, inverse_scale);
   return [=](C& p, C g, C* slot) {
+    g = clip_value(g, bound);
     if (factor != 1.0) g *= static_cast<C>(factor);
     if (maximize) g = -g;
-    if (decays && decoupled) p *= shrinks;
+    C moves_by = 0, untouched[kMaxRuleSlots];
+    std::copy(slot, slot + kMaxRuleSlots, untouched);
+    update(moves_by, g, untouched);
+    const bool grows = moves_by != 0 && p != 0 && std::signbit(moves_by) == std::signbit(p);
+    if (decays && decoupled && !(cautious && grows)) p *= shrinks;
     if (decays && !decoupled) g = std::fma(weight_decay, p, g);
     update(p, g, slot);
   };
 }
 
 // `eps` is large enough for its place to show. No option makes a NaN of the numbers that the slots
-// are filled with: see Holds. Of a rule's options two out of three keep averages.
+// are filled with: see Holds. Of a rule's options two out of three keep averages, and the last two
+// have all other stages.
 inline std::vector<Reference> references() {
   const auto named = [](const std::vector<const char*>& names,
                         const std::vector<std::vector<double>>& rows) {
@@ -211,7 +257,22 @@ inline std::vector<Reference> references() {
       const size_t kind = (all.size() - 1) % 3;
       all.back()["ema_decay"] = std::vector<double>{1.0, 0.3, 0.9}[kind];
       all.back()["ema_warmup"] = kind == 2 ? 1 : 0;
+      for (const char* stage :
+           {"max_grad_value", "cautious", "master_weights", "stochastic_rounding", "rounding_seed"})
+        all.back()[stage] = 0;
     }
+    Values master = all.front(), by_chance = all.back();
+    master["master_weights"] = 1;
+    master["max_grad_value"] = 0.5;
+    master["ema_decay"] = 0.9;
+    by_chance["stochastic_rounding"] = 1;
+    by_chance["rounding_seed"] = 3;
+    by_chance["max_grad_value"] = 0.7;
+    by_chance["weight_decay"] = 0.2;
+    by_chance["cautious"] = is_set(by_chance, "decoupled_weight_decay");
+    by_chance["ema_decay"] = 1.0;
+    all.push_back(master);
+    all.push_back(by_chance);
     return all;
   };
   return {
