@@ -26,13 +26,13 @@ static_assert(kThreads == kLanes, "see NOTE: [sums in lanes]");
 // A rule says how many blocks must fit on a multiprocessor; three leave 80 registers to a thread.
 // Left to itself the compiler stops at 64 and spills: evaluating a schedule, as the last block
 // does, takes more. 768 threads with three 16-byte loads each still have 36 KiB under way. Rules
-// with two slots or more, averages and doubles take up to 128 registers, which two blocks leave:
-// 512 threads with four loads each have 32 KiB under way. So have the 256 of one block, with all
-// registers there are, where stages come with doubles or with halves: these have up to ten loads,
-// two for each wider tensor beside them.
+// with two slots or more, stages, and doubles of the other rules take up to 128 registers, which
+// two blocks leave: 512 threads with four loads each have 32 KiB under way. So have the 256 of one
+// block, with all registers there are, of doubles of rules with two slots, and where stages come
+// with doubles or with halves, which have up to ten loads: two for each wider tensor beside them.
 template <typename R, typename P, bool kStaged>
 constexpr int kResidentBlocks = kStaged          ? (std::is_same<P, float>::value ? 2 : 1)
-                                : sizeof(P) == 8 ? 2
+                                : sizeof(P) == 8 ? R::kResidentBlocks - 1
                                                  : R::kResidentBlocks;
 // Of those that measure a norm, where the compiler left to itself stops at 40 registers and spills;
 // more blocks than four have no room on a multiprocessor of compute capability 7.5.
