@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     param: str = ""
     state: str = ""
     strided: bool = False
-    averages: bool = False  # whether it moves averages of the parameters too
+    staged: bool = False  # whether there is more to it than the rule: averages, master weights, ...
     capacity: int = 0  # tensors that a launch takes
 
 
@@ -82,7 +82,7 @@ def kernel_of(symbol: str) -> Kernel:
     """The kernel that a mangled name means.
 
     >>> kernel_of("_ZN6fastlr11step_kernelINS_4AdamEfS2_Lb0ELb1ELi480EEEvNS_13StepArgumentsIXT4_EEE")
-    Kernel(name='step_kernel', rule='adam', param='float32', state='float32', strided=False, averages=True, \
+    Kernel(name='step_kernel', rule='adam', param='float32', state='float32', strided=False, staged=True, \
 capacity=480)
     """
     types = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
@@ -91,11 +91,11 @@ capacity=480)
         rf"_ZN6fastlr11step_kernelINS_\d+([A-Z][a-z]+)E({one})({one}|S2_)Lb([01])ELb([01])ELi(\d+)EEEv",
         symbol,
     ):
-        rule, param, state, strided, averages, capacity = found.groups()
+        rule, param, state, strided, staged, capacity = found.groups()
         types["S2_"] = types[param]  # "the same again"
         return Kernel(
             *("step_kernel", rule.lower(), types[param], types[state]),
-            *(strided == "1", averages == "1", int(capacity)),
+            *(strided == "1", staged == "1", int(capacity)),
         )
     if found := re.match(r"_ZN6fastlr\S*12clock_kernelINS_\d+([A-Z][a-z]+)EEE", symbol):
         return Kernel("clock_kernel", found[1].lower())
@@ -190,7 +190,7 @@ def table_of_rule(
     alike: dict[tuple[str, ...], list[Kernel]] = {}
     for kernel in sorted(next(iter(resources.values()))):
         if kernel.rule == rule:
-            layout = ("strided" if kernel.strided else "dense") + (" with average" if kernel.averages else "")
+            layout = ("strided" if kernel.strided else "dense") + (" with stages" if kernel.staged else "")
             what = (kernel.param, kernel.state, layout) if kernel.param else ("clock", "", "")
             alike.setdefault(what, []).append(kernel)
     rows: list[list[object]] = []

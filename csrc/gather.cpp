@@ -187,7 +187,7 @@ bool Gathering::has_type(int slot, dlpack::DataType type, const TensorRef& ref) 
 // In words.
 std::string Gathering::type_of_slot(const Place& place, int slot, const TensorRef& ref) const {
   if (slot == kMasterSlot) return ref.type == StorageType::kBFloat16 ? "int16" : "float32";
-  if (slot != kEmaSlot && ref.kept == Kept::kMaster) return "float32 with master_weights=True";
+  if (slot != kEmaSlot && ref.kept == Keeping::kMaster) return "float32 with master_weights=True";
   const bool is_average = slot == kEmaSlot;
   const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, place);
   const bool takes_float32 = in_float32 && (!is_average || is_half(ref.type));
@@ -413,17 +413,17 @@ void Gathering::set_stages(const Place& place, size_t position, TensorRef& ref) 
   ref.ema_type = widens ? StorageType::kFloat32 : ref.type;
   ref.place = static_cast<int32_t>(position);
   ref.max_value = max_value_of(option);
-  ref.kept = Kept::kNearest;
-  if (is_half(ref.type) && option[kMasterWeights] != 0.0) ref.kept = Kept::kMaster;
+  ref.kept = Keeping::kNearest;
+  if (is_half(ref.type) && option[kMasterWeights] != 0.0) ref.kept = Keeping::kMaster;
   if (is_half(ref.type) && option[kStochasticRounding] != 0.0) {
     if (ref.type == StorageType::kFloat16) {
       refuse("stochastic_rounding is for bfloat16, and " + describe(place) +
              " has float16; give its group master_weights=True instead.");
     }
-    ref.kept = Kept::kStochastic;
+    ref.kept = Keeping::kStochastic;
   }
   ref.staged =
-      ref.kept != Kept::kNearest || std::isfinite(ref.max_value) || option[kCautious] != 0.0;
+      ref.kept != Keeping::kNearest || std::isfinite(ref.max_value) || option[kCautious] != 0.0;
 }
 
 void Gathering::gather(const Place& place, size_t position) {
@@ -503,7 +503,7 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.group = static_cast<int32_t>(place.group_index);
   storage_type(p.dtype, ref.type);
   set_stages(place, position, ref);
-  const bool in_float32 = of_group(in_float32_, place) || ref.kept == Kept::kMaster;
+  const bool in_float32 = of_group(in_float32_, place) || ref.kept == Keeping::kMaster;
   ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
@@ -512,7 +512,7 @@ void Gathering::gather(const Place& place, size_t position) {
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
   uint32_t live = rule.live_slots(group.options, driven);
-  if (ref.kept != Kept::kMaster) live &= ~(1u << kMasterSlot);
+  if (ref.kept != Keeping::kMaster) live &= ~(1u << kMasterSlot);
   ref.averages = is_live(live, kEmaSlot);
   ref.staged = ref.staged || ref.averages;
   const uint32_t of_rule = live & kRuleSlots;

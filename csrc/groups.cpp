@@ -149,8 +149,10 @@ void Groups::check(const GivenOptions& given, const std::string& where) const {
   }
   const Conflict conflict = rule_.conflict(options);
   if (conflict.option < 0) return;
-  throw std::invalid_argument(rule_.option[conflict.option].name + where + " must be " +
-                              conflict.expected + ", got " + number(options[conflict.option]));
+  const Option& option = rule_.option[conflict.option];
+  const double value = options[conflict.option];
+  throw std::invalid_argument(option.name + where + " must be " + conflict.expected + ", got " +
+                              (option.flag ? value != 0.0 ? "True" : "False" : number(value)));
 }
 
 std::string Groups::large_options(const GroupReading& group, Py_ssize_t index) const {

@@ -121,7 +121,7 @@ FASTLR_HD BFloat16 rounded_by_chance(float x, uint32_t random) {
 }
 
 // How a half parameter is kept between updates.
-enum class Kept : int8_t { kNearest, kMaster, kStochastic };
+enum class Keeping : int8_t { kNearest, kMaster, kStochastic };
 
 // What a group's stages need for one update.
 struct GroupStages {

@@ -32,7 +32,7 @@ struct TensorRef {
   StorageType type;
   StorageType state_type;  // of the rule's slots
   StorageType ema_type;
-  Kept kept;
+  Keeping kept;
   bool averages;     // whether an average is kept, which of an empty tensor has no address
   bool staged;       // whether there is any stage to it
   int32_t place;     // among the optimizer's parameters

@@ -138,7 +138,7 @@ def disassembly(build: Build, cuda_static: ModuleType) -> dict:
 
 def expected_kernels(cuda_static: ModuleType, rules: tuple[str, ...]) -> set:
     layouts = ((False, SMALL), (False, LARGE), (True, SMALL))
-    forms = {(strided, averages, SMALL) for strided, averages in product((False, True), repeat=2)}
+    forms = {(strided, staged, SMALL) for strided, staged in product((False, True), repeat=2)}
     forms |= {(False, False, LARGE)}
     steps = {
         cuda_static.Kernel("step_kernel", rule, *pair, *form)
@@ -198,7 +198,7 @@ def test_the_blocks_of_a_rule_fit_on_a_multiprocessor(resources: dict):
             if kernel.name != "clock_kernel":
                 if not kernel.rule:
                     blocks = 4
-                elif kernel.averages:
+                elif kernel.staged:
                     blocks = 2 if kernel.param == "float32" else 1
                 else:
                     blocks = RULES[kernel.rule].blocks - (kernel.param == "float64")
@@ -245,7 +245,7 @@ def test_dense_kernels_move_16_bytes_at_a_time(build: Build, disassembly: dict, 
                 assert (loads, stores) == (0, 0)
                 continue
             of_param, of_slot = PAIRS[kernel.param, kernel.state]
-            of_state = of_slot * RULES[kernel.rule].slots + kernel.averages
+            of_state = of_slot * RULES[kernel.rule].slots + kernel.staged
             where = f"{kernel} for {architecture}"
             assert loads >= 2 * of_param + of_state, where  # the gradient's are as many as the parameter's
             assert stores >= of_param + of_state, where
@@ -257,7 +257,7 @@ def test_dense_kernels_move_16_bytes_at_a_time(build: Build, disassembly: dict, 
                 narrow = [opcode for opcode in accesses if not re.match(r"(LDG|STG)\.E\..*\b128\b", opcode)]
                 assert not narrow, f"{narrow} in {where}"
             checked += 1
-    assert checked == len(build.rules) * len(PAIRS) * 3  # small, large and with averages
+    assert checked == len(build.rules) * len(PAIRS) * 3  # small, large and with stages
 
 
 def reached(starts: list[int], edges: list[list[int]]) -> set[int]:

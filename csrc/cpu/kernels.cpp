@@ -258,31 +258,31 @@ struct HalfParameter {
       : at(static_cast<Half*>(tensor.param)),
         masters(static_cast<master_t<Half>*>(tensor.slot[kMasterSlot])),
         kept(tensor.kept) {
-    if (kept == Kept::kStochastic) key = random_key(stages->random, tensor.place);
+    if (kept == Keeping::kStochastic) key = random_key(stages->random, tensor.place);
   }
 
   void load(float* to, int64_t begin, int64_t n) const {
-    if (kept != Kept::kMaster) return load_dense(to, at + begin, n);
+    if (kept != Keeping::kMaster) return load_dense(to, at + begin, n);
     load_masters(to, at + begin, masters + begin, n);
   }
 
   void store(const float* from, int64_t begin, int64_t n) const {
-    if (kept == Kept::kMaster) return store_masters(at + begin, masters + begin, from, n);
+    if (kept == Keeping::kMaster) return store_masters(at + begin, masters + begin, from, n);
     if constexpr (std::is_same<Half, BFloat16>::value) {
-      if (kept == Kept::kStochastic) return store_by_chance(at + begin, key, begin, from, n);
+      if (kept == Keeping::kStochastic) return store_by_chance(at + begin, key, begin, from, n);
     }
     store_dense(at + begin, from, n);
   }
 
   float load(const Cursor<kMaxSlots>& from) const {
-    if (kept != Kept::kMaster) return fastlr::load(at[from.param]);
+    if (kept != Keeping::kMaster) return fastlr::load(at[from.param]);
     return joined(at[from.param], masters[from.slot[kMasterSlot]]);
   }
 
   void store(float x, const Cursor<kMaxSlots>& to) const {
-    if (kept == Kept::kMaster) return split(x, at[to.param], masters[to.slot[kMasterSlot]]);
+    if (kept == Keeping::kMaster) return split(x, at[to.param], masters[to.slot[kMasterSlot]]);
     if constexpr (std::is_same<Half, BFloat16>::value) {
-      if (kept == Kept::kStochastic) {
+      if (kept == Keeping::kStochastic) {
         at[to.param] = rounded_by_chance(x, random_bits(key, to.param));
         return;
       }
@@ -292,7 +292,7 @@ struct HalfParameter {
 
   Half* at;
   master_t<Half>* masters;
-  Kept kept;
+  Keeping kept;
   RandomKey key{};
 };
 template <>

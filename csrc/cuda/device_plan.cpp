@@ -39,6 +39,16 @@ Clocks DevicePlan::clocks(const Table& table, size_t capacity, float* found_inf)
 
 Clocks DevicePlan::clocks(float* found_inf) const { return clocks(state_, capacity_, found_inf); }
 
+// The stages that are kernels' own and no slot tells of: a bit for each.
+uint32_t DevicePlan::stages(const GroupReading& group) const {
+  const double* const option = group.options.value + rule_.rule_options;
+  uint32_t stages = 0;
+  for (const int stage : {kMaxGradValue, kCautious, kMasterWeights, kStochasticRounding}) {
+    stages |= (option[stage] != 0.0 ? 1u : 0u) << stage;
+  }
+  return stages;
+}
+
 void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
   for (size_t i = 0; i < std::min(groups.size(), seen_.size()); ++i) {
     const uint32_t live = rule_.live_slots(groups[i].options, groups[i].driven_options);
@@ -49,6 +59,14 @@ void DevicePlan::check_groups(const std::vector<GroupReading>& groups) const {
                                  ", but a CUDA graph captured its step without one; capture the "
                                  "graph anew with a new optimizer.");
       }
+    }
+    const uint32_t now = stages(groups[i]), captured = seen_[i].stages_in_graph.value_or(now);
+    for (int stage = 0; stage < kStageOptionCount; ++stage) {
+      if (((now ^ captured) >> stage & 1u) == 0) continue;
+      throw std::runtime_error(
+          "a CUDA graph captured the step of parameter group " + std::to_string(i) +
+          ((captured >> stage & 1u) != 0 ? " with " : " without ") + kStageOptions[stage].name +
+          ", which cannot change any more; capture the graph anew with a new optimizer.");
     }
   }
   if (captured_ && groups.size() > capacity_) {
@@ -141,7 +159,10 @@ std::vector<DevicePlan::Seen> DevicePlan::seen_of(const std::vector<GroupReading
     }
     seen[i].clock = groups[i].clock;
     seen[i].live_slots = rule_.live_slots(groups[i].options, groups[i].driven_options);
-    if (i < seen_.size()) seen[i].slots_not_in_graph = seen_[i].slots_not_in_graph;
+    seen[i].stages = stages(groups[i]);
+    if (i >= seen_.size()) continue;
+    seen[i].slots_not_in_graph = seen_[i].slots_not_in_graph;
+    seen[i].stages_in_graph = seen_[i].stages_in_graph;
   }
   return seen;
 }
@@ -236,7 +257,10 @@ void DevicePlan::launch(const DeviceScope& scope, float* found_inf, const float*
                         std::optional<double> factor, int64_t samples, GraphObjects graph) {
   tensors_.used(scope);
   if (scope.capturing()) {
-    for (Seen& seen : seen_) seen.slots_not_in_graph |= ~seen.live_slots;
+    for (Seen& seen : seen_) {
+      seen.slots_not_in_graph |= ~seen.live_slots;
+      seen.stages_in_graph = seen.stages;
+    }
     tensors_.captured_in(graph);
   }
   use_clocks(scope, std::move(graph));

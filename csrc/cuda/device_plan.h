@@ -71,7 +71,9 @@ class DevicePlan {
     int64_t start[kMaxOptions] = {};
     Clock clock{};
     uint32_t live_slots = 0;
-    uint32_t slots_not_in_graph = 0;  // a graph has captured it without these
+    uint32_t stages = 0;
+    uint32_t slots_not_in_graph = 0;          // a graph has captured it without these ...
+    std::optional<uint32_t> stages_in_graph;  // ... and with just these
   };
   struct Changes {
     bool clocks;
@@ -84,6 +86,7 @@ class DevicePlan {
     size_t values_at = 0;  // ... which begin here
   };
 
+  uint32_t stages(const GroupReading& group) const;
   Changes changes(const std::vector<GroupReading>& groups) const;
   static Schedules upload_schedules(const DeviceScope& scope,
                                     const std::vector<GroupReading>& groups);

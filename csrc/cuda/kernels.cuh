@@ -541,7 +541,7 @@ __device__ inline void with_stages([[maybe_unused]] const DeviceTensor& tensor,
       stages.averages = averages;
       stages.average = of_group.averaging.in(C{});
       stages.rests = static_cast<rest_t<P>*>(tensor.slot[kMasterSlot]);
-      stages.by_chance = tensor.kept == Kept::kStochastic;
+      stages.by_chance = tensor.kept == Keeping::kStochastic;
       if (stages.by_chance) stages.key = random_key(of_group.random, tensor.place);
       visit(stages);
     };

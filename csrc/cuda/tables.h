@@ -22,7 +22,7 @@ struct DeviceTensor {
   int32_t leads_group;  // whether its age is what the group's scalars are formed for
   int32_t place;        // among the optimizer's parameters
   StorageType ema_type;
-  Kept kept;
+  Keeping kept;
   double max_value;  // what its gradient is clipped to where the launch has no groups
 };
 static_assert(std::is_trivially_copyable<DeviceTensor>::value, "uploaded as bytes");

@@ -24,9 +24,9 @@ from fastlr.optim._groups import (
     STATE_DTYPES,
     Clock,
     RuleOptions,
+    check_rounded_by_chance,
     check_step_options,
     check_torch_options_in,
-    check_rounded_by_chance,
     checked_state_dtype,
     clock_of,
 )

@@ -37,6 +37,7 @@ LAUNCHES = "cuda/launches.cpp"
 TABLES = "cuda/tables.h"
 STEP = "step.h"
 AVERAGE = "average.h"
+STAGES = "stages.h"
 DEVICE_PLAN = "cuda/device_plan.cpp"
 DEVICE_MEMORY = "cuda/device_memory.cpp"
 GATHER = "gather.cpp"
@@ -108,10 +109,16 @@ FAULTS = {
     "ticket not reset": Fault(KERNELS, "    state.ticket = 0;\n", "", *STATE),
     # Elements.
     "tail too short": Fault(
-        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth - 1;", *TENSORS
+        KERNELS,
+        "rest = end - begin - vectors * kWidth;",
+        "rest = end - begin - vectors * kWidth - 1;",
+        *TENSORS,
     ),
     "tail too long": Fault(
-        KERNELS, "rest = n - vectors * kWidth;", "rest = n - vectors * kWidth + 1;", *ADDRESS
+        KERNELS,
+        "rest = end - begin - vectors * kWidth;",
+        "rest = end - begin - vectors * kWidth + 1;",
+        *ADDRESS,
     ),
     "chunk too long": Fault(
         KERNELS,
@@ -125,7 +132,7 @@ FAULTS = {
         "reinterpret_cast<uintptr_t>(p) % 16",
         *UNDEFINED,
     ),
-    "head one longer in the scalar loop": Fault(KERNELS, "e < head ? e", "e <= head ? e", *TENSORS),
+    "head one longer in the scalar loop": Fault(KERNELS, "begin + e < head", "begin + e <= head", *TENSORS),
     "vectors whatever the gradient's alignment": Fault(
         KERNELS, "bool all_aligned = aligned(g + head);", "bool all_aligned = true;", *UNDEFINED
     ),
@@ -148,8 +155,8 @@ FAULTS = {
     ),
     "second slot not written back beside vectors": Fault(
         KERNELS,
-        "if (is_live(s.around.live, k)) store(",
-        "if (is_live(s.around.live, k) && k != 1) store(",
+        "if (is_live(form.live, k)) store(",
+        "if (is_live(form.live, k) && k != 1) store(",
         *TENSORS,
         "adam",
     ),
@@ -162,13 +169,13 @@ FAULTS = {
     ),
     "elements read of a slot that is not live": Fault(
         KERNELS,
-        "is_live(s.around.live, k) ? static_cast<C>(load(slots.at[k][at[k]])) : C(0);",
-        "static_cast<C>(load(slots.at[k][at[k]]));",
+        "is_live(form.live, k) ? static_cast<C>(load(slots.at[k][at.slot[k]])) : C(0);",
+        "static_cast<C>(load(slots.at[k][at.slot[k]]));",
         *ADDRESS,
         "adam",
     ),
     "elements written to a slot that is not live": Fault(
-        KERNELS, "if (is_live(s.around.live, k)) store(", "store(", *ADDRESS, "adam"
+        KERNELS, "if (is_live(form.live, k)) store(", "store(", *ADDRESS, "adam"
     ),
     "32-bit chunks": Fault(
         KERNELS,
@@ -262,8 +269,8 @@ FAULTS = {
     "a leader without state": Fault(LAUNCHES, "tensor.step != nullptr && led", "led", *STATE),
     "own scalars at the group's age": Fault(
         KERNELS,
-        "scalars<R, C>(clock.options, age, 1.0f)",
-        "scalars<R, C>(clock.options, clock.age, 1.0f)",
+        "scalars<R, C>(clock.options, age, Unscaling{})",
+        "scalars<R, C>(clock.options, clock.age, Unscaling{})",
         *TENSORS,
         "adam",
     ),
@@ -305,7 +312,7 @@ FAULTS = {
         KERNELS, "  __syncthreads();  // the last tensor's are done with\n", "", *RACE
     ),
     "no barrier before own scalars are used": Fault(
-        KERNELS, "1.0f);\n  __syncthreads();\n  return own;", "1.0f);\n  return own;", *RACE
+        KERNELS, "Unscaling{});\n  __syncthreads();\n  return own;", "Unscaling{});\n  return own;", *RACE
     ),
     # Around the rules, and in them.
     "scale ignored": Fault(
@@ -319,8 +326,8 @@ FAULTS = {
     ),
     "decoupled decay after the rule": Fault(
         STEP,
-        "      p = p * s.around.of_parameter;\n    }\n  }\n  R::update(s.rule, live, p, g, slots);\n",
-        "    }\n  }\n  R::update(s.rule, live, p, g, slots);\n  p = p * s.around.of_parameter;\n",
+        "      p = p * s.around.of_parameter;\n    }\n  }\n  R::update(s.rule, form.live, p, g, slots);\n",
+        "    }\n  }\n  R::update(s.rule, form.live, p, g, slots);\n  p = p * s.around.of_parameter;\n",
         *TENSORS,
         "lion",
     ),
@@ -378,8 +385,8 @@ FAULTS = {
     ),
     "squares of a chunk's first elements only": Fault(
         KERNELS,
-        "sum_of_squares(g, layout, begin, end)",
-        "sum_of_squares(g, layout, begin, begin + 8)",
+        "sum_of_squares(g, layout, begin, end, of)",
+        "sum_of_squares(g, layout, begin, begin + 8, of)",
         *STATE,
     ),
     "squares numbered within the launch": Fault(
@@ -432,36 +439,112 @@ FAULTS = {
     # The parameters' averages.
     "average of the parameter that is not rounded": Fault(
         KERNELS,
-        "averaged.moved(averages[e], load(p_values[e]))",
-        "averaged.moved(averages[e], value)",
+        "    store(p, value);\n    return load(p);\n",
+        "    store(p, value);\n    return value;\n",
         *TENSORS,
     ),
     "averages not written back": Fault(
-        KERNELS, "    if constexpr (kAverages) store_vector(averaged.at + i, averages);\n", "", *TENSORS
-    ),
-    "averages beside vectors stay": Fault(KERNELS, "    move_average(averaged, i, p[i]);\n", "", *TENSORS),
-    "averages of every chunk in the first one's place": Fault(
-        KERNELS, "        if constexpr (kAverages) averaged.at += begin;\n", "", *TENSORS
-    ),
-    "vectors whatever the average's alignment": Fault(
         KERNELS,
-        "  if constexpr (kAverages) all_aligned = all_aligned && aligned(averaged.at + head);\n",
+        "      if (stages.averages != nullptr) store_vector(stages.averages + i, averages);\n",
         "",
-        *UNDEFINED,
+        *TENSORS,
     ),
+    "averages beside vectors stay": Fault(
+        KERNELS,
+        "      stages.averages[at.average] = stages.moved(stages.averages[at.average], target);\n",
+        "",
+        *TENSORS,
+    ),
+    "vectors whatever the average's alignment": Fault(KERNELS, "fits(stages.averages) && ", "", *UNDEFINED),
     "strided averages by the parameter's strides": Fault(
         KERNELS, "index * layout.slot[kEmaSlot][d]", "index * layout.param[d]", *ADDRESS
     ),
     "averages of halves all taken for float32": Fault(
         KERNELS, "tensor.ema_type != StorageType::kFloat32", "false", *UNDEFINED
     ),
-    "averages told to launches without": Fault(
-        LAUNCHES, "batch.averages == tensor.averages", "true", *UNDEFINED
-    ),
+    "stages told to launches without": Fault(LAUNCHES, "batch.staged == tensor.staged", "true", *TENSORS),
     "averages warmed up by the update after": Fault(
-        KERNELS, "kEmaWarmup] != 0.0, clock.updates)", "kEmaWarmup] != 0.0, clock.updates + 1)", *TENSORS
+        KERNELS,
+        "group_stages(of_stages, clock.updates)",
+        "group_stages(of_stages, clock.updates + 1)",
+        *TENSORS,
     ),
-    "averages not warmed up": Fault(AVERAGE, "if (warms_up && ", "if (false && ", *TENSORS),
+    "averages not warmed up": Fault(STAGES, "if (warms_up && ", "if (false && ", *TENSORS),
+    # What else is kept of half parameters.
+    "masters not written back": Fault(
+        KERNELS, "      if (stages.rests != nullptr) store_vector(stages.rests + i, rests);\n", "", *TENSORS
+    ),
+    "masters beside vectors stay": Fault(
+        KERNELS, "    if (stages.rests != nullptr) stages.rests[at.master] = rest;\n", "", *TENSORS
+    ),
+    "strided masters by the average's strides": Fault(
+        KERNELS, "index * layout.slot[kMasterSlot][d]", "index * layout.slot[kEmaSlot][d]", *ADDRESS
+    ),
+    "vectors whatever the master's alignment": Fault(KERNELS, " && fits(stages.rests)", "", *UNDEFINED),
+    "averages follow the parameter and not its master": Fault(
+        KERNELS, "        return value;\n", "        return load(p);\n", *TENSORS
+    ),
+    "halfway masters rounded towards zero": Fault(
+        STAGES, "(bits + 0x8000u) >> 16", "(bits + 0x7fffu) >> 16", *TENSORS
+    ),
+    "a float16 that somebody wrote is not the master": Fault(
+        STAGES, "to_float16(master).bits == p.bits ? master : to_float(p)", "master", *TENSORS
+    ),
+    "chance by the place in the chunk": Fault(
+        KERNELS, "rests[e], i + e)", "rests[e], i + e - begin)", *TENSORS
+    ),
+    "chance by the place in the tensor's order": Fault(
+        KERNELS,
+        "update_one<R>(s, p, at.param, g[at.grad], slots, stages, at.of)",
+        "update_one<R>(s, p + at.param - i, i, g[at.grad], slots, stages, at.of)",
+        *TENSORS,
+    ),
+    "one chance for all parameters": Fault(
+        KERNELS, "random_key(of_group.random, tensor.place)", "random_key(of_group.random, 0)", *TENSORS
+    ),
+    "one chance for all updates": Fault(
+        STAGES, "hashed(hashed(seed) + static_cast<uint64_t>(updates))", "hashed(hashed(seed))", *TENSORS
+    ),
+    "rounded to nearest in spite of chance": Fault(
+        KERNELS,
+        "stages.by_chance = tensor.kept == Keeping::kStochastic;",
+        "stages.by_chance = false;",
+        *TENSORS,
+    ),
+    # Around the rule, but not of plain steps.
+    "clipped to the value that scaled gradients have": Fault(
+        KERNELS,
+        "    if constexpr (kStaged) s.around.bound /= static_cast<C>(amp.inverse_scale);\n",
+        "",
+        *TENSORS,
+    ),
+    "the norm of gradients before they are clipped by value": Fault(
+        KERNELS, "if constexpr (kStaged) return clipped(x, s.around.bound);", "", *STATE
+    ),
+    "the norm that clips of gradients before they are clipped by value": Fault(
+        KERNELS, "if (bound < static_cast<C>(INFINITY)) {", "if (false) {", *STATE
+    ),
+    "an infinity that is sought clipped": Fault(
+        KERNELS, "return keeps_inf && is_inf ? x : clipped(x, bound);", "return clipped(x, bound);", *STATE
+    ),
+    "clipped after the scale is taken out": Fault(
+        STEP,
+        "  if (form.staged) g = clipped(g, s.around.bound);\n  if (!form.plain) {\n"
+        "    g = g * s.around.of_gradient;\n",
+        "  if (!form.plain) {\n    g = g * s.around.of_gradient;\n"
+        "    if (form.staged) g = clipped(g, s.around.bound);\n",
+        *TENSORS,
+    ),
+    "cautious decay spares what shrinks": Fault(
+        STEP,
+        "opposed ? s.around.of_opposed : s.around.of_parameter",
+        "opposed ? s.around.of_parameter : s.around.of_opposed",
+        *TENSORS,
+        "lion",
+    ),
+    "a graph goes on without a stage": Fault(
+        DEVICE_PLAN, "      seen.stages_in_graph = seen.stages;\n", "", *TEST
+    ),
     # What the device holds for an optimizer.
     "the same schedule begins where it began before": Fault(
         DEVICE_PLAN, "driven.start != seen.start[k]", "(k != 0 && driven.start != seen.start[k])", *TEST
@@ -518,8 +601,8 @@ FAULTS = {
     ),
     "state of another type than its group's": Fault(
         GATHER,
-        "type != (is_average ? ref.ema_type : ref.state_type)) {",
-        "(type != ref.type && type != StorageType::kFloat32)) {",
+        "found == expected;",
+        "(found == ref.type || found == StorageType::kFloat32);",
         *TEST,
         test=f"{STATES}::test_a_type_of_state_that_is_written_into_a_group_is_that_of_new_state",
     ),

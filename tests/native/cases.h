@@ -241,14 +241,14 @@ class TypedCase : public Case {
     const bool is_wide = sizeof(P) == 2 && !narrow_average_;
     ref.ema_type = is_wide ? StorageType::kFloat32 : type_;
     if (has_master(kept)) {
-      ref.kept = Kept::kMaster;
+      ref.kept = Keeping::kMaster;
       ref.slot[kMasterSlot] = kIsBFloat16 ? static_cast<void*>(rest_.data()) : master_.data();
     } else if (rounds_by_chance(options)) {
-      ref.kept = Kept::kStochastic;
+      ref.kept = Keeping::kStochastic;
     }
     ref.place = place;
     ref.max_value = is_set(options, "max_grad_value") ? options.at("max_grad_value") : INFINITY;
-    ref.staged = ref.averages || ref.kept != Kept::kNearest || std::isfinite(ref.max_value) ||
+    ref.staged = ref.averages || ref.kept != Keeping::kNearest || std::isfinite(ref.max_value) ||
                  is_set(options, "cautious");
     ref.age = age;
     ref.numel = numel_;
