@@ -113,6 +113,12 @@ inline void bind_plan(py::module_& m) {
           py::arg("seeks_inf"), py::arg("threads"), py::arg("measures_norm"), py::arg("max_norm"),
           py::arg("raises"), py::arg("samples"))
       .def_property("skipped", &Plan::skipped, &Plan::set_skipped)
+      .def("skipped_on_device",
+           [](const Plan& plan) {
+             return with_python_errors([&] {
+               return py::reinterpret_steal<py::object>(plan.skipped_on_device().release());
+             });
+           })
       .def("squared_norm",
            [](Plan& plan) {
              return with_python_errors(

@@ -253,6 +253,14 @@ void Plan::skip(PyObject* param_groups, const Settings& settings, std::optional<
   if (settings.tells_norm()) squared_norm_ = squares;
 }
 
+Owned Plan::skipped_on_device() const {
+#if defined(FASTLR_HAS_CUDA)
+  return devices_.last_skipped();
+#else
+  return Owned::borrow(Py_None);
+#endif
+}
+
 PyObject* Plan::squared_norm() {
   std::optional<double> sum = squared_norm_;
 #if defined(FASTLR_HAS_CUDA)

@@ -81,6 +81,10 @@ class Plan {
   bool skipped() const { return skipped_; }
   void set_skipped(bool skipped) { skipped_ = skipped; }
 
+  // The same as a device has it, for steps of which the host does not know: a float32 there that is
+  // not 0 where the last step was skipped, or None without devices.
+  Owned skipped_on_device() const;
+
   // The sum of the squares of all elements of the last step's gradients, without GradScaler's
   // scale; NaN where GradScaler had the update skipped. Waits for the devices. A float, or None
   // where the last step, or the graph that was replayed last, did not measure it.

@@ -161,6 +161,11 @@ class Runtime:
             return value.to(_device(device), torch.float32, non_blocking=True)
         return torch.tensor(value, dtype=torch.float32, device=_device(device))
 
+    @staticmethod
+    def float_at(memory: torch.Tensor, offset: int) -> torch.Tensor:
+        """The float32 at a byte of :meth:`new_bytes`' memory, in that memory."""
+        return memory[offset : offset + 4].view(torch.float32)
+
 
 def _device(index: int) -> torch.device:
     return torch.device("cpu") if index < 0 else torch.device("cuda", index)

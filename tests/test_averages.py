@@ -319,6 +319,16 @@ def test_averaged_weights_come_and_go_to_the_bit(dtype: torch.dtype) -> None:
     train(1, (model, fused.step), start=1)
 
 
+def test_before_the_first_update_weights_stay() -> None:
+    model = network()
+    fused = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9)
+    before = copy.deepcopy(model.state_dict())
+    with fused.averaged_weights():
+        assert_same(before.values(), model.state_dict().values())
+    fused.copy_averages_to(model)
+    assert_same(before.values(), fused.averaged_state_dict(model).values())
+
+
 @with_backends
 def test_what_averaged_weights_refuses() -> None:
     model, fused = trained()

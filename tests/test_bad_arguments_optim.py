@@ -187,7 +187,12 @@ CALLS: Table = {
     ),
     "FusedSGD.copy_averages_to": (lambda optimizer, **a: optimizer.copy_averages_to(**a), {"model": "model"}),
     "FusedSGD.averaged_state_dict": (
-        lambda optimizer, **a: optimizer.averaged_state_dict(**a), {"model": "model"}
+        lambda optimizer, **a: optimizer.averaged_state_dict(**{"model": torch.nn.Linear(1, 1), **a}),
+        {"model": "model", "buffers": "word"},
+    ),
+    "FusedSGD.average_buffers": (lambda optimizer, **a: optimizer.average_buffers(**a), {"model": "model"}),
+    "FusedSGD.averaged_weights": (
+        lambda optimizer, **a: optimizer.averaged_weights(**a).__enter__(), {"buffers": "word"}
     ),
     "Schedule.__call__": (lambda _, **a: fastlr.Constant(0.1)(**a), {"clock": "count"}),
     "Schedule.values": (

@@ -22,6 +22,7 @@ namespace fastlr {
 //   stream(device) -> int                      its current stream
 //   record_stream(tensor, device)              the current stream uses it too
 //   on_device(number, device) -> tensor        a float32 there
+//   float_at(tensor, offset) -> tensor         the float32 that lies there
 //   upload(tensor, offset, bytes)              in the current stream's order, without waiting for
 //   it
 

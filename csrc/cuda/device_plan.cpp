@@ -308,6 +308,11 @@ void DevicePlan::agree(size_t group, const Clock& clock) {
   if (group < seen_.size()) seen_[group].clock = clock;
 }
 
+Owned DevicePlan::last_skipped(PyObject* runtime) const {
+  return checked(PyObject_CallMethod(runtime, "float_at", "On", state_.tensor(),
+                                     static_cast<Py_ssize_t>(offsetof(DeviceState, last_skipped))));
+}
+
 DevicePlan::Reading DevicePlan::read(const DeviceScope& scope, bool reset, bool others_run) {
   Reading reading;
   reading.clocks.resize(seen_.size());

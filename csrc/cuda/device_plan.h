@@ -59,6 +59,9 @@ class DevicePlan {
   };
   Reading read(const DeviceScope& scope, bool reset, bool others_run);
 
+  // Where it has DeviceState's last_skipped: a tensor that shares the table's memory.
+  Owned last_skipped(PyObject* runtime) const;
+
   bool captured() const { return captured_; }
   // Whether its clocks are set: not where the first step failed before.
   bool ready() const { return !seen_.empty(); }

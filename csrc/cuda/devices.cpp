@@ -207,6 +207,13 @@ std::optional<double> Devices::squared_norm() {
   return sum;
 }
 
+Owned Devices::last_skipped() const {
+  for (const auto& entry : plans_) {  // they all skip the same steps
+    if (entry.second.ready()) return entry.second.last_skipped(runtime_);
+  }
+  return Owned::borrow(Py_None);
+}
+
 bool Devices::sync(PyObject* param_groups, const Groups& groups, bool raises) {
   // What other threads have moved while this one waited would be moved back. After a few tries they
   // wait as well.
@@ -260,7 +267,7 @@ bool Devices::sync(PyObject* param_groups, const Groups& groups, bool raises) {
         "the gradients' norm was inf or NaN; updates since the last sync() in which it was were "
         "skipped.");
   }
-  return readings.front().state.last_skipped != 0;
+  return readings.front().state.last_skipped != 0.0f;
 }
 
 }  // namespace fastlr

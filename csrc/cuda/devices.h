@@ -57,6 +57,9 @@ class Devices {
   // Brings the host's groups to the devices' clocks. Returns whether the last step was skipped.
   // raises: for updates that were skipped as the norm that was to be clipped was not finite.
   bool sync(PyObject* param_groups, const Groups& groups, bool raises);
+  // On a device, 1 where it skipped the last step that was launched, as a float32 like found_inf;
+  // None without devices.
+  Owned last_skipped() const;
   // The sum of the squares of the last step's gradients, NaN where it was skipped; nothing where it
   // did not measure them.
   std::optional<double> squared_norm();

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 import torch
 
-from fastlr._checks import describe
+from fastlr import _core
+from fastlr._checks import choice, describe
 from fastlr._runtime import Runtime
+from fastlr.optim._buffers import EMA, RULE, BufferAverages
 
-EMA = "ema"  # in a parameter's state
+# What becomes of a model's buffers where its parameters' averages are: a copy, or averages too.
+Buffers: TypeAlias = Literal["copy", "average"]
 
 
 class Averages:
@@ -20,7 +23,10 @@ class Averages:
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[torch.Tensor, Any]
+    _plan: _core.Plan
+    _runtime: Runtime
     _holds_averages = False
+    _buffer_averages: BufferAverages | None = None
 
     def _check_warmup(self) -> None:
         """Raises ValueError where ``ema_warmup`` warms nothing up."""
@@ -50,8 +56,73 @@ class Averages:
         parameters = [p for group in self.param_groups for p in group["params"]]
         return [(p, self.state[p][EMA]) for p in parameters if self.state.get(p, {}).get(EMA) is not None]
 
+    def average_buffers(self, model: torch.nn.Module) -> None:
+        """Has each step average the model's buffers too, as BatchNorm's running mean and variance.
+
+        To be called once before the training, before or after :meth:`FusedOptimizer.load_state_dict`, and
+        for a copy of the optimizer again. Floating-point and complex buffers that ``model.state_dict()`` has
+        then move with each applied update, by the decay that it uses in the first parameter group::
+
+            ema = ema + (1 - decay) * (buffer - ema)
+
+        An average begins as its buffer is at the first :meth:`FusedOptimizer.step`, be that skipped or not.
+        Integers, as ``num_batches_tracked``, have none. Modules may replace a buffer by another of its shape.
+
+        Averages stand in ``param_groups[0]["ema_buffers"]`` by the buffers' names in the model, and
+        so in ``state_dict()``, and in what torch.distributed.checkpoint makes of it; there with
+        ``flatten_optimizer_state_dict=True`` once for each parameter of the group. Where GradScaler, or a
+        norm that is not finite, has a CUDA device skip the update, it skips this as well, and the host waits
+        only for buffers on the host. CUDA graphs take it where a step was made before the capture.
+
+        The same elsewhere: ``ModelEmaV3`` of timm with its ``exclude_buffers=False``, whose averages begin as
+        the buffers are when it is made, and ``AveragedModel(use_buffers=True)`` of
+        ``torch.optim.swa_utils``, which averages integers as well.
+
+        Args:
+            model: whose parameters the optimizer updates, for as long as the optimizer lives.
+
+        Raises:
+            ValueError: the first group has no ``ema_decay``, or what was loaded is of other buffers.
+            RuntimeError: a CUDA graph has captured the step.
+
+        >>> import fastlr, torch
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> opt = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.75)
+        >>> opt.average_buffers(model)
+        >>> for mean in (0.0, 4.0):
+        ...     model.running_mean.fill_(mean)  # as a forward pass does
+        ...     opt.step()
+        tensor([0., 0.])
+        tensor([4., 4.])
+        >>> opt.averaged_state_dict(model, buffers="average")["running_mean"]
+        tensor([1., 1.])
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+        group = self.param_groups[0]
+        if group["ema_decay"] is None:
+            raise ValueError(
+                "average_buffers() takes the ema_decay of parameter group 0, which must be a number or a "
+                "schedule, got None; give it one, as ema_decay=0.9999"
+            )
+        if self._plan.captured():
+            raise RuntimeError(
+                "a CUDA graph has captured the step without averages of these buffers; call "
+                "average_buffers() before the capture"
+            )
+        self._plan.sync(self.param_groups)
+        self._buffer_averages = BufferAverages(model, _core.Plan(RULE, self._runtime), group)
+
+    def _averaged_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if self._buffer_averages is None:
+            raise ValueError(
+                'buffers="average" takes averages, which steps keep from average_buffers(model) on; '
+                "call it first: once before the training, and for a copy of the optimizer again"
+            )
+        return self._buffer_averages.averaged()
+
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self, buffers: Buffers = "copy") -> Iterator[None]:
         """The parameters are their averages inside a ``with`` block, and themselves again behind it.
 
         With ``ema_decay`` a step keeps an average of each parameter in ``state[p]["ema"]``, in its own pass
@@ -76,8 +147,12 @@ class Averages:
         diffusers has ``store()``, ``copy_to()`` and ``restore()`` for what this block does. Their
         ``update_parameters()`` or ``step()`` is here the optimizer's step.
 
+        Args:
+            buffers: ``"copy"``: the model's stay as they are; ``"average"``: they are their averages too, see
+                :meth:`average_buffers`.
+
         Raises:
-            ValueError: no group has an ``ema_decay``.
+            ValueError: no group has an ``ema_decay``, or nobody has called :meth:`average_buffers`.
             RuntimeError: a block is open already; or inside it, :meth:`FusedOptimizer.step` is called.
 
         >>> import fastlr, torch
@@ -91,9 +166,12 @@ class Averages:
         >>> p.tolist()
         [4.0, -4.0]
         """
+        buffers_too = choice("buffers", buffers, get_args(Buffers)) == "average"
         if self._holds_averages:
             raise RuntimeError("averaged_weights() is open already; its parameters are averages")
         averaged = self._averaged()
+        if buffers_too:
+            averaged += self._averaged_buffers()
         parameters = [p for p, _ in averaged]
         weights = [p.detach().clone() for p in parameters]
         try:
@@ -166,28 +244,30 @@ class Averages:
                 )
         return pairs
 
-    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+    def averaged_state_dict(self, model: torch.nn.Module, buffers: Buffers = "copy") -> dict[str, Any]:
         """The trained model's ``state_dict()`` with the averages in place of its parameters; a copy.
-
-        Buffers are the model's own, as with diffusers, timm's ``exclude_buffers`` and ``AveragedModel``'s
-        ``use_buffers=False``. For BatchNorm, whose statistics then are those of the weights and not of their
-        averages, load it into a copy of the model and let ``torch.optim.swa_utils.update_bn(loader, copy)``
-        measure them anew.
 
         Args:
             model: whose parameters the optimizer updates.
+            buffers: ``"copy"``: the model's own, as with diffusers, timm's ``exclude_buffers`` and
+                ``AveragedModel``'s ``use_buffers=False``. For BatchNorm, whose statistics then are those of
+                the weights and not of their averages, load the result into a copy of the model and let
+                ``torch.optim.swa_utils.update_bn(loader, copy)`` measure them anew. ``"average"``: the
+                averages that :meth:`average_buffers` has begun, and the model's own where there are none.
 
         Raises:
-            ValueError: no group has an ``ema_decay``, or the model has none of the optimizer's parameters.
+            ValueError: no group has an ``ema_decay``, the model has none of the optimizer's parameters, or
+                nobody has called :meth:`average_buffers`.
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+        choice("buffers", buffers, get_args(Buffers))
         trained = {p for group in self.param_groups for p in group["params"]}
         if not trained.intersection(model.parameters()):
             raise ValueError(
                 "the model has none of the optimizer's parameters; give it the one that is trained"
             )
-        with self.averaged_weights():
+        with self.averaged_weights(buffers):
             state = model.state_dict()
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):

@@ -16,6 +16,7 @@ from fastlr._build import tell_of_missing_cuda
 from fastlr._checks import count, index
 from fastlr._runtime import Runtime
 from fastlr.optim._averages import Averages
+from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._checkpoint import Loaded, pack, unpack
 from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
@@ -86,7 +87,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         self._check_warmup()
 
     def _make_plan(self) -> None:
-        self._plan = _core.Plan(self._rule, Runtime(), self._other_names)
+        self._runtime = Runtime()
+        self._plan = _core.Plan(self._rule, self._runtime, self._other_names)
         self._options = RuleOptions(self._plan)
         self._rule_state = RuleState(self._plan, self._options)
 
@@ -246,8 +248,13 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         """
         changed = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
         self._plan.publish(changed)
-        self._plan.push(changed)
+        self._push(changed)
         _core.update_groups(self.param_groups, changed)  # all at once, so that Ctrl-C finds none half changed
+
+    def _push(self, groups: list[dict[str, Any]]) -> None:
+        self._plan.push(groups)
+        if self._buffer_averages is not None:
+            self._buffer_averages.push(groups[0])
 
     # -- clocks ----------------------------------------------------------------------------------
 
@@ -270,6 +277,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             RuntimeError: called while a CUDA graph is captured, or devices disagree.
         """
         self._plan.sync(self.param_groups)
+        if self._buffer_averages is not None:
+            self._buffer_averages.sync(self.param_groups[0])
         return self.clock()
 
     def set_clock(self, *, updates: int | None = None, samples: int | None = None) -> None:
@@ -321,7 +330,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         skipped = self._plan.skipped
 
         def put_back() -> None:
-            self._plan.push(self.param_groups)
+            self._push(self.param_groups)
             self._plan.skipped = skipped
 
         return put_back
@@ -338,7 +347,10 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         Raises:
             RuntimeError: something else wrote a value that a schedule owns.
         """
-        self._plan.advance_samples(self.param_groups, count("samples", samples, 0))
+        samples = count("samples", samples, 0)
+        self._plan.advance_samples(self.param_groups, samples)
+        if self._buffer_averages is not None:
+            self._buffer_averages.advance_samples(samples)
 
     @property
     def last_step_skipped(self) -> bool:
@@ -416,6 +428,9 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             self._drop_initialized_state()
         samples, self._samples_of_step = self._samples_of_step, 0
         sought = self.__dict__.pop("_seeks_inf_for", None)
+        buffers = self._buffer_averages
+        if buffers is not None:
+            buffers.find()
         self._plan.step(
             self.param_groups,
             self.state,
@@ -428,6 +443,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             self._raises_nonfinite,
             samples,
         )
+        if buffers is not None:
+            buffers.step(self._plan, self.param_groups[0], samples)
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -456,12 +473,17 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None and (state := self._rule_state.new(p, group)):
                     self.state[p] = state
+        if self._buffer_averages is not None:
+            self._buffer_averages.begin(self.param_groups[0])
         return True
 
     def _drop_initialized_state(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 self.state.pop(p, None)
+        self.param_groups[0].pop(EMA_BUFFERS, None)
+        if self._buffer_averages is not None:
+            self._buffer_averages.forget()
         # Last, and the one that is asked at the very end: what Ctrl-C leaves over the next step drops.
         for group in reversed(self.param_groups):
             group["fresh"] = False
@@ -531,6 +553,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         )
         if loaded is None:
             return None
+        if self._buffer_averages is not None:
+            self._buffer_averages.check(loaded.state_dict["param_groups"][0])
         self._loaded = loaded
         return loaded.state_dict
 
@@ -547,7 +571,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             return
         loaded = dict(self._loaded.states) if "_loaded" in self.__dict__ else {}
         groups = state["param_groups"]
-        self._plan.push(groups)  # first, as a captured graph may refuse them
+        self._push(groups)  # first, as a captured graph may refuse them
         if self._plan.captured():  # it goes on with its own state, also with what the file has nothing for
             for group in groups:
                 for p in group["params"]:
@@ -555,6 +579,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                         loaded[p] = self._rule_state.into(p, self.state[p], loaded.get(p, {}), group)
         for p, entry in loaded.items():
             state["state"].setdefault(p, {}).update(entry)
+        if self._buffer_averages is not None:
+            self._buffer_averages.load(groups[0], in_place=self._plan.captured())
         super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new
 
 

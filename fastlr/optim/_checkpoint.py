@@ -9,6 +9,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, flag, plain
+from fastlr.optim._buffers import EMA_BUFFERS, checked_averages
 from fastlr.optim._groups import RuleOptions, check_owner, clock_of
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
@@ -77,7 +78,9 @@ def unpack(
     }
     for own, saved in zip(own_groups, saved_groups, strict=True):
         where = f" of the file's parameter group {len(groups)}"
-        group = {**own, "fresh": False, **saved}
+        group = {**own, "fresh": False, EMA_BUFFERS: {}, **saved}
+        if not checked_averages(group, where):
+            del group[EMA_BUFFERS]
         group |= {"fresh": flag(f"fresh{where}", group["fresh"]), **options.without_tensors(group)}
         for key in ("updates", "samples", *(f"{option.name}_start" for option in options.scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)

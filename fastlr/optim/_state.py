@@ -137,7 +137,7 @@ class RuleState:
             elif new is None:
                 Runtime.fill([tensor], age if name == STEP else fill)
                 kept[name] = tensor
-            elif _same_layout(tensor, new):
+            elif same_layout(tensor, new):
                 kept[name] = tensor.copy_(new)
         return kept
 
@@ -216,7 +216,7 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"one of {tensor.dtype} with layout {tensor.layout} on {tensor.device}"
 
 
-def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
 
 

@@ -198,7 +198,7 @@ class Optimizer {
             double(ages[i]), cases_[i]->age);
     const DeviceState state = state_.download(device_)[0];
     CHECK(state.ticket == 0, "%u", state.ticket);
-    CHECK(state.last_skipped == skipped_, "%d", state.last_skipped);
+    CHECK(state.last_skipped == (skipped_ ? 1.0f : 0.0f), "%g", double(state.last_skipped));
     CHECK(state.invalid_scale == invalid_scale_, "%d", state.invalid_scale);
     CHECK(state.nonfinite == nonfinite_, "%d", state.nonfinite);
     const float told = told_inf_ ? 1.0f : given_found_inf_;
