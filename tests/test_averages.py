@@ -335,6 +335,32 @@ def test_what_averaged_weights_refuses() -> None:
             use()
 
 
+@with_backends
+def test_before_the_first_update_there_are_none() -> None:
+    model = parameters([(300,), (40,)])
+    fused = fastlr.FusedSGD(model, lr=0.1, ema_decay=0.9)
+    before = [p.detach().clone() for p in model]
+    with fused.averaged_weights():
+        assert_same(before, model)
+    fused.copy_averages_to(model)
+    assert_same(before, model)
+    train(1, (model, fused.step))
+
+
+@with_backends
+def test_groups_that_keep_none_stay_what_they_are() -> None:
+    """Also where an average is left from before."""
+    model = parameters([(300,), (40,)])
+    fused = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.1, ema_decay=0.9)
+    train(2, (model, fused.step))
+    fused.param_groups[1]["ema_decay"] = None
+    before, average = model[1].detach().clone(), averages_of(fused, model)[0].clone()
+    with fused.averaged_weights():
+        assert_same([average, before], model)
+    fused.copy_averages_to(model)
+    assert_same([average, before], model)
+
+
 def network() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
 
