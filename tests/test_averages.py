@@ -285,6 +285,43 @@ def test_late_gradients(rule: Rule) -> None:
     assert_same([before, *followers[1].averages], averages_of(fused, model))
 
 
+SKIPS = ["norm", "found_inf", "GradScaler"]
+
+
+@with_backends
+@with_rules
+@pytest.mark.parametrize("by", SKIPS)
+def test_they_begin_before_the_first_applied_update(
+    rule: Rule, by: str, backend: str, request: pytest.FixtureRequest
+) -> None:
+    """As the parameters then are, whatever was skipped before, and whoever has changed them since."""
+    if backend != "cpu":
+        reason = "a device has them begin in a first update that it skips"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    model = parameters([(300,), (9000,)])
+    fused = rule.make(model, ema_decay=0.9, max_grad_norm=1.0 if by == "norm" else None, **rule.full)
+    scaler = fastlr.GradScaler(torch.get_default_device().type, init_scale=4.0)
+    scaler.scale(torch.zeros(()))  # sets it up
+    for step in range(2):
+        set_gradients(step, model)
+        if step == 0:
+            model[1].grad[7] = math.nan
+        if by == "found_inf":
+            fused.found_inf = torch.tensor(1.0 - step)
+        if by == "GradScaler":
+            scaler.step(fused)
+            scaler.update()
+        else:
+            fused.step()
+        assert fused.last_step_skipped == (step == 0)
+        if step == 0:
+            with torch.no_grad():
+                torch._foreach_mul_(model, 2.0)
+            follower = Follower(model)
+    follower.follow(0.9)
+    assert_same(follower.averages, averages_of(fused, model))
+
+
 # -- their use -----------------------------------------------------------------------------------
 
 
