@@ -8,6 +8,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import memory_table
 import pytest
 import torch
 
@@ -58,6 +59,10 @@ def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_readme_has_examples() -> None:
     assert len(readme_examples()) >= 4
+
+
+def test_the_memory_that_the_page_names_is_taken_up() -> None:
+    assert memory_table.in_page() == memory_table.table(), "python memory_table.py writes it anew"
 
 
 def test_gpu_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
