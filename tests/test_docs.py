@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastlr
+from fastlr.optim._groups import OF_ALL_GROUPS, StepOptions
 
 MODULES = ["fastlr", *(m.name for m in pkgutil.walk_packages(fastlr.__path__, "fastlr."))]
 MODULES = [name for name in MODULES if not name.endswith("__main__")]
@@ -34,6 +35,27 @@ def test_the_examples_are_many() -> None:
     modules = [importlib.import_module(name) for name in MODULES]
     examples = sum(len(t.examples) for m in modules for t in finder.find(m))
     assert examples > 40
+
+
+def test_the_options_of_every_optimizer_are_listed_in_one_place() -> None:
+    assert fastlr.optim.__doc__ is not None
+    listed = re.findall(r"^    (\w+): ", fastlr.optim.__doc__, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(StepOptions.__annotations__)
+    by_group = fastlr.optim.__doc__.index("a parameter group may have its own:")
+    for name in listed:
+        place = fastlr.optim.__doc__.index(f"\n    {name}: ")
+        assert (place < by_group) == (name in OF_ALL_GROUPS), name
+
+
+OPTIMIZERS = [getattr(fastlr.optim, name) for name in fastlr.optim.__all__ if name.startswith("Fused")]
+OPTIMIZERS.remove(fastlr.FusedOptimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_every_optimizer_says_where_its_other_options_are(optimizer: type[fastlr.FusedOptimizer]) -> None:
+    assert optimizer.__doc__ is not None
+    assert "what every optimizer takes (clipping, averages)" in optimizer.__doc__.lower()
+    assert ":mod:`fastlr.optim`" in optimizer.__doc__
 
 
 def readme_examples() -> list[str]:
