@@ -85,6 +85,10 @@ class Rule:
         """The tensors of state that an update with these values works on."""
         return [name for name, is_live in self.slots.items() if is_live(values)]
 
+    def always_live(self) -> list[str]:
+        """Those that every update works on."""
+        return [name for name, is_live in self.slots.items() if is_live is _always]
+
 
 def _always(values: Values) -> bool:
     return True

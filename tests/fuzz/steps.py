@@ -424,7 +424,7 @@ class Run:
     def check_slots(self) -> None:
         states = [opt.state_dict()["state"] for opt in (self.optimizer, self.reference)]
         # A file of Adagrad has state of all parameters; torch's makes it for those of its constructor alone.
-        later = states[0].keys() - states[1].keys()
+        later = {k for k in states[0] if all(v is None for v in states[1].get(k, {}).values())}
         states[0] = {k: v for k, v in states[0].items() if k not in later or v.get(STEP) != 0.0}
         ours, theirs = (
             {(k, name): s for k, slots in state.items() for name, s in slots.items() if s is not None}
@@ -558,7 +558,9 @@ class Run:
         slots = self.slots(pair)
         names = list(slots)
         if kind == "one of them" and self.rule.counts:  # the age stays, and what is made anew joins it
-            kind, names = "deleted", [self.rng.choice(names)]
+            kind, names = "deleted", self.rng.sample(names, 1)
+            if names[0] in self.rule.always_live():  # which spoil_slot() takes away
+                return
         elif kind in ("deleted", "None") and self.rule.counts:
             names = list(own)  # also what is not the reference's, see check_slots()
         if kind == "aged" and self.rule.counts:
@@ -580,8 +582,7 @@ class Run:
                 own[name] = None
                 if kind == "deleted":
                     del own[name]
-                if name in theirs:
-                    theirs[name] = None
+                theirs.pop(name, None)
             elif kind == "new":
                 values = random_values(self.rng, slot.shape, slot.dtype)
                 if name not in self.rule.averages:
@@ -644,6 +645,9 @@ class Run:
                 assert self.rule.held(own, name) == value, name
             for key in own.keys() - theirs.defaults.keys() - {"params"}:
                 del own[key]  # clock and schedules, which it carries on but does not know
+            for pair in group.pairs:
+                if self.rule.eager and pair.slot_dtype is None:  # the file has new state of those, too
+                    theirs.state.pop(pair.theirs, None)
         self.reference = theirs
 
     def load_the_references(self) -> None:
@@ -765,12 +769,14 @@ class Run:
         entry = self.optimizer.state[pair.ours]
         slot = entry[name]
         wrong = [torch.zeros(3, 3, 3), slot.to(torch.int32) if not slot.is_complex() else slot.real.clone()]
+        wrong += [None] if self.rule.counts and name in self.rule.always_live() else []
         if STEP in entry and self.rule.counts and self.rng.random() < 0.3:
             name, slot = STEP, entry[STEP]
             wrong = [torch.zeros(2), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
             wrong += [torch.tensor(-1.0)] if self.backend == "cpu" else []  # devices count for themselves
-        entry[name] = self.rng.choice(wrong)
-        return f"{name} of {entry[name].shape} and {entry[name].dtype}", lambda: entry.__setitem__(name, slot)
+        entry[name] = made = self.rng.choice(wrong)
+        what = "that is lost" if made is None else f"of {made.shape} and {made.dtype}"
+        return f"{name} {what}", lambda: entry.__setitem__(name, slot)
 
     def overlap(self) -> Any:
         """Memory shared where the order of reads and writes would decide."""
