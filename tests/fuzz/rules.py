@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from rule_table import Lion
+from rule_table import SGD, Lion
 
 import fastlr
 
@@ -163,11 +163,12 @@ RULES = {
     "sgd": Rule(
         fused=fastlr.FusedSGD,
         cyclic=fastlr.FusedCyclicSGD,
-        torch=torch.optim.SGD,
+        torch=SGD,
         scheduled={"lr": 0.3, "momentum": 0.97, "weight_decay": 0.1},
         options={
             "dampening": _one_of(0.0, 0.0, 0.3, -0.5),
             "nesterov": _sometimes(0.3),
+            "decoupled_weight_decay": _sometimes(0.3),
             **_MAXIMIZE,
         },
         settled=_settled_sgd,
@@ -177,6 +178,7 @@ RULES = {
             "momentum": _NOT_BELOW_ONE,
             "dampening": NO_NUMBERS,
             "nesterov": NO_FLAGS,
+            "decoupled_weight_decay": NO_FLAGS,
         },
         slots={"momentum_buffer": _has_momentum},
         averages=("momentum_buffer",),
