@@ -78,9 +78,10 @@ class Runtime:
     @staticmethod
     def copy(tensors: list[torch.Tensor], originals: list[torch.Tensor]) -> None:
         """Makes each tensor what the one beside it is, in its own type."""
-        if tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(tensors, originals)
+        if not tensors:  # which PyTorch's function refuses
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, originals)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

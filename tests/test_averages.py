@@ -285,6 +285,43 @@ def test_late_gradients(rule: Rule) -> None:
     assert_same([before, *followers[1].averages], averages_of(fused, model))
 
 
+SKIPS = ["norm", "found_inf", "GradScaler"]
+
+
+@with_backends
+@with_rules
+@pytest.mark.parametrize("by", SKIPS)
+def test_they_begin_before_the_first_applied_update(
+    rule: Rule, by: str, backend: str, request: pytest.FixtureRequest
+) -> None:
+    """As the parameters then are, whatever was skipped before, and whoever has changed them since."""
+    if backend != "cpu":
+        reason = "a device has them begin in a first update that it skips"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    model = parameters([(300,), (9000,)])
+    fused = rule.make(model, ema_decay=0.9, max_grad_norm=1.0 if by == "norm" else None, **rule.full)
+    scaler = fastlr.GradScaler(torch.get_default_device().type, init_scale=4.0)
+    scaler.scale(torch.zeros(()))  # sets it up
+    for step in range(2):
+        set_gradients(step, model)
+        if step == 0:
+            model[1].grad[7] = math.nan
+        if by == "found_inf":
+            fused.found_inf = torch.tensor(1.0 - step)
+        if by == "GradScaler":
+            scaler.step(fused)
+            scaler.update()
+        else:
+            fused.step()
+        assert fused.last_step_skipped == (step == 0)
+        if step == 0:
+            with torch.no_grad():
+                torch._foreach_mul_(model, 2.0)
+            follower = Follower(model)
+    follower.follow(0.9)
+    assert_same(follower.averages, averages_of(fused, model))
+
+
 # -- their use -----------------------------------------------------------------------------------
 
 
@@ -343,6 +380,32 @@ def test_what_averaged_weights_refuses() -> None:
     for use in (plain.averaged_weights().__enter__, lambda: plain.copy_averages_to(model)):
         with pytest.raises(ValueError, match="FusedSGD keeps no averages, as ema_decay is None"):
             use()
+
+
+@with_backends
+def test_before_the_first_update_there_are_none() -> None:
+    model = parameters([(300,), (40,)])
+    fused = fastlr.FusedSGD(model, lr=0.1, ema_decay=0.9)
+    before = [p.detach().clone() for p in model]
+    with fused.averaged_weights():
+        assert_same(before, model)
+    fused.copy_averages_to(model)
+    assert_same(before, model)
+    train(1, (model, fused.step))
+
+
+@with_backends
+def test_groups_that_keep_none_stay_what_they_are() -> None:
+    """Also where an average is left from before."""
+    model = parameters([(300,), (40,)])
+    fused = fastlr.FusedSGD([{"params": [p]} for p in model], lr=0.1, ema_decay=0.9)
+    train(2, (model, fused.step))
+    fused.param_groups[1]["ema_decay"] = None
+    before, average = model[1].detach().clone(), averages_of(fused, model)[0].clone()
+    with fused.averaged_weights():
+        assert_same([average, before], model)
+    fused.copy_averages_to(model)
+    assert_same([average, before], model)
 
 
 def network() -> torch.nn.Module:

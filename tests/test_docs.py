@@ -8,10 +8,12 @@ import pkgutil
 import re
 from pathlib import Path
 
+import memory_table
 import pytest
 import torch
 
 import fastlr
+from fastlr.optim._groups import OF_ALL_GROUPS, StepOptions
 
 MODULES = ["fastlr", *(m.name for m in pkgutil.walk_packages(fastlr.__path__, "fastlr."))]
 MODULES = [name for name in MODULES if not name.endswith("__main__")]
@@ -33,6 +35,27 @@ def test_the_examples_are_many() -> None:
     modules = [importlib.import_module(name) for name in MODULES]
     examples = sum(len(t.examples) for m in modules for t in finder.find(m))
     assert examples > 40
+
+
+def test_the_options_of_every_optimizer_are_listed_in_one_place() -> None:
+    assert fastlr.optim.__doc__ is not None
+    listed = re.findall(r"^    (\w+): ", fastlr.optim.__doc__, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(StepOptions.__annotations__)
+    by_group = fastlr.optim.__doc__.index("a parameter group may have its own:")
+    for name in listed:
+        place = fastlr.optim.__doc__.index(f"\n    {name}: ")
+        assert (place < by_group) == (name in OF_ALL_GROUPS), name
+
+
+OPTIMIZERS = [getattr(fastlr.optim, name) for name in fastlr.optim.__all__ if name.startswith("Fused")]
+OPTIMIZERS.remove(fastlr.FusedOptimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_every_optimizer_says_where_its_other_options_are(optimizer: type[fastlr.FusedOptimizer]) -> None:
+    assert optimizer.__doc__ is not None
+    assert "what every optimizer takes (clipping, averages)" in optimizer.__doc__.lower()
+    assert ":mod:`fastlr.optim`" in optimizer.__doc__
 
 
 def readme_examples() -> list[str]:
@@ -58,6 +81,10 @@ def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_readme_has_examples() -> None:
     assert len(readme_examples()) >= 4
+
+
+def test_the_memory_that_the_page_names_is_taken_up() -> None:
+    assert memory_table.in_page() == memory_table.table(), "python memory_table.py writes it anew"
 
 
 def test_gpu_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,29 @@
-"""Optimizers whose native step evaluates its schedules and updates every parameter in one go."""
+"""Optimizers whose native step evaluates its schedules and updates every parameter in one go.
+
+Every optimizer takes, by keyword, besides the arguments of its rule, for all groups together:
+
+    max_grad_norm: what the 2-norm of all gradients as one vector is clipped to before the update, > 0; None:
+        it is not. An attribute, too: :attr:`FusedOptimizer.max_grad_norm`.
+    nonfinite: where that norm is inf or NaN: ``"skip"`` the update, or ``"raise"``. An attribute, too:
+        :attr:`FusedOptimizer.nonfinite`.
+
+and as defaults, of which a parameter group may have its own:
+
+    ema_decay: keeps an average of each parameter, that part of which stays at each update: in [0, 1), or a
+        schedule that stays there; None: none is kept. See :meth:`FusedOptimizer.averaged_weights`.
+    ema_warmup: let the decay grow from 0.1: ``min(ema_decay, (1 + t) / (10 + t))`` after t updates.
+    ema_dtype: ``torch.float32`` keeps the averages of half parameters in float32, which wider ones do in
+        their own type; None keeps all in their parameter's type.
+
+What they and the state cost in memory is in docs/memory.md.
+
+>>> import fastlr, torch
+>>> model = torch.nn.Linear(4, 2)
+>>> groups = [{"params": [model.weight]}, {"params": [model.bias], "ema_decay": None}]
+>>> opt = fastlr.FusedLion(groups, max_grad_norm=1.0, ema_decay=0.9999)
+>>> opt.max_grad_norm, [group["ema_decay"] for group in opt.param_groups]
+(1.0, [0.9999, None])
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class Averages:
                 f"{type(self).__name__} keeps no averages, as ema_decay is None; give it one, as "
                 "ema_decay=0.9999"
             )
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        averaging = (group for group in self.param_groups if group["ema_decay"] is not None)
+        parameters = [p for group in averaging for p in group["params"]]
         return [(p, self.state[p][EMA]) for p in parameters if self.state.get(p, {}).get(EMA) is not None]
 
     def average_buffers(self, model: torch.nn.Module) -> None:

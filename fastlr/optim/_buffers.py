@@ -61,8 +61,9 @@ class BufferAverages:
         self._views: list[torch.Tensor] = []  # without the buffers' version counters
         self._seen: list[torch.Tensor] = []  # the buffers that they are of
         self._state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
-        options: dict[str, Any] = {option.name: False if option.flag else 0.0 for option in plan.options()}
+        options: dict[str, Any] = {}
         for option in plan.options():
+            options[option.name] = None if option.may_be_none else False if option.flag else 0.0
             if option.scheduled:
                 options |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
         self._groups = [{**options, "state_dtype": None, "params": self._views}]

@@ -29,6 +29,7 @@ class FusedAdadelta(FusedOptimizer):
         weight_decay: L2 penalty, >= 0, or a schedule.
         maximize: ascend instead of descend.
         state_dtype, foreach, capturable, differentiable: as for :class:`FusedAdam`.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the range.

@@ -29,6 +29,7 @@ class FusedAdagrad(FusedOptimizer):
         eps: added to the root, >= 0.
         maximize: ascend instead of descend.
         state_dtype, foreach, differentiable, fused: as for :class:`FusedAdam`.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the range.

@@ -46,6 +46,7 @@ class FusedAdam(FusedOptimizer):
         foreach, fused, capturable, differentiable: as torch's optimizers take them, for code that passes
             them on. A step is always fused, can be captured in CUDA graphs and is not differentiable; what
             asks for something else is an error.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Each of them may stand in a parameter group. ``param_groups[i]["betas"]`` is a tuple of floats: what the
     next step will use; their owners stand under ``"beta1_schedule"`` and ``"beta2_schedule"``.
@@ -108,6 +109,7 @@ class FusedAdamW(FusedAdam):
         params, lr, betas, eps, amsgrad, maximize, state_dtype, foreach, fused, capturable, differentiable: as
             for :class:`FusedAdam`.
         weight_decay: >= 0, or a schedule.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the range.

@@ -141,6 +141,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         momentum: fixed momentum; not with cycle_momentum.
         dampening, weight_decay, nesterov, maximize, decoupled_weight_decay, state_dtype, momentum_dtype,
             foreach, fused, capturable, differentiable: as for :class:`FusedSGD`.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range, or belongs to an option that is off.
@@ -237,6 +238,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
             what it is there unless given.
         eps, amsgrad, maximize, state_dtype, foreach, fused, capturable, differentiable: as for
             :class:`FusedAdam`.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range, or belongs to an option that is off.
@@ -318,6 +320,7 @@ class FusedCyclicAdamW(FusedCyclicAdam, FusedAdamW):
     """:class:`FusedAdamW` on a cyclic learning rate; arguments as for :class:`FusedCyclicAdam`.
 
     The weight decay, 0.01 unless given, is decoupled: at each update the parameter shrinks by lr times it.
+    What every optimizer takes (clipping, averages) is listed in :mod:`fastlr.optim`.
 
     >>> import fastlr, torch
     >>> model = torch.nn.Linear(4, 2)

@@ -32,6 +32,7 @@ class FusedRMSprop(FusedOptimizer):
         centered: divide by the root of an estimate of the variance.
         maximize: ascend instead of descend.
         state_dtype, foreach, capturable, differentiable: as for :class:`FusedAdam`.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the range.

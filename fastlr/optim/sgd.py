@@ -44,6 +44,7 @@ class FusedSGD(FusedOptimizer):
         foreach, fused, capturable, differentiable: as torch's optimizers take them, for code that passes
             them on. A step is always fused, can be captured in CUDA graphs and is not differentiable; what
             asks for something else is an error.
+        step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Each of them may stand in a parameter group. ``param_groups[i]["lr"]`` is a float: what the next
     step will use; its owner stands under ``"lr_schedule"``, a schedule or None.

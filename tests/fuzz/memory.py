@@ -107,3 +107,24 @@ def gradient_laid_out(rng: Random, gradient: torch.Tensor, parameter: torch.Tens
         base = torch.full((max(reach, 0) + 1,), float("nan"), dtype=gradient.dtype, device=gradient.device)
         return base.as_strided(parameter.shape, parameter.stride()).copy_(gradient)
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient) if kind == "same" else gradient
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """To the type, or its reals, and back."""
+    assert dtype is not None
+    return values.to(dtype.to_real() if dtype.is_complex else dtype).to(values.dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool(same.all())
+
+
+def assert_twins(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal to the bit, any NaN being like another."""
+    assert ours.dtype == dtype, f"{what} has {ours.dtype}, not {dtype}"
+    ours = as_reals(ours.cpu())
+    theirs = theirs.to(ours.dtype)
+    assert ours.shape == theirs.shape, what
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"

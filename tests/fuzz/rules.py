@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from rule_table import Lion
+from rule_table import SGD, Lion
 
 import fastlr
 
@@ -85,6 +85,10 @@ class Rule:
         """The tensors of state that an update with these values works on."""
         return [name for name, is_live in self.slots.items() if is_live(values)]
 
+    def always_live(self) -> list[str]:
+        """Those that every update works on."""
+        return [name for name, is_live in self.slots.items() if is_live is _always]
+
 
 def _always(values: Values) -> bool:
     return True
@@ -109,15 +113,15 @@ def _one_of(*values: float) -> Callable[[Random], float]:
     return lambda rng: rng.choice(values)
 
 
-_NO_NUMBERS = [float("nan"), float("inf"), "0.1", None, True, 1 + 2j]
-_NO_FLAGS = ["False", "True", "", 0, 1, None, torch.tensor(True)]
-_NEGATIVE = [-1e-9, *_NO_NUMBERS]
-_NOT_BELOW_ONE = [-0.1, 1.0, *_NO_NUMBERS]
-_NOT_UP_TO_ONE = [-0.1, 1.0 + 1e-12, *_NO_NUMBERS]
+NO_NUMBERS = [float("nan"), float("inf"), "0.1", None, True, 1 + 2j]
+NO_FLAGS = ["False", "True", "", 0, 1, None, torch.tensor(True)]
+_NEGATIVE = [-1e-9, *NO_NUMBERS]
+_NOT_BELOW_ONE = [-0.1, 1.0, *NO_NUMBERS]
+_NOT_UP_TO_ONE = [-0.1, 1.0 + 1e-12, *NO_NUMBERS]
 _NO_BETAS = [0.9, None, (), (0.9,), (0.9, 0.99, 0.999), "0.9, 0.99", {0.9: 0.99}]
 
 _MAXIMIZE: Draws = {"maximize": _sometimes(0.2)}
-_EVERY_WRONG = {"lr": _NEGATIVE, "weight_decay": _NEGATIVE, "maximize": _NO_FLAGS}
+_EVERY_WRONG = {"lr": _NEGATIVE, "weight_decay": _NEGATIVE, "maximize": NO_FLAGS}
 _EPS = _one_of(1e-8, 1e-8, 1e-3, 0.0)
 
 _ADAM = Rule(
@@ -139,8 +143,8 @@ _ADAM = Rule(
         "beta2": _NOT_BELOW_ONE,
         "betas": _NO_BETAS,
         "eps": _NEGATIVE,
-        "amsgrad": _NO_FLAGS,
-        "decoupled_weight_decay": _NO_FLAGS,
+        "amsgrad": NO_FLAGS,
+        "decoupled_weight_decay": NO_FLAGS,
     },
     slots={
         "exp_avg": _always,
@@ -159,11 +163,12 @@ RULES = {
     "sgd": Rule(
         fused=fastlr.FusedSGD,
         cyclic=fastlr.FusedCyclicSGD,
-        torch=torch.optim.SGD,
+        torch=SGD,
         scheduled={"lr": 0.3, "momentum": 0.97, "weight_decay": 0.1},
         options={
             "dampening": _one_of(0.0, 0.0, 0.3, -0.5),
             "nesterov": _sometimes(0.3),
+            "decoupled_weight_decay": _sometimes(0.3),
             **_MAXIMIZE,
         },
         settled=_settled_sgd,
@@ -171,8 +176,9 @@ RULES = {
         wrong={
             **_EVERY_WRONG,
             "momentum": _NOT_BELOW_ONE,
-            "dampening": _NO_NUMBERS,
-            "nesterov": _NO_FLAGS,
+            "dampening": NO_NUMBERS,
+            "nesterov": NO_FLAGS,
+            "decoupled_weight_decay": NO_FLAGS,
         },
         slots={"momentum_buffer": _has_momentum},
         averages=("momentum_buffer",),
@@ -198,7 +204,7 @@ RULES = {
             "alpha": _NOT_UP_TO_ONE,
             "momentum": _NOT_BELOW_ONE,
             "eps": _NEGATIVE,
-            "centered": _NO_FLAGS,
+            "centered": NO_FLAGS,
         },
         slots={
             "square_avg": _always,

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import math
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -23,23 +22,28 @@ from typing import Any
 import numpy as np
 import reference
 import torch
+from helpers import through_file
 from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
-from fuzz import schedules
+from fuzz import schedules, stages
 from fuzz.memory import (
     DTYPES,
     EXACT,
     SHAPES,
     Memory,
     as_reals,
+    assert_twins,
     computed_in,
     gradient_laid_out,
     laid_out,
     random_values,
+    rounded,
+    same_bits,
 )
 from fuzz.rules import Rule, rule_of
+from fuzz.stages import EMA, Average, Averaging, Limits, Scalers
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Pair:
         memory: what the parameter is a view of; None: a copy's own.
         first: the step at which it gets its first gradient.
         slot_dtype: of the state that it has, None: it has none.
+        average: what is kept of it, None: nothing is.
         shares: its memory with another, and PyTorch's count of its versions too.
     """
 
@@ -58,6 +63,7 @@ class Pair:
     memory: Memory | None
     first: int
     slot_dtype: torch.dtype | None = None
+    average: Average | None = None
     shares: bool = False
 
     @property
@@ -78,6 +84,11 @@ class Group:
     options: dict[str, Any]
     owners: dict[str, Any] = field(default_factory=dict)
     words: dict[str, Any] = field(default_factory=dict)
+    averaging: Averaging = field(default_factory=Averaging)
+
+    def all_owners(self) -> dict[str, Any]:
+        """Of the options that a schedule can drive, of stages, too."""
+        return {**self.owners, "ema_decay": self.averaging.decay}
 
     def given(self, rule: Rule) -> dict[str, Any]:
         """A parameter group as an optimizer is given it."""
@@ -86,14 +97,8 @@ class Group:
         if self.words:
             for name in ("lr", rule.held_as(rule.cycled)[0]):
                 del held[name]
-        return {**self.options, **held, **self.words, "params": [pair.ours for pair in self.pairs]}
-
-
-def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+        stages = self.averaging.given()
+        return {**self.options, **held, **self.words, **stages, "params": [pair.ours for pair in self.pairs]}
 
 
 SLOT_TYPE = "state_dtype"
@@ -109,6 +114,8 @@ class Run:
 
     def __init__(self, seed: int, backend: str = "cpu") -> None:
         self.rng, self.rule, self.backend = Random(f"steps {seed}"), rule_of(seed), backend
+        self.stage_rng = Random(f"stages {seed}")
+        self.scalers = Scalers(self.stage_rng)
         self.log: list[str] = []
         self.updates = self.samples = self.steps = 0
         self.skipped: bool | None = False
@@ -169,6 +176,7 @@ class Run:
         return group
 
     def set_owners(self, group: Group) -> None:
+        group.averaging = stages.averaging(self)
         group.owners = {name: self.new_owner(top, self.clock) for name, top in self.rule.scheduled.items()}
         if self.cyclic:
             group.words, cycled = self.words()
@@ -220,8 +228,8 @@ class Run:
             if value is not before[name]:
                 (group.owners if name in group.owners else group.options)[name] = value
 
-    def new_owner(self, top: float, start: Callable[[Schedule], int]) -> Any:
-        rng = self.rng
+    def new_owner(self, top: float, start: Callable[[Schedule], int], rng: Random | None = None) -> Any:
+        rng = rng or self.rng
         if rng.random() < 0.4:
             return rng.choice([0.0, rng.uniform(0, top), rng.uniform(0, top), top])
         while True:
@@ -251,10 +259,12 @@ class Run:
         made = [group.given(self.rule) for group in groups]
         kind = self.rule.cyclic if self.cyclic else self.rule.fused
         assert kind is not None
-        arguments = inspect.signature(kind).parameters
-        if len(made) == 1 and self.rng.random() < 0.5 and made[0].keys() <= arguments.keys():
-            return kind(**made[0])
-        return kind(made, **({"base_lr": 0.01, "max_lr": 0.02} if self.cyclic else {}))
+        self.limits = Limits.drawn(self.stage_rng)
+        arguments = inspect.signature(kind).parameters.keys() | Averaging().given().keys()
+        if len(made) == 1 and self.rng.random() < 0.5 and made[0].keys() <= arguments:
+            return kind(**made[0], **self.limits.given())
+        bounds = {"base_lr": 0.01, "max_lr": 0.02} if self.cyclic else {}
+        return kind(made, **bounds, **self.limits.given())
 
     def build_reference(self) -> torch.optim.Optimizer:
         groups = [
@@ -298,7 +308,8 @@ class Run:
 
     # -- one step --------------------------------------------------------------------------------------
 
-    def set_gradients(self, inverse: float = 1.0) -> None:
+    def set_gradients(self, spoilt: Pair | None = None) -> None:
+        """spoilt: gets an inf or NaN into its gradient."""
         for pair in self.pairs:
             pair.ours.grad = pair.theirs.grad = None
             if self.steps < pair.first or self.rng.random() < 0.15:
@@ -309,70 +320,149 @@ class Run:
                 pair.ours.grad = pair.ours.detach()
             else:
                 gradient = random_values(self.rng, pair.ours.shape, pair.dtype)
+                if pair is spoilt:
+                    stages.spoil(self.stage_rng, gradient)
                 pair.ours.grad = gradient_laid_out(self.rng, gradient, pair.ours)
             exact = pair.ours.grad.detach().cpu().resolve_conj().contiguous()
-            pair.theirs.grad = as_reals(exact).to(pair.theirs.dtype, copy=True) * inverse
+            pair.theirs.grad = as_reals(exact).to(pair.theirs.dtype, copy=True)
 
     def step(self) -> None:
-        rng, optimizer = self.rng, self.optimizer
+        rng, stage_rng, limits = self.rng, self.stage_rng, self.limits
         found, scale = rng.choice(
             [(None, None)] * 4 + [(0.0, None), (1.0, None), (0.0, 1024.0), (0.0, 7 / 3), (1.0, 4.0)]
         )
+        scales, clips = stage_rng.random() < 0.25, limits.max_grad_norm is not None
+        spoils = (scales or clips) and stage_rng.random() < 0.15
+        self.set_gradients(stage_rng.choice(self.pairs) if spoils else None)
+        kept = [pair.ours.grad.clone() if pair.ours.grad is not None else None for pair in self.pairs]
+        versions = [pair.ours._version for pair in self.pairs]
+        scaler = self.scalers.ours if scales and any(gradient is not None for gradient in kept) else None
+        if scaler is not None:
+            found, scale = None, scaler.get_scale()
         inverse = 1.0 if scale is None else float(np.float32(1.0 / scale_as_float32(scale)))
-        self.set_gradients(inverse)
+        norm = self.expected_norm(kept)
+        nonfinite = not found and not math.isfinite(norm) and (clips or scaler is not None)
+        raises = nonfinite and scaler is None and limits.nonfinite == "raise"
+        by = "" if scaler is None else " by fastlr.GradScaler"
+        self.note(f"step{by}, found_inf={found}, grad_scale={scale}" + nonfinite * ", nonfinite")
+        consumed = rng.choice([0, 0, 1, 32])
+        told = self.told(consumed, found, scale if scaler is None else None)
+        with told, refused(RuntimeError, "the gradients' norm") if raises else nullcontext():
+            self.take_step(scaler)
+            if raises:
+                self.optimizer.sync()  # when a device tells of it
+        if scaler is not None:
+            gradients = [pair.theirs.grad for pair in self.pairs if pair.theirs.grad is not None]
+            assert self.scalers.torchs_applies(gradients) is not nonfinite
+            assert scaler.state_dict() == self.scalers.theirs.state_dict()
+        skipped = bool(found) or nonfinite
+        self.check_written(kept, versions, skipped)
+        self.steps += 1
+        self.skipped = skipped
+        self.norm = None
+        if self.measures or clips or scaler is not None:
+            self.norm = float("nan") if found else inverse * norm
+        if raises and self.backend == "cpu":  # as if there had been no step
+            self.skipped, consumed = None, 0
+        if not skipped:
+            # To the bit by the norm that it has measured, which check() looks at.
+            self.step_reference(inverse * limits.clip(self.optimizer.last_grad_norm) if clips else inverse)
+        elif self.backend != "cpu":  # the device finds out, when the state is there
+            if self.rule.counts:
+                self.prepare_reference()
+            self.remove_early_averages()
+        self.samples += consumed
+        if rng.random() < 0.4:
+            more = rng.choice([0, 1, 32])
+            self.optimizer.advance_samples(more)
+            self.samples += more
+
+    @contextmanager
+    def told(self, consumed: int, found: float | None, scale: float | None) -> Iterator[None]:
+        """What a loader and torch's GradScaler tell an optimizer of one step."""
+        optimizer = self.optimizer
         if found is not None:
             optimizer.found_inf = torch.tensor(found)
         if scale is not None:
             optimizer.grad_scale = torch.tensor(scale)
-        self.note(f"step, found_inf={found}, grad_scale={scale}")
-        kept = [pair.ours.grad.clone() if pair.ours.grad is not None else None for pair in self.pairs]
-        versions = [pair.ours._version for pair in self.pairs]
-        consumed = rng.choice([0, 0, 1, 32])
         hook = None
-        if consumed:  # as a loader tells it, before the step
+        if consumed:  # before the step
             hook = optimizer.register_step_pre_hook(
                 lambda stepping, *_: setattr(stepping, "_samples_of_step", consumed)
             )
-        if rng.random() < 0.2:
-            assert optimizer.step(lambda: 7.0) == 7.0
-        else:
-            optimizer.step()
+        yield
         if hook is not None:
             hook.remove()
         for name in ("found_inf", "grad_scale"):
             optimizer.__dict__.pop(name, None)
+
+    def take_step(self, scaler: fastlr.GradScaler | None) -> None:
+        closure = [lambda: 7.0] if self.rng.random() < 0.2 else []
+        if scaler is None:
+            returned = self.optimizer.step(*closure)
+        else:
+            returned = scaler.step(self.optimizer, *closure)
+            scaler.update()
+        assert returned == (7.0 if closure else None)
+
+    def check_written(self, kept: list[torch.Tensor | None], versions: list[int], skipped: bool) -> None:
         for before, version, pair in zip(kept, versions, self.pairs, strict=True):
             gradient = pair.ours.grad
             if gradient is None or gradient.data_ptr() != pair.ours.data_ptr():
                 assert before is None or same_bits(before, gradient), "a gradient was written"
-            counted = pair.ours._version - version
-            assert found or counted == (gradient is not None) or (pair.shares and counted <= 2), "its version"
-        self.steps += 1
-        self.skipped = bool(found)
-        self.norm = None
-        if self.measures:
-            self.norm = float("nan") if found else inverse * self.expected_norm(kept)
-        if not found:
-            self.step_reference()
-        elif self.backend != "cpu" and self.rule.counts:  # the device finds out, when the state is there
-            self.prepare_reference()
-        self.samples += consumed
-        if rng.random() < 0.4:
-            more = rng.choice([0, 1, 32])
-            optimizer.advance_samples(more)
-            self.samples += more
+            counted, once = pair.ours._version - version, gradient is not None
+            assert skipped or counted == once or (pair.shares and counted <= 2), "its version"
 
-    def step_reference(self) -> None:
+    def remove_early_averages(self) -> None:
+        """A device makes them in a first update that it skips, and they stay what the parameters are then."""
+        for pair in self.pairs:
+            if pair.average is None:
+                self.optimizer.state.get(pair.ours, {}).pop(EMA, None)
+
+    def step_reference(self, factor: float) -> None:
+        """factor: of the gradients."""
         self.tell_reference()
         self.prepare_reference()
-        self.reference.step()
+        gradients = [pair.theirs.grad for pair in self.pairs]
+        decays = self.begin_averages()
+        for pair in self.pairs:
+            pair.theirs.grad = None
+        # Of those that share memory, an average follows before the next one is updated.
+        alone = [[number] for number, pair in enumerate(self.pairs) if pair.shares]
+        for part in [[n for n, pair in enumerate(self.pairs) if not pair.shares], *alone]:
+            taken = [n for n in part if gradients[n] is not None]
+            for number in taken:
+                self.pairs[number].theirs.grad = gradients[number] * factor
+            self.reference.step()
+            for number in taken:
+                pair = self.pairs[number]
+                pair.theirs.grad = None
+                pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
+                if decays[number] is not None:
+                    pair.average.follow(pair, decays[number])
         self.updates += 1
         for group in self.groups:
             for pair in group.pairs:
-                pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
                 if self.slots(pair) and pair.slot_dtype is None:
                     pair.slot_dtype = group.options[SLOT_TYPE] or pair.dtype
                 self.round_slots(pair)
+
+    def begin_averages(self) -> list[float | None]:
+        """Those that an update has begin. The decay for each pair, None: its average stays."""
+        decays = []
+        for group in self.groups:
+            for pair in group.pairs:
+                decays.append(self.decay(group) if pair.theirs.grad is not None else None)
+                if decays[-1] is not None and pair.average is None:
+                    pair.average = Average.of(pair, group.averaging.kept_in(pair.dtype))
+        return decays
+
+    def decay(self, group: Group) -> float | None:
+        """Of the averages, at the next update."""
+        if group.averaging.decay is None:
+            return None
+        decay, before = self.value(group.averaging.decay), self.updates
+        return min(decay, (1 + before) / (10 + before)) if group.averaging.warmup else decay
 
     def slots(self, pair: Pair) -> dict[str, torch.Tensor]:
         """What the reference has as a parameter's state."""
@@ -387,10 +477,14 @@ class Run:
         """As a file that is loaded does, to the types that its groups name."""
         for group in self.groups:
             group.owners = {n: o if isinstance(o, tuple) else float(o) for n, o in group.owners.items()}
+            if isinstance(group.averaging.decay, (torch.Tensor, np.generic)):
+                group.averaging.decay = float(group.averaging.decay)
             for pair in group.pairs:
                 pair.slot_dtype = pair.slot_dtype and (group.options[SLOT_TYPE] or pair.dtype)
                 if pair.slot_dtype is not None:
                     self.round_slots(pair)
+                if pair.average is not None:
+                    pair.average.convert(group.averaging.kept_in(pair.dtype))
 
     def expected_norm(self, kept: list[torch.Tensor | None]) -> float:
         gradients = [as_reals(gradient.cpu().resolve_conj()) for gradient in kept if gradient is not None]
@@ -406,14 +500,16 @@ class Run:
             norm = optimizer.last_grad_norm
             assert (norm is None) == (self.norm is None)
             if norm is not None and not (math.isnan(norm) and math.isnan(self.norm)):
-                assert norm == self.norm or abs(norm - self.norm) <= 1e-6 * self.norm, (norm, self.norm)
+                assert norm == self.norm or abs(norm - self.norm) <= 1e-12 * self.norm, (norm, self.norm)
         for group, own in zip(self.groups, optimizer.param_groups, strict=True):
-            for name, owner in group.owners.items():
+            for name, owner in group.all_owners().items():
                 schedule, start = owner if isinstance(owner, tuple) else (None, own[f"{name}_start"])
                 assert own[f"{name}_schedule"] == schedule
                 assert own[f"{name}_start"] == start
-                assert float(self.rule.held(own, name)) == self.value(owner), name
-            for name, value in group.options.items():
+                held = self.rule.held(own, name)
+                assert (held is owner is None) or float(held) == self.value(owner), name
+            averaging = {"ema_warmup": group.averaging.warmup, "ema_dtype": group.averaging.dtype}
+            for name, value in (group.options | averaging).items():
                 assert own[name] == value, name
         for number, pair in enumerate(self.pairs):
             assert_twins(f"parameter {number}", pair.ours.detach(), pair.theirs.detach(), pair.dtype)
@@ -423,8 +519,11 @@ class Run:
 
     def check_slots(self) -> None:
         states = [opt.state_dict()["state"] for opt in (self.optimizer, self.reference)]
+        states[0] = {k: dict(entry) for k, entry in states[0].items()}
+        for number, pair in enumerate(self.pairs):
+            self.check_average(number, pair, states[0].get(number, {}).pop(EMA, None))
         # A file of Adagrad has state of all parameters; torch's makes it for those of its constructor alone.
-        later = states[0].keys() - states[1].keys()
+        later = {k for k in states[0] if all(v is None for v in states[1].get(k, {}).values())}
         states[0] = {k: v for k, v in states[0].items() if k not in later or v.get(STEP) != 0.0}
         ours, theirs = (
             {(k, name): s for k, slots in state.items() for name, s in slots.items() if s is not None}
@@ -443,6 +542,11 @@ class Run:
                 assert slot == theirs[place], place
             else:
                 assert_twins(str(place), slot, theirs[place], slot_type(self.pairs[place[0]]))
+
+    def check_average(self, number: int, pair: Pair, found: torch.Tensor | None) -> None:
+        assert (found is None) == (pair.average is None), f"average of parameter {number}"
+        if found is not None and pair.average is not None:
+            assert_twins(f"average of parameter {number}", found, pair.average.values, pair.average.dtype)
 
     # -- what people do between steps --------------------------------------------------------------------
 
@@ -490,7 +594,7 @@ class Run:
             target.owners.update(owners)
 
     def set_clock(self) -> None:
-        owners = [o for group in self.groups for o in group.owners.values() if isinstance(o, tuple)]
+        owners = [o for group in self.groups for o in group.all_owners().values() if isinstance(o, tuple)]
         at = {"updates": self.updates, "samples": self.samples}
         for unit in self.rng.sample(list(at), self.rng.choice([1, 2])):
             at[unit] = self.rng.choice([0, self.rng.randrange(60), self.rng.randrange(10**6)])
@@ -558,13 +662,17 @@ class Run:
         slots = self.slots(pair)
         names = list(slots)
         if kind == "one of them" and self.rule.counts:  # the age stays, and what is made anew joins it
-            kind, names = "deleted", [self.rng.choice(names)]
+            kind, names = "deleted", self.rng.sample(names, 1)
+            if names[0] in self.rule.always_live():  # which spoil_slot() takes away
+                return
         elif kind in ("deleted", "None") and self.rule.counts:
             names = list(own)  # also what is not the reference's, see check_slots()
         if kind == "aged" and self.rule.counts:
             age = self.rng.choice([0, 3, 10**6])
             for step in (own[STEP], theirs[STEP]):
                 step.fill_(age)
+        if kind in ("deleted", "None") and EMA in names:
+            pair.average = None
         for name in names:
             slot = own.get(name)
             if not isinstance(slot, torch.Tensor):
@@ -580,8 +688,7 @@ class Run:
                 own[name] = None
                 if kind == "deleted":
                     del own[name]
-                if name in theirs:
-                    theirs[name] = None
+                theirs.pop(name, None)
             elif kind == "new":
                 values = random_values(self.rng, slot.shape, slot.dtype)
                 if name not in self.rule.averages:
@@ -613,7 +720,7 @@ class Run:
     def save_and_load(self) -> None:
         """Into an optimizer of other arguments."""
         saved = through_file(self.optimizer.state_dict())
-        was_cyclic = self.cyclic
+        was_cyclic, had_limits = self.cyclic, self.limits
         self.cyclic = self.rule.cyclic is not None and self.rng.random() < 0.3
         others = [Group(group.pairs, dict(group.options)) for group in self.groups]
         for other in others:
@@ -622,7 +729,7 @@ class Run:
             self.set_owners(other)
         into = self.build(others)
         if self.rng.random() < 0.3:
-            into, self.cyclic = self.optimizer, was_cyclic
+            into, self.cyclic, self.limits = self.optimizer, was_cyclic, had_limits
         self.note(f"saved and loaded into {'itself' if into is self.optimizer else into}")
         kept = copy.deepcopy(saved)
         into.load_state_dict(saved)
@@ -644,6 +751,12 @@ class Run:
                 assert self.rule.held(own, name) == value, name
             for key in own.keys() - theirs.defaults.keys() - {"params"}:
                 del own[key]  # clock and schedules, which it carries on but does not know
+            for pair in group.pairs:
+                found = theirs.state.get(pair.theirs, {}).pop(EMA, None)
+                assert (found is None) == (pair.average is None)
+                assert found is None or same_bits(found, pair.average.values), "carried on"
+                if self.rule.eager and pair.slot_dtype is None:  # the file has new state of those, too
+                    theirs.state.pop(pair.theirs, None)
         self.reference = theirs
 
     def load_the_references(self) -> None:
@@ -657,6 +770,8 @@ class Run:
                 if self.rule.eager and pair.slot_dtype is None:  # as it was when that was built
                     self.make_state(group, pair, self.values(group))
         self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
+        for pair in self.pairs:
+            pair.average = None
         self.convert_slots()
 
     def go_back(self) -> None:
@@ -665,7 +780,12 @@ class Run:
         values = [pair.ours.detach().clone() for pair in self.pairs]
         twins = [pair.theirs.detach().clone() for pair in self.pairs]
         theirs = copy.deepcopy(self.reference.state_dict())
-        model = copy.deepcopy([(g.options, g.owners, [p.slot_dtype for p in g.pairs]) for g in self.groups])
+        model = copy.deepcopy(
+            [
+                (g.options, g.owners, g.averaging, [(p.slot_dtype, p.average) for p in g.pairs])
+                for g in self.groups
+            ]
+        )
         at = self.updates, self.samples
         for _ in range(self.rng.choice([1, 3])):
             self.step()
@@ -676,10 +796,10 @@ class Run:
         for pair, value, twin in zip(self.pairs, values, twins, strict=True):
             pair.ours.data.copy_(value)
             pair.theirs.data.copy_(twin)
-        for group, (options, owners, dtypes) in zip(self.groups, model, strict=True):
-            group.options, group.owners = options, owners
-            for pair, dtype in zip(group.pairs, dtypes, strict=True):
-                pair.slot_dtype = dtype
+        for group, (options, owners, averaging, states) in zip(self.groups, model, strict=True):
+            group.options, group.owners, group.averaging = options, owners, averaging
+            for pair, (dtype, average) in zip(group.pairs, states, strict=True):
+                pair.slot_dtype, pair.average = dtype, average
         self.convert_slots()
 
     def fail(self) -> None:
@@ -722,9 +842,9 @@ class Run:
 
         wrong = {
             name: [(name, value) for value in values] if name in own else part(name, values)
-            for name, values in self.rule.wrong.items()
+            for name, values in (self.rule.wrong | stages.WRONG).items()
         }
-        for name in self.rule.scheduled:
+        for name in (*self.rule.scheduled, "ema_decay"):
             if own[f"{name}_schedule"] is not None:
                 wrong[name] += part(name, [self.rule.held(own, name) + 0.01])
                 start = f"{name}_start"
@@ -753,7 +873,10 @@ class Run:
             (pair, name)
             for group in self.groups
             for pair in group.pairs
-            for name in self.rule.live(self.values(group))
+            for name in (
+                *self.rule.live(self.values(group)),
+                *([EMA] if self.decay(group) is not None else []),
+            )
             if pair.ours.grad is not None and isinstance(state.get(pair.ours, {}).get(name), torch.Tensor)
         ]
 
@@ -765,12 +888,14 @@ class Run:
         entry = self.optimizer.state[pair.ours]
         slot = entry[name]
         wrong = [torch.zeros(3, 3, 3), slot.to(torch.int32) if not slot.is_complex() else slot.real.clone()]
+        wrong += [None] if self.rule.counts and name in self.rule.always_live() else []
         if STEP in entry and self.rule.counts and self.rng.random() < 0.3:
             name, slot = STEP, entry[STEP]
             wrong = [torch.zeros(2), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
             wrong += [torch.tensor(-1.0)] if self.backend == "cpu" else []  # devices count for themselves
-        entry[name] = self.rng.choice(wrong)
-        return f"{name} of {entry[name].shape} and {entry[name].dtype}", lambda: entry.__setitem__(name, slot)
+        entry[name] = made = self.rng.choice(wrong)
+        what = "that is lost" if made is None else f"of {made.shape} and {made.dtype}"
+        return f"{name} {what}", lambda: entry.__setitem__(name, slot)
 
     def overlap(self) -> Any:
         """Memory shared where the order of reads and writes would decide."""
@@ -819,6 +944,9 @@ class Run:
             action = self.rng.choice(self.ACTIONS)
             action(self)
             self.check()
+            if self.stage_rng.random() < 0.6:
+                self.stage_rng.choice(stages.ACTIONS)(self)
+                self.check()
 
 
 def as_plain(value: Any) -> Any:
@@ -839,27 +967,6 @@ def slot_type(pair: Pair) -> torch.dtype:
     assert pair.slot_dtype is not None
     real = pair.dtype.is_complex and not pair.slot_dtype.is_complex
     return pair.slot_dtype.to_complex() if real else pair.slot_dtype
-
-
-def rounded(values: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """To the type, or its reals, and back."""
-    assert dtype is not None
-    return values.to(dtype.to_real() if dtype.is_complex else dtype).to(values.dtype)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    same = (a == b) | (a.isnan() & b.isnan())
-    return bool(same.all())
-
-
-def assert_twins(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> None:
-    """Equal to the bit, any NaN being like another."""
-    assert ours.dtype == dtype, f"{what} has {ours.dtype}, not {dtype}"
-    ours = as_reals(ours.cpu())
-    theirs = theirs.to(ours.dtype)
-    assert ours.shape == theirs.shape, what
-    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fuzz import seeds
 from fuzz.steps import Run
@@ -20,3 +21,15 @@ def test_a_run_is_pytorchs_whatever_happens_between_its_steps(seed: int, backend
     except BaseException as error:
         error.add_note("\n".join(run.log)) if hasattr(error, "add_note") else print(*run.log, sep="\n")
         raise
+
+
+def test_the_options_of_every_optimizer_are_of_many_kinds() -> None:
+    runs = [Run(seed) for seed in range(60)]
+    averaging = [group.averaging for run in runs for group in run.groups]
+    assert {type(drawn.decay) for drawn in averaging} == {type(None), float, tuple}
+    assert {(drawn.warmup, drawn.dtype) for drawn in averaging} == {
+        (warmup, dtype) for warmup in (False, True) for dtype in (None, torch.float32)
+    }
+    limits = [run.limits for run in runs]
+    assert {drawn.max_grad_norm is None for drawn in limits} == {False, True}
+    assert {drawn.nonfinite for drawn in limits} == {"skip", "raise"}
