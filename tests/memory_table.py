@@ -41,13 +41,15 @@ ROWS = (
     Row((fastlr.FusedLion,)),
 )
 # Parameters that take up the same.
-TYPES = ((torch.float32,), (torch.bfloat16, torch.float16), (torch.float64,))
+TYPES = ((torch.float32,), (torch.bfloat16,), (torch.float16,), (torch.float64,))
 # Options of every optimizer, a column each.
 COLUMNS: tuple[dict[str, Any], ...] = (
     {},
     {"state_dtype": torch.float32},
     {"ema_decay": 0.999},
     {"state_dtype": torch.float32, "ema_decay": 0.999},
+    {"master_weights": True},
+    {"master_weights": True, "ema_decay": 0.999},
 )
 
 

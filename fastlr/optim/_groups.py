@@ -210,39 +210,14 @@ def checked_state_dtype(where: str, value: object, name: str = "state_dtype") ->
 
 
 class OptionsOfAllGroups(TypedDict, total=False):
-    """What every optimizer takes besides its rule's options, for all groups at once.
-
-    Args:
-        max_grad_norm: what the 2-norm of all gradients as one vector is clipped to before the update, > 0;
-            None: it is not. See :attr:`FusedOptimizer.max_grad_norm`.
-        nonfinite: where that norm is inf or NaN: ``"skip"`` the update, or ``"raise"``.
-    """
+    """What every optimizer takes besides, for all groups at once, as :mod:`fastlr.optim` says."""
 
     max_grad_norm: float | None
     nonfinite: Literal["skip", "raise"]
 
 
 class StageOptions(TypedDict, total=False):
-    """What every optimizer takes for its groups besides its rule's options.
-
-    Args:
-        ema_decay: keeps an average of each parameter in ``state[p]["ema"]``: in [0, 1), or a schedule; None:
-            none is kept. See :meth:`FusedOptimizer.averaged_weights`.
-        ema_warmup: let the decay grow from 0.1: ``min(ema_decay, (1 + t) / (10 + t))`` after t updates.
-        ema_dtype: ``torch.float32`` keeps the averages of half parameters in float32, which wider ones do in
-            their own type; None keeps all in their parameter's type.
-        max_grad_value: gradients without GradScaler's scale are clipped to [-max_grad_value, max_grad_value]
-            element by element, as by ``clip_grad_value_`` (of complex ones either part), before their norm is
-            measured and clipped; > 0; None: they are not.
-        cautious: decoupled weight decay spares what the rule moves away from zero (arXiv 2510.12402):
-            ``p = p * (1 - lr * weight_decay)`` only where the update and p do not have one sign.
-        master_weights: half parameters are updated as if they were float32, and their state is float32. What
-            a bfloat16 lacks of its float32 master is kept in ``state[p]["master"]``: 16 bits (int16), to a
-            float16 all of it (float32). Other parameters stay as they are.
-        stochastic_rounding: a bfloat16 parameter is rounded up or down by chance, in proportion to the
-            distances, so that small updates count on average. Not for float16; wider ones stay as they are.
-        rounding_seed: of that chance; the same in all processes that hold the same parameters.
-    """
+    """What every optimizer takes for its groups besides its rule's options, as :mod:`fastlr.optim` says."""
 
     ema_decay: float | Schedule | None
     ema_warmup: bool

@@ -142,12 +142,13 @@ class RuleState:
         return kept
 
     def is_new(self, entry: dict[str, torch.Tensor]) -> bool:
-        """Whether state is as :meth:`new` makes it; without a ``step``, whether it is all zeros."""
+        """Whether state is as :meth:`new` makes it; without a ``step``, whether the rule's is all zeros."""
         if any(map(Runtime.has_no_values, entry.values())):
             return True
         if STEP in entry:
             return float(entry[STEP]) == 0.0
-        return not any(bool(tensor.any()) for tensor in entry.values())
+        of_rule = [tensor for name, tensor in entry.items() if name in self.slots]
+        return bool(of_rule) and not any(bool(tensor.any()) for tensor in of_rule)
 
     def in_file(
         self, state: dict[Any, dict[str, Any]], parameters: dict[Any, torch.Tensor], group: dict[str, Any]
