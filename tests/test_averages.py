@@ -292,8 +292,8 @@ SKIPS = ["norm", "found_inf", "GradScaler"]
 @with_rules
 @pytest.mark.parametrize("by", SKIPS)
 def test_they_begin_before_the_first_applied_update(rule: Rule, by: str, backend: str) -> None:
-    """As the parameters then are, whatever was skipped before, and whoever has changed them since; on devices,
-    which alone know what they skip, before the first step."""
+    """As the parameters then are, whatever was skipped before, and whoever has changed them since; on
+    devices, which alone know what they skip, before the first step."""
     model = parameters([(300,), (9000,)])
     fused = rule.make(model, ema_decay=0.9, max_grad_norm=1.0 if by == "norm" else None, **rule.full)
     scaler = fastlr.GradScaler(torch.get_default_device().type, init_scale=4.0)
@@ -321,7 +321,7 @@ def test_they_begin_before_the_first_applied_update(rule: Rule, by: str, backend
 
 
 def test_a_distributed_checkpoint_before_the_first_update_is_of_none() -> None:
-    """The first update has no dampening; an average, which is not zero from the beginning, does not change that."""
+    """The first update has no dampening; an average, which begins as other than zero, does not change that."""
 
     def first_update(**options: Any) -> torch.Tensor:
         models = [torch.nn.Linear(3, 1, bias=False) for _ in range(2)]

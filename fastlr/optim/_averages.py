@@ -127,8 +127,8 @@ class Averages:
         """The parameters are their averages inside a ``with`` block, and themselves again behind it.
 
         With ``ema_decay`` a step keeps an average of each parameter in ``state[p]["ema"]``, in its own pass
-        over the parameter. Before the first applied update it is the parameter as it then is (on a CUDA device,
-        which alone knows what it skips, as it is at the first step); after each applied one::
+        over the parameter. Before the first applied update it is the parameter as it then is (on a CUDA
+        device, which alone knows what it skips, as it is at the first step). After each::
 
             ema = ema + (1 - decay) * (p - ema)     (ema.lerp_(p, 1 - decay), of complex numbers part by part)
             decay = min(ema_decay, (1 + t) / (10 + t)) if ema_warmup else ema_decay
