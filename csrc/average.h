@@ -13,7 +13,7 @@ struct Average {
   T part;  // of the way from m to x, negative: from x to m
   Mask<T> from_start;
 
-  FASTLR_HD_MEMBER T moved(T m, T x) const {
+  FASTLR_HD_MEMBER_INLINED T moved(T m, T x) const {
     return fused_multiply_add(x - m, part, select(from_start, m, x));
   }
 };

@@ -10,8 +10,10 @@
 #define FASTLR_HD __host__ __device__ static inline
 #define FASTLR_HD_MEMBER __host__ __device__
 #define FASTLR_HD_INLINED __host__ __device__ static inline
+#define FASTLR_HD_MEMBER_INLINED __host__ __device__ inline
 #else
 #define FASTLR_HD static inline
 #define FASTLR_HD_MEMBER
 #define FASTLR_HD_INLINED static inline __attribute__((always_inline))
+#define FASTLR_HD_MEMBER_INLINED inline __attribute__((always_inline))
 #endif

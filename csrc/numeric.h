@@ -149,7 +149,7 @@ FASTLR_HD Mask<T> mask_of(bool condition) {
 
 // a where the mask is of true, else b.
 template <typename T>
-FASTLR_HD T select(Mask<T> mask, T a, T b) {
+FASTLR_HD_INLINED T select(Mask<T> mask, T a, T b) {
   decltype(mask.bits) of_a, of_b;
   memcpy(&of_a, &a, sizeof of_a);
   memcpy(&of_b, &b, sizeof of_b);
@@ -165,14 +165,14 @@ FASTLR_HD double square_root(double x) { return __builtin_sqrt(x); }
 
 // As torch.clamp between -bound and bound: NaN stays.
 template <typename T>
-FASTLR_HD T clipped(T x, T bound) {
+FASTLR_HD_INLINED T clipped(T x, T bound) {
   const T from_above = x > bound ? bound : x;
   return from_above < -bound ? -bound : from_above;
 }
 
 // The larger of two numbers, NaN where one of them is, as torch.maximum.
 template <typename T>
-FASTLR_HD T larger(T a, T b) {
+FASTLR_HD_INLINED T larger(T a, T b) {
   return a > b || a != a ? a : b;
 }
 

@@ -104,15 +104,16 @@ FASTLR_HD GroupScalars<R>& as(AnyScalars& scalars) {
   return *reinterpret_cast<GroupScalars<R>*>(scalars.bytes);
 }
 
-// Whether the rule is about to move a parameter away from zero: by what it would make of a zero.
+// How far a parameter lies on the way that the rule is about to move it, which is the way of what
+// it would make of a zero: above 0 where that is away from zero.
 template <typename R, typename T>
-FASTLR_HD_INLINED bool is_opposed(const Scalars<R, T>& s, uint32_t live, T p, T g,
-                                  const T (&slots)[R::kSlotCount]) {
+FASTLR_HD_INLINED T ahead(const Scalars<R, T>& s, uint32_t live, T p, T g,
+                          const T (&slots)[R::kSlotCount]) {
   T way = T(0);
   T copies[R::kSlotCount];
   for (int k = 0; k < R::kSlotCount; ++k) copies[k] = slots[k];
   R::update(s.rule, live, way, g, copies);
-  return ((way > T(0)) & (p > T(0))) | ((way < T(0)) & (p < T(0)));
+  return way > T(0) ? p : way < T(0) ? -p : T(0);
 }
 
 // What a loop over elements is made for. What is called neither plain nor not staged may be so;
@@ -134,7 +135,7 @@ FASTLR_HD_INLINED void update_element(const Scalars<R, T>& s, const Form& form, 
     if (form.coupled) {
       g = fused_multiply_add(s.around.weight_decay, p, g);
     } else if (form.staged) {
-      const bool opposed = is_opposed(s, form.live, p, g, slots);
+      const bool opposed = ahead(s, form.live, p, g, slots) > T(0);
       p = p * (opposed ? s.around.of_opposed : s.around.of_parameter);
     } else {  // to multiply by 1 as well costs up to a tenth of a step through main memory
       p = p * s.around.of_parameter;

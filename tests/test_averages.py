@@ -321,7 +321,7 @@ def test_they_begin_before_the_first_applied_update(rule: Rule, by: str, backend
 
 
 def test_a_distributed_checkpoint_before_the_first_update_is_of_none() -> None:
-    """The first update has no dampening; an average, which begins as other than zero, does not change that."""
+    """The first update has no dampening, whether or not there is an average, which is no zero."""
 
     def first_update(**options: Any) -> torch.Tensor:
         models = [torch.nn.Linear(3, 1, bias=False) for _ in range(2)]

@@ -214,8 +214,8 @@ def test_every_native_rule_is_launched_with_every_set_of_state(programs: tuple[A
     assert {rule.lower() for rule in rules} == set(found)
     for rule, kind in found.items():
         (sets,) = re.findall(r"kLiveSets\[\] = \{([^}]*)\}", (native / "rules" / f"{rule}.h").read_text())
-        with_and_without_averages = 2
-        assert len(launch_everything.options_of(kind)) == with_and_without_averages * sets.count("0b")
+        of_stages = 4  # averages or none, masters or none
+        assert len(launch_everything.options_of(kind)) == of_stages * sets.count("0b")
     assert smoke.missing_rules() == set()
 
 

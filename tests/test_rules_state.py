@@ -480,7 +480,7 @@ def test_the_constructors_name_for_the_type_of_state_is_refused_in_a_group_in_us
 
 
 BAD_STEPS: dict[str, tuple[Callable[[], Any], str]] = {
-    "int64": (lambda: torch.tensor(2), "must be one float32 on cpu, got an unsupported type of shape ()"),
+    "int64": (lambda: torch.tensor(2), "must be one float32 on cpu, got int64 of shape ()"),
     "float64": (lambda: torch.tensor(2.0, dtype=torch.float64), "must be one float32 on cpu, got float64"),
     "two": (lambda: torch.tensor([2.0, 2.0]), "must be one float32 on cpu, got float32 of shape (2,)"),
     "none": (lambda: torch.zeros(0), "must be one float32 on cpu, got float32 of shape (0,)"),
