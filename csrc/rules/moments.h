@@ -37,7 +37,9 @@ struct SquareAverage {
   T decay;
   T part;
 
-  FASTLR_HD_MEMBER_INLINED T moved(T v, T g) const { return fused_multiply_add(part * g, g, v * decay); }
+  FASTLR_HD_MEMBER_INLINED T moved(T v, T g) const {
+    return fused_multiply_add(part * g, g, v * decay);
+  }
 };
 
 template <typename T>
