@@ -44,6 +44,7 @@ import fastlr
 from fastlr._files import write_text
 
 MAX_NORM = 1.0  # far below the norm of every set: all gradients are clipped
+MAX_VALUE = 1.0  # of gradients about as large
 EMA_DECAY = 0.999
 SCALE = 1024.0
 
@@ -51,6 +52,7 @@ SCALE = 1024.0
 CASES: dict[str, tuple[str, ...]] = {
     "step": (),
     "unscale": ("unscale",),
+    "clip by value": ("value",),
     "clip": ("clip",),
     "average": ("average",),
     "clip, average": ("clip", "average"),
@@ -77,6 +79,8 @@ def make_fastlr(
     options: dict[str, Any] = {}
     if "clip" in stages:
         options["max_grad_norm"] = MAX_NORM
+    if "value" in stages:
+        options["max_grad_value"] = MAX_VALUE
     if "average" in stages:
         options["ema_decay"] = EMA_DECAY
     optimizer = rule.optimizer(parameters, **options)
@@ -104,9 +108,12 @@ def make_torch(
     optimizer = rule.theirs(parameters, lr=lr, **rule.options, **form)  # type: ignore[call-arg]
     schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
     averages = [p.detach().clone() for p in parameters]
-    unscales, clips, averages_weights = (stage in stages for stage in ("unscale", "clip", "average"))
+    kinds = ("unscale", "value", "clip", "average")
+    unscales, clips_values, clips, averages_weights = (stage in stages for stage in kinds)
 
     def clip() -> None:
+        if clips_values:
+            torch.nn.utils.clip_grad_value_(parameters, MAX_VALUE, foreach=True)
         if clips:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
 
@@ -133,7 +140,7 @@ def make_torch(
                 all_pieces()
             scaler.update()
         else:
-            if clips:
+            if clips or clips_values:
                 scaler.unscale_(optimizer)
                 clip()
             scaler.step(optimizer)
