@@ -130,7 +130,7 @@ def test_a_scaler_finds_what_is_not_finite_before_it_is_clipped(rule: Rule, kind
             p.grad *= float(scaler.get_scale() if p in set(ours) else other.get_scale())
         if step in (0, 3):
             ours[1].grad[8999] = theirs[1].grad[8999] = (math.inf, 0, 0, math.nan)[step]
-        scaler.scale(torch.zeros(()))
+        scaler.scale(torch.zeros(()))  # sets it up
         other.scale(torch.zeros(()))
         for scales, optimizer in ((scaler, fused), (other, reference)):
             scales.step(optimizer)

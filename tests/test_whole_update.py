@@ -18,7 +18,7 @@ with_backends = pytest.mark.usefixtures("backend")
 
 
 def set_up(scaler: torch.amp.GradScaler) -> Any:
-    scaler.scale(torch.zeros(()))
+    scaler.scale(torch.zeros((), device=scaler._device))
     return scaler
 
 

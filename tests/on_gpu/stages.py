@@ -139,7 +139,13 @@ TESTS = (
     "test_amp.py",
     "test_grad_norm.py",
     "test_clip_grad_norm.py",
+    "test_clip_grad_value.py",
     "test_grad_scaler.py",
+    "test_averages.py",
+    "test_buffer_averages.py",
+    "test_master_weights.py",
+    "test_stochastic_rounding.py",
+    "test_whole_update.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
 )
