@@ -162,8 +162,21 @@ bool Gathering::answers(const char* question, PyObject* tensor) const {
 // Meta and fake tensors.
 bool Gathering::has_no_values(PyObject* tensor) const { return answers("has_no_values", tensor); }
 
-const double* Gathering::stage_options(const GroupReading& group) const {
-  return group.options.value + group_reader_.rule().rule_options;
+Gathering::Traits Gathering::traits_of(PyObject* group, Py_ssize_t index,
+                                       const GroupReading& reading) const {
+  const Rule& rule = group_reader_.rule();
+  const double* const option = reading.options.value + rule.rule_options;
+  Traits traits{};
+  traits.in_float32 = keeps_float32(group, index, names().state_dtype);
+  traits.averages_in_float32 = keeps_float32(group, index, names().ema_dtype);
+  traits.live = rule.live_slots(reading.options, 0);
+  traits.live_on_device = rule.live_slots(reading.options, reading.driven_options);
+  traits.of_halves = option[kMasterWeights] != 0.0        ? Keeping::kMaster
+                     : option[kStochasticRounding] != 0.0 ? Keeping::kStochastic
+                                                          : Keeping::kNearest;
+  traits.max_value = max_value_of(option);
+  traits.staged = std::isfinite(traits.max_value) || option[kCautious] != 0.0;
+  return traits;
 }
 
 // Notes memory that the step will write.
@@ -189,7 +202,7 @@ std::string Gathering::type_of_slot(const Place& place, int slot, const TensorRe
   if (slot == kMasterSlot) return ref.type == StorageType::kBFloat16 ? "int16" : "float32";
   if (slot != kEmaSlot && ref.kept == Keeping::kMaster) return "float32 with master_weights=True";
   const bool is_average = slot == kEmaSlot;
-  const bool in_float32 = of_group(is_average ? averages_in_float32_ : in_float32_, place);
+  const bool in_float32 = is_average ? traits(place).averages_in_float32 : traits(place).in_float32;
   const bool takes_float32 = in_float32 && (!is_average || is_half(ref.type));
   return std::string(takes_float32 ? "float32" : "its own type") + " with " +
          (is_average ? "ema_dtype=" : "state_dtype=") + (in_float32 ? "torch.float32" : "None");
@@ -371,16 +384,16 @@ uint32_t Gathering::find_state(const Parameter& parameter, uint32_t live, bool w
 // it gets state of its kind, and nothing is computed.
 void Gathering::gather_shape(const Place& place, size_t position) {
   const Parameter& parameter = parameters_[position];
-  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  const Traits& of_group = traits(place);
   const Rule& rule = group_reader_.rule();
-  const bool masters = stage_options(group)[kMasterWeights] != 0.0;
-  const bool has_master = masters && answers("is_half", parameter.tensor);
-  uint32_t live = rule.live_slots(group.options, 0);
+  const bool has_master =
+      of_group.of_halves == Keeping::kMaster && answers("is_half", parameter.tensor);
+  uint32_t live = of_group.live;
   if (!has_master) live &= ~(1u << kMasterSlot);
   Entries entries;
   const uint32_t missing = find_state(parameter, live, rule.counts_steps, entries);
   if (missing != 0) {
-    const bool in_float32 = has_master || of_group(in_float32_, place);
+    const bool in_float32 = has_master || of_group.in_float32;
     new_state_.push_back(
         {position, kNoTensor, place, missing, 0, in_float32, {}, entries, {}, Owned()});
   }
@@ -406,24 +419,9 @@ void Gathering::check_gradient_memory(const Place& place, const Parameter& param
   }
 }
 
-// What stages there are to a parameter, but for whether an average is kept.
-void Gathering::set_stages(const Place& place, size_t position, TensorRef& ref) const {
-  const double* const option = stage_options(groups_[static_cast<size_t>(place.group_index)]);
-  const bool widens = is_half(ref.type) && of_group(averages_in_float32_, place);
-  ref.ema_type = widens ? StorageType::kFloat32 : ref.type;
-  ref.place = static_cast<int32_t>(position);
-  ref.max_value = max_value_of(option);
-  ref.kept = Keeping::kNearest;
-  if (is_half(ref.type) && option[kMasterWeights] != 0.0) ref.kept = Keeping::kMaster;
-  if (is_half(ref.type) && option[kStochasticRounding] != 0.0) {
-    if (ref.type == StorageType::kFloat16) {
-      refuse("stochastic_rounding is for bfloat16, and " + describe(place) +
-             " has float16; give its group master_weights=True instead.");
-    }
-    ref.kept = Keeping::kStochastic;
-  }
-  ref.staged =
-      ref.kept != Keeping::kNearest || std::isfinite(ref.max_value) || option[kCautious] != 0.0;
+void Gathering::refuse_chance(const Place& place) const {
+  refuse("stochastic_rounding is for bfloat16, and " + describe(place) +
+         " has float16; give its group master_weights=True instead.");
 }
 
 void Gathering::gather(const Place& place, size_t position) {
@@ -497,24 +495,30 @@ void Gathering::gather(const Place& place, size_t position) {
     see_gradient(parameter, views);
   }
 
-  TensorRef ref{};
+  // In their places at once: to copy what has just been written byte by byte makes the processor
+  // wait.
+  TensorRef& ref = tensors_.emplace_back();
+  const Traits& of_group = traits(place);
   ref.param = p.data;
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
+  ref.place = static_cast<int32_t>(position);
+  ref.max_value = of_group.max_value;
   storage_type(p.dtype, ref.type);
-  set_stages(place, position, ref);
-  const bool in_float32 = of_group(in_float32_, place) || ref.kept == Keeping::kMaster;
+  const bool half = is_half(ref.type);
+  ref.kept = half ? of_group.of_halves : Keeping::kNearest;
+  if (ref.kept == Keeping::kStochastic && ref.type == StorageType::kFloat16) refuse_chance(place);
+  const bool in_float32 = of_group.in_float32 || ref.kept == Keeping::kMaster;
   ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
+  ref.ema_type = half && of_group.averages_in_float32 ? StorageType::kFloat32 : ref.type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
   const Rule& rule = group_reader_.rule();
-  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
-  const uint32_t driven = updated_by == kHost ? 0 : group.driven_options;
-  uint32_t live = rule.live_slots(group.options, driven);
+  uint32_t live = updated_by == kHost ? of_group.live : of_group.live_on_device;
   if (ref.kept != Keeping::kMaster) live &= ~(1u << kMasterSlot);
   ref.averages = is_live(live, kEmaSlot);
-  ref.staged = ref.staged || ref.averages;
+  ref.staged = of_group.staged || ref.averages || ref.kept != Keeping::kNearest;
   const uint32_t of_rule = live & kRuleSlots;
   const bool with_step = of_rule != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
@@ -537,17 +541,28 @@ void Gathering::gather(const Place& place, size_t position) {
   // As on the host: whoever deletes a buffer there is has its parameter begin anew.
   if (with_step && !rule.counts_steps && !has_slots) missing |= 1u << kMaxSlots;
   ref.age = has_slots ? 1 : 0;
-  sources_.push_back({tensor, updated_by, {}, nullptr});
+  Source& source = sources_.emplace_back();
+  source.parameter = tensor;
+  source.place = updated_by;
   if (missing == 0) {
     attach_state(place, parameter, entries, views, ref);
-    set_source(sources_.back(), entries);
+    set_source(source, entries);
   } else {
     const int64_t age = !rule.counts_steps && has_slots ? 1 : 0;
-    new_state_.push_back(
-        {position, tensors_.size(), place, missing, age, in_float32, views, entries, {}, Owned()});
+    new_state_.push_back({position,
+                          tensors_.size() - 1,
+                          place,
+                          missing,
+                          age,
+                          in_float32,
+                          views,
+                          entries,
+                          {},
+                          Owned()});
   }
-  if (group.large_options != 0) check_range(place, ref, updated_by);
-  tensors_.push_back(ref);
+  if (groups_[static_cast<size_t>(place.group_index)].large_options != 0) {
+    check_range(place, ref, updated_by);
+  }
   parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
 }
@@ -681,8 +696,7 @@ void Gathering::gather_all(PyObject* param_groups, PyObject* state) {
   groups_ = group_reader_.read(param_groups);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
     PyObject* const group = PyList_GET_ITEM(param_groups, i);
-    in_float32_.push_back(keeps_float32(group, i, names().state_dtype) ? 1 : 0);
-    averages_in_float32_.push_back(keeps_float32(group, i, names().ema_dtype) ? 1 : 0);
+    traits_.push_back(traits_of(group, i, groups_[static_cast<size_t>(i)]));
   }
   size_t position = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
@@ -717,8 +731,7 @@ Owned Gathering::new_slot(const NewState& added, int slot) const {
     return checked(PyObject_CallMethod(runtime_, "new_master", "O", parameter));
   }
   const bool is_average = slot == kEmaSlot;
-  const bool in_float32 =
-      is_average ? of_group(averages_in_float32_, added.place) : added.in_float32;
+  const bool in_float32 = is_average ? traits(added.place).averages_in_float32 : added.in_float32;
   return checked(PyObject_CallMethod(runtime_, is_average ? "new_average" : "new_state", "OO",
                                      parameter, in_float32 ? float32_.get() : Py_None));
 }
@@ -842,8 +855,7 @@ void Gathering::clear() {
     PyErr_Restore(type, value, traceback);
   }
   groups_.clear();
-  in_float32_.clear();
-  averages_in_float32_.clear();
+  traits_.clear();
   tensors_.clear();
   sources_.clear();
   layouts_.clear();

@@ -105,8 +105,19 @@ class Gathering {
     bool has_room = false;  // ... and whether it was added to the optimizer's state
   };
 
-  static bool of_group(const std::vector<char>& flags, const Place& place) {
-    return flags[static_cast<size_t>(place.group_index)] != 0;
+  // What of a group holds for all its parameters.
+  struct Traits {
+    bool in_float32;           // whether it keeps state in float32 ...
+    bool averages_in_float32;  // ... and averages of half parameters
+    uint32_t live;             // a bit for each slot of a half parameter ...
+    uint32_t live_on_device;   // ... where schedules move on by themselves
+    Keeping of_halves;
+    double max_value;  // what gradients are clipped to element by element, or infinity
+    bool staged;       // whatever its parameters are
+  };
+
+  const Traits& traits(const Place& place) const {
+    return traits_[static_cast<size_t>(place.group_index)];
   }
 
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
@@ -131,10 +142,10 @@ class Gathering {
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
   bool answers(const char* question, PyObject* tensor) const;
-  const double* stage_options(const GroupReading& group) const;
+  Traits traits_of(PyObject* group, Py_ssize_t index, const GroupReading& reading) const;
   bool has_type(int slot, dlpack::DataType type, const TensorRef& ref) const;
   std::string type_of_slot(const Place& place, int slot, const TensorRef& ref) const;
-  void set_stages(const Place& place, size_t position, TensorRef& ref) const;
+  void refuse_chance(const Place& place) const;
   PyObject* find(const Parameter& parameter, PyObject* key) const;
   uint32_t find_state(const Parameter& parameter, uint32_t live, bool with_step,
                       Entries& found) const;
@@ -177,8 +188,7 @@ class Gathering {
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
-  std::vector<char> in_float32_;           // whether a group keeps state in float32 ...
-  std::vector<char> averages_in_float32_;  // ... and averages of half parameters
+  std::vector<Traits> traits_;  // of groups_, one each
   std::vector<TensorRef> tensors_;
   std::vector<Source> sources_;
   std::vector<StridedLayout> layouts_;

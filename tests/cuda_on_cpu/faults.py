@@ -522,10 +522,10 @@ FAULTS = {
         KERNELS, "if constexpr (kStaged) return clipped(x, s.around.bound);", "", *STATE
     ),
     "the norm that clips of gradients before they are clipped by value": Fault(
-        KERNELS, "if (bound < static_cast<C>(INFINITY)) {", "if (false) {", *STATE
+        KERNELS, "if (bound < static_cast<C>(INFINITY)) {", "if (false) {", *TENSORS
     ),
     "an infinity that is sought clipped": Fault(
-        KERNELS, "return keeps_inf && is_inf ? x : clipped(x, bound);", "return clipped(x, bound);", *STATE
+        KERNELS, "return keeps_inf && is_inf ? x : clipped(x, bound);", "return clipped(x, bound);", *TENSORS
     ),
     "clipped after the scale is taken out": Fault(
         STEP,

@@ -37,6 +37,20 @@ const std::vector<Reference> kReferences = references();
 // How elements and threads are dealt out matters to all rules alike: the first takes all cases.
 bool is_first(const Reference& reference) { return &reference == &kReferences.front(); }
 
+// Those of the groups that tensors may be of which are such ones.
+template <typename Is>
+std::vector<int> groups_of_tensors(const Reference& reference, Is is) {
+  const std::vector<Group> groups = make_groups(*find_rule(reference.rule), reference);
+  std::vector<int> found;
+  for (unsigned i = 0; i < kGroupsOfTensors; ++i) {
+    if (is(groups[i])) found.push_back(static_cast<int>(i));
+  }
+  return found;
+}
+// Which all groups do that have more stages than averages.
+bool clips_values(const Group& group) { return is_set(group.options, "max_grad_value"); }
+bool rounds_by_chance(const Group& group) { return is_set(group.options, "stochastic_rounding"); }
+
 // Makes tensors of random groups.
 struct Maker {
   const Reference& reference;
@@ -96,6 +110,10 @@ Cases make_cases(const Reference& reference, bool few, std::mt19937& random) {
       add(flat(near), Leads::same(same));
       if (!few) add(flat(near), {lead(), lead(), {lead(), lead(), lead(), lead(), lead()}});
     }
+    if (type == StorageType::kBFloat16) {  // what each of two chunks is rounded by
+      add(flat(kChunkElements + 300), Leads::same(0));
+      cases.back()->group = groups_of_tensors(reference, rounds_by_chance).front();
+    }
     for (const Leads& leads : misalignments<P, M>())
       if (!few || random() % 16 == 0) add(flat(1 + static_cast<int64_t>(random() % 70)), leads);
     for (size_t k = 1; k < reference.slots.size(); ++k) {  // of one slot alone
@@ -135,14 +153,10 @@ Cases some_cases(const Reference& reference, std::mt19937& random) {
 
 // Those of the groups that have averages, or no stage at all.
 std::vector<int> groups_with(const Reference& reference, bool averages) {
-  const std::vector<Group> groups = make_groups(*find_rule(reference.rule), reference);
-  std::vector<int> found;
-  for (unsigned i = 0; i < kGroupsOfTensors; ++i) {
-    const bool is_staged = is_set(groups[i].options, "max_grad_value");
-    if (is_live(groups[i].slots(reference), kEmaSlot) == averages && (averages || !is_staged))
-      found.push_back(static_cast<int>(i));
-  }
-  return found;
+  return groups_of_tensors(reference, [&](const Group& group) {
+    const bool has_average = is_live(group.slots(reference), kEmaSlot);
+    return averages ? has_average : !has_average && !clips_values(group);
+  });
 }
 
 // `count` tensors of one storage type, with averages or without any stage. Most are empty, as these
@@ -299,10 +313,14 @@ void check_launches_in_order(const Reference& reference) {
   }
 }
 
-// A step that looks for inf and NaN itself, for GradScaler.
+// A step that looks for inf and NaN itself, for GradScaler, also among what is clipped by value.
 void check_seeking(const Reference& reference) {
   std::mt19937 random(5);
-  Optimizer optimizer(0, reference, some_cases(reference, random));
+  Cases cases = some_cases(reference, random);
+  constexpr size_t kClipped = 4, kFree = 1;  // strided ones, which have gradients of their own
+  cases[kClipped]->group = groups_of_tensors(reference, clips_values).front();
+  cases[kFree]->group = 0;
+  Optimizer optimizer(0, reference, std::move(cases));
   optimizer.evaluate();
   optimizer.with_scaler(true);
   optimizer.seek_inf(true);
@@ -310,12 +328,14 @@ void check_seeking(const Reference& reference) {
     optimizer.clip_norm(limit);
     for (const double value : {double(INFINITY), double(NAN)}) {
       for (const float scale : {8.0f, 0.0f}) {  // which has no usable inverse
-        const double before = optimizer.put_in_gradient(1, value);
-        optimizer.set_amp(0.0f, scale);
-        optimizer.step();
-        optimizer.put_in_gradient(1, before);
-        optimizer.set_amp(0.0f, 8.0f);
-        optimizer.step();
+        for (const size_t at : {kClipped, kFree}) {
+          const double before = optimizer.put_in_gradient(at, value);
+          optimizer.set_amp(0.0f, scale);
+          optimizer.step();
+          optimizer.put_in_gradient(at, before);
+          optimizer.set_amp(0.0f, 8.0f);
+          optimizer.step();
+        }
       }
     }
     optimizer.set_amp(1.0f, 0.0f);
