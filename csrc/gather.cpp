@@ -495,30 +495,36 @@ void Gathering::gather(const Place& place, size_t position) {
     see_gradient(parameter, views);
   }
 
-  // In their places at once: to copy what has just been written byte by byte makes the processor
-  // wait.
-  TensorRef& ref = tensors_.emplace_back();
   const Traits& of_group = traits(place);
+  StorageType type;
+  storage_type(p.dtype, type);
+  const bool half = is_half(type);
+  const Keeping kept = half ? of_group.of_halves : Keeping::kNearest;
+  if (kept == Keeping::kStochastic && type == StorageType::kFloat16) refuse_chance(place);
+  const bool in_float32 = of_group.in_float32 || kept == Keeping::kMaster;
+
+  // In its place at once, and not read again: a processor waits where it reads as one word, as to
+  // copy it, what has just been written as several.
+  static constexpr TensorRef kEmpty{};
+  TensorRef& ref = tensors_.emplace_back(kEmpty);
   ref.param = p.data;
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   ref.place = static_cast<int32_t>(position);
   ref.max_value = of_group.max_value;
-  storage_type(p.dtype, ref.type);
-  const bool half = is_half(ref.type);
-  ref.kept = half ? of_group.of_halves : Keeping::kNearest;
-  if (ref.kept == Keeping::kStochastic && ref.type == StorageType::kFloat16) refuse_chance(place);
-  const bool in_float32 = of_group.in_float32 || ref.kept == Keeping::kMaster;
-  ref.state_type = in_float32 ? StorageType::kFloat32 : ref.type;
-  ref.ema_type = half && of_group.averages_in_float32 ? StorageType::kFloat32 : ref.type;
+  ref.type = type;
+  ref.kept = kept;
+  ref.state_type = in_float32 ? StorageType::kFloat32 : type;
+  ref.ema_type = half && of_group.averages_in_float32 ? StorageType::kFloat32 : type;
   will_write(p.data, parameter.order.extent, p.dtype);
 
   // A device moves its schedules itself, and may meet another value than the host expects.
   const Rule& rule = group_reader_.rule();
   uint32_t live = updated_by == kHost ? of_group.live : of_group.live_on_device;
-  if (ref.kept != Keeping::kMaster) live &= ~(1u << kMasterSlot);
-  ref.averages = is_live(live, kEmaSlot);
-  ref.staged = of_group.staged || ref.averages || ref.kept != Keeping::kNearest;
+  if (kept != Keeping::kMaster) live &= ~(1u << kMasterSlot);
+  const bool averages = is_live(live, kEmaSlot);
+  ref.averages = averages;
+  ref.staged = of_group.staged || averages || kept != Keeping::kNearest;
   const uint32_t of_rule = live & kRuleSlots;
   const bool with_step = of_rule != 0 && (rule.counts_steps || updated_by != kHost);
   Entries entries;
