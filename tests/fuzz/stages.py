@@ -21,21 +21,35 @@ import torch
 from helpers import through_file
 
 import fastlr
-from fuzz.memory import as_reals, assert_twins, laid_out, random_values, rounded, same_bits
+from fuzz.halves import HALVES, RESTS, joined, offsets, random_bits, rounded_by_chance, split
+from fuzz.memory import (
+    as_reals,
+    assert_twins,
+    laid_out,
+    random_values,
+    rounded,
+    same_bits,
+)
 from fuzz.rules import NO_FLAGS, NO_NUMBERS
 
 if TYPE_CHECKING:
-    from fuzz.steps import Pair, Run
+    from fuzz.steps import Group, Pair, Run
 
 EMA = "ema"
-HALVES = (torch.float16, torch.bfloat16)
+MASTER = "master"
 TOP_DECAY = 0.999
+ALWAYS_DECOUPLED = (fastlr.FusedAdamW, fastlr.FusedLion)
 
 # Values that no step takes.
 WRONG: dict[str, list[Any]] = {
     "ema_decay": [-0.1, 1.0, *(value for value in NO_NUMBERS if value is not None)],
     "ema_warmup": NO_FLAGS,
     "ema_dtype": [torch.bfloat16, "float32"],
+    "max_grad_value": [0.0, -0.1, *(value for value in NO_NUMBERS if value is not None)],
+    "cautious": NO_FLAGS,
+    "master_weights": NO_FLAGS,
+    "stochastic_rounding": NO_FLAGS,
+    "rounding_seed": [-1e-9, *NO_NUMBERS],
 }
 
 
@@ -81,11 +95,109 @@ class Average:
     def of(cls, pair: Pair, dtype: torch.dtype) -> Average:
         return cls(rounded(pair.theirs.detach(), dtype).clone(), dtype)
 
-    def follow(self, pair: Pair, decay: float) -> None:
-        self.values = rounded(self.values.lerp(pair.theirs.detach(), 1 - decay), self.dtype)
+    def follow(self, values: torch.Tensor, decay: float) -> None:
+        self.values = rounded(self.values.lerp(values, 1 - decay), self.dtype)
 
     def convert(self, dtype: torch.dtype) -> None:
         self.values, self.dtype = rounded(self.values, dtype), dtype
+
+
+# -- bounds, cautious decay, and how halves are kept -----------------------------------------------------
+
+
+@dataclass
+class Staging:
+    """What a group is told of the stages that have no schedule."""
+
+    max_grad_value: float | None = None
+    cautious: bool = False
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    rounding_seed: float = 0.0
+
+    def given(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def has_master(self, dtype: torch.dtype) -> bool:
+        return self.master_weights and dtype in HALVES
+
+    def clip(self, gradient: torch.Tensor, inverse: float) -> torch.Tensor:
+        """A gradient, as reals of what is computed in, that still carries its scale."""
+        if self.max_grad_value is None:
+            return gradient
+        kind = np.float64 if gradient.dtype is torch.float64 else np.float32
+        bound = float(kind(self.max_grad_value) / kind(inverse))
+        return gradient.clamp(-bound, bound)
+
+    def widen(self, pair: Pair) -> None:
+        """Makes a parameter's twin its master, for an update."""
+        if self.has_master(pair.dtype):
+            pair.theirs.data = joined(pair.theirs.data, pair.rest, pair.dtype)
+
+    def keep(self, pair: Pair, updates: int, place: int) -> torch.Tensor:
+        """Makes its twin what the parameter stores after an update, and returns what averages follow.
+
+        Args:
+            updates: applied before.
+            place: of the parameter among the optimizer's.
+        """
+        if self.has_master(pair.dtype):
+            master = pair.theirs.data
+            pair.theirs.data, pair.rest = split(master, pair.dtype)
+            return master
+        if self.stochastic_rounding and pair.dtype is torch.bfloat16:
+            random = random_bits(self.rounding_seed, updates, place, offsets(pair.ours))
+            pair.theirs.data = rounded_by_chance(pair.theirs.data, random)
+        else:
+            pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
+        return pair.theirs.data
+
+
+def staging(run: Run, group: Group) -> Staging:
+    """Of a new group."""
+    rng = run.stage_rng
+    made = Staging(drawn_bound(rng), decouples(run, group) and rng.random() < 0.5)
+    made.master_weights, made.stochastic_rounding = rng.choice(keepings(group))
+    made.rounding_seed = drawn_seed(rng)
+    return made
+
+
+def drawn_bound(rng: Random) -> float | None:
+    return rng.choice([*[None] * 6, 1e-40, 1e-3, 0.5, rng.uniform(0.01, 3.0), 1e6])
+
+
+def drawn_seed(rng: Random) -> float:
+    return rng.choice([0.0, 1.0, 7.5, float(rng.randrange(2**53))])
+
+
+def keepings(group: Group) -> list[tuple[bool, bool]]:
+    """What may stand as master_weights and stochastic_rounding in a group."""
+    by_chance = [] if any(pair.dtype is torch.float16 for pair in group.pairs) else [(False, True)] * 2
+    return [(False, False), (True, False), *by_chance]
+
+
+def decouples(run: Run, group: Group) -> bool:
+    """Whether the rule's weight decay shrinks parameters, and may be cautious."""
+    return run.rule.fused in ALWAYS_DECOUPLED or bool(group.options.get("decoupled_weight_decay", False))
+
+
+def decay_cautiously(run: Run, group: Group, pair: Pair) -> None:
+    """Of a twin with its gradient: shrinks what the rule, which then has no decay, moves towards zero."""
+    values = run.values(group)
+    zeros = torch.nn.Parameter(torch.zeros_like(pair.theirs))
+    moves = run.like_reference([{**values, "weight_decay": 0.0, "params": [zeros]}])
+    moves.state[zeros] = copy.deepcopy(run.reference.state.get(pair.theirs, {}))
+    zeros.grad = pair.theirs.grad
+    moves.step()
+    p, way = pair.theirs.data, zeros.data
+    is_opposed = ((way > 0) & (p > 0)) | ((way < 0) & (p < 0))
+    p.copy_(torch.where(is_opposed, p, p * (1 - values["lr"] * values["weight_decay"])))
+
+
+def check_master(number: int, pair: Pair, found: torch.Tensor | None) -> None:
+    assert (found is None) == (pair.rest is None), f"master of parameter {number}"
+    if found is not None and pair.rest is not None:
+        assert_twins(f"master of parameter {number}", found, pair.rest, RESTS[pair.dtype])
 
 
 # -- the norm ----------------------------------------------------------------------------------------
@@ -207,7 +319,7 @@ def operate_on_average(run: Run) -> None:
     average, entry = pair.average, run.optimizer.state[pair.ours]
     assert average is not None
     kind = rng.choice(["moved", "laid out", "written", "deleted", "None", "new"])
-    run.note(f"average of parameter {[p is pair for p in run.pairs].index(True)}: {kind}")
+    run.note(f"average of parameter {position(run, pair)}: {kind}")
     if kind == "moved":
         entry[EMA].data = entry[EMA].data.clone()
     elif kind == "laid out":
@@ -268,6 +380,236 @@ def set_limits(run: Run) -> None:
         setattr(run.optimizer, name, value)
 
 
+def set_stages_by_hand(run: Run) -> None:
+    rng = run.stage_rng
+    place = rng.randrange(len(run.groups))
+    own, group = run.optimizer.param_groups[place], run.groups[place]
+    name = rng.choice(
+        ["max_grad_value", "max_grad_value", "cautious", "stochastic_rounding", "rounding_seed"]
+    )
+    drawn: Any
+    if name == "max_grad_value":
+        drawn = drawn_bound(rng)
+    elif name == "cautious":
+        drawn = decouples(run, group) and not group.staging.cautious
+    elif name == "stochastic_rounding":
+        drawn = not group.staging.stochastic_rounding
+        if drawn and (group.staging.master_weights or (False, True) not in keepings(group)):
+            return
+    else:
+        drawn = drawn_seed(rng)
+    kinds = [bool, np.bool_] if isinstance(drawn, bool) else [float, np.float64, np.float32, torch.tensor]
+    value = None if drawn is None else rng.choice(kinds)(drawn)
+    run.note(f"group {place}: {name} = {value!r}")
+    own[name] = value
+    setattr(group.staging, name, None if value is None else type(drawn)(value))
+
+
+def keep_otherwise(run: Run) -> None:
+    """With masters or without; by a file, as state is then of another type."""
+    place = run.stage_rng.randrange(len(run.groups))
+    group = run.groups[place]
+    kept = dict(
+        zip(("master_weights", "stochastic_rounding"), run.stage_rng.choice(keepings(group)), strict=True)
+    )
+    run.note(f"group {place}: {kept}, and its own file loaded")
+    for name, value in kept.items():
+        run.optimizer.param_groups[place][name] = value
+        setattr(group.staging, name, value)
+    run.optimizer.load_state_dict(through_file(run.optimizer.state_dict()))
+    run.convert_slots()
+
+
+def halves_of(run: Run) -> list[tuple[Group, Pair]]:
+    return [(group, pair) for group in run.groups for pair in group.pairs if pair.dtype in HALVES]
+
+
+def with_masters(run: Run) -> list[Pair]:
+    return [pair for _, pair in halves_of(run) if pair.rest is not None]
+
+
+def write_parameter(run: Run) -> None:
+    """In its place, so that the master has to follow."""
+    halves = with_masters(run) or [pair for _, pair in halves_of(run)]
+    if not halves:
+        return
+    rng = run.stage_rng
+    pair = rng.choice(halves)
+    values = pair.ours.detach().cpu().clone(memory_format=torch.contiguous_format)
+    kind = rng.choice(["scaled", "negated", "drawn", "one number", "some of them"])
+    if kind == "scaled":
+        values *= 1.5
+    elif kind == "negated":
+        values.neg_()
+    elif kind == "drawn":
+        values = random_values(rng, values.shape, values.dtype)
+    else:
+        number = rng.choice([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0])
+        chosen = torch.rand(
+            values.shape, generator=torch.Generator("cpu").manual_seed(rng.randrange(99)), device="cpu"
+        )
+        values = torch.where(
+            chosen < (0.5 if kind == "some of them" else 2.0),
+            torch.tensor(number, dtype=values.dtype, device="cpu"),
+            values,
+        )
+    run.note(f"parameter {position(run, pair)} written: {kind}")
+    with torch.no_grad():
+        pair.ours.copy_(values)
+    pair.theirs.data = values.to(pair.theirs.dtype)
+
+
+def operate_on_master(run: Run) -> None:
+    """Moved, laid out otherwise, written, deleted."""
+    pairs = with_masters(run)
+    if not pairs:
+        return
+    rng = run.stage_rng
+    pair = rng.choice(pairs)
+    entry, kind = (
+        run.optimizer.state[pair.ours],
+        rng.choice(["moved", "laid out", "zero", "new", "deleted", "None"]),
+    )
+    run.note(f"master of parameter {position(run, pair)}: {kind}")
+    if kind == "moved":
+        entry[MASTER].data = entry[MASTER].data.clone()
+    elif kind == "laid out":
+        entry[MASTER] = laid_out(rng, entry[MASTER].cpu())[0]
+    elif kind == "zero":
+        entry[MASTER].zero_()
+        pair.rest = torch.zeros_like(pair.rest)
+    elif kind == "new":
+        pair.rest = drawn_rest(rng, pair)
+        entry[MASTER] = laid_out(rng, pair.rest)[0]
+    else:
+        pair.rest = entry[MASTER] = None
+        if kind == "deleted":
+            del entry[MASTER]
+
+
+def drawn_rest(rng: Random, pair: Pair) -> torch.Tensor:
+    """Any lower half; of whole masters some that the parameter is not what they round to."""
+    if pair.dtype is torch.bfloat16:
+        generator = torch.Generator("cpu").manual_seed(rng.randrange(2**31))
+        return torch.randint(-(2**15), 2**15, pair.ours.shape, generator=generator, device="cpu").to(
+            torch.int16
+        )
+    near = pair.theirs.detach() * (1 + 2.0**-12)
+    return torch.where(random_values(rng, near.shape, near.dtype) > 0, near, near + 1)
+
+
+def position(run: Run, pair: Pair) -> int:
+    return [other is pair for other in run.pairs].index(True)
+
+
+def fail(run: Run) -> None:
+    """A step with the gradients that there are."""
+    rng = run.stage_rng
+    place = rng.randrange(len(run.groups))
+    spoils = [spoil_master, spoil_master, overlap_master, round_float16_by_chance, *CONFLICTS]
+    kind = rng.choice(spoils)
+    run.fail_by(lambda: kind(run, place) if kind in CONFLICTS else kind(run))
+
+
+def put(own: dict[str, Any], name: str, value: Any) -> Any:
+    """What fail_by() takes."""
+    before = own[name]
+    own[name] = value
+    return f"{name} = {value!r}", lambda: own.__setitem__(name, before)
+
+
+def live_masters(run: Run) -> list[Pair]:
+    """Those that the next step reads."""
+    return [
+        pair
+        for group, pair in halves_of(run)
+        if group.staging.master_weights and pair.rest is not None and pair.ours.grad is not None
+    ]
+
+
+def spoil_master(run: Run) -> Any:
+    live = live_masters(run)
+    if not live:
+        return None
+    pair = run.stage_rng.choice(live)
+    other = RESTS[torch.float16 if pair.dtype is torch.bfloat16 else torch.bfloat16]
+    shape = pair.ours.shape
+    wrong = [
+        torch.zeros(3, 3, 3, dtype=RESTS[pair.dtype]),
+        torch.zeros(shape, dtype=other),
+        torch.zeros(shape, dtype=pair.dtype),
+    ]
+    return put(run.optimizer.state[pair.ours], MASTER, run.stage_rng.choice(wrong))
+
+
+def overlap_master(run: Run) -> Any:
+    """Lets a master lie where other memory of the step is."""
+    live = [pair for pair in live_masters(run) if pair.ours.numel()]
+    if not live:
+        return None
+    pair = run.stage_rng.choice(live)
+    entry = run.optimizer.state[pair.ours]
+    if pair.dtype is torch.bfloat16:
+        return put(entry, MASTER, pair.ours.detach().view(torch.int16))
+    others = [
+        entry[name]
+        for other, name in run.live_state()
+        if other is pair and entry[name].dtype is torch.float32
+    ]
+    return put(entry, MASTER, run.stage_rng.choice(others)) if others else None
+
+
+def round_float16_by_chance(run: Run) -> Any:
+    for place, group in enumerate(run.groups):
+        if any(pair.dtype is torch.float16 and pair.ours.grad is not None for pair in group.pairs):
+            return put(run.optimizer.param_groups[place], "stochastic_rounding", True)
+    return None
+
+
+def keep_in_two_ways(run: Run, place: int) -> Any:
+    own, staging = run.optimizer.param_groups[place], run.groups[place].staging
+    if staging.stochastic_rounding:
+        _, back = put(own, "master_weights", True)
+        return "stochastic_rounding with master_weights", back
+    return put(own, "stochastic_rounding", True) if staging.master_weights else None
+
+
+def spare_without_decoupling(run: Run, place: int) -> Any:
+    own, group = run.optimizer.param_groups[place], run.groups[place]
+    if not decouples(run, group):
+        return put(own, "cautious", True)
+    if group.staging.cautious and "decoupled_weight_decay" in group.options:
+        _, back = put(own, "decoupled_weight_decay", False)
+        return "cautious with decoupled_weight_decay=False", back
+    return None
+
+
+CONFLICTS = (keep_in_two_ways, spare_without_decoupling)
+
+
+def add_wrong_group(run: Run) -> None:
+    """Nothing of it stays."""
+    rng, optimizer = run.stage_rng, run.optimizer
+    dtype = rng.choice(HALVES)
+    wrong: list[dict[str, Any]] = [
+        {"master_weights": True, "stochastic_rounding": True},
+        {"rounding_seed": -1.0, "stochastic_rounding": dtype is torch.bfloat16},
+        *({name: rng.choice(values)} for name, values in WRONG.items()),
+    ]
+    if dtype is torch.float16:
+        wrong.append({"stochastic_rounding": True})
+    if run.rule.fused not in ALWAYS_DECOUPLED:
+        decoupled = {"decoupled_weight_decay": False} if "decoupled_weight_decay" in run.rule.options else {}
+        wrong.append({"cautious": True, **decoupled})
+    given = {"params": [torch.nn.Parameter(torch.zeros(3, dtype=dtype))], **rng.choice(wrong)}
+    run.note(f"a group is refused: {given}")
+    before = dict(given)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.add_param_group(given)
+    assert given.keys() == before.keys()
+    assert len(optimizer.param_groups) == len(run.groups)
+
+
 def exchange_scalers(run: Run) -> None:
     """Each loads the other's file, or is copied."""
     scalers = run.scalers
@@ -288,4 +630,13 @@ def exchange_scalers(run: Run) -> None:
 ACTIONS: tuple[Callable[[Run], None], ...] = (
     *(enter_averages, enter_averages, operate_on_average, operate_on_average, convert_averages, set_decay),
     *(set_by_hand, set_by_hand, set_limits, exchange_scalers),
+    *(
+        set_stages_by_hand,
+        set_stages_by_hand,
+        keep_otherwise,
+        keep_otherwise,
+        write_parameter,
+        write_parameter,
+    ),
+    *(operate_on_master, operate_on_master, fail, fail, add_wrong_group),
 )
