@@ -27,7 +27,7 @@ from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
-from fuzz import schedules, stages
+from fuzz import schedules, stage_actions, stages
 from fuzz.memory import (
     DTYPES,
     EXACT,
@@ -998,7 +998,7 @@ class Run:
             action(self)
             self.check()
             if self.stage_rng.random() < 0.6:
-                self.stage_rng.choice(stages.ACTIONS)(self)
+                self.stage_rng.choice(stage_actions.ACTIONS)(self)
                 self.check()
 
 
