@@ -69,7 +69,7 @@ class Memory:
 
 
 def laid_out(rng: Random, values: torch.Tensor, kind: str | None = None) -> tuple[torch.Tensor, Memory]:
-    """The values somewhere in a storage full of NaN, on the test's default device."""
+    """The values somewhere in a storage full of NaN, of integers full of -1, on the test's default device."""
     kind = kind or rng.choice(["contiguous", "contiguous", "permuted", "misaligned", "gaps", "all"])
     dims = list(range(values.dim()))
     if kind in ("permuted", "all"):
@@ -85,7 +85,8 @@ def laid_out(rng: Random, values: torch.Tensor, kind: str | None = None) -> tupl
             rng.choice([0, stride, 12345]) if n == 1 else stride
             for n, stride in zip(values.shape, strides, strict=True)
         ]
-    base = torch.full((offset + step + rng.randrange(9),), float("nan"), dtype=values.dtype)
+    poison = float("nan") if values.dtype.is_floating_point or values.is_complex() else -1
+    base = torch.full((offset + step + rng.randrange(9),), poison, dtype=values.dtype)
     memory = Memory(base)
     view = memory.view(values.shape, strides, offset)
     view.copy_(values)

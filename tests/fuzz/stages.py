@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 import torch
-from helpers import through_file
 
 import fastlr
-from fuzz.memory import as_reals, assert_twins, laid_out, random_values, rounded, same_bits
+from fuzz.halves import HALVES, RESTS, joined, offsets, random_bits, rounded_by_chance, split
+from fuzz.memory import (
+    assert_twins,
+    rounded,
+)
 from fuzz.rules import NO_FLAGS, NO_NUMBERS
 
 if TYPE_CHECKING:
-    from fuzz.steps import Pair, Run
+    from fuzz.steps import Group, Pair, Run
 
 EMA = "ema"
-HALVES = (torch.float16, torch.bfloat16)
+MASTER = "master"
 TOP_DECAY = 0.999
+ALWAYS_DECOUPLED = (fastlr.FusedAdamW, fastlr.FusedLion)
 
 # Values that no step takes.
 WRONG: dict[str, list[Any]] = {
     "ema_decay": [-0.1, 1.0, *(value for value in NO_NUMBERS if value is not None)],
     "ema_warmup": NO_FLAGS,
     "ema_dtype": [torch.bfloat16, "float32"],
+    "max_grad_value": [0.0, -0.1, *(value for value in NO_NUMBERS if value is not None)],
+    "cautious": NO_FLAGS,
+    "master_weights": NO_FLAGS,
+    "stochastic_rounding": NO_FLAGS,
+    "rounding_seed": [-1e-9, *NO_NUMBERS],
 }
 
 
@@ -81,11 +86,109 @@ class Average:
     def of(cls, pair: Pair, dtype: torch.dtype) -> Average:
         return cls(rounded(pair.theirs.detach(), dtype).clone(), dtype)
 
-    def follow(self, pair: Pair, decay: float) -> None:
-        self.values = rounded(self.values.lerp(pair.theirs.detach(), 1 - decay), self.dtype)
+    def follow(self, values: torch.Tensor, decay: float) -> None:
+        self.values = rounded(self.values.lerp(values, 1 - decay), self.dtype)
 
     def convert(self, dtype: torch.dtype) -> None:
         self.values, self.dtype = rounded(self.values, dtype), dtype
+
+
+# -- bounds, cautious decay, and how halves are kept -----------------------------------------------------
+
+
+@dataclass
+class Staging:
+    """What a group is told of the stages that have no schedule."""
+
+    max_grad_value: float | None = None
+    cautious: bool = False
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    rounding_seed: float = 0.0
+
+    def given(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def has_master(self, dtype: torch.dtype) -> bool:
+        return self.master_weights and dtype in HALVES
+
+    def clip(self, gradient: torch.Tensor, inverse: float) -> torch.Tensor:
+        """A gradient, as reals of what is computed in, that still carries its scale."""
+        if self.max_grad_value is None:
+            return gradient
+        kind = np.float64 if gradient.dtype is torch.float64 else np.float32
+        bound = float(kind(self.max_grad_value) / kind(inverse))
+        return gradient.clamp(-bound, bound)
+
+    def widen(self, pair: Pair) -> None:
+        """Makes a parameter's twin its master, for an update."""
+        if self.has_master(pair.dtype):
+            pair.theirs.data = joined(pair.theirs.data, pair.rest, pair.dtype)
+
+    def keep(self, pair: Pair, updates: int, place: int) -> torch.Tensor:
+        """Makes its twin what the parameter stores after an update, and returns what averages follow.
+
+        Args:
+            updates: applied before.
+            place: of the parameter among the optimizer's.
+        """
+        if self.has_master(pair.dtype):
+            master = pair.theirs.data
+            pair.theirs.data, pair.rest = split(master, pair.dtype)
+            return master
+        if self.stochastic_rounding and pair.dtype is torch.bfloat16:
+            random = random_bits(self.rounding_seed, updates, place, offsets(pair.ours))
+            pair.theirs.data = rounded_by_chance(pair.theirs.data, random)
+        else:
+            pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
+        return pair.theirs.data
+
+
+def staging(run: Run, group: Group) -> Staging:
+    """Of a new group."""
+    rng = run.stage_rng
+    made = Staging(drawn_bound(rng), decouples(run, group) and rng.random() < 0.5)
+    made.master_weights, made.stochastic_rounding = rng.choice(keepings(group))
+    made.rounding_seed = drawn_seed(rng)
+    return made
+
+
+def drawn_bound(rng: Random) -> float | None:
+    return rng.choice([*[None] * 6, 1e-40, 1e-3, 0.5, rng.uniform(0.01, 3.0), 1e6])
+
+
+def drawn_seed(rng: Random) -> float:
+    return rng.choice([0.0, 1.0, 7.5, float(rng.randrange(2**53))])
+
+
+def keepings(group: Group) -> list[tuple[bool, bool]]:
+    """What may stand as master_weights and stochastic_rounding in a group."""
+    by_chance = [] if any(pair.dtype is torch.float16 for pair in group.pairs) else [(False, True)] * 2
+    return [(False, False), (True, False), *by_chance]
+
+
+def decouples(run: Run, group: Group) -> bool:
+    """Whether the rule's weight decay shrinks parameters, and may be cautious."""
+    return run.rule.fused in ALWAYS_DECOUPLED or bool(group.options.get("decoupled_weight_decay", False))
+
+
+def decay_cautiously(run: Run, group: Group, pair: Pair) -> None:
+    """Of a twin with its gradient: shrinks what the rule, which then has no decay, moves towards zero."""
+    values = run.values(group)
+    zeros = torch.nn.Parameter(torch.zeros_like(pair.theirs))
+    moves = run.like_reference([{**values, "weight_decay": 0.0, "params": [zeros]}])
+    moves.state[zeros] = copy.deepcopy(run.reference.state.get(pair.theirs, {}))
+    zeros.grad = pair.theirs.grad
+    moves.step()
+    p, way = pair.theirs.data, zeros.data
+    is_opposed = ((way > 0) & (p > 0)) | ((way < 0) & (p < 0))
+    p.copy_(torch.where(is_opposed, p, p * (1 - values["lr"] * values["weight_decay"])))
+
+
+def check_master(number: int, pair: Pair, found: torch.Tensor | None) -> None:
+    assert (found is None) == (pair.rest is None), f"master of parameter {number}"
+    if found is not None and pair.rest is not None:
+        assert_twins(f"master of parameter {number}", found, pair.rest, RESTS[pair.dtype])
 
 
 # -- the norm ----------------------------------------------------------------------------------------
@@ -160,132 +263,3 @@ class Scalers:
         applied = self.theirs.step(probe) is True
         self.theirs.update()
         return applied
-
-
-# -- what people do between steps ----------------------------------------------------------------------
-
-
-def enter_averages(run: Run) -> None:
-    optimizer, rng = run.optimizer, run.stage_rng
-    run.note("averaged_weights()")
-    if all(group.averaging.decay is None for group in run.groups):
-        with pytest.raises(ValueError, match="keeps no averages"), optimizer.averaged_weights():
-            pass
-        return
-    before = [pair.ours.detach().clone() for pair in run.pairs]
-    leaves = rng.choice([nullcontext(), pytest.raises(KeyError)])
-    with leaves, optimizer.averaged_weights():
-        values = iter(before)
-        for group in run.groups:
-            for pair in group.pairs:
-                value = next(values)
-                if pair.shares:  # which is what was copied last
-                    continue
-                if pair.average is None or group.averaging.decay is None:
-                    assert same_bits(value, pair.ours.detach()), "it has no average"
-                else:
-                    expected = rounded(pair.average.values, pair.dtype)
-                    assert_twins("averaged", pair.ours.detach(), expected, pair.dtype)
-        if rng.random() < 0.3:
-            with pytest.raises(RuntimeError, match=r"inside averaged_weights\(\)"):
-                optimizer.step()
-        if rng.random() < 0.3:
-            run.check_slots()
-        if not isinstance(leaves, nullcontext):
-            raise KeyError
-    for value, pair in zip(before, run.pairs, strict=True):
-        assert same_bits(value, pair.ours.detach()), "it has not come back"
-
-
-def operate_on_average(run: Run) -> None:
-    """Moved, laid out otherwise, written, deleted."""
-    averaged = [pair for pair in run.pairs if pair.average is not None]
-    if not averaged:
-        return
-    rng = run.stage_rng
-    pair = rng.choice(averaged)
-    average, entry = pair.average, run.optimizer.state[pair.ours]
-    assert average is not None
-    kind = rng.choice(["moved", "laid out", "written", "deleted", "None", "new"])
-    run.note(f"average of parameter {[p is pair for p in run.pairs].index(True)}: {kind}")
-    if kind == "moved":
-        entry[EMA].data = entry[EMA].data.clone()
-    elif kind == "laid out":
-        entry[EMA] = laid_out(rng, entry[EMA].cpu())[0]
-    elif kind == "written":
-        entry[EMA].zero_()
-        average.values.zero_()
-    elif kind == "new":
-        values = random_values(rng, entry[EMA].shape, entry[EMA].dtype)
-        entry[EMA] = laid_out(rng, values)[0]
-        average.values.copy_(as_reals(values))
-    else:
-        pair.average = entry[EMA] = None
-        if kind == "deleted":
-            del entry[EMA]
-
-
-def convert_averages(run: Run) -> None:
-    """By a file, to the type that a group asks for."""
-    place = run.stage_rng.randrange(len(run.groups))
-    averaging = run.groups[place].averaging
-    averaging.dtype = None if averaging.dtype is not None else torch.float32
-    run.note(f"group {place}: ema_dtype = {averaging.dtype}, and its own file loaded")
-    run.optimizer.param_groups[place]["ema_dtype"] = averaging.dtype
-    run.optimizer.load_state_dict(through_file(run.optimizer.state_dict()))
-    run.convert_slots()
-
-
-def set_decay(run: Run) -> None:
-    rng = run.stage_rng
-    place, start = rng.choice([None, rng.randrange(len(run.groups))]), rng.choice(["now", "zero"])
-    zero: Callable[[fastlr.Schedule], int] = run.clock if start == "now" else lambda schedule: 0
-    made = Averaging(run.new_owner(TOP_DECAY, zero, rng))
-    run.note(f"set_schedule({made.given()['ema_decay']}, group={place}, start={start!r}) for ema_decay")
-    run.optimizer.set_schedule(ema_decay=made.given()["ema_decay"], group=place, start=start)
-    for group in run.groups if place is None else [run.groups[place]]:
-        group.averaging.decay = made.decay
-
-
-def set_by_hand(run: Run) -> None:
-    rng = run.stage_rng
-    place = rng.randrange(len(run.groups))
-    own, averaging = run.optimizer.param_groups[place], run.groups[place].averaging
-    if not isinstance(averaging.decay, tuple):
-        drawn = rng.choice([None, 0.0, 0.5, rng.uniform(0.0, TOP_DECAY)])
-        kind = rng.choice([float, np.float64, np.float32, torch.tensor])
-        own["ema_decay"] = averaging.decay = None if drawn is None else kind(drawn)
-    if rng.random() < 0.3:
-        averaging.warmup = not averaging.warmup
-        own["ema_warmup"] = rng.choice([bool, np.bool_])(averaging.warmup)
-    run.note(f"group {place}: {averaging.given()}")
-
-
-def set_limits(run: Run) -> None:
-    run.limits = Limits.drawn(run.stage_rng)
-    run.note(f"{run.limits}")
-    for name, value in run.limits.given().items():
-        setattr(run.optimizer, name, value)
-
-
-def exchange_scalers(run: Run) -> None:
-    """Each loads the other's file, or is copied."""
-    scalers = run.scalers
-    way = run.stage_rng.choice(["files", "deepcopy", "pickle"])
-    run.note(f"the GradScalers through {way}")
-    if way == "files":
-        files = scalers.theirs.state_dict(), scalers.ours.state_dict()
-        made = fastlr.GradScaler(scalers.device), torch.amp.GradScaler("cpu")
-        for scaler, file in zip(made, files, strict=True):
-            scaler.load_state_dict(file)
-        scalers.ours, scalers.theirs = map(scalers.ready, made)
-    elif way == "deepcopy":
-        scalers.ours = scalers.ready(copy.deepcopy(scalers.ours))
-    else:
-        scalers.ours = scalers.ready(pickle.loads(pickle.dumps(scalers.ours)))
-
-
-ACTIONS: tuple[Callable[[Run], None], ...] = (
-    *(enter_averages, enter_averages, operate_on_average, operate_on_average, convert_averages, set_decay),
-    *(set_by_hand, set_by_hand, set_limits, exchange_scalers),
-)

@@ -2,8 +2,8 @@
 
 Beside every optimizer runs its counterpart of torch.optim on the CPU, with correctly rounded roots, on twins
 of the parameters: reals of the type that is computed in, which are rounded to the parameter's type after each
-step, and complex ones as pairs of reals. ``python -m fuzz.steps 17`` in this folder's parent shows what
-happens in the run of seed 17.
+step, and complex ones as pairs of reals. How halves are kept otherwise stands in halves.py.
+``python -m fuzz.steps 17`` in this folder's parent shows what happens in the run of seed 17.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
-from fuzz import schedules, stages
+from fuzz import schedules, stage_actions, stages
 from fuzz.memory import (
     DTYPES,
     EXACT,
@@ -43,7 +43,7 @@ from fuzz.memory import (
     same_bits,
 )
 from fuzz.rules import Rule, rule_of
-from fuzz.stages import EMA, Average, Averaging, Limits, Scalers
+from fuzz.stages import EMA, MASTER, Average, Averaging, Limits, Scalers, Staging
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Pair:
         first: the step at which it gets its first gradient.
         slot_dtype: of the state that it has, None: it has none.
         average: what is kept of it, None: nothing is.
+        rest: what is kept beside it of its master, None: nothing is.
         shares: its memory with another, and PyTorch's count of its versions too.
     """
 
@@ -64,6 +65,7 @@ class Pair:
     first: int
     slot_dtype: torch.dtype | None = None
     average: Average | None = None
+    rest: torch.Tensor | None = None
     shares: bool = False
 
     @property
@@ -85,10 +87,17 @@ class Group:
     owners: dict[str, Any] = field(default_factory=dict)
     words: dict[str, Any] = field(default_factory=dict)
     averaging: Averaging = field(default_factory=Averaging)
+    staging: Staging = field(default_factory=Staging)
 
     def all_owners(self) -> dict[str, Any]:
         """Of the options that a schedule can drive, of stages, too."""
         return {**self.owners, "ema_decay": self.averaging.decay}
+
+    def state_type(self, pair: Pair) -> torch.dtype:
+        """Of new state."""
+        if self.staging.has_master(pair.dtype):
+            return torch.float32
+        return self.options[SLOT_TYPE] or pair.dtype
 
     def given(self, rule: Rule) -> dict[str, Any]:
         """A parameter group as an optimizer is given it."""
@@ -97,7 +106,7 @@ class Group:
         if self.words:
             for name in ("lr", rule.held_as(rule.cycled)[0]):
                 del held[name]
-        stages = self.averaging.given()
+        stages = self.averaging.given() | self.staging.given()
         return {**self.options, **held, **self.words, **stages, "params": [pair.ours for pair in self.pairs]}
 
 
@@ -176,7 +185,7 @@ class Run:
         return group
 
     def set_owners(self, group: Group) -> None:
-        group.averaging = stages.averaging(self)
+        group.averaging, group.staging = stages.averaging(self), stages.staging(self, group)
         group.owners = {name: self.new_owner(top, self.clock) for name, top in self.rule.scheduled.items()}
         if self.cyclic:
             group.words, cycled = self.words()
@@ -260,7 +269,8 @@ class Run:
         kind = self.rule.cyclic if self.cyclic else self.rule.fused
         assert kind is not None
         self.limits = Limits.drawn(self.stage_rng)
-        arguments = inspect.signature(kind).parameters.keys() | Averaging().given().keys()
+        arguments = inspect.signature(kind).parameters.keys()
+        arguments |= Averaging().given().keys() | Staging().given().keys()
         if len(made) == 1 and self.rng.random() < 0.5 and made[0].keys() <= arguments:
             return kind(**made[0], **self.limits.given())
         bounds = {"base_lr": 0.01, "max_lr": 0.02} if self.cyclic else {}
@@ -271,7 +281,11 @@ class Run:
             {**self.reference_options(group), "params": [pair.theirs for pair in group.pairs]}
             for group in self.groups
         ]
-        made = self.rule.torch(groups, lr=0.1, foreach=False)
+        return self.like_reference(groups)
+
+    def like_reference(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """PyTorch's optimizer of groups with values by the options' names, without state."""
+        made = self.rule.torch([self.rule.in_tuples(group) for group in groups], lr=0.1, foreach=False)
         made.state.clear()  # what an eager one has made; see prepare_reference()
         return taking_exact_roots(made)
 
@@ -297,7 +311,7 @@ class Run:
 
     def make_state(self, group: Group, pair: Pair, values: dict[str, Any]) -> None:
         state = self.reference.state[pair.theirs]
-        dtype = pair.slot_dtype or group.options[SLOT_TYPE] or pair.dtype
+        dtype = pair.slot_dtype or group.state_type(pair)
         for name in self.rule.live(values):
             if state.get(name) is None:
                 fill = self.rule.initial(values)
@@ -340,7 +354,10 @@ class Run:
         if scaler is not None:
             found, scale = None, scaler.get_scale()
         inverse = 1.0 if scale is None else float(np.float32(1.0 / scale_as_float32(scale)))
-        norm = self.expected_norm(kept)
+        # What a scaler seeks is there before anything is clipped to a value.
+        norm, sought = self.expected_norm(kept, inverse), self.expected_norm(kept)
+        if scaler is not None and not math.isfinite(sought):
+            norm = sought
         nonfinite = not found and not math.isfinite(norm) and (clips or scaler is not None)
         raises = nonfinite and scaler is None and limits.nonfinite == "raise"
         by = "" if scaler is None else " by fastlr.GradScaler"
@@ -366,11 +383,12 @@ class Run:
             self.skipped, consumed = None, 0
         if not skipped:
             # To the bit by the norm that it has measured, which check() looks at.
-            self.step_reference(inverse * limits.clip(self.optimizer.last_grad_norm) if clips else inverse)
+            clip = limits.clip(self.optimizer.last_grad_norm) if clips else 1.0
+            self.step_reference(inverse, clip)
         elif self.backend != "cpu":  # the device finds out, when the state is there
             if self.rule.counts:
                 self.prepare_reference()
-            self.remove_early_averages()
+            self.remove_early_stages()
         self.samples += consumed
         if rng.random() < 0.4:
             more = rng.choice([0, 1, 32])
@@ -413,38 +431,50 @@ class Run:
             counted, once = pair.ours._version - version, gradient is not None
             assert skipped or counted == once or (pair.shares and counted <= 2), "its version"
 
-    def remove_early_averages(self) -> None:
-        """A device makes them in a first update that it skips, and they stay what the parameters are then."""
+    def remove_early_stages(self) -> None:
+        """A device makes averages and masters in a first update that it skips, and they stay what the
+        parameters are then."""
         for pair in self.pairs:
+            entry = self.optimizer.state.get(pair.ours, {})
             if pair.average is None:
-                self.optimizer.state.get(pair.ours, {}).pop(EMA, None)
+                entry.pop(EMA, None)
+            if pair.rest is None:
+                entry.pop(MASTER, None)
 
-    def step_reference(self, factor: float) -> None:
-        """factor: of the gradients."""
+    def step_reference(self, inverse: float, clip: float) -> None:
+        """inverse: of the gradients' scale; clip: what they are multiplied with besides."""
         self.tell_reference()
+        for group, theirs in zip(self.groups, self.reference.param_groups, strict=True):
+            if group.staging.cautious:
+                theirs["weight_decay"] = 0.0
         self.prepare_reference()
         gradients = [pair.theirs.grad for pair in self.pairs]
         decays = self.begin_averages()
         for pair in self.pairs:
             pair.theirs.grad = None
         # Of those that share memory, an average follows before the next one is updated.
+        of_groups = [(group, pair) for group in self.groups for pair in group.pairs]
         alone = [[number] for number, pair in enumerate(self.pairs) if pair.shares]
         for part in [[n for n, pair in enumerate(self.pairs) if not pair.shares], *alone]:
             taken = [n for n in part if gradients[n] is not None]
             for number in taken:
-                self.pairs[number].theirs.grad = gradients[number] * factor
+                group, pair = of_groups[number]
+                group.staging.widen(pair)
+                pair.theirs.grad = group.staging.clip(gradients[number], inverse) * (inverse * clip)
+                if group.staging.cautious:
+                    stages.decay_cautiously(self, group, pair)
             self.reference.step()
             for number in taken:
-                pair = self.pairs[number]
+                group, pair = of_groups[number]
                 pair.theirs.grad = None
-                pair.theirs.data = rounded(pair.theirs.data, pair.dtype)
+                followed = group.staging.keep(pair, self.updates, number)
                 if decays[number] is not None:
-                    pair.average.follow(pair, decays[number])
+                    pair.average.follow(followed, decays[number])
         self.updates += 1
         for group in self.groups:
             for pair in group.pairs:
                 if self.slots(pair) and pair.slot_dtype is None:
-                    pair.slot_dtype = group.options[SLOT_TYPE] or pair.dtype
+                    pair.slot_dtype = group.state_type(pair)
                 self.round_slots(pair)
 
     def begin_averages(self) -> list[float | None]:
@@ -480,14 +510,20 @@ class Run:
             if isinstance(group.averaging.decay, (torch.Tensor, np.generic)):
                 group.averaging.decay = float(group.averaging.decay)
             for pair in group.pairs:
-                pair.slot_dtype = pair.slot_dtype and (group.options[SLOT_TYPE] or pair.dtype)
+                pair.slot_dtype = pair.slot_dtype and group.state_type(pair)
                 if pair.slot_dtype is not None:
                     self.round_slots(pair)
                 if pair.average is not None:
                     pair.average.convert(group.averaging.kept_in(pair.dtype))
 
-    def expected_norm(self, kept: list[torch.Tensor | None]) -> float:
-        gradients = [as_reals(gradient.cpu().resolve_conj()) for gradient in kept if gradient is not None]
+    def expected_norm(self, kept: list[torch.Tensor | None], inverse: float | None = None) -> float:
+        """inverse: of their scale, for that of elements clipped to a value; None: of all as they are."""
+        stagings = [group.staging for group in self.groups for _ in group.pairs]
+        gradients = []
+        for staging, gradient in zip(stagings, kept, strict=True):
+            if gradient is not None:
+                exact = as_reals(gradient.cpu().resolve_conj()).to(computed_in(gradient.dtype))
+                gradients.append(exact if inverse is None else staging.clip(exact, inverse))
         return math.sqrt(reference.squared_norm([g.double().numpy() for g in gradients]))
 
     # -- what must hold --------------------------------------------------------------------------------
@@ -509,7 +545,7 @@ class Run:
                 held = self.rule.held(own, name)
                 assert (held is owner is None) or float(held) == self.value(owner), name
             averaging = {"ema_warmup": group.averaging.warmup, "ema_dtype": group.averaging.dtype}
-            for name, value in (group.options | averaging).items():
+            for name, value in (group.options | averaging | group.staging.given()).items():
                 assert own[name] == value, name
         for number, pair in enumerate(self.pairs):
             assert_twins(f"parameter {number}", pair.ours.detach(), pair.theirs.detach(), pair.dtype)
@@ -521,7 +557,9 @@ class Run:
         states = [opt.state_dict()["state"] for opt in (self.optimizer, self.reference)]
         states[0] = {k: dict(entry) for k, entry in states[0].items()}
         for number, pair in enumerate(self.pairs):
-            self.check_average(number, pair, states[0].get(number, {}).pop(EMA, None))
+            entry = states[0].get(number, {})
+            self.check_average(number, pair, entry.pop(EMA, None))
+            stages.check_master(number, pair, entry.pop(MASTER, None))
         # A file of Adagrad has state of all parameters; torch's makes it for those of its constructor alone.
         later = {k for k in states[0] if all(v is None for v in states[1].get(k, {}).values())}
         states[0] = {k: v for k, v in states[0].items() if k not in later or v.get(STEP) != 0.0}
@@ -564,7 +602,8 @@ class Run:
         before = copy.copy(model.options), copy.copy(model.owners)
         value = self.rng.choice(kinds)(drawn)
         (model.owners if name in model.owners else model.options)[name] = value
-        if not self.rule.fits(self.values(model)):
+        spares = model.staging.cautious and not stages.decouples(self, model)
+        if spares or not self.rule.fits(self.values(model)):
             model.options, model.owners = before
             return
         key, held = self.rule.entry(own, name, value)
@@ -673,6 +712,8 @@ class Run:
                 step.fill_(age)
         if kind in ("deleted", "None") and EMA in names:
             pair.average = None
+        if kind in ("deleted", "None") and MASTER in names:
+            pair.rest = None
         for name in names:
             slot = own.get(name)
             if not isinstance(slot, torch.Tensor):
@@ -755,6 +796,9 @@ class Run:
                 found = theirs.state.get(pair.theirs, {}).pop(EMA, None)
                 assert (found is None) == (pair.average is None)
                 assert found is None or same_bits(found, pair.average.values), "carried on"
+                found = theirs.state.get(pair.theirs, {}).pop(MASTER, None)
+                assert (found is None) == (pair.rest is None)
+                assert found is None or same_bits(found, pair.rest.to(found.dtype)), "carried on"
                 if self.rule.eager and pair.slot_dtype is None:  # the file has new state of those, too
                     theirs.state.pop(pair.theirs, None)
         self.reference = theirs
@@ -771,7 +815,7 @@ class Run:
                     self.make_state(group, pair, self.values(group))
         self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
         for pair in self.pairs:
-            pair.average = None
+            pair.average = pair.rest = None
         self.convert_slots()
 
     def go_back(self) -> None:
@@ -782,7 +826,7 @@ class Run:
         theirs = copy.deepcopy(self.reference.state_dict())
         model = copy.deepcopy(
             [
-                (g.options, g.owners, g.averaging, [(p.slot_dtype, p.average) for p in g.pairs])
+                (g.options, g.owners, g.averaging, [(p.slot_dtype, p.average, p.rest) for p in g.pairs])
                 for g in self.groups
             ]
         )
@@ -798,20 +842,29 @@ class Run:
             pair.theirs.data.copy_(twin)
         for group, (options, owners, averaging, states) in zip(self.groups, model, strict=True):
             group.options, group.owners, group.averaging = options, owners, averaging
-            for pair, (dtype, average) in zip(group.pairs, states, strict=True):
-                pair.slot_dtype, pair.average = dtype, average
+            for pair, (dtype, average, rest) in zip(group.pairs, states, strict=True):
+                pair.slot_dtype, pair.average, pair.rest = dtype, average, rest
         self.convert_slots()
 
     def fail(self) -> None:
-        """A step that raises, and what was wrong put back: nothing has moved."""
+        """A step that raises, for a reason of many."""
         self.set_gradients()
         place = self.rng.randrange(len(self.groups))
         own = self.optimizer.param_groups[place]
-        kinds: list[Callable[[], str | None]] = [lambda: self.spoil_group(own)] * 3
+        kinds: list[Callable[[], Any]] = [lambda: self.spoil_group(own)] * 3
         kinds += [self.spoil_gradient, self.spoil_slot, self.overlap, self.overlap]
+        self.fail_by(self.rng.choice(kinds))
+
+    def fail_by(self, spoil: Callable[[], Any]) -> None:
+        """A step that raises, and what was wrong put back: nothing has moved.
+
+        Args:
+            spoil: returns what is wrong, the first word of which the error names, and what puts it back; or
+                None where there is nothing to spoil.
+        """
         groups = [dict(group) for group in self.optimizer.param_groups]
         versions = [pair.ours._version for pair in self.pairs]
-        with self.spoilt(self.rng.choice(kinds)) as what:
+        with self.spoilt(spoil) as what:
             if what is None:
                 return
             self.note(f"step fails: {what}")
@@ -945,7 +998,7 @@ class Run:
             action(self)
             self.check()
             if self.stage_rng.random() < 0.6:
-                self.stage_rng.choice(stages.ACTIONS)(self)
+                self.stage_rng.choice(stage_actions.ACTIONS)(self)
                 self.check()
 
 

@@ -33,3 +33,10 @@ def test_the_options_of_every_optimizer_are_of_many_kinds() -> None:
     limits = [run.limits for run in runs]
     assert {drawn.max_grad_norm is None for drawn in limits} == {False, True}
     assert {drawn.nonfinite for drawn in limits} == {"skip", "raise"}
+    stagings = [group.staging for run in runs for group in run.groups]
+    kept = {(drawn.master_weights, drawn.stochastic_rounding) for drawn in stagings}
+    assert kept == {(False, False), (True, False), (False, True)}
+    assert {drawn.cautious for drawn in stagings} == {False, True}
+    bounds = {drawn.max_grad_value for drawn in stagings}
+    assert {bound is None for bound in bounds} == {False, True}
+    assert len({drawn.rounding_seed for drawn in stagings}) > 3
