@@ -112,6 +112,8 @@ inline void bind_plan(py::module_& m) {
           py::arg("param_groups"), py::arg("state"), py::arg("found_inf"), py::arg("grad_scale"),
           py::arg("seeks_inf"), py::arg("threads"), py::arg("measures_norm"), py::arg("max_norm"),
           py::arg("raises"), py::arg("samples"))
+      .def("hold", &Plan::hold)
+      .def("release", &Plan::release)
       .def_property("skipped", &Plan::skipped, &Plan::set_skipped)
       .def("skipped_on_device",
            [](const Plan& plan) {

@@ -30,10 +30,29 @@ Plan::Plan(const Rule& rule, PyObject* runtime, NativeOf native_of,
 {
 }
 
+namespace {
+
+[[noreturn]] void refuse_while_stepping() {
+  throw std::runtime_error(
+      "step() is already running on this optimizer, in another thread or further up the stack");
+}
+
+}  // namespace
+
+void Plan::hold() {
+  if (stepping_) refuse_while_stepping();
+  if (held_) {
+    throw std::runtime_error("averaged_weights() is open already; its parameters are averages");
+  }
+  held_ = true;
+}
+
 void Plan::step(PyObject* param_groups, PyObject* state, const Settings& settings) {
-  if (stepping_) {
+  if (stepping_) refuse_while_stepping();
+  if (held_) {
     throw std::runtime_error(
-        "step() is already running on this optimizer, in another thread or further up the stack");
+        "step() inside averaged_weights() would update averages, which are taken out again at its "
+        "end; call it after the with block");
   }
   struct Stepping {
     explicit Stepping(Plan& p) : plan(p) { plan.stepping_ = true; }

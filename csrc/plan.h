@@ -77,6 +77,10 @@ class Plan {
   // state: the optimizer's own.
   void step(PyObject* param_groups, PyObject* state, const Settings& settings);
 
+  // Keeps steps off until release(), as parameters are not themselves; throws where one is running.
+  void hold();
+  void release() { held_ = false; }
+
   // Whether the last step was skipped, as far as the host knows.
   bool skipped() const { return skipped_; }
   void set_skipped(bool skipped) { skipped_ = skipped; }
@@ -134,6 +138,7 @@ class Plan {
   Groups groups_;
   Gathering gathering_;
   bool stepping_ = false;
+  bool held_ = false;
   bool skipped_ = false;
   bool raises_ = false;                 // see Settings, of the last step
   std::optional<double> squared_norm_;  // the host's share, of the last step that Python made

@@ -79,7 +79,7 @@ constexpr Option kStageOptions[] = {
     {"cautious", true, kAnyNumber},
     {"master_weights", true, kAnyNumber},
     {"stochastic_rounding", true, kAnyNumber},
-    {"rounding_seed", false, kNotNegative},
+    {"rounding_seed", false, {0.0, 4294967295.0, false, false}},
 };
 static_assert(sizeof kStageOptions / sizeof kStageOptions[0] == kStageOptionCount, "one each");
 

@@ -137,8 +137,9 @@ FASTLR_HD double max_value_of(const double* options_of_stages) {
 
 FASTLR_HD GroupStages group_stages(const double* options_of_stages, int64_t updates) {
   const double* const option = options_of_stages;
+  const double given = option[kRoundingSeed] + 0.0;  // so that there is one zero
   uint64_t seed;
-  memcpy(&seed, &option[kRoundingSeed], sizeof seed);
+  memcpy(&seed, &given, sizeof seed);
   return {averaging(option[kEmaDecay], option[kEmaWarmup] != 0.0, updates),
           hashed(hashed(seed) + static_cast<uint64_t>(updates)), max_value_of(option)};
 }

@@ -38,7 +38,7 @@ class Runtime:
     @staticmethod
     def is_half(parameter: torch.Tensor) -> bool:
         """Whether a parameter has a type that steps compute in a wider one."""
-        return parameter.dtype in (torch.bfloat16, torch.float16)
+        return parameter.dtype in (torch.bfloat16, torch.float16, torch.complex32)
 
     @staticmethod
     def new_master(parameter: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 import fastlr
 from fastlr import _core
+from fastlr._runtime import Runtime
 
 SHAPES = [(8193,), (7,), (0,), (), (16500,), (33, 9)]
 HALVES = (torch.bfloat16, torch.float16)
@@ -380,6 +383,84 @@ def test_before_the_first_update_weights_stay() -> None:
         assert_same(before.values(), model.state_dict().values())
     fused.copy_averages_to(model)
     assert_same(before.values(), fused.averaged_state_dict(model).values())
+
+
+@with_backends
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_weights_come_back_where_putting_them_back_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model, fused = trained()
+    before = [p.detach().clone() for p in model]
+    copies = []
+
+    def copy_or_stop(tensors: list[torch.Tensor], originals: list[torch.Tensor]) -> None:
+        copies.append(tensors)
+        if len(copies) == 2:
+            raise error
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, originals)
+
+    monkeypatch.setattr(Runtime, "copy", staticmethod(copy_or_stop))
+    with pytest.raises(error), fused.averaged_weights():
+        pass
+    assert_same(before, model)
+    set_gradients(0, model)
+    fused.step()  # which nothing keeps off
+
+
+@with_backends
+def test_a_parameter_that_becomes_another_in_the_block_costs_no_other_its_weights() -> None:
+    model, fused = trained()
+    before = [p.detach().clone() for p in model]
+    with pytest.raises(RuntimeError), fused.averaged_weights():
+        model[0].data = model[0].data[:2]
+    assert_same(before[1:], model[1:])
+    model[0].data = before[0]
+    set_gradients(0, model)
+    fused.step()
+
+
+def test_no_block_is_opened_while_a_step_runs() -> None:
+    """Nor by the closure of a step, which then does not update averages."""
+    model, fused = trained()
+    block = fused.averaged_weights()
+
+    def closure() -> float:
+        block.__enter__()
+        return 0.0
+
+    before = [p.detach().clone() for p in model]
+    with pytest.raises(RuntimeError, match=r"step\(\) inside averaged_weights\(\)"):
+        fused.step(closure)
+    block.__exit__(None, None, None)
+    assert_same(before, model)
+    large = parameters([(8_000_000,)])
+    slow = fastlr.FusedAdamW(large, lr=0.1, ema_decay=0.9)
+    set_gradients(0, large)
+    slow.step()
+    tries: list[str] = []
+
+    def open_block() -> None:
+        try:
+            with slow.averaged_weights():
+                tries.append("opened")
+        except RuntimeError as error:
+            tries.append(str(error))
+
+    def step() -> None:
+        while slow.clock().updates < 11:
+            with contextlib.suppress(RuntimeError):
+                slow.step()
+
+    stepping = threading.Thread(target=step)
+    stepping.start()
+    while stepping.is_alive():
+        open_block()
+    stepping.join()
+    told = set(tries) - {"opened"}
+    assert told <= {"step() is already running on this optimizer, in another thread or further up the stack"}
+    assert told
 
 
 @with_backends

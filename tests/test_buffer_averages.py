@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import swa_utils
 
 import fastlr
+from fastlr._runtime import Runtime
 
 with_backends = pytest.mark.usefixtures("backend")
 BOTH = pytest.mark.parametrize("kind", [fastlr.FusedSGD, fastlr.FusedAdamW], ids=lambda kind: kind.__name__)
@@ -533,3 +534,41 @@ def test_a_capture_needs_a_step_before(cuda: ModuleType) -> None:
     optimizer.average_buffers(model)
     with pytest.raises(RuntimeError, match="which a CUDA graph cannot capture"):
         Graph(cuda, optimizer.step)
+
+
+@with_backends
+@pytest.mark.parametrize("kind", ["expanded", "integers", "None"])
+def test_a_buffer_that_has_become_another_kind_stops_a_step_before_it_begins(kind: str) -> None:
+    model = network()
+    fused = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.5)
+    fused.average_buffers(model)
+    backward(model, 0)
+    fused.step()
+    before = copy.deepcopy(fused.state_dict()), [p.detach().clone() for p in model.parameters()]
+    backward(model, 1)
+    others = {"expanded": torch.ones(1).expand(3), "integers": torch.ones(3, dtype=torch.int64), "None": None}
+    model[1].running_mean = others[kind]
+    with pytest.raises(ValueError, match=r"the buffer 1\.running_mean has become .*call average_buffers"):
+        fused.step()
+    assert_same(before[1], model.parameters())
+    assert str(fused.state_dict()) == str(before[0])
+
+
+@with_backends
+def test_a_second_call_that_is_stopped_loses_no_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    fused = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.5)
+    fused.average_buffers(model)
+    backward(model, 0)
+    fused.step()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "new_average", staticmethod(stop))
+        with pytest.raises(KeyboardInterrupt):
+            fused.average_buffers(model)
+    backward(model, 1)
+    fused.step()
+    assert set(fused.state_dict()["param_groups"][0]["ema_buffers"]) == set(AVERAGED)

@@ -241,6 +241,35 @@ def test_a_file_of_another_types_parameters_is_refused(dtype: torch.dtype) -> No
 
 
 @with_backends
+@with_halves
+def test_a_model_that_is_no_half_any_more_goes_on_without(dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(3, 2, dtype=dtype)
+    fused = fastlr.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, master_weights=True)
+    set_gradients(0, list(model.parameters()))
+    fused.step()
+    model.float()
+    set_gradients(1, list(model.parameters()))
+    fused.step()
+    file = through_file(fused.state_dict())
+    assert all("master" not in entry for entry in file["state"].values())
+    fused.load_state_dict(file)
+
+
+@with_backends
+def test_complex_halves() -> None:
+    p = torch.nn.Parameter(torch.view_as_complex(torch.ones(5, 2, dtype=torch.float16)))
+    fused = fastlr.FusedSGD([p], lr=2.0**-12, momentum=0.5, master_weights=True)
+    for _ in range(2):
+        p.grad = torch.view_as_complex(torch.full((5, 2), -1.0, dtype=torch.float16))
+        fused.step()
+        fused.load_state_dict(copy.deepcopy(fused.state_dict()))
+    master = torch.view_as_real(fused.state[p]["master"])
+    assert_same([torch.full((5, 2), 1.0 + 2.5 * 2.0**-12)], [master])
+    with pytest.raises(ValueError, match="has complex32"):
+        fastlr.FusedSGD([p], stochastic_rounding=True)
+
+
+@with_backends
 def test_what_is_refused() -> None:
     model = parameters([(5,)], torch.bfloat16)
     with pytest.raises(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -25,7 +25,6 @@ class Averages:
     state: defaultdict[torch.Tensor, Any]
     _plan: _core.Plan
     _runtime: Runtime
-    _holds_averages = False
     _buffer_averages: BufferAverages | None = None
 
     def _check_warmup(self) -> None:
@@ -39,12 +38,6 @@ class Averages:
 
     def _keeps_averages(self) -> bool:
         return any(group["ema_decay"] is not None for group in self.param_groups)
-
-    def _refuse_step(self) -> NoReturn:
-        raise RuntimeError(
-            "step() inside averaged_weights() would update averages, which are taken out again at its end; "
-            "call it after the with block"
-        )
 
     def _averaged(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each parameter that has an average, with it."""
@@ -67,7 +60,9 @@ class Averages:
             ema = ema + (1 - decay) * (buffer - ema)
 
         An average begins as its buffer is at the first :meth:`FusedOptimizer.step`, be that skipped or not.
-        Integers, as ``num_batches_tracked``, have none. Modules may replace a buffer by another of its shape.
+        Integers, as ``num_batches_tracked``, have none. Modules may replace a buffer by another of its shape;
+        inside ``averaged_weights("average")`` what they replace it by stays. Ctrl-C between the update and
+        this leaves the averages of buffers an update behind.
 
         Averages stand in ``param_groups[0]["ema_buffers"]`` by the buffers' names in the model, and
         so in ``state_dict()``, and in what torch.distributed.checkpoint makes of it; there with
@@ -155,7 +150,8 @@ class Averages:
 
         Raises:
             ValueError: no group has an ``ema_decay``, or nobody has called :meth:`average_buffers`.
-            RuntimeError: a block is open already; or inside it, :meth:`FusedOptimizer.step` is called.
+            RuntimeError: a block is open already, or another thread is in a step; or inside it,
+                :meth:`FusedOptimizer.step` is called.
 
         >>> import fastlr, torch
         >>> p = torch.zeros(2, requires_grad=True)
@@ -169,20 +165,20 @@ class Averages:
         [4.0, -4.0]
         """
         buffers_too = choice("buffers", buffers, get_args(Buffers)) == "average"
-        if self._holds_averages:
-            raise RuntimeError("averaged_weights() is open already; its parameters are averages")
-        averaged = self._averaged()
-        if buffers_too:
-            averaged += self._averaged_buffers()
-        parameters = [p for p, _ in averaged]
-        weights = [p.detach().clone() for p in parameters]
+        self._plan.hold()
         try:
-            self._holds_averages = True
-            Runtime.copy(parameters, [average for _, average in averaged])
-            yield
+            averaged = self._averaged()
+            if buffers_too:
+                averaged += self._averaged_buffers()
+            parameters = [p for p, _ in averaged]
+            weights = [p.detach().clone() for p in parameters]
+            try:
+                Runtime.copy(parameters, [average for _, average in averaged])
+                yield
+            finally:
+                _put_back(parameters, weights)
         finally:
-            Runtime.copy(parameters, weights)
-            self._holds_averages = False
+            self._plan.release()
 
     def copy_averages_to(self, model: torch.nn.Module | Iterable[torch.Tensor]) -> None:
         """Copies the averages into a model's parameters; of those without one, the weights themselves.
@@ -275,3 +271,14 @@ class Averages:
                 if isinstance(value, torch.Tensor):
                     state[name] = value.detach().clone()
         return state
+
+
+def _put_back(parameters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    """Once more, one by one, where Ctrl-C or a parameter that has become another stops it."""
+    try:
+        Runtime.copy(parameters, weights)
+    except BaseException:
+        for p, value in zip(parameters, weights, strict=True):
+            if p.shape == value.shape:
+                Runtime.copy([p], [value])
+        raise

@@ -403,8 +403,6 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
 
     def _step_once(self, closure: Callable[[], float] | None) -> float | None:
-        if self._holds_averages:
-            self._refuse_step()
         if not self.state and self._only_initializes_state():
             return None
         # PyTorch's wrapper around step (hooks, profiler label) costs as much as a small step itself, so

@@ -85,6 +85,13 @@ class BufferAverages:
     def find(self) -> None:
         """Looks where the buffers are, which modules replace as they like."""
         buffers = self._buffers()
+        for (name, _, _), buffer in zip(self._places, buffers, strict=True):
+            if buffer is None or not _can_be_averaged(buffer):
+                what = "None" if buffer is None else f"one of {buffer.dtype} with strides {buffer.stride()}"
+                raise ValueError(
+                    f"the buffer {name} has become {what}, which has no average; call average_buffers(model) "
+                    "again"
+                )
         moved = [
             place
             for place, buffer in enumerate(buffers)
@@ -116,10 +123,13 @@ class BufferAverages:
     def _keep(self, averages: Named) -> None:
         self._averages.clear()
         self._averages.update(averages)
+        self._attach()
+
+    def _attach(self) -> None:
         self._state.clear()
         for (name, _, _), view in zip(self._places, self._views, strict=True):
-            if name in averages:
-                self._state[view] = {EMA: averages[name]}
+            if name in self._averages:
+                self._state[view] = {EMA: self._averages[name]}
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -205,7 +215,7 @@ class BufferAverages:
             group: a first one, whose averages become copies.
             in_place: they go into the tensors that there are, for CUDA graphs that know their addresses.
         """
-        found = group.pop(EMA_BUFFERS, {})
+        found = group.get(EMA_BUFFERS, {})
         averages = Named()
         for (name, _, _), view in zip(self._places, self._views, strict=True):
             there = self._averages[name] if in_place and name in self._averages else None
@@ -214,9 +224,12 @@ class BufferAverages:
             if there is None:
                 there = Runtime.new_average(view, group["ema_dtype"])
             averages[name] = there.copy_(found.get(name, view))
-        self._keep(averages)
+        self._averages = averages  # another dict: a group that is in use keeps its own
+        self._attach()
         if averages:
-            group[EMA_BUFFERS] = self._averages
+            group[EMA_BUFFERS] = averages
+        else:
+            group.pop(EMA_BUFFERS, None)
 
     def forget(self) -> None:
         self._keep(Named())

@@ -38,10 +38,11 @@ class GradNorm:
     def last_grad_norm(self) -> float | None:
         """The 2-norm of all gradients of the last :meth:`step`, as one vector; None if not measured.
 
-        It is that of ``p.grad`` without GradScaler's scale, before clipping and weight decay; NaN where
-        torch's GradScaler had the update skipped. :class:`fastlr.GradScaler` has it measured in each step,
-        and there it is the inf or NaN that was found. The squares are added up in float64 in one order
-        whatever the device, threads and types; of parameters on several devices, each device adds up its own.
+        It is that of ``p.grad`` without GradScaler's scale, as ``max_grad_value`` clips it, before the norm
+        is clipped and before weight decay; NaN where torch's GradScaler had the update skipped.
+        :class:`fastlr.GradScaler` has it measured in each step; there it is the inf or NaN that was found.
+        The squares are added up in float64 in one order whatever the device, threads and types; of
+        parameters on several devices, each device adds up its own.
         Without :attr:`max_grad_norm` and :class:`fastlr.GradScaler` that happens in the pass that reads the
         gradients for the update. Waits for CUDA devices.
 

@@ -195,10 +195,11 @@ def check_rounded_by_chance(params: object, where: str) -> None:
     """Raises ValueError for a float16 parameter among a new group's; what else is wrong PyTorch says."""
     for entry in params if isinstance(params, list) else [params]:
         p = entry[-1] if isinstance(entry, tuple) and entry else entry
-        if isinstance(p, torch.Tensor) and p.dtype is torch.float16:
+        if isinstance(p, torch.Tensor) and p.dtype in (torch.float16, torch.complex32):
+            dtype = str(p.dtype).removeprefix("torch.")
             raise ValueError(
                 f"stochastic_rounding{where} must be False, got True: it is for bfloat16, and a parameter of "
-                f"shape {tuple(p.shape)} has float16; use master_weights=True instead"
+                f"shape {tuple(p.shape)} has {dtype}; use master_weights=True instead"
             )
 
 

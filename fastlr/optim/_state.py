@@ -165,6 +165,9 @@ class RuleState:
                 if not state.get(key):
                     made = self.new(parameter, group)
                     state[key] = {name: made[name] for name in made if name not in self.stage_slots}
+        for key, parameter in parameters.items():
+            if MASTER in state.get(key, {}) and not Runtime.is_half(parameter):  # any more
+                state[key] = {name: value for name, value in state[key].items() if name != MASTER}
         if self.counts_steps:
             return
         entries = {key: state[key] for key in parameters if key in state and STEP in state[key]}
