@@ -40,7 +40,7 @@ WRONG: dict[str, list[Any]] = {
     "cautious": NO_FLAGS,
     "master_weights": NO_FLAGS,
     "stochastic_rounding": NO_FLAGS,
-    "rounding_seed": [-1e-9, *NO_NUMBERS],
+    "rounding_seed": [-1e-9, 2.0**32, *NO_NUMBERS],
 }
 
 
@@ -158,7 +158,7 @@ def drawn_bound(rng: Random) -> float | None:
 
 
 def drawn_seed(rng: Random) -> float:
-    return rng.choice([0.0, 1.0, 7.5, float(rng.randrange(2**53))])
+    return rng.choice([0.0, 1.0, 7.5, float(rng.randrange(2**32))])
 
 
 def keepings(group: Group) -> list[tuple[bool, bool]]:
