@@ -566,9 +566,8 @@ void Gathering::gather(const Place& place, size_t position) {
                           {},
                           Owned()});
   }
-  if (groups_[static_cast<size_t>(place.group_index)].large_options != 0) {
-    check_range(place, ref, updated_by);
-  }
+  const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
+  if (group.large_options != 0) check_range(place, ref, updated_by);
   parameters_read_.push_back(std::move(held));
   kept_alive_.push_back(std::move(grad));
 }
