@@ -18,6 +18,8 @@ struct Names {
   PyObject* step = PyUnicode_InternFromString("step");
   PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
   PyObject* ema_dtype = PyUnicode_InternFromString("ema_dtype");
+  PyObject* mesh = PyUnicode_InternFromString("mesh");
+  PyObject* placements = PyUnicode_InternFromString("placements");
 };
 
 const Names& names() {
@@ -85,7 +87,8 @@ bool is_lazy(PyObject* tensor) { return holds(tensor, "is_conj") || holds(tensor
 Gathering::Gathering(PyObject* runtime, const Groups& reader)
     : runtime_(runtime),
       float32_(checked(PyObject_GetAttrString(runtime, "float32"))),
-      group_reader_(reader) {
+      group_reader_(reader),
+      shares_(checked(PyList_New(0))) {
   for (int k = 0; k < kMaxSlots; ++k) {
     const char* const name = reader.rule().slot[k];
     if (name == nullptr) continue;
@@ -154,6 +157,78 @@ void Gathering::set_layout(const Place& place, const Parameter& parameter, const
   layouts_.push_back(layout);
 }
 
+// Whether two specifications of DTensors say the same of which part is where.
+bool Gathering::cut_alike(PyObject* spec, PyObject* other) const {
+  if (spec == other) return true;
+  if (spec == nullptr || other == nullptr) return false;
+  for (PyObject* const name : {names().mesh, names().placements}) {
+    const Owned one = checked(PyObject_GetAttr(spec, name));
+    const Owned two = checked(PyObject_GetAttr(other, name));
+    if (one.get() == two.get()) continue;
+    const int same = PyObject_RichCompareBool(one.get(), two.get(), Py_EQ);
+    if (same < 0) throw PythonError();
+    if (same == 0) return false;
+  }
+  return true;
+}
+
+// The tensor that has the memory of one of a parameter's; refused where that is not cut as the
+// parameter is.
+PyObject* Gathering::memory_of(const Place& place, const Parameter& parameter, PyObject* tensor,
+                               const char* what) const {
+  const TensorReader::Part part = TensorReader::part(tensor);
+  if (cut_alike(parameter.spec.get(), part.spec)) return part.local != nullptr ? part.local : tensor;
+  const auto of = [](PyObject* spec) {
+    return spec == nullptr ? std::string("a plain tensor") : "a DTensor, " + text_of(spec);
+  };
+  refuse(std::string("the ") + what + " of " + describe(place) + " is " + of(part.spec) +
+         ", and the parameter " + of(parameter.spec.get()) +
+         ". Shard the model before building the optimizer, or load the optimizer's state_dict again "
+         "after it.");
+}
+
+// A gradient that is cut as its parameter is: where a DTensor's is not, or is still on its way,
+// processes exchange what they have.
+Owned Gathering::settled(const Parameter& parameter, Owned gradient) const {
+  const TensorReader::Part part = TensorReader::part(gradient.get());
+  if (!parameter.spec || part.local == nullptr) return gradient;  // memory_of() judges
+  if (cut_alike(parameter.spec.get(), part.spec) && TensorReader::is_plain(part.local)) {
+    return gradient;
+  }
+  return checked(
+      PyObject_CallMethod(runtime_, "redistributed", "OO", gradient.get(), parameter.tensor));
+}
+
+// Notes how a parameter is cut.
+void Gathering::see_part(const Place& place, Parameter& parameter, PyObject* spec) {
+  parameter.spec = Owned();
+  parameter.share = 0;
+  parameter.first = 0;
+  if (spec == nullptr) return;
+  const Owned part = checked(PyObject_CallMethod(runtime_, "part", "O", parameter.tensor));
+  PyObject* const share = PyTuple_GetItem(part.get(), 0);
+  PyObject* const first = PyTuple_GetItem(part.get(), 1);
+  if (first == nullptr) throw PythonError();
+  const int64_t first_element = PyLong_AsLongLong(first);
+  if (PyErr_Occurred()) throw PythonError();
+  if (share != Py_None) {
+    Py_ssize_t known = PySequence_Contains(shares_.get(), share) == 1
+                           ? PySequence_Index(shares_.get(), share)
+                           : PyList_GET_SIZE(shares_.get());
+    if (known < 0 || PyErr_Occurred()) throw PythonError();
+    if (known == kMaxShares) {
+      refuse(describe(place) + " is cut in another way than those before it, which are cut in " +
+             std::to_string(kMaxShares) + " ways, the most of an optimizer; give it one of its own.");
+    }
+    if (known == PyList_GET_SIZE(shares_.get()) && PyList_Append(shares_.get(), share) != 0) {
+      throw PythonError();
+    }
+    parameter.share = static_cast<int32_t>(known) + 1;
+  }
+  parameter.first = first_element;
+  parameter.spec = Owned::borrow(spec);
+}
+
 // What the runtime says of a tensor. To be called without a Python error set.
 bool Gathering::answers(const char* question, PyObject* tensor) const {
   return checked(PyObject_CallMethod(runtime_, question, "O", tensor)).get() == Py_True;
@@ -215,7 +290,8 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, i
   const char* const name = group_reader_.rule().slot[slot];
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
-  m = read_tensor(tensor, name, place);
+  PyObject* const memory = memory_of(place, parameter, tensor, name);
+  m = read_tensor(memory, name, place);
   if (!same_shape(p, m)) refuse(the_slot() + " has shape " + shape_of(tensor) + ".");
   if (!same(p.device, m.device)) {
     refuse(
@@ -243,7 +319,7 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, i
     extent = order.extent;
     dense = order.dense;
   }
-  if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {
+  if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {
     refuse(the_slot() + " is a lazily conjugated or negated view; replace it by " + name +
            ".resolve_conj().resolve_neg().");
   }
@@ -428,16 +504,20 @@ void Gathering::gather(const Place& place, size_t position) {
   Parameter& parameter = parameters_[position];
   PyObject* tensor = parameter.tensor;
   Owned held = Owned::borrow(tensor);  // a getter of gradients may be anybody's code
+  const TensorReader::Part part = TensorReader::part(tensor);
+  if (part.spec != parameter.spec.get()) see_part(place, parameter, part.spec);
+  PyObject* const memory = part.local != nullptr ? part.local : tensor;
+  Owned held_memory = Owned::borrow(memory);
   Owned grad = checked(reader_.gradient(tensor));
   if (grad.get() == Py_None) return;
 
   Views views;
   TensorView &p = views.p, &g = views.g;
-  const bool readable = reader_.read(tensor, p);
+  const bool readable = reader_.read(memory, p);
   if (!readable || p.data == nullptr) {
     PyErr_Clear();
     if (has_no_values(tensor)) return gather_shape(place, position);
-    if (!readable) p = read_tensor(tensor, "data", place);  // says why
+    if (!readable) p = read_tensor(memory, "data", place);  // says why
   }
   if (!same(p.dtype, parameter.dtype) || static_cast<size_t>(p.ndim) != parameter.shape.size() ||
       !same_numbers(p.shape, parameter.shape.data(), p.ndim) ||
@@ -448,9 +528,11 @@ void Gathering::gather(const Place& place, size_t position) {
   if (p.data == nullptr && parameter.order.numel > 0) {
     refuse(
         describe(place) + " is a " + Py_TYPE(tensor)->tp_name +
-        " without memory of its own (a DTensor, FakeTensor or other wrapper); give the optimizer "
-        "the local tensors.");
+        " without memory of its own (a FakeTensor or other wrapper); give the optimizer plain "
+        "tensors or DTensors.");
   }
+  grad = settled(parameter, std::move(grad));
+  grad = Owned::borrow(memory_of(place, parameter, grad.get(), "gradient"));
   g = read_tensor(grad.get(), "gradient", place);
   if (!same(p.dtype, g.dtype)) {
     refuse("the gradient of " + describe(place) + " has " + type_name(g.dtype) +
@@ -467,7 +549,7 @@ void Gathering::gather(const Place& place, size_t position) {
     refuse("the gradient of " + describe(place) + " is a " + Py_TYPE(grad.get())->tp_name +
            " without plain memory of its own.");
   }
-  if (may_be_lazy(p, parameter.order.numel, parameter.order.dense) && is_lazy(tensor)) {
+  if (may_be_lazy(p, parameter.order.numel, parameter.order.dense) && is_lazy(memory)) {
     refuse(describe(place) +
            " is a lazily conjugated or negated view; give the optimizer a parameter made from "
            "resolve_conj().resolve_neg().");
@@ -490,7 +572,7 @@ void Gathering::gather(const Place& place, size_t position) {
 
   if (may_copy_ && updated_by != kHost && parameter.order.dense && !views.alike) {
     copied_ = true;
-    grad = checked(PyObject_CallMethod(runtime_, "gradient_like", "OO", tensor, grad.get()));
+    grad = checked(PyObject_CallMethod(runtime_, "gradient_like", "OO", memory, grad.get()));
     g = read_tensor(grad.get(), "gradient", place);
     see_gradient(parameter, views);
   }
@@ -511,6 +593,8 @@ void Gathering::gather(const Place& place, size_t position) {
   ref.grad = g.data;
   ref.group = static_cast<int32_t>(place.group_index);
   ref.place = static_cast<int32_t>(position);
+  ref.share = parameter.share;
+  ref.first = parameter.first;
   ref.max_value = of_group.max_value;
   ref.type = type;
   ref.kept = kept;
@@ -569,6 +653,7 @@ void Gathering::gather(const Place& place, size_t position) {
   const GroupReading& group = groups_[static_cast<size_t>(place.group_index)];
   if (group.large_options != 0) check_range(place, ref, updated_by);
   parameters_read_.push_back(std::move(held));
+  if (memory != tensor) parameters_read_.push_back(std::move(held_memory));
   kept_alive_.push_back(std::move(grad));
 }
 

@@ -39,7 +39,10 @@ class Gathering {
   // list of them the value, begin_stages(tensors, parameters), which makes averages and masters
   // what they are before the first update of the parameter beside them, gradient_like(parameter,
   // gradient), a copy of the gradient that lies in memory as the parameter does,
-  // has_no_values(tensor), whether it is nothing but a shape, and is_half(tensor); borrowed.
+  // has_no_values(tensor), whether it is nothing but a shape, is_half(tensor); and of DTensors
+  // part(parameter), what stands for its share, or None for share 0, and its first element in the
+  // whole parameter, and redistributed(gradient, parameter), a gradient that is cut as its parameter
+  // is; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.
@@ -57,6 +60,10 @@ class Gathering {
   const std::vector<TensorRef>& tensors() const { return tensors_; }
   const std::vector<Source>& sources() const { return sources_; }  // of tensors(), one each
   const std::vector<StridedLayout>& layouts() const { return layouts_; }
+  // What stands for each share but share 0, a list; of all parameters, those without a gradient
+  // too, so that it is the same in every process.
+  PyObject* shares() const { return shares_.get(); }
+  int share_count() const { return static_cast<int>(PyList_GET_SIZE(shares_.get())); }
   // The parameters, a new list; to be called once a step.
   Owned take_parameters();
   // Whether the order of the updates matters: one writes memory that another writes, or reads as
@@ -72,6 +79,9 @@ class Gathering {
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
     MemoryOrder order{};
+    Owned spec;         // of a DTensor; nothing of any other, and what follows from it is 0
+    int32_t share = 0;  // see NOTE: [shares]
+    int64_t first = 0;  // of its elements, in the whole parameter
   };
   // Where a parameter stands, for messages.
   struct Place {
@@ -141,6 +151,11 @@ class Gathering {
   void gather(const Place& place, size_t position);
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
+  void see_part(const Place& place, Parameter& parameter, PyObject* spec);
+  bool cut_alike(PyObject* spec, PyObject* other) const;
+  PyObject* memory_of(const Place& place, const Parameter& parameter, PyObject* tensor,
+                      const char* what) const;
+  Owned settled(const Parameter& parameter, Owned gradient) const;
   bool answers(const char* question, PyObject* tensor) const;
   Traits traits_of(PyObject* group, Py_ssize_t index, const GroupReading& reading) const;
   bool has_type(int slot, dlpack::DataType type, const TensorRef& ref) const;
@@ -179,6 +194,7 @@ class Gathering {
 
   // Cached.
   std::vector<Parameter> parameters_;
+  Owned shares_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
   std::vector<Bytes> written_seen_;
   std::vector<Bytes> written_sorted_;

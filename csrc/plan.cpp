@@ -95,9 +95,10 @@ bool Plan::on_one_device() const {
 }
 
 bool Plan::clips_values() const {
-  const std::vector<TensorRef>& tensors = gathering_.tensors();
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const TensorRef& tensor) { return std::isfinite(tensor.max_value); });
+  const std::vector<GroupReading>& groups = gathering_.groups();
+  return std::any_of(groups.begin(), groups.end(), [&](const GroupReading& group) {
+    return std::isfinite(max_value_of(group.options.value + rule().rule_options));
+  });
 }
 
 std::vector<TensorRef> Plan::tensors_on_host() const {
@@ -171,17 +172,40 @@ std::optional<float> Plan::read_amp(PyObject* found_inf, PyObject* grad_scale) c
   return inverse_scale;
 }
 
-// The sum of the squares of all gradients, wherever they are; waits for devices. inverse_scale: of
-// the scale that they, and what they are clipped to, come with; nothing: as they are.
-double Plan::measure_norm(std::optional<float> inverse_scale, int threads) {
+// The sum of the squares of a share's gradients, wherever they are; waits for devices.
+// inverse_scale: of the scale that they, and what they are clipped to, come with; nothing: as they
+// are.
+double Plan::measure_share(int share, std::optional<float> inverse_scale, int threads) {
   double squares = 0.0;
 #if defined(FASTLR_HAS_CUDA)
-  squares += devices_.measure(gathering_, inverse_scale);
+  squares += devices_.measure(gathering_, share, inverse_scale);
 #endif
-  std::vector<TensorRef> tensors = tensors_on_host();
-  for (TensorRef& tensor : tensors) bring_to_scale(tensor, inverse_scale);
+  std::vector<TensorRef> tensors;
+  for (size_t i = 0; i < gathering_.tensors().size(); ++i) {
+    const TensorRef& tensor = gathering_.tensors()[i];
+    if (!is_on_host(gathering_.sources()[i]) || tensor.share != share) continue;
+    tensors.push_back(tensor);
+    bring_to_scale(tensors.back(), inverse_scale);
+  }
   const WithoutGil other_threads_run;
   return squares + squared_norm_cpu(tensors, gathering_.layouts(), threads);
+}
+
+// The same of all gradients, those of other processes too.
+double Plan::measure_norm(std::optional<float> inverse_scale, int threads) {
+  double squares = measure_share(0, inverse_scale, threads);
+  const int shares = gathering_.share_count();
+  if (shares == 0) return squares;
+  const Owned sums = checked(PyList_New(shares));
+  for (int i = 0; i < shares; ++i) {
+    const double sum = measure_share(i + 1, inverse_scale, threads);
+    PyList_SET_ITEM(sums.get(), i, checked(PyFloat_FromDouble(sum)).release());
+  }
+  const Owned totals = checked(PyObject_CallMethod(runtime_.get(), "add_up_shares", "OO",
+                                                   gathering_.shares(), sums.get()));
+  for (int i = 0; i < shares; ++i) squares += PyFloat_AsDouble(PyList_GetItem(totals.get(), i));
+  if (PyErr_Occurred()) throw PythonError();
+  return squares;
 }
 
 void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
@@ -194,7 +218,12 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
 #endif
 
   const bool with_host = uses_host();
-  const bool norm_here = settings.norm_first() && !on_one_device();
+  // What takes other processes is not measured in the pass of the update; and where they all take
+  // part, so does one that has no gradient.
+  const bool of_shares = gathering_.share_count() != 0;
+  const bool norm_first = settings.norm_first() || (settings.measures_norm && of_shares);
+  const bool on_device = on_one_device() && !(of_shares && gathering_.tensors().empty());
+  const bool norm_here = norm_first && !on_device;
   const bool seeks_here = settings.seeks_inf && norm_here;
   raises_ = settings.raises;
   std::optional<float> inverse_scale = 1.0f;
@@ -218,6 +247,8 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
       if (clips_values()) scaled = measure_norm(inverse_scale, settings.threads);
     }
     squares = unscaled_squares(scaled, *inverse_scale);
+  }
+  if (norm_here && settings.norm_first()) {
     factor = clipping_factor(*squares, settings.max_norm, *inverse_scale);
     if (std::isnan(factor)) {
       if (seeks_here) {
@@ -228,7 +259,7 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
                                ", so that it cannot be clipped; nothing was updated.");
     }
   }
-  const bool measures_norm = settings.measures_norm && !norm_here;  // in the pass of the update
+  const bool measures_norm = settings.measures_norm && !norm_first;  // in the pass of the update
   HostPart host;
   if (with_host) host = prepare_on_host({factor, *inverse_scale}, measures_norm);
   const GroupMoves moves = groups_.moves_on(param_groups, 1, settings.samples);
@@ -242,11 +273,16 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   norm_on_devices_ = devices_stepped_ = false;
   if (!all_on_host() || devices_.any()) {
     std::optional<NormPass> norm_pass;
-    if (settings.norm_first() && !norm_here) norm_pass = {settings.max_norm, settings.seeks_inf};
+    if (norm_first && !norm_here) {
+      norm_pass = {settings.max_norm, settings.seeks_inf, gathering_.shares(),
+                   gathering_.share_count()};
+    }
     captured =
         devices_.step(gathering_, seeks_here ? Py_None : settings.found_inf, settings.grad_scale,
                       with_host, in_order, measures_norm, norm_pass,
-                      norm_here ? std::optional<double>(factor) : std::nullopt, settings.samples);
+                      norm_here && settings.norm_first() ? std::optional<double>(factor)
+                                                         : std::nullopt,
+                      settings.samples);
     devices_stepped_ = true;
     norm_on_devices_ = !norm_here;
   }

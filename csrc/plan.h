@@ -129,6 +129,7 @@ class Plan {
   bool clips_values() const;
   std::vector<TensorRef> tensors_on_host() const;
   std::optional<float> read_amp(PyObject* found_inf, PyObject* grad_scale) const;
+  double measure_share(int share, std::optional<float> inverse_scale, int threads);
   double measure_norm(std::optional<float> inverse_scale, int threads);
   GivenOptions given(const Values& values) const;
   HostPart prepare_on_host(const Unscaling& unscaling, bool measures_norm) const;

@@ -79,7 +79,9 @@ FASTLR_HD void split(float x, Float16& p, float& master) {
 // NOTE: [random bits]
 // Which way a number is rounded follows from its group's seed, its parameter's place in the
 // optimizer, the updates before this one, and where in its parameter's memory it lies: so it is the
-// same on every device, however the elements are cut, and after a resume. Nothing of it is secret
+// same on every device, however the elements are cut, and after a resume. Of a part of a parameter
+// it is where the whole one would lie, in rows; so replicas agree, and parts of rows are as if they
+// were never cut. Nothing of it is secret
 // or drawn; a hash does. Of the two here the one of 64 bits ends splitmix64 (Steele, Lea and Flood
 // 2014), the one of 32 bits is Wellons' lowbias32.
 FASTLR_HD uint64_t hashed(uint64_t x) {

@@ -1,5 +1,7 @@
 #include "tensor_view.h"
 
+#include <structmember.h>
+
 #include <cstring>
 
 #include "owned.h"
@@ -30,6 +32,8 @@ struct KnownType {
   const dlpack::ExchangeApi* exchange;
   const PyGetSetDef* grad;  // the type's own `grad`, or nullptr: get the attribute by name
   bool plain;               // its memory holds its values: no __torch_dispatch__ of its own
+  Py_ssize_t local_at;      // where in a DTensor these two attributes stand; 0: it is none
+  Py_ssize_t spec_at;
 };
 
 std::deque<KnownType> known_types;
@@ -43,10 +47,31 @@ inline const KnownType& known_type(PyTypeObject* type) {
   return new_type(type);
 }
 
+// Where objects of a type keep an attribute that it has named in __slots__, or 0.
+Py_ssize_t slot_of(PyObject* type, const char* name) {
+  const Owned member(PyObject_GetAttrString(type, name));
+  if (!member || Py_TYPE(member.get()) != &PyMemberDescr_Type) {
+    PyErr_Clear();
+    return 0;
+  }
+  return reinterpret_cast<PyMemberDescrObject*>(member.get())->d_member->offset;
+}
+
+// Whether PyTorch's DTensor is among a type's bases. Where its module was never imported there are
+// none.
+bool is_distributed(PyObject* type) {
+  PyObject* const modules = PyImport_GetModuleDict();
+  PyObject* const module = PyDict_GetItemString(modules, "torch.distributed.tensor");
+  const Owned base(module == nullptr ? nullptr : PyObject_GetAttrString(module, "DTensor"));
+  const int answer = base ? PyObject_IsSubclass(type, base.get()) : 0;
+  PyErr_Clear();
+  return answer == 1;
+}
+
 const KnownType& new_type(PyTypeObject* type) {
   Py_INCREF(type);  // a type that stays known must not be freed and its address taken by another
   PyObject* object = reinterpret_cast<PyObject*>(type);
-  KnownType added{type, lookup_exchange(object), nullptr, true};
+  KnownType added{type, lookup_exchange(object), nullptr, true, 0, 0};
   const Owned grad(PyObject_GetAttrString(object, "grad"));
   if (grad && Py_TYPE(grad.get()) == &PyGetSetDescr_Type) {
     added.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.get())->d_getset;
@@ -57,6 +82,10 @@ const KnownType& new_type(PyTypeObject* type) {
   const Owned dispatch(PyObject_GetAttrString(object, "__torch_dispatch__"));
   added.plain = !dispatch || !disabled || dispatch.get() == disabled.get();
   PyErr_Clear();
+  if (!added.plain && is_distributed(object)) {
+    added.local_at = slot_of(object, "_local_tensor");
+    added.spec_at = slot_of(object, "_spec");
+  }
   known_types.push_back(added);
   return known_types.back();
 }
@@ -106,6 +135,18 @@ PyObject* TensorReader::gradient(PyObject* tensor) {
   if (grad != nullptr) return grad->get(tensor, grad->closure);
   return PyObject_GetAttrString(tensor, "grad");
 }
+
+TensorReader::Part TensorReader::part(PyObject* tensor) {
+  const KnownType& type = known_type(Py_TYPE(tensor));
+  if (type.local_at == 0 || type.spec_at == 0) return {nullptr, nullptr};
+  const auto at = [&](Py_ssize_t offset) {
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
+  };
+  const Part part{at(type.local_at), at(type.spec_at)};
+  return part.spec == nullptr ? Part{nullptr, nullptr} : part;
+}
+
+bool TensorReader::is_plain(PyObject* tensor) { return known_type(Py_TYPE(tensor)).plain; }
 
 bool TensorReader::read(PyObject* tensor, TensorView& view) {
   const KnownType& type = known_type(Py_TYPE(tensor));

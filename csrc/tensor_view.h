@@ -30,6 +30,17 @@ class TensorReader {
   // The tensor's `grad`, a new reference; nullptr with a Python error set.
   static PyObject* gradient(PyObject* tensor);
 
+  // NOTE: [distributed tensors]
+  // Of a torch.distributed.tensor.DTensor: the tensor that holds this process's part of it, and the
+  // specification that says which part that is; borrowed. Nothing (local == nullptr) of any other.
+  struct Part {
+    PyObject* local;
+    PyObject* spec;
+  };
+  static Part part(PyObject* tensor);
+  // Whether a tensor's memory holds its values: not where its type dispatches by itself.
+  static bool is_plain(PyObject* tensor);
+
   // Forgets shapes that earlier reads had to copy; views that point to them end.
   void clear() { copied_.clear(); }
 

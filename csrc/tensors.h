@@ -19,6 +19,13 @@ inline bool is_half(StorageType type) {
   return type == StorageType::kBFloat16 || type == StorageType::kFloat16;
 }
 
+// NOTE: [shares]
+// A DTensor is a process's part of a parameter. What sums up all gradients adds up the parts that
+// it has in shares: of tensors that are cut along the same dimensions of the same mesh, whose
+// processes then add theirs up along these. Share 0 are tensors that each process has whole, be they
+// plain or replicas, which count once.
+constexpr int kMaxShares = 16;
+
 // One parameter with its gradient and state. Complex tensors appear as pairs of reals.
 struct TensorRef {
   void* param;
@@ -36,6 +43,8 @@ struct TensorRef {
   bool averages;     // whether an average is kept, which of an empty tensor has no address
   bool staged;       // whether there is any stage to it
   int32_t place;     // among the optimizer's parameters
+  int32_t share;     // see NOTE: [shares]; 0: none
+  int64_t first;     // where in the whole parameter its first element stands, for random bits
   double max_value;  // what its gradient is clipped to element by element, or infinity
 };
 static_assert(std::is_trivially_copyable<TensorRef>::value, "tables of it are copied as bytes");

@@ -9,6 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
+from fastlr import _distributed
+from fastlr._distributed import local, locals_of
+
 
 class Runtime:
     """What native code calls; it holds nothing.
@@ -60,28 +63,28 @@ class Runtime:
 
     @staticmethod
     def fill(tensors: list[torch.Tensor], value: float) -> None:
-        """Makes all numbers in them the value, of complex ones both parts.
+        """Makes all numbers in them the value, of complex ones both parts; of DTensors this process's.
 
         Zero, which is usual, on devices in few launches: thousands would make the host wait for a stream
         that is behind.
         """
         if value == 0.0:
             alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-            for tensor in tensors:
+            for tensor in locals_of(tensors):
                 alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
             for group in alike.values():
                 torch._foreach_zero_(group)
             return
-        for tensor in tensors:
+        for tensor in locals_of(tensors):
             tensor.fill_(complex(value, value) if tensor.is_complex() else value)
 
     @staticmethod
     def copy(tensors: list[torch.Tensor], originals: list[torch.Tensor]) -> None:
-        """Makes each tensor what the one beside it is, in its own type."""
+        """Makes each tensor what the one beside it is, in its own type; of DTensors this process's parts."""
         if not tensors:  # which PyTorch's function refuses
             return
         with torch.no_grad():
-            torch._foreach_copy_(tensors, originals)
+            torch._foreach_copy_(locals_of(tensors), locals_of(originals))
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,17 @@ class Runtime:
     @staticmethod
     def has_no_values(tensor: torch.Tensor) -> bool:
         """Whether a tensor is nothing but a shape and a type: on the meta device, or fake."""
-        return tensor.is_meta or isinstance(tensor, FakeTensor)
+        return tensor.is_meta or isinstance(local(tensor), FakeTensor)
+
+    # Of DTensors; see there.
+    part = staticmethod(_distributed.part)
+    redistributed = staticmethod(_distributed.redistributed)
+    add_up_shares = staticmethod(_distributed.added_up)
+
+    @staticmethod
+    def add_up_shares_in(shares: list[_distributed.Share], memory: torch.Tensor) -> None:
+        """The same of numbers in :meth:`new_bytes`' memory, which begins with that of what has no share."""
+        _distributed.add_up(shares, memory.view(torch.float64)[1 : 1 + len(shares)])
 
     @staticmethod
     def read_amp(found_inf: torch.Tensor | None, grad_scale: torch.Tensor | None) -> float | None:

@@ -257,7 +257,8 @@ struct HalfParameter {
   HalfParameter(const TensorRef& tensor, const GroupStages* stages)
       : at(static_cast<Half*>(tensor.param)),
         masters(static_cast<master_t<Half>*>(tensor.slot[kMasterSlot])),
-        kept(tensor.kept) {
+        kept(tensor.kept),
+        first(tensor.first) {
     if (kept == Keeping::kStochastic) key = random_key(stages->random, tensor.place);
   }
 
@@ -269,7 +270,7 @@ struct HalfParameter {
   void store(const float* from, int64_t begin, int64_t n) const {
     if (kept == Keeping::kMaster) return store_masters(at + begin, masters + begin, from, n);
     if constexpr (std::is_same<Half, BFloat16>::value) {
-      if (kept == Keeping::kStochastic) return store_by_chance(at + begin, key, begin, from, n);
+      if (kept == Keeping::kStochastic) return store_by_chance(at + begin, key, first + begin, from, n);
     }
     store_dense(at + begin, from, n);
   }
@@ -283,7 +284,7 @@ struct HalfParameter {
     if (kept == Keeping::kMaster) return split(x, at[to.param], masters[to.slot[kMasterSlot]]);
     if constexpr (std::is_same<Half, BFloat16>::value) {
       if (kept == Keeping::kStochastic) {
-        at[to.param] = rounded_by_chance(x, random_bits(key, to.param));
+        at[to.param] = rounded_by_chance(x, random_bits(key, first + to.param));
         return;
       }
     }
@@ -293,6 +294,7 @@ struct HalfParameter {
   Half* at;
   master_t<Half>* masters;
   Keeping kept;
+  int64_t first;
   RandomKey key{};
 };
 template <>

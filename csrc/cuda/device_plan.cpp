@@ -237,6 +237,10 @@ void DevicePlan::prepare(const DeviceScope& scope, const std::vector<TensorRef>&
   norm_pass_ = norm_pass;
   measures_norm_ = measures_norm || norm_pass;
   if (norm_pass) cuda::preload_norm(scope.device());
+  if (norm_pass && norm_pass->share_count != 0 && !share_sums_) {
+    scope.refuse_capture("the norm of distributed gradients was not measured before");
+    share_sums_ = Table(scope, (1 + kMaxShares) * sizeof(double));
+  }
   launches_ = tensors_.update(scope, tensors, layouts, in_order, measures_norm_);
   const bool staged = std::any_of(launches_.begin(), launches_.end(),
                                   [](const cuda::Launch& launch) { return launch.staged; });
@@ -249,8 +253,22 @@ void DevicePlan::launch_norm(const DeviceScope& scope, float* found_inf, const f
     launch.head.grad_scale = grad_scale;
     launch.head.max_norm = norm_pass_->max_norm;
     launch.head.seeks_inf = norm_pass_->seeks_inf;
+    launch.head.clips = norm_pass_->decides();
+    launch.head.of_shares = norm_pass_->share_count != 0;
     cuda::launch_norm(scope.device(), scope.stream(), launch);
   }
+}
+
+// Here and in the other processes, in the stream's order; the host waits for nothing.
+void DevicePlan::end_norm_of_shares(const DeviceScope& scope) {
+  Shares shares = tensors_.shares();
+  shares.sums = reinterpret_cast<double*>(share_sums_.data());
+  shares.count = 1 + norm_pass_->share_count;
+  cuda::launch_shares(scope.device(), scope.stream(), shares);
+  checked(PyObject_CallMethod(scope.runtime(), "add_up_shares_in", "OO", norm_pass_->shares,
+                              share_sums_.tensor()));
+  cuda::launch_end_norm(scope.device(), scope.stream(), launches_.back().head, shares.sums,
+                        shares.count);
 }
 
 void DevicePlan::launch(const DeviceScope& scope, float* found_inf, const float* grad_scale,
@@ -262,6 +280,7 @@ void DevicePlan::launch(const DeviceScope& scope, float* found_inf, const float*
       seen.stages_in_graph = seen.stages;
     }
     tensors_.captured_in(graph);
+    graph.add(share_sums_);
   }
   use_clocks(scope, std::move(graph));
   if (factor) {
@@ -270,12 +289,20 @@ void DevicePlan::launch(const DeviceScope& scope, float* found_inf, const float*
     constexpr size_t kBegin = offsetof(DeviceState, factor_in_float);
     state_.write_at_once(scope, kBegin, &state.factor_in_float, sizeof state - kBegin);
   }
+  if (norm_pass_) {
+    if (share_sums_) share_sums_.used_by(scope);
+    {
+      const WithoutGil waiting_for_room_in_the_stream;
+      launch_norm(scope, found_inf, grad_scale);
+    }
+    if (norm_pass_->share_count != 0) end_norm_of_shares(scope);
+  }
   const WithoutGil waiting_for_room_in_the_stream;  // and no Python code from here on
-  if (norm_pass_) launch_norm(scope, found_inf, grad_scale);
   for (cuda::Launch& launch : launches_) {
     launch.head.clocks = clocks(found_inf);
     launch.head.grad_scale = grad_scale;
-    launch.head.clips = norm_pass_ || factor;
+    launch.head.clips = factor || (norm_pass_ && norm_pass_->decides());
+    launch.head.norm_known = factor || norm_pass_;
     if (norm_pass_) launch.head.squares = nullptr;
     cuda::launch_step(scope.device(), scope.stream(), rule_, launch);
   }

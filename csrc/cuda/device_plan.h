@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -18,6 +19,11 @@ namespace fastlr {
 struct NormPass {
   double max_norm;  // what it is clipped to, or infinity
   bool seeks_inf;   // found_inf becomes 1 where it is inf or NaN
+  PyObject* shares;  // what the runtime knows each share but share 0 by: a list
+  int32_t share_count;
+
+  // Whether the update depends on it.
+  bool decides() const { return seeks_inf || std::isfinite(max_norm); }
 };
 
 class DevicePlan {
@@ -101,6 +107,7 @@ class DevicePlan {
   Clocks clocks(float* found_inf) const;
   void use_clocks(const DeviceScope& scope, GraphObjects graph);
   void launch_norm(const DeviceScope& scope, float* found_inf, const float* grad_scale);
+  void end_norm_of_shares(const DeviceScope& scope);
   void launch_clock(const DeviceScope& scope, int64_t updates, int64_t samples, float* found_inf);
 
   const Rule& rule_;
@@ -112,6 +119,7 @@ class DevicePlan {
   std::vector<Seen> seen_;
 
   TensorTable tensors_;
+  Table share_sums_;  // double[1 + kMaxShares]
   std::vector<cuda::Launch> launches_;
   bool measures_norm_ = false;
   std::optional<NormPass> norm_pass_;

@@ -125,7 +125,8 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
   return capturing != 0;
 }
 
-double Devices::measure(const Gathering& gathering, std::optional<float> inverse_scale) {
+double Devices::measure(const Gathering& gathering, int share,
+                        std::optional<float> inverse_scale) {
   std::set<int> devices;
   for (const Gathering::Source& source : gathering.sources()) {
     if (source.place != kHost) devices.insert(source.place);
@@ -133,8 +134,14 @@ double Devices::measure(const Gathering& gathering, std::optional<float> inverse
   double sum = 0.0;
   for (const int device : devices) {
     DeviceNorm& norm = norms_.try_emplace(device, runtime_, device).first->second;
-    std::vector<TensorRef> tensors = tensors_on(device, gathering);
-    for (TensorRef& tensor : tensors) bring_to_scale(tensor, inverse_scale);
+    std::vector<TensorRef> tensors;
+    for (TensorRef& tensor : tensors_on(device, gathering)) {
+      if (tensor.share != share) continue;
+      tensors.push_back(tensor);
+      TensorRef& measured = tensors.back();
+      measured.share = 0;
+      bring_to_scale(measured, inverse_scale);
+    }
     sum += norm.measure(tensors, gathering.layouts());
   }
   return sum;

@@ -37,9 +37,9 @@ class Devices {
             bool in_order, bool measures_norm, std::optional<NormPass> norm_pass,
             std::optional<double> factor, int64_t samples);
 
-  // The sum of the squares of the gathered gradients on all devices. Waits for these.
+  // The sum of the squares of a share's gathered gradients on all devices. Waits for these.
   // inverse_scale: see bring_to_scale().
-  double measure(const Gathering& gathering, std::optional<float> inverse_scale);
+  double measure(const Gathering& gathering, int share, std::optional<float> inverse_scale);
 
   // Moves the samples clock of every device; false where that was captured instead of done.
   bool advance_samples(int64_t samples);

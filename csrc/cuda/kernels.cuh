@@ -129,6 +129,7 @@ struct Stages {
   rest_t<P>* rests;  // nullptr: there are no masters
   bool by_chance;
   RandomKey key;
+  int64_t first;
 
   __device__ E moved(E from, C p) const {
     E to;
@@ -153,7 +154,7 @@ struct Stages {
     }
     if constexpr (std::is_same<P, BFloat16>::value) {
       if (by_chance) {
-        p = rounded_by_chance(value, random_bits(key, element));
+        p = rounded_by_chance(value, random_bits(key, first + element));
         return load(p);
       }
     }
@@ -437,13 +438,11 @@ __device__ inline bool is_last_block(DeviceState& state) {
   return is_last;
 }
 
-// The sum of the squares of all gradients, whose chunks' sums are there; in the first thread.
-__device__ inline double total_squares(const StepHead& step) {
+// The sum of the squares of gradients, whose chunks' sums are there; in the first thread.
+__device__ inline double sum_of_range(const double* squares, int64_t begin, int64_t end) {
   double lane = 0.0;
   // Past the first-level cache, which does not see what other multiprocessors write.
-  for (int64_t i = threadIdx.x; i < step.step_chunks; i += kThreads) {
-    lane += __ldcg(step.squares + i);
-  }
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) lane += __ldcg(squares + i);
   return sum_over_block(lane);
 }
 
@@ -454,7 +453,8 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
   const bool measures_norm = step.squares != nullptr;
   double squared_norm = NAN;
   if (step.ends_step && measures_norm && amp.applied) {
-    squared_norm = unscaled_squares(total_squares(step), amp.inverse_scale);
+    squared_norm =
+        unscaled_squares(sum_of_range(step.squares, 0, step.step_chunks), amp.inverse_scale);
   }
   if (amp.applied) {
     for (int32_t i = threadIdx.x; i < step.count; i += kThreads) {
@@ -471,7 +471,7 @@ __device__ inline void finish(const StepHead& step, const Amp& amp) {
     state.ticket = 0;
     if (step.ends_step) {
       state.last_skipped = !amp.applied;
-      if (!step.clips) {  // else the norm is there
+      if (!step.norm_known) {
         state.norm_measured = measures_norm;
         state.squared_norm = squared_norm;
       }
@@ -542,7 +542,10 @@ __device__ inline void with_stages([[maybe_unused]] const DeviceTensor& tensor,
       stages.average = of_group.averaging.in(C{});
       stages.rests = static_cast<rest_t<P>*>(tensor.slot[kMasterSlot]);
       stages.by_chance = tensor.kept == Keeping::kStochastic;
-      if (stages.by_chance) stages.key = random_key(of_group.random, tensor.place);
+      if (stages.by_chance) {
+        stages.key = random_key(of_group.random, tensor.place);
+        stages.first = tensor.first;
+      }
       visit(stages);
     };
     void* const at = tensor.slot[kEmaSlot];
@@ -592,16 +595,36 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<R, P, kStaged>)
   finish<R>(step, amp);
 }
 
-// Measures the gradients' norm; the last launch of them says what clips it, and where asked whether
-// there is an inf or NaN: then no scale is judged.
+// Whether a step's norm is measured: not where it is known that the update is skipped, but for a
+// scale where an inf is sought first, which judges none.
+__device__ inline bool measures(const StepHead& step, const Amp& amp) {
+  return amp.applied || (step.seeks_inf && amp.invalid_scale);
+}
+
+// Notes the norm of which these are the squares, what clips it, and where asked whether there is an
+// inf or NaN. By one thread.
+__device__ inline void end_norm(const StepHead& step, const Amp& amp, double squares) {
+  DeviceState& state = *step.clocks.state;
+  const double squared_norm = amp.applied ? unscaled_squares(squares, amp.inverse_scale) : NAN;
+  const double factor = clipping_factor(squared_norm, step.max_norm, amp.inverse_scale);
+  state.norm_measured = true;
+  state.squared_norm = squared_norm;
+  state.set_factor(factor);
+  const bool finite = amp.applied ? factor == factor : squares <= DBL_MAX;
+  if (finite || !step.clips || !measures(step, amp)) return;
+  if (step.seeks_inf) {
+    *step.clocks.found_inf = 1.0f;
+  } else {
+    state.nonfinite = 1;
+  }
+}
+
+// Measures the gradients' norm; the last launch of them ends it, unless there are shares.
 template <typename P, bool kStrided, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     norm_kernel(const __grid_constant__ StepArguments<kCapacity> step) {
   // Of what is read again at the end: to keep it takes registers, too. Where it is measured, there
   // are barriers between that and the write to found_inf.
-  const auto measures = [&](const Amp& amp) {
-    return amp.applied || (step.seeks_inf && amp.invalid_scale);
-  };
   using C = compute_t<P>;
   const auto measure_with = [&](float inverse_scale) {
     for_each_chunk_of_block(step, [&](int32_t index, int64_t begin, int64_t end, int64_t square) {
@@ -623,27 +646,16 @@ __global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     });
   };
   const Amp before = read_amp(step.clocks.found_inf, step.grad_scale);
-  if (measures(before)) measure_with(before.inverse_scale);
+  if (measures(step, before)) measure_with(before.inverse_scale);
   DeviceState& state = *step.clocks.state;
   if (!is_last_block(state)) return;
   const Amp amp = read_amp(step.clocks.found_inf, step.grad_scale);
+  const bool ends_norm = step.ends_step && !step.of_shares;
   double squares = NAN;
-  if (step.ends_step && measures(amp)) squares = total_squares(step);
+  if (ends_norm && measures(step, amp)) squares = sum_of_range(step.squares, 0, step.step_chunks);
   if (threadIdx.x != 0) return;
   state.ticket = 0;
-  if (!step.ends_step) return;
-  const double squared_norm = amp.applied ? unscaled_squares(squares, amp.inverse_scale) : NAN;
-  const double factor = clipping_factor(squared_norm, step.max_norm, amp.inverse_scale);
-  state.norm_measured = true;
-  state.squared_norm = squared_norm;
-  state.set_factor(factor);
-  const bool finite = amp.applied ? factor == factor : squares <= DBL_MAX;
-  if (finite || !measures(amp)) return;
-  if (step.seeks_inf) {
-    *step.clocks.found_inf = 1.0f;
-  } else {
-    state.nonfinite = 1;
-  }
+  if (ends_norm) end_norm(step, amp, squares);
 }
 
 }  // namespace fastlr

@@ -1,6 +1,7 @@
 #include "launches.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 #include <utility>
 
@@ -21,6 +22,16 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
     std::vector<Item> items;
   };
   Launches cut{};
+  // Sums stand share by share, and each one's in the order of its tensors.
+  cut.shares.assign(2, 0);
+  for (const TensorRef& tensor : tensors) {
+    const size_t after = static_cast<size_t>(tensor.share) + 1;
+    if (cut.shares.size() <= after) cut.shares.resize(after + 1, 0);
+    cut.shares[after] += chunks_of(tensor.numel);
+  }
+  std::partial_sum(cut.shares.begin(), cut.shares.end(), cut.shares.begin());
+  cut.chunks = cut.shares.back();
+  std::vector<int64_t> next_square = cut.shares;
   std::vector<Batch> batches;
   for (const TensorRef& tensor : tensors) {
     const bool strided = tensor.layout >= 0;
@@ -33,8 +44,9 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
       batches.push_back({tensor.type, tensor.state_type, strided, tensor.staged, {}});
       batch = batches.end() - 1;
     }
-    batch->items.push_back({&tensor, cut.chunks});
-    cut.chunks += chunks_of(tensor.numel);
+    int64_t& square = next_square[static_cast<size_t>(tensor.share)];
+    batch->items.push_back({&tensor, square});
+    square += chunks_of(tensor.numel);
   }
 
   std::set<int32_t> led;  // groups
@@ -61,6 +73,7 @@ Launches cut_into_launches(const std::vector<TensorRef>& tensors,
         entry.group = tensor.group;
         entry.leads_group = tensor.step != nullptr && led.insert(tensor.group).second;
         entry.place = tensor.place;
+        entry.first = tensor.first;
         entry.ema_type = tensor.ema_type;
         entry.kept = tensor.kept;
         entry.max_value = tensor.max_value;

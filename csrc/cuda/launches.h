@@ -16,6 +16,8 @@ struct Launches {
   std::vector<cuda::Launch> launches;
   std::vector<size_t> firsts;  // in `tensors`, one a launch
   int64_t chunks;              // of all launches
+  // Of them, where each share's sums of squares begin, and where those of the last one end.
+  std::vector<int64_t> shares;
 };
 
 // One launch for each kernel that is needed, or more where a launch cannot take all of its tensors;

@@ -41,6 +41,23 @@ __global__ void __launch_bounds__(kThreads)
   advance_clocks<R>(clocks, amp.applied ? updates : 0, samples);
 }
 
+// The sums of the squares of each share's gradients; a block each.
+__global__ void __launch_bounds__(kThreads)
+    shares_kernel(const __grid_constant__ Shares shares) {
+  const int64_t begin = shares.begin[blockIdx.x], end = shares.begin[blockIdx.x + 1];
+  const double sum = sum_of_range(shares.squares, begin, end);
+  if (threadIdx.x == 0) shares.sums[blockIdx.x] = sum;
+}
+
+// Ends a norm of which these are the sums. By one thread.
+__global__ void __launch_bounds__(kThreads)
+    end_norm_kernel(const __grid_constant__ StepHead step, const double* sums, int32_t count) {
+  if (threadIdx.x != 0) return;
+  double squares = 0.0;
+  for (int32_t i = 0; i < count; ++i) squares += sums[i];
+  end_norm(step, read_amp(step.clocks.found_inf, step.grad_scale), squares);
+}
+
 cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void use_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
@@ -141,6 +158,8 @@ void preload(int device, const Rule& rule, bool staged) {
 
 void preload_norm(int device) {
   load_once(device, kNorm, false, [](Residency& residency, int multiprocessors) {
+    load(residency, &shares_kernel, multiprocessors);
+    load(residency, &end_norm_kernel, multiprocessors);
     load_kernels(kNorm, false, residency, multiprocessors);
   });
 }
@@ -201,6 +220,17 @@ void launch_step(int device, Stream stream, const Rule& rule, const Launch& laun
 
 void launch_norm(int device, Stream stream, const Launch& launch) {
   launch_kernels(kNorm, device, stream, launch);
+}
+
+void launch_shares(int device, Stream stream, const Shares& shares) {
+  use_device(device);
+  launch_kernel(&shares_kernel, shares.count, stream, shares);
+}
+
+void launch_end_norm(int device, Stream stream, const StepHead& head, const double* sums,
+                     int32_t count) {
+  use_device(device);
+  launch_kernel(&end_norm_kernel, 1, stream, head, sums, count);
 }
 
 void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,

@@ -55,6 +55,11 @@ void launch_step(int device, Stream stream, const Rule& rule, const Launch& laun
 // Measures the norm of a launch's gradients, and where it ends the step what clips all of them;
 // preload_norm() comes first.
 void launch_norm(int device, Stream stream, const Launch& launch);
+// Adds up each share's sums of squares, which launch_norm() has left.
+void launch_shares(int device, Stream stream, const Shares& shares);
+// Ends a norm of shares: of `count` sums. head: of any of its launches.
+void launch_end_norm(int device, Stream stream, const StepHead& head, const double* sums,
+                     int32_t count);
 // Moves a device's clocks; updates: 0, or 1 where found_inf allows. measures_norm: of an update's
 // gradients, which are none.
 void launch_clock(int device, Stream stream, const Rule& rule, const Clocks& clocks,

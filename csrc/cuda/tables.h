@@ -21,6 +21,7 @@ struct DeviceTensor {
   int32_t layout;       // index of its StridedLayout, or -1
   int32_t leads_group;  // whether its age is what the group's scalars are formed for
   int32_t place;        // among the optimizer's parameters
+  int64_t first;        // of its elements, in the whole parameter
   StorageType ema_type;
   Keeping kept;
   double max_value;  // what its gradient is clipped to where the launch has no groups
@@ -98,7 +99,17 @@ struct StepHead {
   bool seeks_inf;           // and then found_inf becomes 1 where it is inf or NaN
   int32_t count;            // tensors
   bool clips;               // a step multiplies gradients with the factor in DeviceState
+  bool norm_known;          // a step's norm is there: it was measured before
+  bool of_shares;           // a norm is more than this launch's: end_norm_kernel() says what it is
   bool ends_step;           // the last launch of a step on this device moves its clocks
+};
+
+// What there is of each share; see NOTE: [shares].
+struct Shares {
+  const double* squares;          // sums over the chunks of all launches
+  double* sums;                   // one a share
+  int64_t begin[kMaxShares + 2];  // of each one's chunks, and the end of the last one's
+  int32_t count;                  // share 0 included
 };
 
 // Ages that make no difference to a rule are one.

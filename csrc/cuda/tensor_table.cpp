@@ -64,6 +64,10 @@ std::vector<cuda::Launch> TensorTable::update(const DeviceScope& scope,
     head.squares = measures_norm ? reinterpret_cast<double*>(squares_.data()) : nullptr;
     head.step_chunks = cut.chunks;
   }
+  shares_ = {};
+  shares_.squares = reinterpret_cast<const double*>(squares_.data());
+  std::fill(std::begin(shares_.begin), std::end(shares_.begin), cut.chunks);
+  std::copy(cut.shares.begin(), cut.shares.end(), shares_.begin);
   return std::move(cut.launches);
 }
 

@@ -16,6 +16,9 @@ class TensorTable {
                                    const std::vector<StridedLayout>& layouts, bool in_order,
                                    bool measures_norm);
 
+  // What launch_shares() takes, but for where the sums go: of the launches planned last.
+  const Shares& shares() const { return shares_; }
+
   // To be called before the launches.
   void used(const DeviceScope& scope);
   // To be called where the launches are captured.
@@ -28,6 +31,7 @@ class TensorTable {
   Table squares_;  // double[]
   std::vector<DeviceTensor> uploaded_;
   std::vector<StridedLayout> uploaded_layouts_;
+  Shares shares_{};
   bool tensors_captured_ = false;  // a graph reads the present table: it must not change
 };
 

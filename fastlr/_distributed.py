@@ -1,0 +1,138 @@
+"""What PyTorch's distributed tensors (DTensor) are to a step: a process's part of them, and whose sums add up.
+
+A :class:`Share` stands for the tensors that are cut along the same dimensions of one mesh; see NOTE: [shares] in
+``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there is a DTensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Share(NamedTuple):
+    """What is cut along these dimensions of a mesh, over more than one process."""
+
+    mesh: Any  # torch.distributed.device_mesh.DeviceMesh
+    dims: tuple[int, ...]
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory that a process has of it: of a DTensor its own part, of any other all."""
+    return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def part(parameter: Any) -> tuple[Share | None, int]:
+    """A parameter's share, None: each process has all of it; and its first element in the whole one.
+
+    The element counts in rows of the whole parameter, the first index varying slowest.
+
+    Raises:
+        ValueError: what it is are sums that are still to be added up.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"a parameter, of shape {tuple(parameter.shape)}, is a DTensor with placements {placements}, of which "
+            "Partial are sums to be added up; give the optimizer parameters that are sharded or replicated"
+        )
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    first = 0
+    for size, begin in zip(parameter.shape, offset, strict=True):
+        first = first * size + begin
+    dims = tuple(
+        dim
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+    return (Share(mesh, dims) if dims else None), first
+
+
+def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
+    """A DTensor's gradient, cut as the parameter is; all processes of the mesh must ask for it.
+
+    Raises:
+        ValueError: it is on another mesh.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if gradient.device_mesh != parameter.device_mesh:
+        raise ValueError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is a DTensor on {gradient.device_mesh}, "
+            f"and the parameter one on {parameter.device_mesh}; a step works on one mesh a parameter"
+        )
+    with torch.no_grad():
+        moved: DTensor = gradient.redistribute(placements=parameter.placements)
+        settled = moved.to_local()  # waits for what is on its way
+        return DTensor.from_local(
+            settled,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def add_up(shares: Sequence[Share], sums: torch.Tensor) -> None:
+    """Adds each share's sum up over the processes that have the other parts, in place.
+
+    One reduction for each dimension of a mesh. All of its processes must call it; on CUDA devices the host waits
+    for nothing.
+
+    Args:
+        sums: float64, shape (len(shares),), on the mesh's kind of device.
+    """
+    import torch.distributed as dist
+
+    along: dict[tuple[Any, int], list[int]] = {}
+    for place, share in enumerate(shares):
+        for dim in share.dims:
+            along.setdefault((share.mesh, dim), []).append(place)
+    for (mesh, dim), places in along.items():
+        group = mesh.get_group(dim)
+        if len(places) == len(shares):
+            dist.all_reduce(sums, group=group)
+            continue
+        some = torch.stack([sums[place] for place in places])
+        dist.all_reduce(some, group=group)
+        for place, total in zip(places, some.unbind(), strict=True):
+            sums[place] = total
+
+
+def added_up(shares: Sequence[Share], sums: Sequence[float]) -> list[float]:
+    """The same of numbers on the host."""
+    reduced = torch.tensor(sums, dtype=torch.float64, device=shares[0].mesh.device_type)
+    add_up(shares, reduced)
+    return reduced.tolist()
+
+
+def spread(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """A tensor of a whole parameter's shape, or a DTensor of it, cut as the parameter is.
+
+    Every process has the same plain tensor; of a DTensor on another mesh, or cut otherwise, processes exchange
+    what they have.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_distributed(value):
+        return distribute_tensor(
+            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    return redistributed(value, parameter)
+
+
+def locals_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """:func:`local` of each."""
+    return [local(tensor) for tensor in tensors]
