@@ -177,14 +177,16 @@ bool Gathering::cut_alike(PyObject* spec, PyObject* other) const {
 PyObject* Gathering::memory_of(const Place& place, const Parameter& parameter, PyObject* tensor,
                                const char* what) const {
   const TensorReader::Part part = TensorReader::part(tensor);
-  if (cut_alike(parameter.spec.get(), part.spec)) return part.local != nullptr ? part.local : tensor;
+  if (cut_alike(parameter.spec.get(), part.spec))
+    return part.local != nullptr ? part.local : tensor;
   const auto of = [](PyObject* spec) {
     return spec == nullptr ? std::string("a plain tensor") : "a DTensor, " + text_of(spec);
   };
-  refuse(std::string("the ") + what + " of " + describe(place) + " is " + of(part.spec) +
-         ", and the parameter " + of(parameter.spec.get()) +
-         ". Shard the model before building the optimizer, or load the optimizer's state_dict again "
-         "after it.");
+  refuse(
+      std::string("the ") + what + " of " + describe(place) + " is " + of(part.spec) +
+      ", and the parameter " + of(parameter.spec.get()) +
+      ". Shard the model before building the optimizer, or load the optimizer's state_dict again "
+      "after it.");
 }
 
 // A gradient that is cut as its parameter is: where a DTensor's is not, or is still on its way,
@@ -218,7 +220,8 @@ void Gathering::see_part(const Place& place, Parameter& parameter, PyObject* spe
     if (known < 0 || PyErr_Occurred()) throw PythonError();
     if (known == kMaxShares) {
       refuse(describe(place) + " is cut in another way than those before it, which are cut in " +
-             std::to_string(kMaxShares) + " ways, the most of an optimizer; give it one of its own.");
+             std::to_string(kMaxShares) +
+             " ways, the most of an optimizer; give it one of its own.");
     }
     if (known == PyList_GET_SIZE(shares_.get()) && PyList_Append(shares_.get(), share) != 0) {
       throw PythonError();
@@ -526,10 +529,9 @@ void Gathering::gather(const Place& place, size_t position) {
   }
   const int updated_by = updated_on(p, place);
   if (p.data == nullptr && parameter.order.numel > 0) {
-    refuse(
-        describe(place) + " is a " + Py_TYPE(tensor)->tp_name +
-        " without memory of its own (a FakeTensor or other wrapper); give the optimizer plain "
-        "tensors or DTensors.");
+    refuse(describe(place) + " is a " + Py_TYPE(tensor)->tp_name +
+           " without memory of its own (a FakeTensor or other wrapper); give the optimizer plain "
+           "tensors or DTensors.");
   }
   grad = settled(parameter, std::move(grad));
   grad = Owned::borrow(memory_of(place, parameter, grad.get(), "gradient"));

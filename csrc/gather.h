@@ -41,8 +41,8 @@ class Gathering {
   // gradient), a copy of the gradient that lies in memory as the parameter does,
   // has_no_values(tensor), whether it is nothing but a shape, is_half(tensor); and of DTensors
   // part(parameter), what stands for its share, or None for share 0, and its first element in the
-  // whole parameter, and redistributed(gradient, parameter), a gradient that is cut as its parameter
-  // is; borrowed.
+  // whole parameter, and redistributed(gradient, parameter), a gradient that is cut as its
+  // parameter is; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
   // Reads and checks groups, and every tensor of a parameter that has a gradient.

@@ -201,8 +201,8 @@ double Plan::measure_norm(std::optional<float> inverse_scale, int threads) {
     const double sum = measure_share(i + 1, inverse_scale, threads);
     PyList_SET_ITEM(sums.get(), i, checked(PyFloat_FromDouble(sum)).release());
   }
-  const Owned totals = checked(PyObject_CallMethod(runtime_.get(), "add_up_shares", "OO",
-                                                   gathering_.shares(), sums.get()));
+  const Owned totals = checked(
+      PyObject_CallMethod(runtime_.get(), "add_up_shares", "OO", gathering_.shares(), sums.get()));
   for (int i = 0; i < shares; ++i) squares += PyFloat_AsDouble(PyList_GetItem(totals.get(), i));
   if (PyErr_Occurred()) throw PythonError();
   return squares;
@@ -277,12 +277,11 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
       norm_pass = {settings.max_norm, settings.seeks_inf, gathering_.shares(),
                    gathering_.share_count()};
     }
-    captured =
-        devices_.step(gathering_, seeks_here ? Py_None : settings.found_inf, settings.grad_scale,
-                      with_host, in_order, measures_norm, norm_pass,
-                      norm_here && settings.norm_first() ? std::optional<double>(factor)
-                                                         : std::nullopt,
-                      settings.samples);
+    captured = devices_.step(
+        gathering_, seeks_here ? Py_None : settings.found_inf, settings.grad_scale, with_host,
+        in_order, measures_norm, norm_pass,
+        norm_here && settings.norm_first() ? std::optional<double>(factor) : std::nullopt,
+        settings.samples);
     devices_stepped_ = true;
     norm_on_devices_ = !norm_here;
   }

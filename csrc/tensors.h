@@ -22,8 +22,8 @@ inline bool is_half(StorageType type) {
 // NOTE: [shares]
 // A DTensor is a process's part of a parameter. What sums up all gradients adds up the parts that
 // it has in shares: of tensors that are cut along the same dimensions of the same mesh, whose
-// processes then add theirs up along these. Share 0 are tensors that each process has whole, be they
-// plain or replicas, which count once.
+// processes then add theirs up along these. Share 0 are tensors that each process has whole, be
+// they plain or replicas, which count once.
 constexpr int kMaxShares = 16;
 
 // One parameter with its gradient and state. Complex tensors appear as pairs of reals.

@@ -52,9 +52,7 @@ def part(parameter: Any) -> tuple[Share | None, int]:
     for size, begin in zip(parameter.shape, offset, strict=True):
         first = first * size + begin
     dims = tuple(
-        dim
-        for dim, placement in enumerate(placements)
-        if not placement.is_replicate() and mesh.size(dim) > 1
+        dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1
     )
     return (Share(mesh, dims) if dims else None), first
 
@@ -118,19 +116,35 @@ def added_up(shares: Sequence[Share], sums: Sequence[float]) -> list[float]:
     return reduced.tolist()
 
 
-def spread(value: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """A tensor of a whole parameter's shape, or a DTensor of it, cut as the parameter is.
+def any_nonzero(tensor: Any) -> bool:
+    """Whether any number of it is not 0; of a DTensor, in any process, all of which must ask."""
+    found = bool(local(tensor).any())
+    if not is_distributed(tensor) or (share := part(tensor)[0]) is None:
+        return found
+    return added_up([share], [float(found)])[0] > 0.0
 
-    Every process has the same plain tensor; of a DTensor on another mesh, or cut otherwise, processes exchange
-    what they have.
+
+def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, cut as the other is, which may be plain too; itself where it is so already.
+
+    Where one of them is a DTensor, all processes of its mesh must ask: they exchange what they have. A plain
+    tensor is the same in all of them.
+
+    Raises:
+        ValueError: the two are DTensors on different meshes.
     """
-    from torch.distributed.tensor import distribute_tensor
+    from_parts, to_parts = is_distributed(value), is_distributed(like)
+    if not from_parts and not to_parts:
+        return value
+    with torch.no_grad():
+        if not to_parts:
+            return value.full_tensor()  # type: ignore[attr-defined, no-any-return]
+        if from_parts:
+            return redistributed(value, like)
+        from torch.distributed.tensor import distribute_tensor
 
-    if not is_distributed(value):
-        return distribute_tensor(
-            value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return redistributed(value, parameter)
+        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+        return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
 
 
 def locals_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

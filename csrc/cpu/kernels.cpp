@@ -270,7 +270,8 @@ struct HalfParameter {
   void store(const float* from, int64_t begin, int64_t n) const {
     if (kept == Keeping::kMaster) return store_masters(at + begin, masters + begin, from, n);
     if constexpr (std::is_same<Half, BFloat16>::value) {
-      if (kept == Keeping::kStochastic) return store_by_chance(at + begin, key, first + begin, from, n);
+      if (kept == Keeping::kStochastic)
+        return store_by_chance(at + begin, key, first + begin, from, n);
     }
     store_dense(at + begin, from, n);
   }

@@ -17,8 +17,8 @@ namespace fastlr {
 
 // Why the gradients' norm is measured before the update.
 struct NormPass {
-  double max_norm;  // what it is clipped to, or infinity
-  bool seeks_inf;   // found_inf becomes 1 where it is inf or NaN
+  double max_norm;   // what it is clipped to, or infinity
+  bool seeks_inf;    // found_inf becomes 1 where it is inf or NaN
   PyObject* shares;  // what the runtime knows each share but share 0 by: a list
   int32_t share_count;
 

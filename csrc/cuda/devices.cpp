@@ -125,8 +125,7 @@ bool Devices::step(const Gathering& gathering, PyObject* found_inf, PyObject* gr
   return capturing != 0;
 }
 
-double Devices::measure(const Gathering& gathering, int share,
-                        std::optional<float> inverse_scale) {
+double Devices::measure(const Gathering& gathering, int share, std::optional<float> inverse_scale) {
   std::set<int> devices;
   for (const Gathering::Source& source : gathering.sources()) {
     if (source.place != kHost) devices.insert(source.place);

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The sums of the squares of each share's gradients; a block each.
-__global__ void __launch_bounds__(kThreads)
-    shares_kernel(const __grid_constant__ Shares shares) {
+__global__ void __launch_bounds__(kThreads) shares_kernel(const __grid_constant__ Shares shares) {
   const int64_t begin = shares.begin[blockIdx.x], end = shares.begin[blockIdx.x + 1];
   const double sum = sum_of_range(shares.squares, begin, end);
   if (threadIdx.x == 0) shares.sums[blockIdx.x] = sum;

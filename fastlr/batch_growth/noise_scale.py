@@ -11,6 +11,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, describe, real, saved_state, tensors
+from fastlr._distributed import Share, added_up, is_distributed, local, part
 from fastlr._runtime import Runtime
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
@@ -20,7 +21,8 @@ from fastlr.optim import FusedOptimizer
 def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | None = None) -> float:
     """The sum of the squares of all elements, each squared and added up in float64.
 
-    Waits for CUDA devices. Where no kernel was built for a tensor's device, PyTorch adds them up.
+    Waits for CUDA devices. Where no kernel was built for a tensor's device, PyTorch adds them up. Of DTensors the
+    squares of all parts are, each once: all processes of their mesh must ask.
 
     Args:
         tensors: of any shape, strides, device, and floating or complex type, or sparse COO.
@@ -30,7 +32,18 @@ def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | No
     169.0
     """
     native = native or _core.SquaredNorm(Runtime)
-    total, others = native.measure(list(tensors), torch.get_num_threads())
+    parts: dict[Share | None, list[torch.Tensor]] = {None: []}
+    for tensor in tensors:
+        share = part(tensor)[0] if is_distributed(tensor) else None
+        parts.setdefault(share, []).append(local(tensor))
+    total = _squares(parts.pop(None), native)
+    if parts:
+        total += sum(added_up(list(parts), [_squares(own, native) for own in parts.values()]))
+    return total
+
+
+def _squares(tensors: list[torch.Tensor], native: _core.SquaredNorm) -> float:
+    total, others = native.measure(tensors, torch.get_num_threads())
     sums: dict[torch.device, torch.Tensor] = {}
     for tensor in others:
         values = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor

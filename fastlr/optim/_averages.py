@@ -11,6 +11,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import choice, describe
+from fastlr._distributed import cut_as
 from fastlr._runtime import Runtime
 from fastlr.optim._buffers import EMA, RULE, BufferAverages
 
@@ -204,7 +205,7 @@ class Averages:
         matched = self._matched(model, trained)
         averages = dict(self._averaged())
         pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
-        Runtime.copy([to for to, _ in pairs], [value.detach() for _, value in pairs])
+        Runtime.copy([to for to, _ in pairs], [cut_as(value.detach(), to) for to, value in pairs])
 
     def _matched(
         self, model: torch.nn.Module | Iterable[torch.Tensor], trained: list[torch.Tensor]

@@ -8,6 +8,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import describe
+from fastlr._distributed import any_nonzero, cut_as, is_distributed
 from fastlr._runtime import Runtime
 from fastlr.optim._groups import RuleOptions
 
@@ -85,7 +86,8 @@ class RuleState:
             _check_slot(f"the file's {name} {key}", found, parameter)
             if name == MASTER:
                 _check_master(f"the file's {name} {key}", found, parameter)
-            made = self._new_tensor(name, parameter, group).copy_(found)
+            made = self._new_tensor(name, parameter, group)
+            Runtime.copy([made], [cut_as(found, parameter)])
             (of_stages if name in self.stage_slots else loaded)[name] = made
         step = entry.pop(STEP, None)
         if step is not None and self.counts_steps:
@@ -138,7 +140,8 @@ class RuleState:
                 Runtime.fill([tensor], age if name == STEP else fill)
                 kept[name] = tensor
             elif same_layout(tensor, new):
-                kept[name] = tensor.copy_(new)
+                Runtime.copy([tensor], [new])
+                kept[name] = tensor
         return kept
 
     def is_new(self, entry: dict[str, torch.Tensor]) -> bool:
@@ -148,7 +151,9 @@ class RuleState:
         if STEP in entry:
             return float(entry[STEP]) == 0.0
         of_rule = [tensor for name, tensor in entry.items() if name in self.slots]
-        return bool(of_rule) and not any(bool(tensor.any()) for tensor in of_rule)
+        return bool(of_rule) and not any(
+            [any_nonzero(tensor) for tensor in of_rule]
+        )  # each, in every process
 
     def in_file(
         self, state: dict[Any, dict[str, Any]], parameters: dict[Any, torch.Tensor], group: dict[str, Any]
@@ -166,8 +171,13 @@ class RuleState:
                     made = self.new(parameter, group)
                     state[key] = {name: made[name] for name in made if name not in self.stage_slots}
         for key, parameter in parameters.items():
-            if MASTER in state.get(key, {}) and not Runtime.is_half(parameter):  # any more
+            if (master := state.get(key, {}).get(MASTER)) is None:
+                continue
+            if not Runtime.is_half(parameter):  # any more
                 state[key] = {name: value for name, value in state[key].items() if name != MASTER}
+            elif is_distributed(master) and master.dtype is torch.int16:
+                # What processes exchange to make a file: neither gloo nor NCCL sends int16.
+                state[key] = {**state[key], MASTER: master.to(torch.int32)}
         if self.counts_steps:
             return
         entries = {key: state[key] for key in parameters if key in state and STEP in state[key]}
@@ -193,7 +203,9 @@ def _check_slot(name: str, found: torch.Tensor, parameter: torch.Tensor) -> None
 def _check_master(name: str, found: torch.Tensor, parameter: torch.Tensor) -> None:
     """Raises ValueError for what is kept of the master of a parameter of another type."""
     is_half = Runtime.is_half(parameter)
-    if not is_half or found.dtype is not Runtime.new_master(parameter).dtype:
+    expected = Runtime.new_master(parameter).dtype if is_half else None
+    in_file = (torch.int16, torch.int32) if expected is torch.int16 else (expected,)
+    if found.dtype not in in_file:
         raise ValueError(
             f"{name} has {found.dtype}, as beside parameters of another type than {parameter.dtype}; take it "
             'out of the file, and out of its groups "master_weights", to go on from the parameter alone'
@@ -204,6 +216,7 @@ def _age(name: str, step: object) -> float:
     """A file's count of updates: a number, or a tensor of one."""
     age = step
     if isinstance(step, torch.Tensor):
+        step = cut_as(step, torch.empty(()))  # of a DTensor, which some helpers make of it, the number
         usable = _is_dense(step) and not Runtime.has_no_values(step) and step.numel() == 1
         age = step.item() if usable else None
     is_number = isinstance(age, (int, float)) and not isinstance(age, bool)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastlr._distributed import is_distributed
 from fastlr.optim._base import FusedOptimizer
 
 
@@ -48,8 +49,9 @@ class GradScaler(torch.amp.GradScaler):
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
         if not isinstance(optimizer, FusedOptimizer):
             return super()._check_inf_per_device(optimizer)
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        first = next((p for p in parameters if p.grad is not None), None)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Where others have parts of the gradients, a process without any learns from them.
+        first = next((p for p in parameters if p.grad is not None or is_distributed(p)), None)
         found = {}
         if first is not None:  # else the step has nothing to look at, which update() complains of
             sought = torch.zeros((), dtype=torch.float32, device=first.device)
