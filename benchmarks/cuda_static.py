@@ -26,7 +26,8 @@ THREADS = 256  # of a block
 
 
 class Kernel(NamedTuple):
-    """A rule's clock_kernel, or a step_kernel or norm_kernel and what it is an instance for."""
+    """A rule's clock_kernel, one that norms of shares need, or a step_kernel or norm_kernel and what it is an
+    instance for."""
 
     name: str
     rule: str = ""  # none of a norm
@@ -102,6 +103,8 @@ capacity=480)
     if found := re.match(rf"_ZN6fastlr11norm_kernelI({one})Lb([01])ELi(\d+)EEEv", symbol):
         param, strided, capacity = found.groups()
         return Kernel("norm_kernel", "", types[param], "", strided == "1", capacity=int(capacity))
+    if found := re.match(r"_ZN6fastlr\S*\d(shares_kernel|end_norm_kernel)E", symbol):
+        return Kernel(found[1])
     raise ValueError(f"unknown kernel {symbol}")
 
 

@@ -1,7 +1,7 @@
-"""What PyTorch's distributed tensors (DTensor) are to a step: a process's part of them, and whose sums add up.
+"""What PyTorch's distributed tensors (DTensor) are to a step: a process's part, and whose sums add up.
 
-A :class:`Share` stands for the tensors that are cut along the same dimensions of one mesh; see NOTE: [shares] in
-``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there is a DTensor.
+A :class:`Share` stands for the tensors that are cut along the same dimensions of one mesh; see NOTE: [shares]
+in ``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there is a DTensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_distributed(tensor: object) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory that a process has of it: of a DTensor its own part, of any other all."""
-    return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part(parameter: Any) -> tuple[Share | None, int]:
@@ -44,8 +44,8 @@ def part(parameter: Any) -> tuple[Share | None, int]:
     mesh, placements = parameter.device_mesh, parameter.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"a parameter, of shape {tuple(parameter.shape)}, is a DTensor with placements {placements}, of which "
-            "Partial are sums to be added up; give the optimizer parameters that are sharded or replicated"
+            f"a parameter, of shape {tuple(parameter.shape)}, is a DTensor with placements {placements}, of "
+            "which Partial are sums to be added up; give the optimizer sharded or replicated parameters"
         )
     _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     first = 0
@@ -58,7 +58,7 @@ def part(parameter: Any) -> tuple[Share | None, int]:
 
 
 def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
-    """A DTensor's gradient, cut as the parameter is; all processes of the mesh must ask for it.
+    """A DTensor, as a gradient, cut as the parameter is; all processes of the mesh must ask for it.
 
     Raises:
         ValueError: it is on another mesh.
@@ -67,8 +67,8 @@ def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
 
     if gradient.device_mesh != parameter.device_mesh:
         raise ValueError(
-            f"the gradient of a parameter of shape {tuple(parameter.shape)} is a DTensor on {gradient.device_mesh}, "
-            f"and the parameter one on {parameter.device_mesh}; a step works on one mesh a parameter"
+            f"a tensor of shape {tuple(parameter.shape)} is a DTensor on {gradient.device_mesh}, and its "
+            f"parameter one on {parameter.device_mesh}; redistribute it to that mesh"
         )
     with torch.no_grad():
         moved: DTensor = gradient.redistribute(placements=parameter.placements)
@@ -86,8 +86,8 @@ def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
 def add_up(shares: Sequence[Share], sums: torch.Tensor) -> None:
     """Adds each share's sum up over the processes that have the other parts, in place.
 
-    One reduction for each dimension of a mesh. All of its processes must call it; on CUDA devices the host waits
-    for nothing.
+    One reduction for each dimension of a mesh. All of its processes must call it; on CUDA devices the host
+    waits for nothing.
 
     Args:
         sums: float64, shape (len(shares),), on the mesh's kind of device.

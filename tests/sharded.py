@@ -1,13 +1,14 @@
 """What each process of test_sharded.py runs: ``python sharded.py FOLDER WORLD RANK PHASE [LIBRARY]``.
 
-Each check is a function of its process's rank in a world of two or four; what it raises is kept for the test of its
-name. Runs that are to be resumed in a world of another size are saved together.
+Each check is a function of its process's rank in a world of two or four; what it raises is kept for the test
+of its name. Runs that are to be resumed in a world of another size are saved together.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -213,12 +215,8 @@ def same_everywhere(*values: object) -> None:
 
 
 def raises(what: type[Exception], text: str, call: Callable[[], object]) -> None:
-    try:
+    with pytest.raises(what, match=re.escape(text)):
         call()
-    except what as error:
-        assert text in str(error), str(error)
-    else:
-        raise AssertionError(f"no {what.__name__}: {text}")
 
 
 def network(width: int, out: int) -> torch.nn.Sequential:
@@ -543,6 +541,14 @@ def skipped_on_device(mesh: DeviceMesh, rank: int) -> None:
     assert opt.sync().updates == 0
 
 
+def failure_of(function: Check, mesh: DeviceMesh, rank: int) -> str | None:
+    try:
+        function(mesh, rank)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
 def main(folder: Path, world: int, rank: int, phase: str, library: Path | None = None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -554,13 +560,9 @@ def main(folder: Path, world: int, rank: int, phase: str, library: Path | None =
         results["runs"] = begin(mesh, folder, world)
         checks = CHECKS if library is None else {**CHECKS, "on_cuda": on_emulated_cuda(library, results)}
         for name, function in checks.items():
-            try:
-                function(mesh, rank)
-            except Exception:
-                results[name] = traceback.format_exc()
+            results[name] = failure_of(function, mesh, rank)
+            if results[name] is not None:
                 break  # the others may wait for each other
-            else:
-                results[name] = None
     else:
         results["runs"] = resume(mesh, folder, of_world=6 - world)
     torch.save(results, folder / f"{phase}-{world}-{rank}.pt")

@@ -148,7 +148,9 @@ def expected_kernels(cuda_static: ModuleType, rules: tuple[str, ...]) -> set:
         cuda_static.Kernel("norm_kernel", "", param, "", strided, capacity=capacity)
         for param, (strided, capacity) in product({param for param, _ in PAIRS}, layouts)
     }
-    return {cuda_static.Kernel("clock_kernel", rule) for rule in rules} | steps | norms
+    others = {cuda_static.Kernel("clock_kernel", rule) for rule in rules}
+    others |= {cuda_static.Kernel(name) for name in ("shares_kernel", "end_norm_kernel")}
+    return others | steps | norms
 
 
 # -- registers and local memory ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""DTensors in every placement: two and four processes, each run gone on with in the other world, beside one alone."""
+"""DTensors in every placement, in worlds of two and four processes: each run goes on in the other too."""
 
 from __future__ import annotations
 

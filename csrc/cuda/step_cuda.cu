@@ -42,14 +42,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The sums of the squares of each share's gradients; a block each.
-__global__ void __launch_bounds__(kThreads) shares_kernel(const __grid_constant__ Shares shares) {
+__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
+    shares_kernel(const __grid_constant__ Shares shares) {
   const int64_t begin = shares.begin[blockIdx.x], end = shares.begin[blockIdx.x + 1];
   const double sum = sum_of_range(shares.squares, begin, end);
   if (threadIdx.x == 0) shares.sums[blockIdx.x] = sum;
 }
 
 // Ends a norm of which these are the sums. By one thread.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentNormBlocks)
     end_norm_kernel(const __grid_constant__ StepHead step, const double* sums, int32_t count) {
   if (threadIdx.x != 0) return;
   double squares = 0.0;

@@ -21,8 +21,8 @@ from fastlr.optim import FusedOptimizer
 def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | None = None) -> float:
     """The sum of the squares of all elements, each squared and added up in float64.
 
-    Waits for CUDA devices. Where no kernel was built for a tensor's device, PyTorch adds them up. Of DTensors the
-    squares of all parts are, each once: all processes of their mesh must ask.
+    Waits for CUDA devices. Where no kernel was built for a tensor's device, PyTorch adds them up. Of
+    DTensors each part counts once, in whatever process it is: all processes of their mesh must ask.
 
     Args:
         tensors: of any shape, strides, device, and floating or complex type, or sparse COO.
@@ -32,13 +32,14 @@ def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | No
     169.0
     """
     native = native or _core.SquaredNorm(Runtime)
-    parts: dict[Share | None, list[torch.Tensor]] = {None: []}
+    whole: list[torch.Tensor] = []
+    parts: dict[Share, list[torch.Tensor]] = {}
     for tensor in tensors:
         share = part(tensor)[0] if is_distributed(tensor) else None
-        parts.setdefault(share, []).append(local(tensor))
-    total = _squares(parts.pop(None), native)
+        (whole if share is None else parts.setdefault(share, [])).append(local(tensor))
+    total = _squares(whole, native)
     if parts:
-        total += sum(added_up(list(parts), [_squares(own, native) for own in parts.values()]))
+        total += math.fsum(added_up(list(parts), [_squares(own, native) for own in parts.values()]))
     return total
 
 

@@ -151,9 +151,7 @@ class RuleState:
         if STEP in entry:
             return float(entry[STEP]) == 0.0
         of_rule = [tensor for name, tensor in entry.items() if name in self.slots]
-        return bool(of_rule) and not any(
-            [any_nonzero(tensor) for tensor in of_rule]
-        )  # each, in every process
+        return bool(of_rule) and not any(any_nonzero(tensor) for tensor in of_rule)
 
     def in_file(
         self, state: dict[Any, dict[str, Any]], parameters: dict[Any, torch.Tensor], group: dict[str, Any]

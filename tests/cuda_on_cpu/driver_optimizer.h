@@ -129,7 +129,7 @@ class Optimizer {
       launch.head.squares = norm_measured_ || norm_first() ? squares_->data() : nullptr;
       launch.head.max_norm = max_norm_;
       launch.head.seeks_inf = seeks_inf_;
-      launch.head.clips = norm_first();
+      launch.head.clips = launch.head.norm_known = norm_first();
       launch.head.clocks = clocks();
       launch.head.grad_scale = scaler_used_ ? &scale_ : nullptr;
       if (!norm_first()) continue;

@@ -392,12 +392,17 @@ FAULTS = {
     "squares numbered within the launch": Fault(
         KERNELS, "tensor.first_square + of_tensor)", "chunk)", *STATE
     ),
-    "squares of all tensors in one place": Fault(LAUNCHES, "{&tensor, cut.chunks}", "{&tensor, 0}", *STATE),
-    "norm of the last launch only": Fault(KERNELS, "i < step.step_chunks", "i < step.chunks", *STATE),
+    "squares of all tensors in one place": Fault(LAUNCHES, "{&tensor, square}", "{&tensor, 0}", *STATE),
+    "norm of the last launch only": Fault(
+        KERNELS,
+        "sum_of_range(step.squares, 0, step.step_chunks), amp",
+        "sum_of_range(step.squares, 0, step.chunks), amp",
+        *STATE,
+    ),
     "norm of the scaled gradients": Fault(
         KERNELS,
-        "unscaled_squares(total_squares(step), amp.inverse_scale)",
-        "total_squares(step)",
+        "unscaled_squares(sum_of_range(step.squares, 0, step.step_chunks), amp.inverse_scale)",
+        "sum_of_range(step.squares, 0, step.step_chunks)",
         *STATE,
     ),
     "norm of a skipped step": Fault(KERNELS, "measures_norm && amp.applied) {", "measures_norm) {", *STATE),
@@ -410,8 +415,8 @@ FAULTS = {
     ),
     "clipped by the norm of the last launch": Fault(
         KERNELS,
-        "if (!step.ends_step) return;\n  const double squared_norm",
-        "const double squared_norm",
+        "const bool ends_norm = step.ends_step && !step.of_shares;",
+        "const bool ends_norm = !step.of_shares;",
         *STATE,
     ),
     "norm that could not be clipped not told": Fault(KERNELS, "    state.nonfinite = 1;\n", "", *STATE),
@@ -428,7 +433,10 @@ FAULTS = {
         KERNELS, "amp.applied ? factor == factor : squares <= DBL_MAX;", "factor == factor;", *STATE
     ),
     "found_inf written while other threads read it": Fault(
-        KERNELS, "if (finite || !measures(amp)) return;", "if (finite) return;", *RACE
+        KERNELS,
+        "if (finite || !step.clips || !measures(step, amp)) return;",
+        "if (finite || !step.clips) return;",
+        *RACE,
     ),
     "a scale judged where an inf was found": Fault(
         KERNELS, "amp.invalid_scale = !found && !(", "amp.invalid_scale = !(", *STATE
@@ -577,15 +585,15 @@ FAULTS = {
     ),
     "lazily conjugated state taken as it lies": Fault(
         GATHER,
-        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
-        "if (!is_complex(m.dtype) && may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
+        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
+        "if (!is_complex(m.dtype) && may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
         *TEST,
         test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
     ),
     "lazily negated state taken as it lies": Fault(
         GATHER,
-        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(tensor)) {",
-        "if (is_complex(m.dtype) && is_lazy(tensor)) {",
+        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
+        "if (is_complex(m.dtype) && is_lazy(memory)) {",
         *TEST,
         test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
     ),
