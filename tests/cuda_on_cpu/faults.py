@@ -45,6 +45,7 @@ GATHER = "gather.cpp"
 EXTENSION = "extension"  # the build that the tests of EXTENSION_TESTS run on
 EXTENSION_TESTS = "test_cuda_launcher.py"
 STATES = "test_rules_state.py"
+DISTRIBUTED = "test_distributed.py"
 
 
 @dataclass(frozen=True)
@@ -596,6 +597,44 @@ FAULTS = {
         "if (is_complex(m.dtype) && is_lazy(memory)) {",
         *TEST,
         test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
+    ),
+    # Parts of distributed parameters.
+    "every part in the share of what is whole": Fault(
+        GATHER,
+        "  ref.share = parameter.share;\n",
+        "",
+        *TEST,
+        test=f"{DISTRIBUTED}::test_each_share_is_added_up_along_its_own_dimensions",
+    ),
+    "parts rounded by chance as if each were the first": Fault(
+        GATHER,
+        "  ref.first = parameter.first;\n",
+        "",
+        *TEST,
+        test=f"{DISTRIBUTED}::test_rows_are_rounded_as_if_they_were_not_cut",
+    ),
+    "state that is cut otherwise taken as it lies": Fault(
+        GATHER,
+        "    if (same == 0) return false;\n",
+        "",
+        *TEST,
+        test=f"{DISTRIBUTED}::test_state_that_is_cut_otherwise_is_refused",
+    ),
+    "a device's sums of shares not those of the other processes": Fault(
+        DEVICE_PLAN,
+        'checked(PyObject_CallMethod(scope.runtime(), "add_up_shares_in"',
+        'if (shares.count == 0) checked(PyObject_CallMethod(scope.runtime(), "add_up_shares_in"',
+        *TEST,
+        test=f"{DISTRIBUTED}::test_each_share_is_added_up_along_its_own_dimensions",
+        backend="cuda-on-cpu",
+    ),
+    "a device's squares of all shares in one order": Fault(
+        LAUNCHES,
+        "next_square[static_cast<size_t>(tensor.share)]",
+        "next_square[0]",
+        *TEST,
+        test=f"{DISTRIBUTED}::test_each_share_is_added_up_along_its_own_dimensions",
+        backend="cuda-on-cpu",
     ),
     "room for state not taken back": Fault(
         GATHER,
