@@ -487,6 +487,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
+    _uncompiled_step = torch._disable_dynamo(step)  # type: ignore[attr-defined]  # no native code can be traced
 
     def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         if not self.state and self._only_initializes_state():
@@ -532,9 +533,6 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-    _uncompiled_step = torch._disable_dynamo(  # type: ignore[attr-defined]
-        _observed_step  # native code cannot be traced
-    )
 
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the
