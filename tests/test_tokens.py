@@ -315,6 +315,62 @@ def test_a_loader_tells_tokens(counted: bool) -> None:
     assert first + run(loader, opt) == whole
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_tokens_go_on_where_batches_grow_and_steps_are_skipped(counted: bool) -> None:
+    plan = BatchPlan.from_phases(
+        [(0, 4)], dataset_size=40, epochs=2, lr=0.1, sequence_length=None if counted else LENGTH
+    )
+
+    def made() -> tuple[GrowingLoader, fastlr.FusedOptimizer]:
+        opt = fastlr.FusedSGD([weight()], lr=fastlr.LinearRamp(0.0, 1.0, 2000, unit="token"))
+        return GrowingLoader(Texts(), plan, 4, count=tokens_in if counted else None).bind(opt), opt
+
+    loader, opt = made()
+    told = []
+    for batch in loader:
+        if batch.starts_update:
+            told.append(batch.global_tokens)
+        if batch.ends_update:
+            opt.found_inf = torch.tensor(float(len(told) == 3))  # as GradScaler says it
+            opt.step()
+            assert opt.last_step_skipped == (len(told) == 3)
+            assert opt.clock().tokens == loader.tokens == sum(told)
+        if len(told) == 5 and batch.ends_update:
+            loader.grow(8)
+        if len(told) == 7 and batch.ends_update:
+            files = through_file((loader.state_dict(), opt.state_dict()))
+            loader, opt = made()
+            loader.load_state_dict(files[0])
+            opt.load_state_dict(files[1])
+            break
+    assert loader.samples == 5 * 4 + 2 * 8
+    told += [batch.global_tokens for batch in loader if batch.starts_update]
+    assert loader.tokens == opt.clock().tokens == sum(told) == (2 * 8 * 15 if counted else 80 * LENGTH)
+    assert opt.clock()[0] == 6  # those that are asked for without a step count as tokens, not as updates
+
+
+def test_ranks_tell_the_same_tokens() -> None:
+    ends = []
+    for rank in (0, 1):
+        opt = fastlr.FusedSGD([weight()], lr=token_plan().lr)
+        loader = GrowingLoader(Texts(), token_plan(), 2, rank=rank, world_size=2).bind(opt)
+        ends.append(run(loader, opt))
+    assert [seen[2:] for seen in ends[0]] == [seen[2:] for seen in ends[1]]
+    per_update: dict[int, int] = {}
+    for position, tokens, total, _ in ends[0] + ends[1]:
+        per_update[position] = per_update.get(position, 0) + tokens
+        assert total == (4 if position < 24 else 8) * LENGTH
+    assert sum(per_update.values()) == 80 * LENGTH
+
+
+def test_a_plan_in_tokens_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    plan = token_plan()
+    line = plan.plot(tmp_path / "plan.svg").axes[1].lines[0]
+    assert line.get_ydata()[0] == 0.5
+    assert line.get_ydata()[-1] == plan.lr(79 * LENGTH) < 0.001
+
+
 def test_what_is_left_out_has_tokens_by_a_sequence_length_only() -> None:
     plan = token_plan(tail="drop", lr=0.1, dataset_size=42)
     opt = fastlr.FusedSGD([weight()], lr=fastlr.Constant(0.1))

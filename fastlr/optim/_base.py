@@ -487,7 +487,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
-    _uncompiled_step = torch._disable_dynamo(step)  # type: ignore[attr-defined]  # no native code can be traced
+    # No native code can be traced: a graph breaks here.
+    _uncompiled_step: Callable[..., float | None] = torch._disable_dynamo(step)  # type: ignore[attr-defined]
 
     def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         if not self.state and self._only_initializes_state():
