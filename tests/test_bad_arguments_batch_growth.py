@@ -140,7 +140,7 @@ def first(iterator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 RUN = {"dataset_size": "count", "epochs": "count", "tail": "word", "micro_batch_size": "count or None",
-       "ranks": "count", "scaling": "word"}  # fmt: skip
+       "ranks": "count", "scaling": "word", "sequence_length": "count or None"}  # fmt: skip
 CALLS = {
     "BatchPlan": Call(
         BatchPlan,
@@ -152,7 +152,7 @@ CALLS = {
     "BatchPlan.from_phases": Call(
         BatchPlan.from_phases,
         lambda: {"phases": [(0, 4), (1, 8)], "dataset_size": 24, "epochs": 2, "lr": 0.1},
-        {**RUN, "phases": "phases", "lr": "rate", "momentum": "rate"},
+        {**RUN, "phases": "phases", "unit": "word", "lr": "rate", "momentum": "rate"},
     ),
     "BatchPlan.from_schedule": Call(
         BatchPlan.from_schedule,
@@ -169,6 +169,7 @@ CALLS = {
         lambda: {"sample": 4, "batch_size": 8},
         {"sample": "count or 0", "batch_size": "count"},
     ),
+    "BatchPlan.clock_at": Call(of(plan, "clock_at"), lambda: {"sample": 4}, {"sample": "count or 0"}),
     "BatchPlan.phase_at": Call(of(plan, "phase_at"), lambda: {"sample": 4}, {"sample": "count or 0"}),
     "BatchPlan.noise_scale": Call(of(plan, "noise_scale"), lambda: {"sample": 4}, {"sample": "count or 0"}),
     "BatchPlan.updates_from": Call(

@@ -179,9 +179,11 @@ def calls_of(name: str, kind: Kind) -> Table:
 CALLS: Table = {
     **{what: call for name, kind in KINDS.items() for what, call in calls_of(name, kind).items()},
     "FusedSGD.set_clock": (
-        lambda optimizer, **a: optimizer.set_clock(**a), {"updates": "new count", "samples": "new count"}
+        lambda optimizer, **a: optimizer.set_clock(**a),
+        {"updates": "new count", "samples": "new count", "tokens": "new count"},
     ),
     "FusedSGD.advance_samples": (lambda optimizer, **a: optimizer.advance_samples(**a), {"samples": "count"}),
+    "FusedSGD.advance_tokens": (lambda optimizer, **a: optimizer.advance_tokens(**a), {"tokens": "count"}),
     "FusedSGD.measure_grad_norm": (
         lambda optimizer, **a: setattr(optimizer, *a.popitem()), {"measure_grad_norm": "flag"}
     ),
@@ -208,6 +210,7 @@ CALLS: Table = {
         lambda _, **a: EPOCHS.in_updates(**a), {"updates_per_epoch": "count >= 1"}
     ),
     "Schedule.in_samples": (lambda _, **a: EPOCHS.in_samples(**a), {"samples": "count >= 1"}),
+    "Schedule.in_tokens": (lambda _, **a: EPOCHS.in_tokens(**a), {"tokens": "count >= 1"}),
     "Schedule.from_dict": (lambda _, **a: fastlr.Schedule.from_dict(**a), {"data": "saved"}),
     "Triangular.cycle_ends": (
         lambda _, **a: fastlr.Triangular(0.1, 0.5, 4).cycle_ends(**a), {"total": "count"}
@@ -483,6 +486,6 @@ def test_the_table_names_every_argument() -> None:
     public = {*fastlr.optim.__all__, *fastlr.schedules.__all__}
     policies = {name for name in fastlr.schedules.__all__ if inspect.isclass(getattr(fastlr.schedules, name))}
     torchs = {"GradScaler"}  # whose arguments are
-    assert public - policies - torchs - {"Clock", "FusedOptimizer"} == {
+    assert public - policies - torchs - {"Clock", "TokenClock", "FusedOptimizer"} == {
         what for what in CALLS if "." not in what
     }

@@ -75,6 +75,8 @@ PROGRAM = """
                     taken = 0
                     opt.step()
                     opt.zero_grad()
+                    if count is not None:
+                        record["tokens"].append(loader.tokens)
         assert opt.clock().samples == plan.total_samples
         return torch.nn.utils.parameters_to_vector(inner.parameters()).detach(), noise
 
@@ -85,7 +87,7 @@ PROGRAM = """
             fastlr.MultiStep(0.1, [1, 2], 0.5, unit="epoch"),
             batch_size=4, dataset_size=N, epochs=3, momentum=0.9, max_batch_size=12, tail=tail,
         )
-        records[tail] = record = {"updates": [], "samples": []}
+        records[tail] = record = {"updates": [], "samples": [], "tokens": []}
         record["plain"], noise = train(plan, record, noise_by="micro-batches")
         record["noise"] = noise.state_dict()
         hook = "hook" if world > 1 else None
@@ -150,6 +152,7 @@ def test_two_ranks_train_as_one_process(records: dict[str, dict], tail: str) -> 
 
     assert by_update(ranks) == by_update([alone])
     assert len({len(rank["samples"]) for rank in ranks}) == 1
+    assert ranks[0]["tokens"] == ranks[1]["tokens"] == alone["tokens"] != []
     # The same gradients, hence the same weights, on both ranks and alone.
     for name in ("plain", "counted"):
         assert torch.equal(ranks[0][name], ranks[1][name])

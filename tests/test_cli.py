@@ -62,7 +62,9 @@ each_policy = pytest.mark.parametrize(("name", "case"), POLICIES.items(), ids=PO
 
 
 def test_every_schedule_that_is_made_from_numbers_is_a_policy(capsys):
-    made_of_schedules = {"InSamples", "Joined", "PerEpoch", "Scaled", "Schedule", "Shifted", "one_cycle"}
+    made_of_schedules = {
+        "InSamples", "InTokens", "Joined", "PerEpoch", "Scaled", "Schedule", "Shifted", "one_cycle",
+    }  # fmt: skip
     names = set(fastlr.schedules.__all__) - made_of_schedules
     assert len(names) == len(POLICIES)
     _, listing, _ = run(capsys, "schedule", "--help")

@@ -80,6 +80,10 @@ POLICIES: dict[type[Schedule], tuple[dict[str, Any], dict[str, str]]] = {
         {"schedule": fastlr.Constant(1.0, unit="epoch"), "samples": 20},
         {"samples": "count"},
     ),
+    fastlr.InTokens: (
+        {"schedule": fastlr.Constant(1.0, unit="sample"), "tokens": 20},
+        {"tokens": "count"},
+    ),
     fastlr.Shifted: ({"schedule": fastlr.Constant(1.0), "by": 20}, {"by": "real"}),
 }
 

@@ -30,6 +30,9 @@ class Batch:
         ends_update: whether it is the last: now ``opt.step()``.
         full: whether the update has the batch size of its phase, and is no tail.
         ranks: that share the update.
+        tokens: of the samples, by the plan's ``sequence_length``, or else what the loader's ``count`` says;
+            None: there is neither, or the count is no whole number.
+        global_tokens: the same of the update, over all ranks and micro-batches.
     """
 
     data: Any
@@ -42,6 +45,8 @@ class Batch:
     ends_update: bool
     full: bool = True
     ranks: int = 1
+    tokens: int | None = None
+    global_tokens: int | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
         """This batch with every tensor in its data moved or converted; arguments as ``Tensor.to``'s.

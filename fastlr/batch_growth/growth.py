@@ -29,7 +29,7 @@ class _Phase(NamedTuple):
 
 
 class GrownPhases(NamedTuple):
-    """The phases of a plan, and its schedules in samples."""
+    """The phases of a plan, and its schedules on its clock, samples or tokens."""
 
     starts: tuple[int, ...]
     batch_sizes: tuple[int, ...]
@@ -52,6 +52,7 @@ def grown_phases(
     batch_scale: BatchScale | None,
     raised_momentum: float | None,
     granularity: int | None,
+    sequence_length: int | None,
 ) -> GrownPhases:
     """The growth of the plan that :meth:`BatchPlan.from_schedule` returns; arguments as there."""
     if not isinstance(schedule, Schedule):
@@ -91,10 +92,10 @@ def grown_phases(
     if cap is not None and cap < start_size:
         raise ValueError(f"max_batch_size must be >= the first batch size, {start_size:,}, got {cap:,}")
 
-    in_samples = schedule
-    if schedule.unit != "sample":
-        in_samples = schedule.in_samples(dataset_size if schedule.unit == "epoch" else batch_size)
-    run = _Run(in_samples, total=epochs * dataset_size)
+    # The schedule as it is at every sample, and on the plan's clock.
+    by_sample, on_clock = _looked_at(schedule, batch_size, dataset_size, sequence_length)
+    clock = 1 if sequence_length is None else sequence_length
+    run = _Run(by_sample, total=epochs * dataset_size)
     peak, peak_at = run.peak()
     if peak == 0.0:
         raise ValueError(f"the schedule is 0 throughout the run, got {describe(schedule)}")
@@ -119,19 +120,48 @@ def grown_phases(
     for phase, stop in zip(phases, stops, strict=True):
         scale = lr_scale * rate_factor(phase.size / exact_start, scaling)
         if phase.steady_until < stop:
-            part = Shifted(in_samples, phase.start) * scale
+            part = Shifted(on_clock, phase.start * clock) * scale
         else:
-            exact = in_samples(phase.start) * scale
+            exact = by_sample(phase.start) * scale
             rate = rate if abs(rate - exact) <= _ROUNDING * exact else exact
-            part = Constant(rate, unit="sample")
-        lr = part if lr is None else lr.then(part, at=phase.start)
+            part = Constant(rate, unit=on_clock.unit)
+        lr = part if lr is None else lr.then(part, at=phase.start * clock)
     assert lr is not None
     return GrownPhases(
         starts=tuple(phase.start for phase in phases),
         batch_sizes=tuple(phase.size for phase in phases),
         lr=lr,
-        momentum=Constant(raised, unit="sample"),
+        momentum=Constant(raised, unit=on_clock.unit),
     )
+
+
+class _BySample(NamedTuple):
+    """A schedule in tokens, looked at where each sample begins."""
+
+    schedule: Schedule
+    tokens: int  # of a sample
+
+    def __call__(self, sample: int) -> float:
+        return self.schedule(sample * self.tokens)
+
+    def values(self, start: int, stop: int) -> Values:
+        self.schedule(max(stop - 1, 0) * self.tokens)  # warns where it has ended
+        clocks = range(start * self.tokens, stop * self.tokens, self.tokens)
+        return np.fromiter(map(self.schedule._native.value, clocks), np.float64, len(clocks))
+
+
+def _looked_at(
+    schedule: Schedule, batch_size: int, dataset_size: int, sequence_length: int | None
+) -> tuple[Schedule | _BySample, Schedule]:
+    if sequence_length is not None:
+        sequence_length = count("sequence_length", sequence_length)
+    if schedule.unit == "token":
+        if sequence_length is None:
+            raise ValueError("the schedule counts tokens; give the plan its sequence_length too")
+        return _BySample(schedule, sequence_length), schedule
+    if schedule.unit != "sample":
+        schedule = schedule.in_samples(dataset_size if schedule.unit == "epoch" else batch_size)
+    return schedule, schedule if sequence_length is None else schedule.in_tokens(sequence_length)
 
 
 def _momentum(name: str, value: float, low: float = 0.0) -> float:
@@ -143,7 +173,7 @@ def _momentum(name: str, value: float, low: float = 0.0) -> float:
 class _Run:
     """A schedule in samples over a run, looked at chunk by chunk."""
 
-    def __init__(self, schedule: Schedule, total: int) -> None:
+    def __init__(self, schedule: Schedule | _BySample, total: int) -> None:
         self.schedule, self.total = schedule, total
         # Between two multiples of this many samples the schedule keeps its value.
         self.tick = schedule.samples if isinstance(schedule, InSamples) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from fastlr.batch_growth.ranks import group_size, ranks_agree
 from fastlr.batch_growth.reading import BatchSource
 from fastlr.batch_growth.sampler import GrowingBatchSampler, mix
 from fastlr.batch_growth.updates import Update
-from fastlr.optim import FusedOptimizer
+from fastlr.optim import FusedOptimizer, TokenClock
 
 
 class GrowingLoader:
@@ -69,7 +70,8 @@ class GrowingLoader:
         shuffle: None: True for map-style data sets. Iterable ones shuffle themselves.
         count: ``count(data)``: how much of what the loss averages over there is in a micro-batch, such as
             its tokens that are not padding. The weights are then by these counts, over all ranks; a whole
-            update is read before its first micro-batch is yielded. None: samples.
+            update is read before its first micro-batch is yielded. An optimizer whose schedules have
+            ``unit="token"`` is told them, unless the plan has a ``sequence_length``. None: samples.
         drop_last: True: the plan with ``tail="drop"``.
         rank: of this process; None: from ``torch.distributed`` where it is initialised, or else 0.
         world_size: number of ranks; None: the same, or else 1.
@@ -143,6 +145,7 @@ class GrowingLoader:
         self._planned = plan
         self._growths: list[tuple[int, int]] = []
         self._place = Place(plan)
+        self._counts = count is not None
         self._set_plan(plan)
         self._reading = BatchSource(
             dataset,
@@ -165,10 +168,11 @@ class GrowingLoader:
     # -- with the optimizer ------------------------------------------------------------------------
 
     def bind(self, optimizer: Any) -> GrowingLoader:
-        """Lets this loader move the optimizer's samples clock, by the samples of each update.
+        """Lets this loader move the optimizer's clock of samples, or of tokens, by those of each update.
 
         Skipped AMP updates count too: their samples are gone. So the schedules ``plan.lr`` and
-        ``plan.momentum`` stand where the batches do.
+        ``plan.momentum`` stand where the batches do. An optimizer counts tokens where its schedules do, or
+        the plan has a ``sequence_length``; how many an update had, that says, or else the loader's ``count``.
 
         Warns where the plan trades rate for batch by SGD's linear scaling, which is the default, and the
         optimizer's rule is an adaptive one. Not the other way round: nobody gets ``scaling="sqrt"`` without
@@ -182,6 +186,8 @@ class GrowingLoader:
 
         Raises:
             TypeError: the optimizer has no samples clock.
+            ValueError: it counts tokens, and neither the plan has a ``sequence_length`` nor the loader a
+                ``count``.
 
         >>> import fastlr, torch
         >>> plan = fastlr.BatchPlan.from_phases([(0, 4)], dataset_size=8, epochs=1, lr=0.1)
@@ -198,7 +204,17 @@ class GrowingLoader:
         if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(
                 f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "
-                "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(batch.position) yourself"
+                "fastlr.FusedSGD, or set your optimizer's rate to plan.lr(plan.clock_at(batch.position)) "
+                "yourself"
+            )
+        if self.plan.unit == "token" and not optimizer.clock()[1]:
+            with contextlib.suppress(RuntimeError):  # its schedules count samples, which it is told as well
+                optimizer.advance_tokens(0)
+        if isinstance(optimizer.clock(), TokenClock) and self.tokens is None:
+            raise ValueError(
+                "the optimizer counts tokens, but nobody says how many a batch has: give the plan a "
+                "sequence_length, where all samples are as long, or else the loader count=..., as in "
+                "count=lambda data: data[0].numel()"
             )
         trades = self.plan.mode in ("increase", "hybrid") and len(set(self.plan.batch_sizes)) > 1
         if trades and self.plan.scaling == "linear" and optimizer._adapts:
@@ -228,6 +244,15 @@ class GrowingLoader:
         """Samples of the run, over all ranks, that completed updates have consumed."""
         self._place.catch_up()
         return self._place.samples
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens, over all ranks, that completed updates have consumed; None: nobody counts them.
+
+        By the plan's ``sequence_length``; without one, those that ``count`` has found in what was read.
+        """
+        self._place.catch_up()
+        return self._place.tokens if self._counts or self.plan.unit == "token" else None
 
     def __iter__(self) -> Iterator[Batch]:
         """All batches that are left of the run, epoch after epoch."""
@@ -369,6 +394,7 @@ class GrowingLoader:
             "shuffle": self._sampler.shuffle,
             "plan": self._planned.to_dict(),
             "growths": [list(growth) for growth in self._growths],
+            **({"tokens": self.tokens} if self._counts and self.plan.unit == "sample" else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -412,10 +438,15 @@ class GrowingLoader:
             raise ValueError(
                 f"epoch must be the one that the run stands in at sample {samples:,}, {stands}, got {epoch}"
             )
+        tokens = state.get("tokens")  # where a count has found them
+        if tokens is not None:
+            tokens = _count("tokens", tokens, 0)
+        if plan.unit == "token":
+            tokens = plan.clock_at(samples)
         sampler = dataclasses.replace(self._sampler, plan=plan, seed=state["seed"])
         self._sampler, self._growths = sampler, growths
         self._set_plan(plan)
-        self._place.stand(samples, epoch)
+        self._place.stand(samples, epoch, tokens)
         self._regrown = False
         self._iteration += 1  # what was under way is over
         self._reading.open(self._sampler.seed)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan
 from fastlr.batch_growth.updates import Update
-from fastlr.optim import FusedOptimizer
+from fastlr.optim import FusedOptimizer, TokenClock
 
 
 class UnderWay(Protocol):
@@ -22,12 +22,13 @@ class _Move(NamedTuple):
 
     start: int  # of the next update
     epoch: int  # to be gone through next, or under way
-    clock: int  # the optimizer's samples clock, when it has moved
+    tokens: int | None  # before it
+    clock: int  # the optimizer's, of samples or tokens, when it has moved
 
 
 # NOTE: [two clocks, one move]
-# The optimizer's step moves its samples clock itself, together with everything else, and this place
-# follows in a hook. Ctrl-C between the two, where it is seen when it came during the update, must not
+# The optimizer's step moves its clock of samples or tokens itself, together with everything else, and this
+# place follows in a hook. Ctrl-C between the two, where it is seen when it came during the update, must not
 # leave them apart: a checkpoint written then would repeat the update. So it is noted where the run is
 # going to stand before the optimizer moves, and whoever asks next sees by the optimizer's clock that it
 # has. Assignments in a row are safe: Ctrl-C is seen at calls and loops only.
@@ -39,6 +40,7 @@ class Place:
     Attributes:
         plan: as it has grown.
         samples: before the first update that is not completed.
+        tokens: that the updates before it had; None: nobody counts them.
         next_epoch: to be gone through next, or under way.
         epoch: that is under way.
         given: what the training loop has at present.
@@ -48,11 +50,12 @@ class Place:
         self.plan = plan
         self._optimizer: FusedOptimizer | None = None
         self._hooks: list[Any] = []
-        self.stand(plan._updates.next_start(0), 0)
+        start = plan._updates.next_start(0)
+        self.stand(start, 0, plan.clock_at(start) if plan.unit == "token" else 0)
 
-    def stand(self, samples: int, epoch: int) -> None:
+    def stand(self, samples: int, epoch: int, tokens: int | None) -> None:
         """Stands at the beginning of an update, with nothing under way."""
-        self.samples, self.next_epoch = samples, epoch
+        self.samples, self.next_epoch, self.tokens = samples, epoch, tokens
         self.epoch: UnderWay | None = None
         self.given: tuple[Batch, Update] | None = None
         self._move: _Move | None = None  # that has begun
@@ -63,7 +66,7 @@ class Place:
         return self._optimizer is not None
 
     def bind(self, optimizer: FusedOptimizer) -> None:
-        """Moves an optimizer's samples clock from now on, in place of another's."""
+        """Moves an optimizer's clock of samples or tokens from now on, in place of another's."""
         self.catch_up()
         for hook in self._hooks:
             hook.remove()
@@ -72,8 +75,9 @@ class Place:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        if 0 < self.samples == self.plan._updates.next_start(0) and optimizer.clock().samples == 0:
-            optimizer.advance_samples(self.samples)  # what is left out before the first update
+        at_start = self.samples == self.plan._updates.next_start(0)
+        if at_start and optimizer.clock()[1] == 0 and (left_out := self._clock()):
+            self._advance(left_out)  # what is left out before the first update
 
     def _before_step(self, *_: Any) -> None:
         self.catch_up()
@@ -84,9 +88,7 @@ class Place:
                 f"optimizer.step() in the middle of the update at sample {self.samples:,}: step only where "
                 "batch.ends_update is True"
             )
-        start = self.start_after(self.given[1])
-        self._begin_move(start)
-        self._optimizer._samples_of_step = start - self.samples
+        self._optimizer._samples_of_step = self._begin_move(self.start_after(self.given[1]))
 
     def _after_step(self, *_: Any) -> None:
         self._end_move()
@@ -103,30 +105,66 @@ class Place:
 
     def move_to(self, start: int) -> None:
         """Stands before the update that begins at ``start``, samples that are left out behind it."""
-        self._begin_move(start)
-        if self._optimizer is not None:
-            self._optimizer.advance_samples(start - self.samples)
+        amount = self._begin_move(start)
+        self._advance(amount)
         self._end_move()
 
-    def _begin_move(self, start: int) -> None:
-        epoch, clock = self.next_epoch, 0
+    def _begin_move(self, start: int) -> int:
+        """Notes where the run is going to stand; returns what the optimizer's clock moves by."""
+        epoch, amount, clock = self.next_epoch, start - self.samples, 0
         if self.epoch is not None:
             epoch = min(start // self.plan.dataset_size, self.epoch.index + 1)
+        tokens = self._tokens_before(start)
         if self._optimizer is not None:
-            clock = self._optimizer.clock().samples + start - self.samples
-        self._move = _Move(start, epoch, clock)
+            if self._in_tokens:
+                if tokens is None or self.tokens is None:
+                    raise RuntimeError(
+                        "the optimizer counts tokens, but how many the update at sample "
+                        f"{self.samples:,} has is not known: let the loader's count(data) be whole numbers, "
+                        "or give the plan a sequence_length"
+                    )
+                amount = tokens - self.tokens
+            clock = self._optimizer.clock()[1] + amount
+        self._move = _Move(start, epoch, tokens, clock)
+        return amount
+
+    def _tokens_before(self, start: int) -> int | None:
+        """Tokens of the run before ``start``, where the update that is given ends, if one is."""
+        if self.plan.unit == "token":
+            return self.plan.clock_at(start)
+        if self.given is None or self.tokens is None:
+            return self.tokens  # samples that nobody reads have none
+        tokens = self.given[0].global_tokens
+        return None if tokens is None else self.tokens + tokens
+
+    @property
+    def _in_tokens(self) -> bool:
+        """Whether the bound optimizer counts tokens."""
+        return self._optimizer is not None and isinstance(self._optimizer.clock(), TokenClock)
+
+    def _clock(self) -> int | None:
+        """Where the clock of the bound optimizer should stand."""
+        return self.tokens if self._in_tokens else self.samples
+
+    def _advance(self, amount: int) -> None:
+        if self._optimizer is None:
+            return
+        if self._in_tokens:
+            self._optimizer.advance_tokens(amount)
+        else:
+            self._optimizer.advance_samples(amount)
 
     def _end_move(self) -> None:
         if self._move is None:
             return
-        self.samples, self.next_epoch, _ = self._move
+        self.samples, self.next_epoch, self.tokens, _ = self._move
         self.given = self._move = None
 
     def catch_up(self) -> None:
         """Follows the optimizer where Ctrl-C has kept this place from it."""
         if self._move is None or self._optimizer is None:
             return
-        if self._optimizer.clock().samples == self._move.clock:
+        if self._optimizer.clock()[1] == self._move.clock:
             self._end_move()
         self._move = None
 
@@ -138,9 +176,9 @@ class Place:
                 if schedule is None:
                     continue
                 clock = group["samples"] - group[f"{name}_start"]
-                if schedule.unit == "sample" and clock != self.samples:
+                if schedule.unit != "update" and clock != (own := self._clock()):
                     raise RuntimeError(
-                        f"the optimizer's {name} schedule stands at sample {clock:,}, the loader at "
-                        f"{self.samples:,}; load the state of both from the same checkpoint, and put a "
+                        f"the optimizer's {name} schedule stands at {schedule.unit} {clock:,}, the loader at "
+                        f"{own:,}; load the state of both from the same checkpoint, and put a "
                         'schedule in place in mid-run with set_schedule(..., start="zero")'
                     )

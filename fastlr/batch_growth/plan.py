@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Mode = Literal["increase", "hybrid", "decay", "phases"]
+Unit = Literal["epoch", "sample", "token"]
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Batch size, learning rate and momentum of a whole run, clocked in samples. Immutable.
+    """Batch size, learning rate and momentum of a whole run, clocked in samples or tokens. Immutable.
 
     Make one with :meth:`from_schedule` or :meth:`from_phases`.
 
@@ -47,8 +48,8 @@ class BatchPlan:
     Args:
         starts: samples at which the phases begin, ascending; the first is 0.
         batch_sizes: of each phase, over all ranks and accumulation steps, in 1 .. ``dataset_size``.
-        lr: learning rate, a schedule in samples.
-        momentum: a schedule in samples, in [0, 1).
+        lr: learning rate, a schedule in samples; in tokens, where there is a ``sequence_length``.
+        momentum: the same, in [0, 1).
         dataset_size: samples of an epoch, >= 1.
         epochs: >= 1.
         tail: see above.
@@ -59,6 +60,7 @@ class BatchPlan:
         ranks: processes that share a batch; as ``micro_batch_size``.
         scaling: how rate and batch go together: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules such as
             Adam. Says what :meth:`noise_scale` is.
+        sequence_length: tokens of each sample, >= 1: then the schedules count tokens. None: samples.
 
     Raises:
         ValueError: an argument is out of range, a phase has no samples, the plan has no updates, or a
@@ -86,6 +88,7 @@ class BatchPlan:
     micro_batch_size: int | None = field(default=None, compare=False)
     ranks: int = field(default=1, compare=False)
     scaling: Scaling = field(default="linear", kw_only=True)
+    sequence_length: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         starts = tuple(count("starts", start, 0) for start in items("starts", self.starts))
@@ -104,17 +107,27 @@ class BatchPlan:
         }
         if self.micro_batch_size is not None:
             checked["micro_batch_size"] = count("micro_batch_size", self.micro_batch_size)
+        if self.sequence_length is not None:
+            checked["sequence_length"] = count("sequence_length", self.sequence_length)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.total_samples >= ENDLESS:
             raise ValueError(
                 f"epochs * dataset_size must be < 2**63 - 1, got {self.epochs:,} * {self.dataset_size:,}"
             )
+        if (self.total_tokens or 0) >= ENDLESS:
+            raise ValueError(
+                f"the run must have < 2**63 - 1 tokens, got {self.total_samples:,} samples of "
+                f"{self.sequence_length:,}"
+            )
         _ = self._updates  # checks the phases
         for name in ("lr", "momentum"):
             value = getattr(self, name)
-            if not isinstance(value, Schedule) or value.unit != "sample":
-                raise ValueError(f'{name} must be a schedule with unit="sample", got {describe(value)}')
+            if not isinstance(value, Schedule) or value.unit != self.unit:
+                why = "" if self.sequence_length is None else ", as the plan has a sequence_length"
+                raise ValueError(
+                    f'{name} must be a schedule with unit="{self.unit}"{why}, got {describe(value)}'
+                )
         if not self.momentum.peak < 1.0:
             raise ValueError(
                 f"momentum must stay in [0, 1), got a schedule that peaks at {self.momentum.peak!r}"
@@ -153,6 +166,7 @@ class BatchPlan:
         micro_batch_size: int | None = None,
         ranks: int = 1,
         scaling: Scaling = "linear",
+        sequence_length: int | None = None,
     ) -> BatchPlan:
         r"""A plan with the noise scale of a run that decays its learning rate at a fixed batch size.
 
@@ -201,8 +215,8 @@ class BatchPlan:
 
         Args:
             schedule: the learning rate at ``batch_size``, in epochs (each value is held for an epoch), in
-                samples, or in updates of ``batch_size`` samples. Where it ends before the run does, it
-                holds its last value and warns.
+                samples, in updates of ``batch_size`` samples, or in tokens, which is looked at where a sample
+                begins. Where it ends before the run does, it holds its last value and warns.
             batch_size: the schedule's, >= 1.
             dataset_size: samples of an epoch, >= 1.
             epochs: of the run, >= 1. What the schedule has beyond is not used.
@@ -219,6 +233,7 @@ class BatchPlan:
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
             scaling: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules.
+            sequence_length: see :class:`BatchPlan`; needed for a schedule in tokens.
 
         Raises:
             ValueError: an argument is out of range, the schedule rises after its peak, the batch would
@@ -262,6 +277,7 @@ class BatchPlan:
             batch_scale=batch_scale,
             raised_momentum=raised_momentum,
             granularity=granularity,
+            sequence_length=sequence_length,
         )
         return cls(
             starts=grown.starts,
@@ -275,6 +291,7 @@ class BatchPlan:
             micro_batch_size=micro_batch_size,
             ranks=ranks,
             scaling=scaling,
+            sequence_length=sequence_length,
         )._without_empty_phases()
 
     @classmethod
@@ -282,6 +299,7 @@ class BatchPlan:
         cls,
         phases: Iterable[tuple[float, int]],
         *,
+        unit: Unit = "epoch",
         dataset_size: int,
         epochs: int,
         lr: float | Schedule,
@@ -290,20 +308,24 @@ class BatchPlan:
         micro_batch_size: int | None = None,
         ranks: int = 1,
         scaling: Scaling = "linear",
+        sequence_length: int | None = None,
     ) -> BatchPlan:
         """A plan written by hand.
 
         Args:
             phases: ``(epoch, batch_size)`` of each phase, epochs ascending from 0. A phase begins at the
                 sample nearest to ``epoch * dataset_size``. Batches may also shrink.
+            unit: ``"epoch"``: as said. ``"sample"``: a phase is ``(samples, batch_size)``. ``"token"``: it is
+                ``(tokens, batch size in tokens)``, both multiples of ``sequence_length``.
             dataset_size: samples of an epoch, >= 1.
             epochs: of the run, >= 1.
-            lr: a number, or a schedule in epochs or samples.
+            lr: a number, or a schedule in epochs, samples or, with a ``sequence_length``, tokens.
             momentum: the same, in [0, 1).
             tail: what an epoch's end does to an update; see :class:`BatchPlan`.
             micro_batch_size: see :class:`BatchPlan`.
             ranks: see :class:`BatchPlan`.
             scaling: see :class:`BatchPlan`; rates are taken as they are given.
+            sequence_length: see :class:`BatchPlan`.
 
         Raises:
             ValueError: an argument is out of range, or a phase has no samples or no updates.
@@ -313,27 +335,40 @@ class BatchPlan:
         ...     [(0, 64), (0.5, 128)], dataset_size=1000, epochs=2, lr=0.1, tail="keep")
         >>> [(phase.start_sample, phase.updates) for phase in plan.phases]
         [(0, 8), (500, 12)]
+
+        Batches of 32k tokens, and of 128k from the 2**20th on:
+
+        >>> plan = fastlr.BatchPlan.from_phases(
+        ...     [(0, 2**15), (2**20, 2**17)], unit="token", sequence_length=2**10, dataset_size=4096,
+        ...     epochs=1, lr=fastlr.Cosine(3e-4, 3e-5, 2**22, unit="token"), scaling="sqrt")
+        >>> plan.starts, plan.batch_sizes, plan.total_tokens
+        ((0, 1024), (32, 128), 4194304)
         """
         dataset_size = count("dataset_size", dataset_size)
+        if sequence_length is not None:
+            sequence_length = count("sequence_length", sequence_length)
+        choice("unit", unit, ("epoch", "sample", "token"))
+        if unit == "token" and sequence_length is None:
+            raise ValueError(
+                "phases in tokens need a sequence_length, as a batch is made of samples; give it too"
+            )
         pairs = []
         for pair in items("phases", phases):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ValueError(f"phases must be pairs (epoch, batch_size), got {describe(pair)}")
-            epoch = real("the epoch of a phase", pair[0])
-            if epoch * dataset_size >= ENDLESS:
-                raise ValueError(f"the epoch of a phase must lie within the run, got {epoch!r}")
-            pairs.append((round(epoch * dataset_size), count("batch_size of a phase", pair[1])))
+                raise ValueError(f"phases must be pairs ({unit}, batch_size), got {describe(pair)}")
+            pairs.append(_phase_in_samples(pair[0], pair[1], unit, dataset_size, sequence_length or 1))
         return cls(
             starts=tuple(start for start, _ in pairs),
             batch_sizes=tuple(size for _, size in pairs),
-            lr=_in_samples("lr", lr, dataset_size),
-            momentum=_in_samples("momentum", momentum, dataset_size),
+            lr=_on_clock("lr", lr, dataset_size, sequence_length),
+            momentum=_on_clock("momentum", momentum, dataset_size, sequence_length),
             dataset_size=dataset_size,
             epochs=epochs,
             tail=tail,
             micro_batch_size=micro_batch_size,
             ranks=ranks,
             scaling=scaling,
+            sequence_length=sequence_length,
         )._without_empty_phases()
 
     def grown(self, sample: int, batch_size: int) -> BatchPlan:
@@ -366,6 +401,27 @@ class BatchPlan:
     def total_samples(self) -> int:
         """Samples of the run, ``epochs * dataset_size``; those that a tail rule drops included."""
         return self.epochs * self.dataset_size
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Tokens of the run; None: the plan has no ``sequence_length``."""
+        return None if self.sequence_length is None else self.total_samples * self.sequence_length
+
+    @property
+    def unit(self) -> Literal["sample", "token"]:
+        """What ``lr`` and ``momentum`` count."""
+        return "sample" if self.sequence_length is None else "token"
+
+    def clock_at(self, sample: int) -> int:
+        """The clock of ``lr`` and ``momentum`` at a sample: the sample itself, or the tokens before it.
+
+        >>> import fastlr
+        >>> plan = fastlr.BatchPlan.from_phases(
+        ...     [(0, 4)], dataset_size=8, epochs=1, lr=0.1, sequence_length=1024)
+        >>> plan.clock_at(2)
+        2048
+        """
+        return count("sample", sample, 0) * (self.sequence_length or 1)
 
     @property
     def total_updates(self) -> int:
@@ -456,17 +512,44 @@ class BatchPlan:
         return cls(**{**data, **schedules})
 
     def _phase(self, start: int, stop: int, size: int, updates: int) -> Phase:
-        lr, momentum = self.lr(start), self.momentum(start)
+        lr, momentum = (value(self.clock_at(start)) for value in (self.lr, self.momentum))
         scale = noise_scale(lr, momentum, size, self.dataset_size, self.scaling)
-        return Phase(start, stop, size, lr, self.lr(stop - 1), momentum, scale, updates)
+        return Phase(start, stop, size, lr, self.lr(self.clock_at(stop - 1)), momentum, scale, updates)
 
 
-def _in_samples(name: str, value: float | Schedule, dataset_size: int) -> Schedule:
+def _phase_in_samples(
+    start: Any, batch_size: Any, unit: Unit, dataset_size: int, sequence_length: int
+) -> tuple[int, int]:
+    if unit == "epoch":
+        epoch = real("the epoch of a phase", start)
+        if epoch * dataset_size >= ENDLESS:
+            raise ValueError(f"the epoch of a phase must lie within the run, got {epoch!r}")
+        return round(epoch * dataset_size), count("batch_size of a phase", batch_size)
+    start, batch_size = count("start of a phase", start, 0), count("batch_size of a phase", batch_size)
+    if unit == "sample":
+        return start, batch_size
+    for name, tokens in (("start", start), ("batch_size", batch_size)):
+        if tokens % sequence_length:
+            raise ValueError(
+                f"{name} of a phase must be whole samples of {sequence_length:,} tokens, got {tokens:,}; "
+                f"round it up to {tokens + -tokens % sequence_length:,}"
+            )
+    return start // sequence_length, batch_size // sequence_length
+
+
+def _on_clock(name: str, value: float | Schedule, dataset_size: int, sequence_length: int | None) -> Schedule:
+    """A number or a schedule as one on the clock of a plan, samples or tokens."""
     if not isinstance(value, Schedule):
-        return Constant(real(name, value), unit="sample")
+        return Constant(real(name, value), unit="sample" if sequence_length is None else "token")
     if value.unit == "update":
         raise ValueError(
             f"{name} of phases with batches of several sizes cannot count updates; give a schedule in "
-            "epochs or samples"
+            "epochs, samples or tokens"
         )
-    return value if value.unit == "sample" else value.in_samples(dataset_size)
+    if value.unit == "token":
+        if sequence_length is None:
+            raise ValueError(f"{name} counts tokens; give the plan its sequence_length too")
+        return value
+    if value.unit == "epoch":
+        value = value.in_samples(dataset_size)
+    return value if sequence_length is None else value.in_tokens(sequence_length)

@@ -63,6 +63,7 @@ class BatchSource:
 
     def _read(self, sampler: GrowingBatchSampler, samples: int, epoch: int) -> Iterator[tuple[Batch, Update]]:
         sent = self._feed.aim(sampler, samples, epoch)
+        length = sampler.plan.sequence_length
         for data in self.loader:
             micro = sent.popleft()
             update = micro.update
@@ -78,6 +79,8 @@ class BatchSource:
                     ends_update=micro.ends_update,
                     full=update.size == update.batch_size,
                     ranks=sampler.world_size or 1,
+                    tokens=None if length is None else len(micro) * length,
+                    global_tokens=None if length is None else update.size * length,
                 ),
                 update,
             )
@@ -108,8 +111,14 @@ class BatchSource:
                     f"{counts} in the update at sample {item[1].start:,}"
                 )
             for (batch, update), number in zip(window, counts, strict=True):
+                if batch.global_tokens is None:  # the plan says nothing of them
+                    batch = dataclasses.replace(batch, tokens=_whole(number), global_tokens=_whole(total))
                 yield dataclasses.replace(batch, weight=world * number / total), update
             window = []
+
+
+def _whole(number: float) -> int | None:
+    return int(number) if number.is_integer() else None
 
 
 class _Feed:

@@ -39,6 +39,8 @@ class Plan(Protocol):
     @property
     def ranks(self) -> int: ...
     @property
+    def sequence_length(self) -> int | None: ...
+    @property
     def total_samples(self) -> int: ...
     @property
     def total_updates(self) -> int: ...
@@ -58,8 +60,10 @@ def table(plan: Plan) -> str:
 
     rule = "-" * len(line(_HEADINGS))
     kind = plan.mode if plan.scaling == "linear" else f"{plan.mode}, {plan.scaling} scaling"
+    each = "" if plan.sequence_length is None else f" of {plan.sequence_length:,} tokens"
     title = (
-        f'Batch plan ({kind}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples, tail="{plan.tail}"'
+        f"Batch plan ({kind}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples{each}, "
+        f'tail="{plan.tail}"'
     )
     lines = [title, "", line(_HEADINGS), rule, *(line(row) for row in rows), rule, line(totals)]
     if hidden > 0:

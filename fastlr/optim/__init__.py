@@ -39,7 +39,7 @@ What they and the state cost in memory is in docs/memory.md.
 from __future__ import annotations
 
 from fastlr.optim._base import FusedOptimizer
-from fastlr.optim._groups import Clock
+from fastlr.optim._groups import Clock, TokenClock
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
@@ -63,4 +63,5 @@ __all__ = [
     "FusedRMSprop",
     "FusedSGD",
     "GradScaler",
+    "TokenClock",
 ]

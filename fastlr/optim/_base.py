@@ -25,11 +25,13 @@ from fastlr.optim._groups import (
     STATE_DTYPES,
     Clock,
     RuleOptions,
+    TokenClock,
     check_rounded_by_chance,
     check_step_options,
     check_torch_options_in,
     checked_state_dtype,
     clock_of,
+    name_of_clock,
 )
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
@@ -55,7 +57,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     # Whether a step is as long as the rate says, however large the gradients are.
     _adapts = True
 
-    # By which the next step moves the samples clock; from whoever counts samples, in a hook before it.
+    # By which the next step moves the clock of samples or tokens; from whoever counts, in a hook before it.
     _samples_of_step = 0
     # A float32 on the gradients' device that the next step makes 1 where it finds an inf or NaN, and then
     # skips the update; there for one step, from fastlr.GradScaler.
@@ -78,7 +80,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         defaults |= {name: options.get(name, value) for name, value in STAGE_DEFAULTS.items()}
         for option in self._options.scheduled:
             defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
-        defaults |= {**self._fixed, "updates": 0, "samples": 0, "fresh": False}
+        defaults |= {**self._fixed, "updates": 0, "samples": 0, "clock_unit": "sample", "fresh": False}
         # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
         # stay as they are.
         if not isinstance(params, torch.Tensor):
@@ -115,7 +117,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Adds what the group of an optimizer that an older version pickled does not have."""
-        for name, value in {"state_dtype": None, **STAGE_DEFAULTS}.items():
+        for name, value in {"state_dtype": None, "clock_unit": "sample", **STAGE_DEFAULTS}.items():
             group.setdefault(name, value)
         for option in self._options.scheduled:
             group.setdefault(f"{option.name}_schedule", None)
@@ -136,14 +138,15 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 it stays as it was.
 
         Raises:
-            ValueError: a hyperparameter is out of range, or a schedule counts epochs.
+            ValueError: a hyperparameter is out of range, or a schedule counts epochs, or tokens where others
+                count samples.
             TypeError: a value has a wrong type.
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             return super().add_param_group(param_group)  # which raises
         place = len(self.param_groups)
         where = f" of parameter group {place}"
-        clock = self.sync() if self.param_groups else Clock(0, 0)
+        clock = self._sync() if self.param_groups else Clock(0, 0)
         for name, value in self._fixed.items():
             if param_group.get(name, value) != value:
                 raise ValueError(
@@ -181,6 +184,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
         filled |= self._checked(filled, where, new=True)
+        filled["clock_unit"] = unit = self._unit_with([*self.param_groups, filled])
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         if filled["stochastic_rounding"]:
@@ -190,6 +194,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         param_group.clear()
         param_group.update(filled)
         self.param_groups[place] = param_group
+        for group in self.param_groups:
+            group["clock_unit"] = unit
 
     def set_schedule(
         self,
@@ -224,7 +230,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 f"set_schedule() got {unknown[0]!r}, which is nothing that a schedule can drive in "
                 f"{type(self).__name__}; that are {', '.join(names)}"
             )
-        now = self.sync()
+        now = self._sync()
         taken = [name for name, value in given.items() if value is not None]
         for place in range(size):
             self._plan.check_owned(self.param_groups, place, taken if place in indices else [])
@@ -239,7 +245,9 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                     changes[place] |= self._options.driven(changed, option, value, origin, where)
                     changed |= changes[place]
             self._checked(changed, where)
-        self._change(changes)
+        groups = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
+        unit = self._unit_with(groups)
+        self._change([{**change, "clock_unit": unit} for change in changes])
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
         """Writes into every group, and lets the devices and their captured graphs know at once.
@@ -263,8 +271,11 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
 
         On CUDA devices the host does not see which updates a GradScaler made the device skip, nor
         replays of a graph; :meth:`sync` asks the device.
+
+        Where tokens are counted in place of samples it is a :class:`TokenClock`.
         """
-        return Clock(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
+        kind = TokenClock if self.param_groups[0]["clock_unit"] == "token" else Clock
+        return kind(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
 
     def sync(self) -> Clock:
         """Brings the host's clock and rates up to date with the devices', and returns the clock.
@@ -276,12 +287,39 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             ValueError: a ``grad_scale`` had no inverse in float32, so that updates were skipped.
             RuntimeError: called while a CUDA graph is captured, or devices disagree.
         """
+        self._sync()
+        return self.clock()
+
+    def _sync(self) -> Clock:
+        """As :meth:`sync`, with whatever the second clock counts as samples."""
         self._plan.sync(self.param_groups)
         if self._buffer_averages is not None:
             self._buffer_averages.sync(self.param_groups[0])
-        return self.clock()
+        return Clock(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
 
-    def set_clock(self, *, updates: int | None = None, samples: int | None = None) -> None:
+    def _unit_with(self, groups: list[dict[str, Any]]) -> str:
+        """What the second clock counts once the groups are these; NOTE: [what the second clock counts].
+
+        Raises:
+            ValueError: their schedules do not count the same, or something else than the clock has counted.
+        """
+        counted = self._options.counted(groups)
+        if not self.param_groups:
+            return counted or "sample"
+        unit: str = self.param_groups[0]["clock_unit"]
+        if counted in (None, unit):
+            return unit
+        if before := self._sync().samples:
+            raise ValueError(
+                f"a schedule counts {counted}s, but the optimizer's clock has counted {before:,} {unit}s; "
+                f"tell it how many {counted}s these were with set_clock({counted}s=...) first"
+            )
+        assert counted is not None
+        return counted
+
+    def set_clock(
+        self, *, updates: int | None = None, samples: int | None = None, tokens: int | None = None
+    ) -> None:
         """Sets the clock of all groups, and with it the values of their schedules.
 
         For a run that another optimizer began, whose checkpoint says nothing of how far it was. CUDA
@@ -290,9 +328,11 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         Args:
             updates: applied so far, >= 0; None: unchanged.
             samples: consumed so far, >= 0; None: unchanged.
+            tokens: in place of samples, which are then counted no longer.
 
         Raises:
-            ValueError: a number is out of range, or a schedule begins after the new clock.
+            ValueError: a number is out of range, a schedule begins after the new clock, or schedules count
+                something else.
             RuntimeError: something else wrote a value that a schedule owns.
 
         >>> import fastlr, torch
@@ -301,9 +341,25 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         >>> opt.clock(), opt.param_groups[0]["lr"]
         (Clock(updates=60, samples=0), 0.025)
         """
-        given = {"updates": updates, "samples": samples}
-        change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
-        clock = self.sync()._replace(**change)
+        change: dict[str, Any] = {} if updates is None else {"updates": count("updates", updates, 0)}
+        if samples is not None and tokens is not None:
+            raise ValueError(
+                f"an optimizer counts samples or tokens, got samples={samples!r} and tokens={tokens!r}; "
+                "leave one out"
+            )
+        unit = self.param_groups[0]["clock_unit"]
+        for name, value in (("sample", samples), ("token", tokens)):
+            if value is not None:
+                change["samples"] = count(f"{name}s", value, 0)
+                unit = name
+        counted = self._options.counted(self.param_groups)
+        if counted not in (None, unit):
+            raise ValueError(
+                f"the optimizer's schedules count {counted}s, so that its clock cannot be set to {unit}s; "
+                f"give {counted}s=..., or take the values back from them first, with set_schedule()"
+            )
+        clock = self._sync()._replace(**change)
+        change["clock_unit"] = unit
         for place in range(len(self.param_groups)):
             self._plan.check_owned(self.param_groups, place, [])
         for place, group in enumerate(self.param_groups):
@@ -312,11 +368,10 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 schedule, start = group[f"{name}_schedule"], group[f"{name}_start"]
                 if schedule is None:
                     continue
-                unit = clock_of(schedule)
-                if start > getattr(clock, unit):
+                if start > (reached := getattr(clock, clock_of(schedule))):
                     raise ValueError(
-                        f"{unit} must be >= {start}, where the {name} schedule of parameter group {place} "
-                        f"begins, got {getattr(clock, unit)}; first put a schedule in place with "
+                        f"{name_of_clock(schedule)} must be >= {start}, where the {name} schedule of "
+                        f"parameter group {place} begins, got {reached}; first put a schedule in place with "
                         'set_schedule(..., start="zero")'
                     )
         self._change([dict(change) for _ in self.param_groups])
@@ -345,12 +400,43 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             samples: >= 0.
 
         Raises:
-            RuntimeError: something else wrote a value that a schedule owns.
+            RuntimeError: something else wrote a value that a schedule owns, or tokens are counted.
         """
-        samples = count("samples", samples, 0)
-        self._plan.advance_samples(self.param_groups, samples)
+        self._advance("sample", count("samples", samples, 0))
+
+    def advance_tokens(self, tokens: int) -> None:
+        """Moves the tokens clock, as :meth:`advance_samples` does that of samples.
+
+        An optimizer counts one of the two: tokens, where its schedules have ``unit="token"``, or where none
+        counts samples and tokens is what it is told first.
+
+        Args:
+            tokens: that the step consumed, over all ranks; >= 0.
+
+        Raises:
+            RuntimeError: something else wrote a value that a schedule owns, or samples are counted.
+
+        >>> import fastlr, torch
+        >>> opt = fastlr.FusedAdamW([torch.zeros(2)], lr=fastlr.LinearRamp(0.0, 1.0, 4096, unit="token"))
+        >>> opt.step()
+        >>> opt.advance_tokens(2048)
+        >>> opt.clock(), opt.param_groups[0]["lr"]
+        (TokenClock(updates=1, tokens=2048), 0.5)
+        """
+        self._advance("token", count("tokens", tokens, 0))
+
+    def _advance(self, unit: str, number: int) -> None:
+        if (counts := self.param_groups[0]["clock_unit"]) != unit:
+            before = self._sync().samples
+            if before or self._options.counted(self.param_groups) is not None:
+                raise RuntimeError(
+                    f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
+                    f"{unit}s; tell it {counts}s with advance_{counts}s()"
+                )
+            self._change([{"clock_unit": unit} for _ in self.param_groups])
+        self._plan.advance_samples(self.param_groups, number)
         if self._buffer_averages is not None:
-            self._buffer_averages.advance_samples(samples)
+            self._buffer_averages.advance_samples(number)
 
     @property
     def last_step_skipped(self) -> bool:
@@ -401,6 +487,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             raise
 
     step.hooked = True  # type: ignore[attr-defined]  # tells PyTorch not to wrap it
+    # No native code can be traced: a graph breaks here.
+    _uncompiled_step: Callable[..., float | None] = torch._disable_dynamo(step)  # type: ignore[attr-defined]
 
     def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         if not self.state and self._only_initializes_state():
@@ -446,9 +534,6 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-    _uncompiled_step = torch._disable_dynamo(  # type: ignore[attr-defined]
-        _observed_step  # native code cannot be traced
-    )
 
     # torch.distributed.checkpoint makes an optimizer create its state, which a checkpoint is then read
     # into, by a step with lr 0 and zero gradients while the state is empty. That is not an update: the

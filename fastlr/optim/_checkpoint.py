@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fastlr import _core
-from fastlr._checks import count, flag, plain
+from fastlr._checks import choice, count, flag, plain
 from fastlr.optim._buffers import EMA_BUFFERS, checked_averages
-from fastlr.optim._groups import RuleOptions, check_owner, clock_of
+from fastlr.optim._groups import RuleOptions, check_owner, clock_of, name_of_clock
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
@@ -81,6 +81,9 @@ def unpack(
         group = {**own, "fresh": False, EMA_BUFFERS: {}, **saved}
         if not checked_averages(group, where):
             del group[EMA_BUFFERS]
+        if "samples" in saved:  # else the clock is this optimizer's own
+            unit = saved.get("clock_unit", "sample")  # which older files have not
+            group["clock_unit"] = choice(f"clock_unit{where}", unit, ("sample", "token"))
         group |= {"fresh": flag(f"fresh{where}", group["fresh"]), **options.without_tensors(group)}
         for key in ("updates", "samples", *(f"{option.name}_start" for option in options.scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)
@@ -108,6 +111,13 @@ def unpack(
                 states[parameter] = loaded
             if not state[key]:
                 del state[key]
+    counted = options.counted(groups)
+    units = {group["clock_unit"] for group in groups}
+    if len(units | {counted} - {None}) > 1:
+        raise ValueError(
+            f"clock_unit of the file's parameter groups must be one, and that of their schedules, got "
+            f"{', '.join(sorted(units))}" + (f" with schedules in {counted}s" if counted else "")
+        )
     if any(group["fresh"] for group in groups) and not all(map(rule_state.is_new, states.values())):
         # A file that knows no such flag was read into a template that a first, initializing step made.
         states = {p: entry for p, entry in states.items() if not rule_state.is_new(entry)}
@@ -119,10 +129,11 @@ def unpack(
         for option in options.scheduled:
             name = option.name
             schedule = group[f"{name}_schedule"]
-            if schedule is None or (unit := clock_of(schedule)) in saved:
+            if schedule is None or (clock := clock_of(schedule)) in saved:
                 continue
             clockless.append(
-                f"the {name} schedule of parameter group {place} goes on at {unit}={group[unit]} with "
+                f"the {name} schedule of parameter group {place} goes on at "
+                f"{name_of_clock(schedule)}={group[clock]} with "
                 f"{options.value(group, option)!r}"
                 + (f" (the file's last {name} is {found[place]!r})" if name == "lr" else "")
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -29,9 +29,45 @@ class Clock(NamedTuple):
     samples: int
 
 
+class TokenClock(Clock):
+    """Where an optimizer stands that counts tokens in place of samples: ``(updates, tokens)``.
+
+    Attributes:
+        updates: as :class:`Clock` has them.
+        tokens: tokens consumed, as told by :meth:`FusedOptimizer.advance_tokens`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def tokens(self) -> int:
+        return self[1]
+
+    @property
+    def samples(self) -> int:
+        raise AttributeError(f"this clock has no samples, as it counts tokens: {self.tokens:,} so far")
+
+    def __repr__(self) -> str:
+        return f"TokenClock(updates={self.updates}, tokens={self.tokens})"
+
+    def _asdict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "tokens": self.tokens}
+
+
+# NOTE: [what the second clock counts]
+# Beside updates, native code knows one clock, under "samples" of a group. What it counts is "clock_unit" of
+# the groups, the same in all: what their schedules do, or else what it was told last, as long as it stands
+# at 0. Once it has counted, only set_clock() and a checkpoint give it another unit.
+
+
 def clock_of(schedule: Schedule) -> str:
     """The group's clock that a schedule follows."""
-    return "samples" if schedule.unit == "sample" else "updates"
+    return "updates" if schedule.unit == "update" else "samples"
+
+
+def name_of_clock(schedule: Schedule) -> str:
+    """The same as users call it."""
+    return f"{schedule.unit}s"
 
 
 class RuleOptions:
@@ -105,6 +141,25 @@ class RuleOptions:
                 values[option.name] = None if value is None else number(name, value, "a number or None")
         self._plan.check(list(values.values()), where)
         return self._in_group(values)
+
+    def counted(self, groups: Iterable[Mapping[str, Any]]) -> str | None:
+        """What schedules of complete groups count beside updates, ``"sample"`` or ``"token"``; None: nothing.
+
+        Raises:
+            ValueError: some count samples, and others tokens.
+        """
+        found: dict[str, str] = {}
+        for place, group in enumerate(groups):
+            for option in self.scheduled:
+                schedule = group[f"{option.name}_schedule"]
+                if schedule is not None and clock_of(schedule) == "samples":
+                    found.setdefault(schedule.unit, f"{option.name} of parameter group {place}")
+        if len(found) > 1:
+            raise ValueError(
+                f"{found['token']} counts tokens, but {found['sample']} samples, and an optimizer has one "
+                "clock for both; turn samples into tokens with schedule.in_tokens(sequence_length)"
+            )
+        return next(iter(found), None)
 
     def _in_group(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values by their options' names, in the order of the options, as a group holds them."""

@@ -45,8 +45,9 @@ class PlanCurve(Protocol):
     @property
     def total_updates(self) -> int: ...
     def phase_at(self, sample: int) -> PhaseStretch: ...
-    def lr(self, sample: int) -> float:
-        """The learning rate at a sample of the run."""
+    def clock_at(self, sample: int) -> int: ...
+    def lr(self, clock: int) -> float:
+        """The learning rate at a clock, which ``clock_at`` says for a sample of the run."""
 
     def noise_scale(self, sample: int) -> float: ...
 
@@ -73,7 +74,7 @@ def plot_batch_plan(plan: PlanCurve, path: str | os.PathLike[str] | None = None)
     )
     samples, epochs = at.tolist(), at / size
     batch = np.array([plan.phase_at(sample).batch_size for sample in samples])
-    lr = np.array([plan.lr(sample) for sample in samples])
+    lr = np.array([plan.lr(plan.clock_at(sample)) for sample in samples])
     batches.plot(epochs, batch, color=COLORS[0], linewidth=1.8)
     rates.plot(epochs, lr, color=COLORS[1], linewidth=1.8)
     noise = [plan.noise_scale(sample) for sample in samples]

@@ -1,7 +1,7 @@
 """Learning-rate and momentum schedules: small immutable values, evaluated by the native code.
 
-A schedule is a pure function of a clock, which counts applied updates, consumed samples or epochs
-(``unit``). It holds no optimizer and no state: give it to :class:`fastlr.FusedSGD` as ``lr`` or
+A schedule is a pure function of a clock, which counts applied updates, consumed samples or tokens, or
+epochs (``unit``). It holds no optimizer and no state: give it to :class:`fastlr.FusedSGD` as ``lr`` or
 ``momentum``, call it, plot it, join it to another.
 
 >>> import fastlr
@@ -11,7 +11,7 @@ A schedule is a pure function of a clock, which counts applied updates, consumed
 (0.0, 0.05, 0.1, 0.0)
 """
 
-from fastlr.schedules._base import InSamples, Joined, PerEpoch, Scaled, Schedule
+from fastlr.schedules._base import InSamples, InTokens, Joined, PerEpoch, Scaled, Schedule
 from fastlr.schedules.composed import Shifted, Tabulated
 from fastlr.schedules.cyclic import (
     ExpRange,
@@ -40,6 +40,7 @@ __all__ = [
     "ExpRange",
     "Exponential",
     "InSamples",
+    "InTokens",
     "Joined",
     "LinearRamp",
     "MultiStep",

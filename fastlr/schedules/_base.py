@@ -20,9 +20,11 @@ from fastlr.schedules._segment import Native, Segment, turning_points
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Unit = Literal["update", "sample", "epoch"]
+Unit = Literal["update", "sample", "token", "epoch"]
 
-_UNITS = ("update", "sample", "epoch")
+_UNITS = ("update", "sample", "token", "epoch")
+# Those whose clock moves by what an update consumed; natively one clock, which an optimizer gives its unit.
+_CONSUMED = ("sample", "token")
 
 
 def schedule(name: str, value: object) -> Schedule:
@@ -36,8 +38,9 @@ class Schedule:
     """What all schedules share. Immutable, hashable, comparable by value.
 
     Args:
-        unit: what the clock counts: ``"update"`` (applied updates), ``"sample"`` or ``"epoch"``.
-            An optimizer takes the first two; turn epochs into updates with :meth:`in_updates`.
+        unit: what the clock counts: ``"update"`` (applied updates), ``"sample"``, ``"token"`` or
+            ``"epoch"``. An optimizer takes the first three, either samples or tokens beside updates; turn
+            epochs into updates with :meth:`in_updates`.
     """
 
     unit: Unit = field(default="update", kw_only=True)
@@ -109,7 +112,7 @@ class Schedule:
                     f"{type(self).__name__} would count {far} {self.unit}s, beyond a 64-bit clock; use fewer "
                     "to a unit of the schedule"
                 )
-        return _core.Schedule(segments, table, end=self._last, in_samples=self.unit == "sample")
+        return _core.Schedule(segments, table, end=self._last, in_samples=self.unit in _CONSUMED)
 
     def __call__(self, clock: int) -> float:
         """The value at a clock >= 0. Past its end a schedule holds its last value and warns once."""
@@ -190,6 +193,19 @@ class Schedule:
         (0.1, 0.05)
         """
         return InSamples(self, samples)
+
+    def in_tokens(self, tokens: int) -> Schedule:
+        """A schedule in epochs, updates or samples as one in tokens: each value is held for so many tokens.
+
+        Args:
+            tokens: of an epoch, of an update (the batch size), or of a sample (the sequence length), >= 1.
+
+        >>> from fastlr import LinearRamp
+        >>> schedule = LinearRamp(0.0, 1.0, 4, unit="sample").in_tokens(2048)
+        >>> schedule(2047), schedule(2048), schedule.unit
+        (0.0, 0.25, 'token')
+        """
+        return InTokens(self, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule as plain numbers, strings, lists and dicts; :meth:`from_dict` reads it back."""
@@ -416,10 +432,28 @@ class InSamples(_Held):
     samples: int
 
     def _validate(self) -> None:
-        if schedule("schedule", self.schedule).unit == "sample":
-            raise ValueError("the schedule counts samples already; use it as it is")
+        unit = schedule("schedule", self.schedule).unit
+        if unit in _CONSUMED:
+            remedy = "already; use it as it is" if unit == "sample" else "and cannot count samples"
+            raise ValueError(f"the schedule counts {unit}s {remedy}")
         self._set(samples=count("samples", self.samples), unit="sample")
 
     @property
     def _ticks(self) -> int:
         return self.samples
+
+
+@dataclass(frozen=True)
+class InTokens(_Held):
+    """A schedule in epochs, updates or samples, clocked in tokens; made by :meth:`Schedule.in_tokens`."""
+
+    tokens: int
+
+    def _validate(self) -> None:
+        if schedule("schedule", self.schedule).unit == "token":
+            raise ValueError("the schedule counts tokens already; use it as it is")
+        self._set(tokens=count("tokens", self.tokens), unit="token")
+
+    @property
+    def _ticks(self) -> int:
+        return self.tokens

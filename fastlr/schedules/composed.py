@@ -8,10 +8,10 @@ from typing import ClassVar, SupportsFloat
 
 from fastlr import _core
 from fastlr._checks import ENDLESS, count, describe, items, real
-from fastlr.schedules._base import InSamples, Joined, PerEpoch, Scaled, Schedule, Unit, schedule
+from fastlr.schedules._base import InSamples, InTokens, Joined, PerEpoch, Scaled, Schedule, Unit, schedule
 from fastlr.schedules._segment import Native, Segment
 
-__all__ = ["InSamples", "Joined", "PerEpoch", "Scaled", "Shifted", "Tabulated"]
+__all__ = ["InSamples", "InTokens", "Joined", "PerEpoch", "Scaled", "Shifted", "Tabulated"]
 
 
 @dataclass(frozen=True, init=False)
