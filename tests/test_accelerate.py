@@ -1,0 +1,179 @@
+"""accelerate: as torch's optimizer and scheduler under it, and growing batches shared out once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same
+from rule_table import RULES, assert_same_run
+
+import fastlr
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from accelerate.data_loader import prepare_data_loader  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+
+BATCHES, SIZE, ACCUMULATE, LIMIT = 20, 4, 2, 0.05
+UPDATES = BATCHES // ACCUMULATE
+POLICY = fastlr.LinearRamp(0.0, 0.05, 3).then(fastlr.Cosine(0.05, 0.0, UPDATES - 3), at=3)
+ADAMW = RULES["AdamW"]
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in global objects, which a later test must not inherit."""
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.Dropout(0.1), torch.nn.Tanh(), torch.nn.Linear(16, 3)
+    )
+
+
+def by_fastlr(model: torch.nn.Module) -> tuple[Any, Any]:
+    opt = fastlr.FusedAdamW(model.parameters(), lr=POLICY)
+    return opt, fastlr.integrations.ReadOnlyScheduler(opt)
+
+
+def by_torch(model: torch.nn.Module) -> tuple[Any, Any]:
+    opt = ADAMW.make_torch(model.parameters(), lr=1.0)
+    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda update: POLICY(update))
+
+
+class Run:
+    """Accumulates, clips, steps and logs in accelerate's words."""
+
+    def __init__(self, make: Any, mixed_precision: str = "no") -> None:
+        self.accelerator = accelerate.Accelerator(
+            cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=ACCUMULATE
+        )
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(BATCHES * SIZE, 6, generator=generator)
+        data = torch.utils.data.TensorDataset(x, (x.sum(1) > 0).long())
+        loader = torch.utils.data.DataLoader(
+            data, SIZE, shuffle=True, generator=torch.Generator().manual_seed(2)
+        )
+        self.model = make_model()
+        opt, scheduler = make(self.model)
+        self.model, self.opt, self.loader, self.scheduler = self.accelerator.prepare(
+            self.model, opt, loader, scheduler
+        )
+        self.logged: list[float] = []
+
+    def fit(
+        self, *, skip: int = 0, abort_at: int | None = None, save_at: tuple[int, Path] | None = None
+    ) -> Run:
+        loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
+        for index, (x, y) in enumerate(loader, start=skip):
+            if save_at is not None and index == save_at[0]:
+                self.accelerator.save_state(str(save_at[1]))
+            if index == abort_at:
+                raise KeyboardInterrupt
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(torch.nn.functional.cross_entropy(self.model(x), y))
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), LIMIT)
+                self.opt.step()
+                if self.accelerator.sync_gradients:
+                    self.logged += self.scheduler.get_last_lr()
+                self.scheduler.step()
+                self.opt.zero_grad()
+        return self
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_it_trains_and_logs_as_torchs_do(mixed_precision: str) -> None:
+    ours, theirs = (Run(make, mixed_precision).fit() for make in (by_fastlr, by_torch))
+    assert ours.logged == theirs.logged == POLICY.values(0, UPDATES).tolist()
+    assert ours.opt.optimizer.clock() == (UPDATES, 0)
+    assert_same_run(
+        ADAMW,
+        (theirs.opt.optimizer, list(theirs.model.parameters())),
+        (ours.opt.optimizer, list(ours.model.parameters())),
+    )
+
+
+def test_an_aborted_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    """With shuffled data and dropout, at a rate in the middle of its decay."""
+    whole = Run(by_fastlr).fit()
+    with pytest.raises(KeyboardInterrupt):
+        Run(by_fastlr).fit(save_at=(12, tmp_path), abort_at=15)
+    resumed = Run(by_fastlr)
+    resumed.accelerator.load_state(str(tmp_path))
+    assert resumed.scheduler.get_last_lr() == [POLICY(6)]
+    resumed.fit(skip=12)
+    assert resumed.logged == whole.logged[6:]
+    assert resumed.opt.optimizer.clock() == (UPDATES, 0)
+    assert_same(whole.model.parameters(), resumed.model.parameters())
+
+
+def test_a_prepared_scheduler_is_stepped_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page says: torch's runs ahead, ours stays where the optimizer is."""
+    ours, theirs = Run(by_fastlr), Run(by_torch)
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    for run in (ours, theirs):
+        for _ in range(2):
+            run.model(torch.ones(1, 6)).sum().backward()
+            run.opt.step()
+            run.scheduler.step()
+    assert theirs.scheduler.get_last_lr() == [POLICY(4)]
+    assert ours.scheduler.get_last_lr() == [POLICY(2)]
+
+
+# -- growing batches -----------------------------------------------------------------------------------
+
+PLAN = fastlr.BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=16, epochs=2, lr=0.1)
+
+
+def plain_loader(rank: int, world_size: int) -> Any:
+    sampler = fastlr.GrowingBatchSampler(PLAN, shuffle=False, rank=rank, world_size=world_size)
+    return torch.utils.data.DataLoader(torch.arange(16), batch_sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"even_batches": False}, {"split_batches": True}],
+    ids=["even", "uneven", "split"],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sampler_with_ranks_is_not_shared_out_once_more(rank: int, options: dict[str, Any]) -> None:
+    """What prepare() does with a DataLoader in each of two processes."""
+    PartialState(cpu=True)
+    with pytest.raises(RuntimeError, match=rf"what rank {rank} of 2 takes.*pass it a fastlr\.GrowingLoader"):
+        prepare_data_loader(plain_loader(rank, 2), num_processes=2, process_index=rank, **options)
+
+
+def test_a_sampler_of_one_process_is_prepared() -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    loader = plain_loader(0, 1)
+    read = [batch.tolist() for batch in accelerator.prepare(loader)]
+    assert read == [batch.tolist() for batch in loader]
+    assert sum(map(len, read)) == 32
+    assert not hasattr(loader.batch_sampler, "batch_size")
+
+
+def test_a_growing_loader_is_left_as_it_is() -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = torch.nn.Linear(1, 1)
+    opt = fastlr.FusedSGD(model.parameters(), lr=PLAN.lr)
+    loader = fastlr.GrowingLoader(torch.arange(16.0)[:, None], PLAN, micro_batch_size=4)
+    model, opt, prepared = accelerator.prepare(model, opt, loader)
+    assert prepared is loader
+    loader.bind(opt)
+    for batch in loader:
+        loss = model(batch.to(accelerator.device).data).square().mean()
+        accelerator.backward(loss * batch.weight)
+        if batch.ends_update:
+            opt.step()
+            opt.zero_grad()
+    assert opt.optimizer.clock() == (PLAN.total_updates, 32)
