@@ -153,8 +153,9 @@ class GrowingBatchSampler:
             raise AttributeError("a GrowingBatchSampler has no one batch_size; see its plan's batch_sizes")
         raise RuntimeError(
             f"a GrowingBatchSampler yields what rank {self.rank} of {self.world_size} takes, and whoever "
-            f"asks for its batch_size would share that out among {ranks} once more, as accelerate's prepare() "
-            "does; pass it a fastlr.GrowingLoader, which it leaves as it is, or keep this DataLoader from it"
+            f"asks for its batch_size would share that out among {ranks} once more, as accelerate does in "
+            "prepare(); pass it a fastlr.GrowingLoader, which it leaves as it is, or keep this DataLoader "
+            "from it"
         )
 
     def micro_batches(self, sample: int = 0, epoch: int | None = None) -> Iterator[MicroBatch]:
