@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same
+from pages import run_page
 from rule_table import RULES, assert_same_run
 
 import fastlr
@@ -177,3 +178,19 @@ def test_a_growing_loader_is_left_as_it_is() -> None:
             opt.step()
             opt.zero_grad()
     assert opt.optimizer.clock() == (PLAN.total_updates, 32)
+
+
+# -- the page --------------------------------------------------------------------------------------------
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+    names = run_page(
+        "frameworks/accelerate.md",
+        model=make_model(),
+        loader=loader,
+        loss_fn=torch.nn.functional.cross_entropy,
+    )
+    assert names["batches"].samples == 64

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same
+from pages import run_page
 from rule_table import RULES, assert_same_run
 
 import fastlr
@@ -405,3 +406,14 @@ def test_growing_batches_of_its_collators_are_whole_batches() -> None:
         assert opt.clock() == (6, 48)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+# -- the page --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true:UserWarning")  # where no GPU is
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page("frameworks/transformers.md", model=bert(), dataset=data())
+    assert names["optimizers"][0].clock() == (120, 0)
+    assert (tmp_path / "range_test.json").exists()
