@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,14 @@ import fastlr
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate.data_loader import prepare_data_loader  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.state import PartialState  # noqa: E402
 
 BATCHES, SIZE, ACCUMULATE, LIMIT = 20, 4, 2, 0.05
 UPDATES = BATCHES // ACCUMULATE
 POLICY = fastlr.LinearRamp(0.0, 0.05, 3).then(fastlr.Cosine(0.05, 0.0, UPDATES - 3), at=3)
 ADAMW = RULES["AdamW"]
 
-
-@pytest.fixture(autouse=True)
-def _accelerate_state() -> Iterator[None]:
-    """accelerate keeps its settings in global objects, which a later test must not inherit."""
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("_accelerate_state")
 
 
 def make_model() -> torch.nn.Module:
@@ -178,6 +173,65 @@ def test_a_growing_loader_is_left_as_it_is() -> None:
             opt.step()
             opt.zero_grad()
     assert opt.optimizer.clock() == (PLAN.total_updates, 32)
+
+
+PROGRAM = """
+    import sys
+
+    import accelerate
+    import pytest
+    import torch
+
+    import fastlr
+
+    out = sys.argv[1]
+    torch.set_num_threads(1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    plan = fastlr.BatchPlan.from_phases([(0, 4), (1, 8)], dataset_size=16, epochs=2, lr=0.1)
+    data = torch.linspace(0.1, 1.0, 16, dtype=torch.float64)[:, None]
+
+    sampled = torch.utils.data.DataLoader(data, batch_sampler=fastlr.GrowingBatchSampler(plan))
+    if accelerator.num_processes > 1:
+        with pytest.raises(RuntimeError, match=r"of 2 takes.*fastlr\\.GrowingLoader"):
+            accelerator.prepare(sampled)
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1).double()
+    opt = fastlr.FusedSGD(model.parameters(), lr=plan.lr)
+    loader = fastlr.GrowingLoader(data, plan, micro_batch_size=2)
+    model, opt, scheduler = accelerator.prepare(model, opt, fastlr.integrations.ReadOnlyScheduler(opt))
+    loader.bind(opt)
+    for batch in accelerator.prepare(loader):
+        with batch.sync(model):
+            loss = (model(batch.to(accelerator.device).data) - 1).square().mean()
+            accelerator.backward(loss * batch.weight)
+        if batch.ends_update:
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            opt.step()
+            scheduler.step()
+            opt.zero_grad()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.save((accelerator.num_processes, weights, list(opt.optimizer.clock())),
+               f"{out}/{accelerator.process_index}.pt")
+    accelerator.end_training()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_two_processes_grow_batches_as_one(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for world, launcher in ((1, []), (2, torchrun)):
+        (out := tmp_path / str(world)).mkdir()
+        command = [sys.executable, *launcher, str(tmp_path / "program.py"), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "1" / "0.pt", weights_only=True)
+    ranks = [torch.load(tmp_path / "2" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [ran for ran, *_ in (alone, *ranks)] == [1, 2, 2]
+    assert alone[2] == ranks[0][2] == ranks[1][2] == [PLAN.total_updates, 32]
+    assert torch.equal(ranks[0][1], ranks[1][1])
+    torch.testing.assert_close(ranks[0][1], alone[1], rtol=1e-12, atol=1e-12)
 
 
 # -- the page --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,18 +293,6 @@ def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool, make: Ma
 
 
 # -- Hugging Face --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _accelerate_state() -> Iterator[None]:
-    """accelerate keeps its settings in global objects, which a later test must not inherit."""
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    GradientState._reset_state()
 
 
 class Classifier(torch.nn.Module):
