@@ -158,21 +158,40 @@ def test_a_sampler_of_one_process_is_prepared() -> None:
     assert not hasattr(loader.batch_sampler, "batch_size")
 
 
-def test_a_growing_loader_is_left_as_it_is() -> None:
+def grown(
+    folder: Path, *, save_at: int | None = None, abort_at: int | None = None, resume: bool = False
+) -> Any:
+    """Trains on growing batches, or on what is left of them."""
     accelerator = accelerate.Accelerator(cpu=True)
-    model = torch.nn.Linear(1, 1)
-    opt = fastlr.FusedSGD(model.parameters(), lr=PLAN.lr)
-    loader = fastlr.GrowingLoader(torch.arange(16.0)[:, None], PLAN, micro_batch_size=4)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+    opt = fastlr.FusedSGD(model.parameters(), lr=PLAN.lr, momentum=0.9)
+    loader = fastlr.GrowingLoader(torch.linspace(0.1, 1.0, 16)[:, None], PLAN, micro_batch_size=4)
     model, opt, prepared = accelerator.prepare(model, opt, loader)
-    assert prepared is loader
-    loader.bind(opt)
+    assert prepared is loader.bind(opt)
+    accelerator.register_for_checkpointing(loader)
+    if resume:
+        accelerator.load_state(str(folder))
     for batch in loader:
-        loss = model(batch.to(accelerator.device).data).square().mean()
+        loss = (model(batch.to(accelerator.device).data) - 1).square().mean()
         accelerator.backward(loss * batch.weight)
         if batch.ends_update:
             opt.step()
             opt.zero_grad()
+            if opt.optimizer.clock().updates == save_at:
+                accelerator.save_state(str(folder))
+            if opt.optimizer.clock().updates == abort_at:
+                raise KeyboardInterrupt
     assert opt.optimizer.clock() == (PLAN.total_updates, 32)
+    return model
+
+
+@pytest.mark.parametrize("save_at", [2, 5], ids=["in the first epoch", "in the second"])
+def test_a_growing_loader_is_left_as_it_is_and_resumes(tmp_path: Path, save_at: int) -> None:
+    whole = grown(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        grown(tmp_path, save_at=save_at, abort_at=save_at + (save_at < 5))
+    assert_same(whole.parameters(), grown(tmp_path, resume=True).parameters())
 
 
 PROGRAM = """
