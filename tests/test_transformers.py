@@ -191,6 +191,38 @@ def test_an_aborted_run_is_resumed_to_the_bit(
         assert_same(opt.state[p].values(), [resumed_opt.state[q][name] for name in opt.state[p]])
 
 
+@pytest.mark.filterwarnings("ignore:the file has no clock:UserWarning")
+def test_a_run_of_torchs_goes_on_with_ours(tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=7)
+    theirs = bert(0.2)
+    made = by_torch(theirs, args)
+    trainer = run(theirs, args, made, kind=transformers.Trainer)
+    args.resumed = str(tmp_path / "checkpoint-7")
+    model = bert(0.2)
+    opt, scheduler = optimizers(model, args, lr=POLICY)
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            opt.set_clock(updates=state.global_step)
+
+    resumed = run(model, args, (opt, scheduler), kind=transformers.Trainer, callbacks=[Clock()])
+    assert rates(resumed) == rates(trainer)
+    assert_same_run(ADAMW, (made[0], list(theirs.parameters())), (opt, list(model.parameters())))
+
+
+def test_trainers_own_scheduler_drives_a_fixed_rate(tmp_path: Path) -> None:
+    args = arguments(tmp_path, learning_rate=0.5, lr_scheduler_type="cosine", warmup_steps=3)
+    model, theirs = bert(), bert()
+    opt, _ = optimizers(model, args, lr=0.02)
+    reference = by_torch(theirs, args)[0]
+    for group in reference.param_groups:
+        group["lr"] = group["initial_lr"] = 0.02
+    ours, torchs = run(model, args, (opt, None)), run(theirs, args, (reference, None))
+    assert rates(ours) == rates(torchs)
+    assert len(set(rates(ours))) == UPDATES
+    assert_same(model.parameters(), theirs.parameters())
+
+
 @pytest.mark.parametrize("by_class", [False, True], ids=["optimizers", "optimizer_cls_and_kwargs"])
 def test_a_scheduler_of_trainers_own_is_noticed(tmp_path: Path, by_class: bool) -> None:
     model, args = bert(), arguments(tmp_path)
