@@ -37,7 +37,18 @@ class Feed:
         step_fn: Callable[[Any], torch.Tensor] | None,
         device: torch.device,
     ) -> Feed:
-        """Pairs for a loss_fn, anything for a step_fn, and dicts for a model that gives its own loss."""
+        """Pairs for a loss_fn, anything for a step_fn, and dicts for a model that gives its own loss.
+
+        Raises:
+            TypeError: there are both functions, or one cannot be called.
+        """
+        if loss_fn is not None and step_fn is not None:
+            raise TypeError(
+                "pass loss_fn, called with output and target, or step_fn, called with the batch: one of them"
+            )
+        for name, function in (("loss_fn", loss_fn), ("step_fn", step_fn)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if step_fn is not None:
             return cls(lambda name, batch: batch, step_fn, lambda metric: metric, lambda batch: 1.0, None)
         if loss_fn is not None:
@@ -55,17 +66,6 @@ class Feed:
             _samples,
             _accuracy_of_logits,
         )
-
-
-def check_functions(loss_fn: object, step_fn: object) -> None:
-    """Raises TypeError for what cannot be called, and for both."""
-    if loss_fn is not None and step_fn is not None:
-        raise TypeError(
-            "pass loss_fn, called with output and target, or step_fn, called with the batch: one of them"
-        )
-    for name, function in (("loss_fn", loss_fn), ("step_fn", step_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
 
 
 def _kind(batch: object) -> str:

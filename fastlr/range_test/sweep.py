@@ -14,7 +14,7 @@ import torch
 
 from fastlr._checks import describe, flag
 from fastlr.optim import FusedOptimizer
-from fastlr.range_test.feeding import Feed, Metric, check_functions
+from fastlr.range_test.feeding import Feed, Metric
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
 from fastlr.range_test.reading import Sweep
@@ -151,7 +151,6 @@ def range_test(
         optimizer, start_lr, end_lr, num_steps, sweep, staircase, accumulate, repeats, diverge_factor
     )
     progress = flag("progress", progress)
-    check_functions(loss_fn, step_fn)
     device = _check(
         model, optimizer, {"train_loader": train_loader, "val_loader": val_loader}, scaler, backup
     )
