@@ -11,6 +11,7 @@ from pathlib import Path
 import memory_table
 import pytest
 import torch
+import torchvision_without_cuda  # noqa: F401  # which frameworks import
 
 import fastlr
 from fastlr.optim._groups import OF_ALL_GROUPS, StepOptions
@@ -20,6 +21,7 @@ MODULES = [name for name in MODULES if not name.endswith("__main__")]
 README = Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what frameworks import
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -28,7 +30,7 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     except ModuleNotFoundError as error:  # of a framework, which is an extra
         if not name.startswith("fastlr.integrations."):
             raise
-        pytest.skip(str(error))
+        pytest.skip(f"{error.name} is not installed")
     if not hasattr(module, "__file__") or module.__file__.endswith(".so"):
         pytest.skip("native code: its examples stand in Python")
     result = doctest.testmod(module)

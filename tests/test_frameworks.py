@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torchvision_without_cuda  # noqa: F401  # which transformers and Lightning import
 from helpers import assert_same
 from rule_table import RULES, Rule, with_rules
 from rule_table import assert_same_run as assert_same_rules_run
