@@ -8,10 +8,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import torch
 from helpers import assert_same
+from pages import run_page
 from rule_table import RULES, assert_same_run
 
 import fastlr
@@ -260,7 +260,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
     loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
-    names = pages.run(
+    names = run_page(
         "frameworks/accelerate.md",
         model=make_model(),
         loader=loader,

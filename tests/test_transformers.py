@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pages
 import pytest
 import torch
 import torchvision_without_cuda  # noqa: F401  # which transformers imports
 from helpers import assert_same
+from pages import run_page
 from rule_table import RULES, assert_same_run
 
 import fastlr
@@ -452,6 +452,6 @@ def test_growing_batches_of_its_collators_are_whole_batches() -> None:
 @pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true:UserWarning")  # where no GPU is
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = pages.run("frameworks/transformers.md", model=bert(), dataset=data())
+    names = run_page("frameworks/transformers.md", model=bert(), dataset=data())
     assert names["optimizers"][0].clock() == (60, 0)
     assert (tmp_path / "range_test.json").exists()
