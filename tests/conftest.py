@@ -205,3 +205,18 @@ def _same_start() -> Iterator[None]:
 def threads(request: pytest.FixtureRequest) -> int:
     torch.set_num_threads(request.param)
     return request.param
+
+
+# -- Hugging Face --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in global objects, which a later test must not inherit."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    GradientState._reset_state()

@@ -475,7 +475,7 @@ class OwnList(MutableSequence[Any]):
 
 
 class Encoding(collections.UserDict[str, Any]):
-    """As transformers' BatchEncoding: a mapping that moves itself."""
+    """A mapping that moves itself."""
 
     def to(self, dtype: torch.dtype) -> Encoding:
         moved = Encoding({key: value.to(dtype) for key, value in self.items()})
@@ -541,6 +541,17 @@ def test_whatever_moves_itself_is_asked() -> None:
     moved = of({"inputs": Encoding({"x": ONE})}).to(torch.float64).data["inputs"]
     assert moved.asked
     assert moved["x"].dtype == torch.float64
+
+
+def test_what_moves_its_own_items_is_left_as_it_was() -> None:
+    class InPlace(collections.UserDict[str, Any]):  # as transformers' BatchEncoding
+        def to(self, dtype: torch.dtype) -> InPlace:
+            self.data = {key: value.to(dtype) for key, value in self.data.items()}
+            return self
+
+    data = InPlace({"x": ONE})
+    assert of(data).to(torch.float64).data["x"].dtype == torch.float64
+    assert data["x"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torchvision_without_cuda  # noqa: F401  # which transformers and Lightning import
 from helpers import assert_same
 from rule_table import RULES, Rule, with_rules
 from rule_table import assert_same_run as assert_same_rules_run
@@ -295,18 +296,6 @@ def test_lightning_resumes_midway(tmp_path: Path, with_scheduler: bool, make: Ma
 # -- Hugging Face --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _accelerate_state() -> Iterator[None]:
-    """accelerate keeps its settings in global objects, which a later test must not inherit."""
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    GradientState._reset_state()
-
-
 class Classifier(torch.nn.Module):
     """Takes and returns what transformers.Trainer expects."""
 
@@ -354,7 +343,7 @@ def test_transformers_trainer_resumes_midway(tmp_path: Path, make: Make):
     assert opt.clock() == (12, 0)
     schedule = opt.param_groups[0]["lr_schedule"]
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == schedule.values(1, 13).tolist()  # after each step, what the next will use
+    assert logged == schedule.values(0, 12).tolist()  # of each update, its own
     resumed, resumed_opt, _ = run(seed=1, resume_from=tmp_path / "checkpoint-7")
     assert_same_run((model, opt), (resumed, resumed_opt))
 

@@ -90,7 +90,8 @@ def _each(value: Any, change: Callable[[Any], Any], method: str) -> Any:
     if isinstance(value, (type, str, bytes)):
         return value
     if callable(getattr(value, method, None)):
-        return change(value)
+        # A container may well move its own items, as transformers' BatchEncoding does.
+        return change(copy.copy(value) if isinstance(value, (MutableMapping, MutableSequence)) else value)
     if isinstance(value, Mapping):
         old = dict(value.items())
     elif isinstance(value, Sequence):

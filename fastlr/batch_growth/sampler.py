@@ -14,6 +14,7 @@ import torch
 from fastlr._checks import count, describe, flag
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.plan import BatchPlan
+from fastlr.batch_growth.ranks import group_size
 from fastlr.batch_growth.updates import Update
 
 
@@ -138,6 +139,24 @@ class GrowingBatchSampler:
 
     def __len__(self) -> int:
         return sum(len(self.steps(update)) for update in self.plan.updates_from())
+
+    @property
+    def batch_size(self) -> int:
+        """There is no such number; it is asked for by those who would share the batches out among ranks.
+
+        Raises:
+            RuntimeError: there are several ranks, whose shares these micro-batches are.
+            AttributeError: there is one.
+        """
+        ranks = max(self.world_size or 1, group_size())
+        if ranks == 1:
+            raise AttributeError("a GrowingBatchSampler has no one batch_size; see its plan's batch_sizes")
+        raise RuntimeError(
+            f"a GrowingBatchSampler yields what rank {self.rank} of {self.world_size} takes, and whoever "
+            f"asks for its batch_size would share that out among {ranks} once more, as accelerate does in "
+            "prepare(); pass it a fastlr.GrowingLoader, which it leaves as it is, or keep this DataLoader "
+            "from it"
+        )
 
     def micro_batches(self, sample: int = 0, epoch: int | None = None) -> Iterator[MicroBatch]:
         """This rank's micro-batches, from the update on that begins after ``sample`` samples.

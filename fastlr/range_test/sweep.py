@@ -14,6 +14,7 @@ import torch
 
 from fastlr._checks import describe, flag
 from fastlr.optim import FusedOptimizer
+from fastlr.range_test.feeding import Feed, Metric
 from fastlr.range_test.plan import Plan
 from fastlr.range_test.progress import progress as shown_progress
 from fastlr.range_test.reading import Sweep
@@ -27,7 +28,7 @@ from fastlr.range_test.snapshot import (
     size,
 )
 from fastlr.range_test.update import Batches, Update, trained
-from fastlr.range_test.validation import Metric, Validation
+from fastlr.range_test.validation import Validation
 
 _BACKUPS = ("device", "host", "file")
 
@@ -90,9 +91,11 @@ def range_test(
     Args:
         model: maps the input of a batch to an output; compiled models too.
         optimizer: of that model's parameters, of any kind whose ``step()`` needs no closure.
-        loss_fn: ``(output, target) -> scalar tensor``, as a criterion of ``torch.nn``.
-        train_loader: yields pairs ``(input, target)`` of tensors, or tuples or dicts of tensors; begun again
-            where it runs out, which is said once. They are moved to the model's device.
+        loss_fn: ``(output, target) -> scalar tensor``, as a criterion of ``torch.nn``. None, and no step_fn:
+            the model's own loss, ``model(**batch).loss`` or ``model(**batch)["loss"]``, as in transformers.
+        train_loader: yields pairs ``(input, target)`` of tensors, or tuples or dicts of tensors; dicts for a
+            model's own loss. Begun again where it runs out, which is said once. They are moved to the
+            model's device.
         val_loader: the same for validation; None: no accuracies.
         step_fn: ``(batch) -> scalar tensor``, in place of loss_fn, for models that no signature fits. It gets
             the batch as the loader yields it.
@@ -101,9 +104,10 @@ def range_test(
         num_steps: updates, >= 2.
         sweep: ``"exponential"``: equal factors; ``"linear"``: equal steps, as in Smith's paper.
         staircase: updates with each rate, >= 1; the curve then has the mean of the losses at each rate.
-        metric: ``(output, target) -> number``, or ``(batch) -> number`` with step_fn; larger is better.
-            Called in eval mode without gradients; averaged over the samples (with step_fn over the batches).
-            None: the part of the samples whose largest output is their target class. Needs a val_loader.
+        metric: ``(output, target) -> number``, with a model's own loss ``(output, batch) -> number``, with
+            step_fn ``(batch) -> number``; larger is better. Called in eval mode without gradients; averaged
+            over the samples (with step_fn over the batches). None: the part of the samples whose largest
+            output (of a model's own ``logits``) is their target class (their ``labels``). Needs a val_loader.
         val_every: updates between validations, >= 1.
         val_batches: how many batches to validate on, the same ones each time, kept in memory; None: all.
         accumulate: batches whose gradients make up one update, >= 1. The loss is their mean.
@@ -147,15 +151,13 @@ def range_test(
         optimizer, start_lr, end_lr, num_steps, sweep, staircase, accumulate, repeats, diverge_factor
     )
     progress = flag("progress", progress)
-    batch_loss = _batch_loss(model, loss_fn, step_fn)
     device = _check(
         model, optimizer, {"train_loader": train_loader, "val_loader": val_loader}, scaler, backup
     )
     assert train_loader is not None
     context = _autocast(autocast, device)
-    measure = Validation.checked(
-        model, metric, val_loader, val_every, val_batches, context, device if step_fn is None else None
-    )
+    feed = Feed.checked(model, loss_fn, step_fn, device)
+    measure = Validation.checked(model, metric, val_loader, val_every, val_batches, context, feed)
 
     notes: list[str] = []
     main = ranks() == 1 or torch.distributed.get_rank() == 0
@@ -184,13 +186,13 @@ def range_test(
             )
 
             def sweeps() -> None:
-                batches = Batches("train_loader", train_loader, device if step_fn is None else None, note)
+                batches = Batches("train_loader", train_loader, feed.placed, note)
                 measure.load()
                 for repeat in range(plan.repeats):
                     if repeat > 0:
                         snapshot.rewind()
                     record = _swept(
-                        model, optimizer, scaler, plan, batches, batch_loss, context, measure, tell.advance
+                        model, optimizer, scaler, plan, batches, feed.loss, context, measure, tell.advance
                     )
                     results.append(plan.result(record, measure.name if measure.wanted else None))
                     if record.lost:
@@ -279,24 +281,6 @@ def _swept(
             break
     assert record is not None
     return record
-
-
-def _batch_loss(
-    model: torch.nn.Module,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
-    step_fn: Callable[[Any], torch.Tensor] | None,
-) -> Callable[[Any], torch.Tensor]:
-    if (loss_fn is None) == (step_fn is None):
-        raise TypeError(
-            "pass loss_fn, called with output and target, or step_fn, called with the batch: one of them"
-        )
-    for name, function in (("loss_fn", loss_fn), ("step_fn", step_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-    if step_fn is not None:
-        return step_fn
-    assert loss_fn is not None
-    return lambda batch: loss_fn(model(batch[0]), batch[1])
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ class Batches:
     Args:
         name: of the loader, for messages.
         loader: begun again where it runs out, which is said once.
-        device: where pairs go; None: batches are left as they come.
+        placed: ``(name, batch) -> batch``, checked and where the model is.
         say: tells a sentence; None: nobody is told.
 
     Attributes:
@@ -31,10 +31,10 @@ class Batches:
         self,
         name: str,
         loader: Iterable[Any],
-        device: torch.device | None,
+        placed: Callable[[str, Any], Any],
         say: Callable[[str], object] | None = None,
     ) -> None:
-        self._name, self._loader, self._device, self._say = name, loader, device, say
+        self._name, self._loader, self._placed, self._say = name, loader, placed, say
         self._endless = self._run()
 
     def __next__(self) -> Any:
@@ -48,7 +48,7 @@ class Batches:
         empty = True
         for batch in self._loader:
             empty = False
-            yield batch if self._device is None else self._pair(batch, self._device)
+            yield self._placed(self._name, batch)
         if empty:
             raise ValueError(f"{self._name} is empty")
 
@@ -63,34 +63,12 @@ class Batches:
             again = False
             for batch in self._loader:
                 again = True
-                yield batch if self._device is None else self._pair(batch, self._device)
+                yield self._placed(self._name, batch)
             if not again:
                 raise ValueError(
                     f"{self._name} is exhausted after {count} batches and yields none when begun again; pass "
                     "one that can be iterated anew, such as a DataLoader, or lower num_steps"
                 )
-
-    def _pair(self, batch: Any, device: torch.device) -> tuple[Any, Any]:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            got = type(batch).__name__
-            got += f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-            raise TypeError(
-                f"{self._name} must yield pairs (input, target), got {got}; for other batches pass "
-                "step_fn=(batch) -> loss in place of loss_fn"
-            )
-        return _moved(batch[0], device), _moved(batch[1], device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors on a device, through tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        parts = [_moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 def trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastlr._checks import count, describe
+from fastlr.range_test.feeding import Feed, Metric
 from fastlr.range_test.update import Batches
-
-Metric: TypeAlias = Callable[..., "torch.Tensor | float"]
 
 
 @dataclass
@@ -30,11 +29,10 @@ class Validation:
     loader: Iterable[Any] | None
     every: int
     most: int | None
-    value: Metric
-    weigh: bool
+    value: Metric | None
     name: str
     context: Callable[[], AbstractContextManager[object]]
-    device: torch.device | None
+    feed: Feed
 
     @classmethod
     def checked(
@@ -45,7 +43,7 @@ class Validation:
         every: int,
         most: int | None,
         context: Callable[[], AbstractContextManager[object]],
-        device: torch.device | None,
+        feed: Feed,
     ) -> Validation:
         every = count("val_every", every)
         if most is not None:
@@ -54,14 +52,12 @@ class Validation:
             raise TypeError(f"metric must be callable, got {describe(metric)}")
         if metric is not None and loader is None:
             raise ValueError("metric needs a val_loader to be measured on")
-        if device is None and loader is not None and metric is None:
+        wanted = feed.accuracy if metric is None else metric
+        if wanted is None and loader is not None:
             raise ValueError("with step_fn a val_loader needs metric=(batch) -> number, larger is better")
         name = "accuracy" if metric is None else getattr(metric, "__name__", "metric").strip("<>")
-        value: Metric = metric or _accuracy
-        if device is not None:
-            of_pair = value
-            value = lambda batch: of_pair(model(batch[0]), batch[1])  # noqa: E731
-        return cls(model, loader, every, most, value, device is not None, name, context, device)
+        value = None if wanted is None else feed.measured(wanted)
+        return cls(model, loader, every, most, value, name, context, feed)
 
     @property
     def wanted(self) -> bool:
@@ -71,7 +67,7 @@ class Validation:
         """Reads the batches."""
         self._batches: list[Any] = []
         if self.loader is not None:
-            batches = Batches("val_loader", self.loader, self.device)
+            batches = Batches("val_loader", self.loader, self.feed.placed)
             self._batches = list(islice(batches.once(), self.most))
 
     def due(self, step: int, num_steps: int) -> bool:
@@ -82,29 +78,19 @@ class Validation:
         """The metric times the samples, summed over the batches, and the number of samples."""
         flags = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
+        assert self.value is not None
         total: Any = 0.0
         weights = 0.0
         try:
             with self.context():
                 for batch in self._batches:
-                    weight = _samples(batch[1]) if self.weigh else 1.0
+                    weight = self.feed.samples(batch)
                     total = total + _number(self.value(batch), self.name) * weight
                     weights += weight
         finally:
             for module, training in flags:
                 module.training = training
         return total, weights
-
-
-def _samples(target: Any) -> float:
-    """How many samples a batch has, by the first tensor of its target; 1, where there is none."""
-    if isinstance(target, torch.Tensor):
-        return float(len(target)) if target.ndim else 1.0
-    if isinstance(target, Mapping):
-        target = list(target.values())
-    nested = (torch.Tensor, Mapping, tuple, list)
-    parts = target if isinstance(target, (tuple, list)) else ()
-    return next((_samples(part) for part in parts if isinstance(part, nested)), 1.0)
 
 
 def _number(value: object, name: str) -> torch.Tensor | float:
@@ -119,22 +105,3 @@ def _number(value: object, name: str) -> torch.Tensor | float:
         else type(value).__name__
     )
     raise ValueError(f"the metric {name} must return one real number, got {got}; take its mean")
-
-
-def _accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if (
-        not isinstance(output, torch.Tensor)
-        or not isinstance(target, torch.Tensor)
-        or output.ndim != target.ndim + 1
-        or target.is_floating_point()
-        or output.shape[1] < 2
-    ):
-        got = [
-            f"shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, torch.Tensor) else type(v).__name__
-            for v in (output, target)
-        ]
-        raise ValueError(
-            f"no accuracy for an output of {got[0]} and targets of {got[1]}; pass metric=(output, target) -> "
-            "number, larger is better"
-        )
-    return (output.argmax(1) == target).double().mean()
