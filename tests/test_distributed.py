@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import run_page
 
 import fastlr
 from fastlr import _distributed
@@ -197,6 +199,22 @@ def test_more_ways_to_cut_than_a_step_adds_up(begin: Begin) -> None:
     with pytest.raises(ValueError, match="cut in 16 ways, the most of an optimizer"):
         fastlr.FusedSGD(model, lr=0.1).step()
     fastlr.FusedSGD(model[:16], lr=0.1, max_grad_norm=1.0).step()
+
+
+def test_the_page_on_sharded_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        loader = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(3)]
+        names = run_page(
+            "distributed.md", model=model, loader=loader, loss_fn=torch.nn.functional.cross_entropy
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["opt"].clock().updates == 3
 
 
 def test_a_file_of_whole_state_is_cut(begin: Begin) -> None:
