@@ -23,7 +23,12 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:  # of a framework, which is an extra
+        if not name.startswith("fastlr.integrations."):
+            raise
+        pytest.skip(f"{error.name} is not installed")
     if not hasattr(module, "__file__") or module.__file__.endswith(".so"):
         pytest.skip("native code: its examples stand in Python")
     result = doctest.testmod(module)
@@ -32,7 +37,7 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_examples_are_many() -> None:
     finder = doctest.DocTestFinder()
-    modules = [importlib.import_module(name) for name in MODULES]
+    modules = [importlib.import_module(name) for name in MODULES if ".integrations." not in name]
     examples = sum(len(t.examples) for m in modules for t in finder.find(m))
     assert examples > 40
 
