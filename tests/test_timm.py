@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,11 @@ from typing import Any
 import pages
 import pytest
 import torch
+import torchvision_without_cuda  # noqa: F401  # which timm imports
 from helpers import assert_same
 from rule_table import taking_exact_roots
 
 import fastlr
-
-# Most torchvisions are built for CUDA. Beside a PyTorch without it they have none of their operators, and
-# their import stops at the first of those that it describes. timm imports it, but nothing here uses it.
-try:
-    importlib.import_module("torchvision")
-except ModuleNotFoundError:
-    pass
-except RuntimeError:
-    OPERATORS = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 timm_optim = pytest.importorskip("timm.optim", reason="timm is not installed")
 from timm.models import resume_checkpoint  # noqa: E402

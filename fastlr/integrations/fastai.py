@@ -20,7 +20,7 @@ class Schedules(Callback):  # type: ignore[misc]
     """Puts schedules in charge at the beginning of a fit, where fastai has just written its own rate.
 
     A ``Learner`` makes its optimizer with its own ``lr`` and writes it again in each ``fit``, so that a
-    schedule in ``opt_func`` alone is lost without a word. For a fastlr optimizer in fastai's ``OptimWrapper``.
+    schedule in ``opt_func`` alone is lost without a word. For fastlr optimizers in fastai's ``OptimWrapper``.
     ``learn.recorder.lrs`` then has the rate that each batch was trained with. ``learn.lr_find()`` finds as
     ever, and changes nothing.
 
@@ -62,7 +62,7 @@ class Schedules(Callback):  # type: ignore[misc]
         if twice := sorted(self._driven_by_fastai() & given.keys()):
             raise ValueError(
                 f"{', '.join(twice)} must be driven by fastai or by a schedule, got both; call learn.fit() "
-                "place of what adds a ParamScheduler, as fit_one_cycle does"
+                "in place of what adds a ParamScheduler, as fit_one_cycle does"
             )
         if rate != self.learn.lr:
             warnings.warn(
