@@ -20,7 +20,7 @@ MODULES = [name for name in MODULES if not name.endswith("__main__")]
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # fastai's import
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what frameworks import
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
