@@ -1,4 +1,4 @@
-"""The code in pages of the manual, as their readers run it."""
+"""Examples in the manual's pages."""
 
 from __future__ import annotations
 
@@ -6,39 +6,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastlr
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def examples(page: Path) -> list[str]:
-    """The Python blocks of a page."""
-    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
-
-
-def run(page: str, **names: Any) -> dict[str, Any]:
-    """Runs a page's blocks, one after another, with a model, a loss and a loader as any reader has them.
+def run_page(page: str, **names: Any) -> dict[str, Any]:
+    """Runs a page's Python blocks one after another and returns all names that there are then.
 
     Args:
-        page: its path below ``docs``.
-        names: what its readers have besides.
-
-    Returns:
-        What the blocks leave.
+        page: file, below docs.
+        names: what readers have: model, loader and so on.
     """
-    blocks = examples(DOCS / page)
-    assert blocks, f"{page} has no examples"
-    data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(0, 3, (64,)))
-    names = {
-        "model": torch.nn.Linear(4, 3),
-        "loss_fn": torch.nn.functional.cross_entropy,
-        "loader": torch.utils.data.DataLoader(data, batch_size=16),
-        "torch": torch,
-        "fastlr": fastlr,
-        **names,
-    }
+    names = {"fastlr": fastlr, **names}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), flags=re.DOTALL)
+    assert blocks, page
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     return names

@@ -23,9 +23,9 @@ PROGRAM = """
     import sys
 
     import deepspeed
-    import pages
     import torch
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from pages import run_page
     from rule_table import taking_exact_roots
 
     import fastlr
@@ -158,7 +158,9 @@ PROGRAM = """
             engine_of(case, "clips", make_model())
         except ValueError as error:
             entry["own clipping"] = str(error)
-    page = pages.run("frameworks/deepspeed.md", model=torch.nn.Linear(4, 3))
+    loader = [(torch.randn(16, 4), torch.randint(0, 3, (16,))) for _ in range(4)]
+    names = {"loss_fn": torch.nn.functional.cross_entropy, "loader": loader}
+    page = run_page("frameworks/deepspeed.md", model=torch.nn.Linear(4, 3), **names)
     record["page"] = tuple(page["optimizer"].clock()), page["engine"].get_lr(), page["lr"](2)
     torch.save(record, f"{out}/{rank}.pt")
     torch.distributed.barrier()

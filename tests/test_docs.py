@@ -29,7 +29,7 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     except ModuleNotFoundError as error:  # of a framework, which is an extra
         if not name.startswith("fastlr.integrations."):
             raise
-        pytest.skip(f"{error.name} is not installed")
+        pytest.skip(str(error))
     if not hasattr(module, "__file__") or module.__file__.endswith(".so"):
         pytest.skip("native code: its examples stand in Python")
     result = doctest.testmod(module)

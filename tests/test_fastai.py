@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pages
 import pytest
 import torch
 from helpers import assert_same
+from pages import run_page
 
 import fastlr
 
@@ -211,5 +211,5 @@ def test_without_the_callback_the_rate_is_fastais(tmp_path: Path) -> None:
 
 def test_the_page_runs(tmp_path: Path) -> None:
     dls = DataLoaders(DataLoader(data(), bs=8), DataLoader(data(), bs=8), device=torch.device("cpu"))
-    left = pages.run("frameworks/fastai.md", dls=dls, model=make_model())
+    left = run_page("frameworks/fastai.md", dls=dls, model=make_model(), loss_fn=torch.nn.CrossEntropyLoss())
     assert left["learn"].recorder.lrs == left["schedule"].values(0, 15).tolist()

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import torch
 import torchvision_without_cuda  # noqa: F401  # which mmengine imports
 from helpers import assert_same
+from pages import run_page
 
 import fastlr
 
@@ -232,5 +232,5 @@ def test_what_is_registered() -> None:
 
 def test_the_page_runs(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(data(), batch_size=8)
-    left = pages.run("frameworks/mmengine.md", model=Model(), loader=loader, folder=str(tmp_path))
+    left = run_page("frameworks/mmengine.md", model=Model(), loader=loader, folder=str(tmp_path))
     assert left["runner"].optim_wrapper.optimizer.clock() == (10, 0)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
 import torch
 import torchvision_without_cuda  # noqa: F401  # which timm imports
 from helpers import assert_same
+from pages import run_page
 from rule_table import taking_exact_roots
 
 import fastlr
@@ -225,7 +225,6 @@ def test_lookahead_takes_the_optimizer() -> None:
 
 
 def test_the_page_runs() -> None:
-    left = pages.run(
-        "frameworks/timm.md", model=torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
-    )
+    names = {"model": Model(), "loss_fn": torch.nn.functional.cross_entropy}
+    left = run_page("frameworks/timm.md", loader=batches(4), **names)
     assert left["optimizer"].clock() == (4, 0)
