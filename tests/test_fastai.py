@@ -20,6 +20,7 @@ import fastlr
 pytest.importorskip("fastai", reason="fastai is not installed")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its dependencies
+    from fastai.callback import fp16
     from fastai.callback.core import Callback, CancelFitException
     from fastai.callback.schedule import ParamScheduler, SchedLin
     from fastai.callback.training import GradientAccumulation, GradientClip
@@ -166,6 +167,22 @@ def test_accumulation_and_clipping_are_those_of_a_plain_loop(tmp_path: Path) -> 
     callbacks = [GradientAccumulation(16), GradientClip(0.5)]
     learn = fit(learner(tmp_path, Schedules(lr=LR, momentum=MOMENTUM), *callbacks), 2)
     assert_same_run(plain(5, 2, lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 0.5)), learn)
+
+
+def test_mixed_precision_skips_what_overflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fastai's, made to take a CPU: the third batch overflows, and the clock does not count it."""
+    monkeypatch.setattr(fp16, "autocast", lambda _, dtype: torch.autocast("cpu", dtype=dtype))
+    monkeypatch.setattr(fp16, "GradScaler", lambda _, **options: torch.amp.GradScaler("cpu", **options))
+
+    class Overflow(Callback):
+        def after_loss(self) -> None:
+            if self.training and self.iter == 2 and self.epoch == 0:
+                self.learn.loss_grad = self.loss_grad * float("inf")
+
+    learn = fit(learner(tmp_path, Schedules(lr=LR), Overflow(), fp16.MixedPrecision()), 2)
+    assert learn.opt.opt.clock() == (9, 0)
+    assert learn.recorder.lrs == [LR(clock) for clock in (0, 1, 2, *range(2, 9))]
+    assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
 def test_finding_a_rate_changes_nothing(tmp_path: Path) -> None:

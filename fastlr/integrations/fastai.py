@@ -48,7 +48,7 @@ class Schedules(Callback):  # type: ignore[misc]
 
     def before_fit(self) -> None:
         """Sets the schedules."""
-        self.rate: float | None = None
+        self.driving = False
         optimizer = self._optimizer()
         rate = optimizer.param_groups[-1]["lr"]
         if any(isinstance(callback, LRFinder) for callback in self.learn.cbs):
@@ -71,14 +71,15 @@ class Schedules(Callback):  # type: ignore[misc]
                 stacklevel=2,
             )
         optimizer.set_schedule(**given, start=self.start)
+        self.driving = True
 
-    def before_step(self) -> None:
+    def before_batch(self) -> None:
         """Keeps the rate of this batch."""
         self.rate = self._optimizer().param_groups[-1]["lr"]
 
     def after_batch(self) -> None:
         """Records it, as behind the step the optimizer holds that of the next."""
-        if self.training and self.rate is not None and hasattr(self.learn, "recorder"):
+        if self.driving and self.training and hasattr(self.learn, "recorder"):
             self.recorder.lrs[-1] = self.rate
 
     def _optimizer(self) -> FusedOptimizer:
