@@ -88,7 +88,7 @@ PROGRAM = """
     def train(engine, data):
         rates = []
         for x, y in data:
-            dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+            dtype = next(engine.module.parameters()).dtype
             engine.backward(loss_of(engine, x[rank], y[rank], dtype))
             engine.step()
             rates.append(engine.get_lr())
@@ -158,6 +158,13 @@ PROGRAM = """
             engine_of(case, "clips", make_model())
         except ValueError as error:
             entry["own clipping"] = str(error)
+    for stage in range(4):  # in float16, where DeepSpeed's scale makes the first updates overflow
+        scaled = {"enabled": True, "initial_scale_power": 20}
+        opt, engine = engine_of((stage, False), "fastlr", make_model(), fp16=scaled)
+        train(engine, DATA)
+        rate = opt.param_groups[1]["lr"]
+        record["float16", stage] = opt.clock().updates, engine.skipped_steps, rate, lr(opt.clock().updates)
+
     loader = [(torch.randn(16, 4), torch.randint(0, 3, (16,))) for _ in range(4)]
     names = {"loss_fn": torch.nn.functional.cross_entropy, "loader": loader}
     page = run_page("frameworks/deepspeed.md", model=torch.nn.Linear(4, 3), **names)
@@ -246,6 +253,15 @@ def test_own_clipping_is_refused_where_gradients_are_shared_out(
 def test_deepspeeds_own_scheduler_is_noticed(records: list[dict[Any, Any]], case: Any) -> None:
     for record in records:
         assert "a schedule owns it" in record[case]["two owners"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_clock_counts_no_update_that_overflows(records: list[dict[Any, Any]], stage: int) -> None:
+    for record in records:
+        updates, skipped, rate, expected = record["float16", stage]
+        assert updates + skipped == 6
+        assert (skipped > 0) == (stage > 0)  # without ZeRO its scale begins lower
+        assert rate == expected
 
 
 def test_the_page_runs(records: list[dict[Any, Any]]) -> None:
