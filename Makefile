@@ -1,5 +1,5 @@
-# Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make fuzz`,
-# `make soak`, `make lint`, `make bench`, `make claims`; `make gpu` takes what the machine has.
+# Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make test-frameworks`,
+# `make fuzz`, `make soak`, `make lint`, `make bench`, `make claims`; `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test test-rest test-all fuzz soak lint bench claims gpu clean
+.PHONY: demo test test-rest test-all test-frameworks fuzz soak lint bench claims gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -35,6 +35,14 @@ test-rest: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/pytest -n auto --dist loadfile -m repetition
 
 test-all: test test-rest
+
+# The frameworks that CI does not install, and the light ones that it does. In an environment of their own: what
+# some bring along, torchvision above all, keeps others from being imported where it does not fit PyTorch.
+FRAMEWORKS := deepspeed,fastai,ignite,mmengine,skorch,timm
+test-frameworks:
+	$(MAKE) VENV=$(VENV)-frameworks $(VENV)-frameworks/installed-test,$(FRAMEWORKS)
+	$(VENV)-frameworks/bin/pytest tests/test_deepspeed.py tests/test_fastai.py tests/test_ignite.py \
+	  tests/test_mmengine.py tests/test_skorch.py tests/test_timm.py
 
 # The long form of tests/soak; prints what each part did.
 soak: $(VENV)/installed-$(EXTRAS)

@@ -773,12 +773,25 @@ def test_ctrl_c_where_a_buffer_gets_its_place_stops_the_whole_step(k: int) -> No
     assert len(optimizer.state) == 2
 
 
-def test_cyclic_optimizers_take_no_rate_of_their_own() -> None:
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        (fastlr.FusedCyclicSGD, fastlr.FusedSGD),
+        (fastlr.FusedCyclicAdam, fastlr.FusedAdam),
+        (fastlr.FusedCyclicAdamW, fastlr.FusedAdamW),
+    ],
+)
+@pytest.mark.parametrize("cycle", [{}, {"base_lr": 0.1, "max_lr": 0.2}], ids=["alone", "with a cycle"])
+def test_cyclic_optimizers_take_no_rate_of_their_own(kind: Any, plain: Any, cycle: dict[str, float]) -> None:
+    """Code that gives every optimizer an lr, as frameworks do, is told what to give instead."""
     model = parameters([(4,)])
-    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
-        fastlr.FusedCyclicSGD(model, 0.1, 0.2, lr=0.05)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
-        fastlr.FusedCyclicAdamW(model, 0.1, 0.2, lr=0.05)  # type: ignore[call-arg]
+    error = rf"{kind.__name__}\(\) got an unexpected keyword argument 'lr' \(0.05\)"
+    remedy = rf"use {plain.__name__} with lr=fastlr.Triangular\(base_lr, max_lr, step_size_up\)"
+    with pytest.raises(TypeError, match=f"{error}.* {remedy}"):
+        kind(model, lr=0.05, **cycle)
+    cycling = kind(model, 0.1, 0.2, 3)
+    instead = plain(model, lr=fastlr.Triangular(0.1, 0.2, 3))
+    assert instead.param_groups[0]["lr_schedule"] == cycling.param_groups[0]["lr_schedule"]
 
 
 OVERWRITTEN = {

@@ -33,6 +33,17 @@ class CyclicOptimizer(FusedOptimizer):
 
     _cycle: dict[str, Any]
 
+    # Frameworks that make an optimizer with lr=... are to hear of that, and not that base_lr is missing.
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        if "lr" in options:
+            plain = cls.__name__.replace("Cyclic", "")
+            raise TypeError(
+                f"{cls.__name__}() got an unexpected keyword argument 'lr' ({options['lr']!r}), as base_lr "
+                f"and max_lr make its rate; for code that insists on lr use {plain} with "
+                "lr=fastlr.Triangular(base_lr, max_lr, step_size_up), or Triangular2 or ExpRange"
+            )
+        return super().__new__(cls)
+
     def _set_cycle(self, params: Params, cycle: dict[str, Any]) -> Params:
         """Keeps the cycle of all groups; returns the parameters with what is each group's own."""
         self._cycle = cycle
