@@ -30,6 +30,7 @@ from fastlr.optim._groups import (
     check_torch_options_in,
     checked_state_dtype,
     clock_of,
+    tensors_of,
 )
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
@@ -152,10 +153,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 )
         for name in OF_ALL_GROUPS:
             if name in param_group:
-                raise ValueError(
-                    f"{name}{where} is {param_group[name]!r}, but it is one of all groups together; give it "
-                    f"to {type(self).__name__}()"
-                )
+                self._refuse_in_group(name, param_group[name], where)
         driven = [option.name for option in self._options.scheduled]
         for option in self._options.all:
             if option.name not in driven and param_group.get(f"{option.name}_schedule") is not None:
@@ -185,11 +183,40 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             filled["params"] = param_group["params"] = list(filled["params"])
         if filled["stochastic_rounding"]:
             check_rounded_by_chance(filled["params"], where)
+        self._meet_parts(tensors_of(filled["params"]))
         super().add_param_group(filled)
         tell_of_missing_cuda(filled["params"])
         param_group.clear()
         param_group.update(filled)
         self.param_groups[place] = param_group
+
+    def _refuse_in_group(self, name: str, value: object, where: str) -> None:
+        """Raises ValueError for what is of all groups together."""
+        reason = f"but it is one of all groups together; give it to {type(self).__name__}()"
+        if getattr(self, name) == value:
+            reason = (
+                f"which {type(self).__name__}() has been given, too; leave it out of the group. If "
+                "ZeroRedundancyOptimizer has put it there, leave it out altogether and call "
+                "torch.nn.utils.clip_grad_norm_() before the step: there a step updates a part of the "
+                "parameters, and the norm would be that part's"
+            )
+        raise ValueError(f"{name}{where} is {value!r}, {reason}")
+
+    def _meet_parts(self, parameters: list[torch.Tensor]) -> None:
+        """Sees to it that nobody takes a rank's parts of parameters for the whole.
+
+        Raises:
+            ValueError: this optimizer is to measure or clip their norm.
+        """
+        if not any(map(Runtime.is_flattened, parameters)):
+            return
+        self._has_parts = True
+        # ShardedGradScaler tells the ranks of each other's inf only where the optimizer leaves that to it.
+        self._step_supports_amp_scaling = False
+        if self._max_grad_norm is not None:
+            self._check_whole("max_grad_norm", self._max_grad_norm)
+        if self._measures_grad_norm:
+            self._check_whole("measure_grad_norm", True)
 
     def set_schedule(
         self,
