@@ -61,14 +61,14 @@ def outcomes(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
             worker.join()
     told = [path.read_text() for path in sorted(folder.glob("told-*"))]
     ended = f"the ranks ended with {[worker.exitcode for worker in workers]}\n" + "\n".join(told)
-    return {
-        name: "\n".join(
-            path.read_text() if path.exists() else f"not run by rank {rank}: {ended}"
-            for rank in range(case.ranks)
-            for path in [folder / f"{name}-{rank}.outcome"]
-        ).strip()
-        for name, case in cases.items()
-    }
+    found = {}
+    for name, case in cases.items():
+        paths = [folder / f"{name}-{rank}.outcome" for rank in range(case.ranks)]
+        texts = {path.read_text() for path in paths if path.exists()}  # ranks often say the same
+        if missing := [rank for rank, path in enumerate(paths) if not path.exists()]:
+            texts.add(f"not finished by ranks {missing}; {ended}")
+        found[name] = "\n".join(sorted(texts)).strip()
+    return found
 
 
 def _work(rank: int, cases: dict[str, Case], folder: Path) -> None:
