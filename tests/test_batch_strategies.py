@@ -1,4 +1,4 @@
-"""Growing batches under DDP and FSDP1 on two and four ranks: one process's run, also where ranks come or go."""
+"""Growing batches under DDP and FSDP1 on two and four ranks: one process's run, also resumed on others."""
 
 from __future__ import annotations
 

@@ -133,11 +133,31 @@ def zero_trains_as_one_process(folder: Path, rule: str) -> None:
 
 
 def zero_says_what_it_cannot(folder: Path) -> None:
-    for norm in ({"max_grad_norm": 1.0}, {"nonfinite": "raise"}):
-        with pytest.raises(
-            ValueError, match=r"ZeroRedundancyOptimizer .* call torch.nn.utils.clip_grad_norm_"
-        ):
-            zero(new_model(), fastlr.FusedAdamW, lr=0.1, **norm)
+    with pytest.raises(
+        ValueError, match=r"of which ZeroRedundancyOptimizer leaves .*torch.nn.utils.clip_grad_norm_"
+    ):
+        zero(new_model(), fastlr.FusedAdamW, lr=0.1, max_grad_norm=1.0)
+    whole_ones = zero(new_model(), fastlr.FusedAdamW, lr=0.1, max_grad_norm=None, nonfinite="raise")
+    assert whole_ones.optim.nonfinite == "raise"
+    with pytest.raises(ValueError, match="measure_grad_norm takes"):
+        whole_ones.optim.measure_grad_norm = True
+    averaged = zero(new_model(), fastlr.FusedAdamW, lr=0.1, ema_decay=0.5).optim
+    for use in (
+        lambda: averaged.averaged_weights().__enter__(),
+        lambda: averaged.copy_averages_to(new_model()),
+    ):
+        with pytest.raises(RuntimeError, match="mixture of weights and averages"):
+            use()
+    for undone in (
+        lambda: averaged.set_schedule(lr=0.2),
+        lambda: averaged.set_clock(updates=3),
+        lambda: averaged.advance_samples(3),
+        lambda: averaged.load_state_dict(averaged.state_dict()),
+    ):
+        with pytest.raises(RuntimeError, match=r"would be undone by ZeroRedundancyOptimizer"):
+            undone()
+    with pytest.raises(ValueError, match="give it to FusedAdamW"):
+        whole_ones.add_param_group({"params": [torch.zeros(3, requires_grad=True)], "max_grad_norm": 1.0})
     with pytest.raises(ValueError, match="functional optimizer"):  # PyTorch's
         zero(new_model(), fastlr.FusedSGD, overlap_with_ddp=True, lr=0.1)
     model = DistributedDataParallel(new_model())

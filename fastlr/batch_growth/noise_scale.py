@@ -129,8 +129,8 @@ class GradientNoiseScale:
             self._parameters = tensors("parameters", parameters)
             if any(map(Runtime.is_flattened, self._parameters)):
                 raise ValueError(
-                    "FullyShardedDataParallel (FSDP1) leaves each rank a part of the gradients, whose noise is "
-                    "not the model's; measure it under DistributedDataParallel"
+                    "FullyShardedDataParallel leaves each rank a part of the gradients, whose noise is not "
+                    "the model's; measure it under DistributedDataParallel"
                 )
         self._native = _core.SquaredNorm(Runtime)
         self._observations = 0

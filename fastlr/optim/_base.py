@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, overload
@@ -32,6 +31,7 @@ from fastlr.optim._groups import (
     clock_of,
     tensors_of,
 )
+from fastlr.optim._parts import FSDP1, ZERO, are_flattened, is_called_by, is_made_by_zero
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
@@ -73,6 +73,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     ) -> None:
         options = options or {}
         check_step_options(options, f"{type(self).__name__}()")
+        if is_made_by_zero():
+            self._parts = ZERO
         self.max_grad_norm = options.get("max_grad_norm")
         self.nonfinite = options.get("nonfinite", "skip")
         self._make_plan()
@@ -153,7 +155,12 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 )
         for name in OF_ALL_GROUPS:
             if name in param_group:
-                self._refuse_in_group(name, param_group[name], where)
+                if self._parts is ZERO and param_group[name] == getattr(self, name):
+                    continue  # it gives its groups, too, what it gives the constructor
+                raise ValueError(
+                    f"{name}{where} is {param_group[name]!r}, but it is one of all groups together; give it "
+                    f"to {type(self).__name__}()"
+                )
         driven = [option.name for option in self._options.scheduled]
         for option in self._options.all:
             if option.name not in driven and param_group.get(f"{option.name}_schedule") is not None:
@@ -178,6 +185,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 )
             given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
+        for name in OF_ALL_GROUPS:
+            filled.pop(name, None)
         filled |= self._checked(filled, where, new=True)
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
@@ -190,33 +199,29 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         param_group.update(filled)
         self.param_groups[place] = param_group
 
-    def _refuse_in_group(self, name: str, value: object, where: str) -> None:
-        """Raises ValueError for what is of all groups together."""
-        reason = f"but it is one of all groups together; give it to {type(self).__name__}()"
-        if getattr(self, name) == value:
-            reason = (
-                f"which {type(self).__name__}() has been given, too; leave it out of the group. If "
-                "ZeroRedundancyOptimizer has put it there, leave it out altogether and call "
-                "torch.nn.utils.clip_grad_norm_() before the step: there a step updates a part of the "
-                "parameters, and the norm would be that part's"
-            )
-        raise ValueError(f"{name}{where} is {value!r}, {reason}")
-
     def _meet_parts(self, parameters: list[torch.Tensor]) -> None:
         """Sees to it that nobody takes a rank's parts of parameters for the whole.
 
         Raises:
             ValueError: this optimizer is to measure or clip their norm.
         """
-        if not any(map(Runtime.is_flattened, parameters)):
+        if not are_flattened(parameters):
             return
-        self._has_parts = True
+        self._parts = FSDP1
         # ShardedGradScaler tells the ranks of each other's inf only where the optimizer leaves that to it.
         self._step_supports_amp_scaling = False
         if self._max_grad_norm is not None:
             self._check_whole("max_grad_norm", self._max_grad_norm)
         if self._measures_grad_norm:
             self._check_whole("measure_grad_norm", True)
+
+    def _check_outside_zero(self, what: str, remedy: str) -> None:
+        """Raises RuntimeError for what would be undone, see NOTE: [inside ZeroRedundancyOptimizer]."""
+        if self._parts is ZERO:
+            raise RuntimeError(
+                f"{what} would be undone by {ZERO.name}, which made this optimizer and writes its own "
+                f"parameter groups over this one's before each step; {remedy}"
+            )
 
     def set_schedule(
         self,
@@ -240,6 +245,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
             TypeError: a value is neither a number nor a schedule, or this optimizer has no such option.
         """
+        self._check_outside_zero("set_schedule()", "give that the schedule when you make it")
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
@@ -328,6 +334,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         >>> opt.clock(), opt.param_groups[0]["lr"]
         (Clock(updates=60, samples=0), 0.025)
         """
+        self._check_outside_zero("set_clock()", "load a consolidated state with such a clock into that")
         given = {"updates": updates, "samples": samples}
         change = {name: count(name, value, 0) for name, value in given.items() if value is not None}
         clock = self.sync()._replace(**change)
@@ -374,6 +381,10 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         Raises:
             RuntimeError: something else wrote a value that a schedule owns.
         """
+        self._check_outside_zero(
+            "advance_samples()",
+            "steps alone can move the samples clock there, as those of a bound GrowingLoader do",
+        )
         samples = count("samples", samples, 0)
         self._plan.advance_samples(self.param_groups, samples)
         if self._buffer_averages is not None:
@@ -488,10 +499,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     def _only_initializes_state(self) -> bool:
         if any(group["lr"] != 0.0 for group in self.param_groups):
             return False  # the function sets it to 0; this spares other steps the walk up the stack
-        frame = sys._getframe(2).f_back
-        while frame is not None and frame.f_code.co_name != self._INITIALIZES_STATE:
-            frame = frame.f_back
-        if frame is None:
+        if not is_called_by(self._INITIALIZES_STATE):
             return False
         for group in self.param_groups:
             group["fresh"] = True
@@ -555,6 +563,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        self._check_outside_zero("load_state_dict()", "load the consolidated state into that")
         self._plan.refuse_capture("load_state_dict()")
         _remove_hook(self._optimizer_load_state_dict_pre_hooks, self._unpack)
         try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastlr import _core
 from fastlr._checks import choice, flag, number
+from fastlr.optim._parts import Parts
 
 
 class GradNorm:
@@ -17,20 +18,20 @@ class GradNorm:
     _max_grad_norm: float | None = None
     _raises_nonfinite = False
 
-    _has_parts = False
+    _parts: Parts | None = None
 
     def _check_whole(self, name: str, value: object) -> None:
         """Raises ValueError where this rank has parts of the parameters, of which no norm is the model's."""
-        if self._has_parts:
+        if self._parts is not None:
             raise ValueError(
-                f"{name} takes the norm of all gradients, of which FullyShardedDataParallel (FSDP1) leaves a "
-                f"part to each rank, got {value!r}; leave it out and call model.clip_grad_norm_(max_norm), "
-                "which returns the norm, before the step"
+                f"{name} takes the norm of all gradients, of which {self._parts.name} leaves a part to each "
+                f"rank, got {value!r}; leave it out and call {self._parts.clip}, which returns the norm, "
+                "before the step"
             )
 
     def _norm_settings(self) -> dict[str, Any]:
         """What a copy of the optimizer takes over."""
-        kept = ("_measures_grad_norm", "_max_grad_norm", "_raises_nonfinite")
+        kept = ("_measures_grad_norm", "_max_grad_norm", "_raises_nonfinite", "_parts")
         return {name: getattr(self, name) for name in kept}
 
     @property
