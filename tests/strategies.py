@@ -39,6 +39,15 @@ def _fsdp1(use_orig_params: bool) -> Callable[[torch.nn.Module], torch.nn.Module
     return wrap
 
 
+def zero(model: torch.nn.Module, kind: Any, **options: Any) -> Any:
+    """A ZeroRedundancyOptimizer."""
+    # Here, as the import warns of torch.jit, which is an error in the process that collects tests.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {"parameters_as_bucket_view": True, **options}
+    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
+
+
 STRATEGIES = {
     "ddp": Strategy(DistributedDataParallel),
     "ddp-bucket-view": Strategy(lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import Case, needs_gloo, outcomes
-from strategies import STRATEGIES, WHOLE, new_model, whole
+from strategies import STRATEGIES, WHOLE, new_model, whole, zero
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import fastlr
@@ -33,15 +33,20 @@ class Run:
     Args:
         strategy: None: one process, whoever else there is.
         tokens: whether the loss averages over these, not over samples.
+        share: whether ZeroRedundancyOptimizer gives each rank a share of the parameters to update.
     """
 
-    def __init__(self, strategy: str | None, tokens: bool = False) -> None:
+    def __init__(self, strategy: str | None, tokens: bool = False, share: bool = False) -> None:
         self.plan = fastlr.BatchPlan.from_schedule(
             fastlr.MultiStep(0.1, [1, 2], 0.5, unit="epoch"),
             batch_size=8, dataset_size=N, epochs=3, momentum=0.9, max_batch_size=24,
         )  # fmt: skip
         self.model = new_model() if strategy is None else STRATEGIES[strategy].wrap(new_model())
-        self.opt = fastlr.FusedSGD(self.model.parameters(), lr=self.plan.lr, momentum=self.plan.momentum)
+        options = {"lr": self.plan.lr, "momentum": self.plan.momentum}
+        if share:
+            self.opt = zero(self.model, fastlr.FusedSGD, **options)
+        else:
+            self.opt = fastlr.FusedSGD(self.model.parameters(), **options)
         place = {"rank": 0, "world_size": 1} if strategy is None else {}
         count = (lambda data: data[3].sum()) if tokens else None
         self.loader = fastlr.GrowingLoader(dataset(), self.plan, 2, count=count, **place).bind(self.opt)
@@ -116,14 +121,15 @@ def assert_as_alone(run: Run, first: int = 0) -> None:
     assert len({len(rank) for rank in taken}) == 1  # micro-batches: none waits for another rank
     samples = by_update([single.taken])
     assert by_update(taken) == {position: samples[position] for position, _ in single.updates[first:]}
-    assert run.opt.clock() == single.opt.clock()
+    assert getattr(run.opt, "optim", run.opt).clock() == single.opt.clock()
+    assert run.opt.param_groups[0]["lr"] == single.opt.param_groups[0]["lr"]
     found = whole(run.model)
     for name, value in whole(single.model).items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
 
 
-def grows(folder: Path, strategy: str, tokens: bool = False) -> None:
-    assert_as_alone(Run(strategy, tokens).go_on())
+def grows(folder: Path, strategy: str, **options: bool) -> None:
+    assert_as_alone(Run(strategy, **options).go_on())
 
 
 def begins(folder: Path, strategy: str) -> None:
@@ -153,6 +159,7 @@ CASES = {
         for strategy in STRATEGIES
         if strategy != "ddp"  # which test_batch_distributed.py goes through
     },
+    "zero-on-2": Case(2, grows, {"strategy": "ddp", "share": True}),
     "noise-scale-refuses": Case(2, noise_scale_refuses),
     **{f"{strategy}-on-2-then-4": Case(4, ends, {"strategy": strategy, "began": 2}) for strategy in CHANGING},
     **{f"{strategy}-on-4": Case(4, grows, {"strategy": strategy}) for strategy in STRATEGIES},

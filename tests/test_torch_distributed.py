@@ -13,7 +13,7 @@ import torch.distributed as dist
 from helpers import assert_same, leaves, through_file
 from rank_pool import Case, needs_gloo, outcomes
 from rule_table import RULES, Rule, drive
-from strategies import STRATEGIES, data, loss, new_model, train, train_alone, whole
+from strategies import STRATEGIES, data, loss, new_model, train, train_alone, whole, zero
 from torch.distributed.algorithms.join import Join
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -86,14 +86,6 @@ def trains_as_one_process(folder: Path, strategy: str, rule: str) -> None:
 
 
 # -- ZeroRedundancyOptimizer ---------------------------------------------------------------------
-
-
-def zero(model: torch.nn.Module, kind: Any, **options: Any) -> Any:
-    # Here, as the import warns of torch.jit, which is an error in the process that collects tests.
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    options = {"parameters_as_bucket_view": True, **options}
-    return ZeroRedundancyOptimizer(model.parameters(), kind, **options)
 
 
 def consolidated(opt: Any) -> dict[str, Any]:
@@ -207,27 +199,41 @@ def fsdp1_has_no_norm_of_its_own(folder: Path, strategy: str) -> None:
     for name, value in whole(single).items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
 
+    batch = data(1, dist.get_rank())[0]
+    scaler = fastlr.GradScaler("cpu")
+    scaler.scale(loss(model, (batch[0].float(), batch[1]))).backward()
+    with pytest.raises(
+        ValueError, match=r"use torch\.distributed\.fsdp\.sharded_grad_scaler\.ShardedGradScaler"
+    ):
+        scaler.step(opt)
 
-def fsdp1_skips_on_all_ranks(folder: Path, strategy: str) -> None:
-    """ShardedGradScaler tells the ranks of an inf that only one has."""
+
+# -- GradScaler, norms -----------------------------------------------------------------------------
+
+
+def skips_on_all_ranks(folder: Path, strategy: str, kind: Any, options: dict[str, Any]) -> None:
+    """What one rank alone finds in its gradients. FSDP1 leaves it there, DDP has told the others already."""
     model = STRATEGIES[strategy].wrap(new_model())
-    opt = fastlr.FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
-    scaler = ShardedGradScaler("cpu", init_scale=8.0)
+    opt = fastlr.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+    scaler = kind("cpu", init_scale=8.0)
     single = new_model()
-    peer = fastlr.FusedSGD(single.parameters(), lr=0.1, momentum=0.9)
+    peer = fastlr.FusedSGD(single.parameters(), lr=0.1, momentum=0.9, **options)
     ranks = [data(UPDATES, rank) for rank in range(2)]
     for update in range(UPDATES):
         first, second = ranks[dist.get_rank()][2 * update : 2 * update + 2]
+        poisoned = update == 2 and dist.get_rank() == 1
         with model.no_sync():
             scaler.scale(loss(model, first)).backward()
-        scaler.scale(loss(model, second)).backward()
-        if update == 2 and dist.get_rank() == 1:
+        factor = math.inf if poisoned and not STRATEGIES[strategy].sharded else 1.0
+        scaler.scale(loss(model, second) * factor).backward()
+        if poisoned and STRATEGIES[strategy].sharded:
             next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = math.inf
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
         if update != 2:
             train_alone(single, peer, [own[2 * update : 2 * update + 2] for own in ranks])
+            assert opt.last_grad_norm == peer.last_grad_norm
         assert scaler.get_scale() == (8.0 if update < 2 else 4.0)
     assert opt.clock() == peer.clock() == (UPDATES - 1, 0)
     assert_same(whole(single).values(), whole(model).values())
@@ -302,6 +308,18 @@ def range_test_leaves_nothing(folder: Path, strategy: str) -> None:
     assert all(other == curves for other in everybodys)
 
 
+def range_test_where_a_rank_has_nothing(folder: Path, strategy: str) -> None:
+    """Of a single weight one rank alone has a gradient."""
+    model = STRATEGIES[strategy].wrap(torch.nn.Linear(1, 1, bias=False))
+    opt = fastlr.FusedSGD(model.parameters(), lr=0.1)
+    batches = [(torch.ones(4, 1), torch.full((4, 1), 3.0))]
+    mean_square = torch.nn.functional.mse_loss
+    found = fastlr.range_test(model, opt, mean_square, batches, num_steps=20, progress=False)
+    assert found.losses[-1] < found.losses[0]
+    with pytest.raises(ValueError, match="the gradient is zero everywhere"):
+        fastlr.range_test(model, opt, lambda x, y: 0.0 * mean_square(x, y), batches, progress=False)
+
+
 def range_test_with_zero(folder: Path) -> None:
     """With a number as lr it sweeps as any optimizer."""
     batches = data(UPDATES, dist.get_rank())
@@ -329,14 +347,28 @@ CASES = {
     "zero-refuses": Case(2, zero_says_what_it_cannot),
     "zero-clips": Case(2, zero_clips_before_the_step),
     **{
-        f"{strategy}-{what}": Case(2, run, {"strategy": strategy})
+        f"{strategy}-norm": Case(2, fsdp1_has_no_norm_of_its_own, {"strategy": strategy})
         for strategy in ("fsdp1-flat", "fsdp1-orig")
-        for what, run in {"norm": fsdp1_has_no_norm_of_its_own, "scaler": fsdp1_skips_on_all_ranks}.items()
+    },
+    **{
+        f"{strategy}-{kind.__name__}": Case(
+            2, skips_on_all_ranks, {"strategy": strategy, "kind": kind, "options": options}
+        )
+        for strategy, kind, options in (
+            ("fsdp1-flat", ShardedGradScaler, {}),
+            ("fsdp1-orig", ShardedGradScaler, {}),
+            ("ddp", torch.amp.GradScaler, {"max_grad_norm": 0.125}),
+            ("ddp-bucket-view", fastlr.GradScaler, {"max_grad_norm": 0.125}),
+        )
     },
     "join": Case(2, join_goes_on_without_who_is_through),
     **{
         f"{strategy}-range-test": Case(2, range_test_leaves_nothing, {"strategy": strategy})
         for strategy in STRATEGIES
+    },
+    **{
+        f"{strategy}-nothing": Case(2, range_test_where_a_rank_has_nothing, {"strategy": strategy})
+        for strategy in ("fsdp1-flat", "fsdp1-orig")
     },
     "zero-range-test": Case(2, range_test_with_zero),
 }
