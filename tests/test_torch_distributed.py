@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +213,17 @@ def fsdp1_has_no_norm_of_its_own(folder: Path, strategy: str) -> None:
 # -- GradScaler, norms -----------------------------------------------------------------------------
 
 
-def skips_on_all_ranks(folder: Path, strategy: str, kind: Any, options: dict[str, Any]) -> None:
+def skips_on_all_ranks(
+    folder: Path, strategy: str, kind: Any, options: dict[str, Any], share: bool = False
+) -> None:
     """What one rank alone finds in its gradients. FSDP1 leaves it there, DDP has told the others already."""
     model = STRATEGIES[strategy].wrap(new_model())
-    opt = fastlr.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+    options = {"lr": 0.1, "momentum": 0.9, **options}
+    opt = zero(model, fastlr.FusedSGD, **options) if share else fastlr.FusedSGD(model.parameters(), **options)
+    fused = getattr(opt, "optim", opt)
     scaler = kind("cpu", init_scale=8.0)
     single = new_model()
-    peer = fastlr.FusedSGD(single.parameters(), lr=0.1, momentum=0.9, **options)
+    peer = fastlr.FusedSGD(single.parameters(), **options)
     ranks = [data(UPDATES, rank) for rank in range(2)]
     for update in range(UPDATES):
         first, second = ranks[dist.get_rank()][2 * update : 2 * update + 2]
@@ -233,9 +239,9 @@ def skips_on_all_ranks(folder: Path, strategy: str, kind: Any, options: dict[str
         opt.zero_grad()
         if update != 2:
             train_alone(single, peer, [own[2 * update : 2 * update + 2] for own in ranks])
-            assert opt.last_grad_norm == peer.last_grad_norm
+            assert fused.last_grad_norm == peer.last_grad_norm
         assert scaler.get_scale() == (8.0 if update < 2 else 4.0)
-    assert opt.clock() == peer.clock() == (UPDATES - 1, 0)
+    assert fused.clock() == peer.clock() == (UPDATES - 1, 0)
     assert_same(whole(single).values(), whole(model).values())
 
 
@@ -337,7 +343,36 @@ def range_test_with_zero(folder: Path) -> None:
     assert tested(lambda model: zero(model, fastlr.FusedSGD, lr=0.1, momentum=0.9)) == whole_one
 
 
+# -- the page ------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "frameworks" / "torch_distributed.md"
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+
+
+def page_runs(folder: Path, example: int) -> None:
+    """Each block by itself, with what any reader has."""
+    x, y = torch.randn(32, 4), torch.randint(0, 3, (32,))
+    names = {
+        "torch": torch,
+        "fastlr": fastlr,
+        "model": torch.nn.Linear(4, 3),
+        "loss_fn": torch.nn.functional.cross_entropy,
+        "loader": list(zip(x.split(8), y.split(8), strict=True)),
+        "device": torch.device("cpu"),
+    }
+    os.chdir(folder)
+    exec(compile(examples()[example], PAGE.name, "exec"), names)
+    clocks: list[Any] = [None] * dist.get_world_size()
+    opt = names["opt"]
+    dist.all_gather_object(clocks, getattr(opt, "optim", opt).clock())
+    assert clocks == [(4, 0)] * 2
+
+
 CASES = {
+    **{f"page-{example}": Case(2, page_runs, {"example": example}) for example in range(len(examples()))},
     **{
         f"{strategy}-{rule}": Case(2, trains_as_one_process, {"strategy": strategy, "rule": rule})
         for strategy in STRATEGIES
@@ -361,6 +396,12 @@ CASES = {
             ("ddp-bucket-view", fastlr.GradScaler, {"max_grad_norm": 0.125}),
         )
     },
+    **{
+        f"zero-{kind.__module__.split('.')[0]}-GradScaler": Case(
+            2, skips_on_all_ranks, {"strategy": "ddp", "kind": kind, "options": {}, "share": True}
+        )
+        for kind in (torch.amp.GradScaler, fastlr.GradScaler)
+    },
     "join": Case(2, join_goes_on_without_who_is_through),
     **{
         f"{strategy}-range-test": Case(2, range_test_leaves_nothing, {"strategy": strategy})
@@ -383,3 +424,18 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_on_two_ranks(told: dict[str, str], case: str) -> None:
     if told[case]:
         pytest.fail(told[case], pytrace=False)
+
+
+def test_steps_come_to_their_parameters_devices() -> None:
+    """ZeroRedundancyOptimizer loads them on the host; here a device that does nothing stands for others."""
+    opt = fastlr.FusedAdamW([torch.zeros(3, requires_grad=True)])
+    p = torch.zeros(3, device="meta")
+    at_home = {"step": torch.tensor(3.0)}
+    states = {
+        p: {"exp_avg": torch.zeros(3, device="meta"), "step": torch.tensor(2.0)},
+        torch.zeros(3): at_home,
+    }
+    step = at_home["step"]
+    opt._rule_state.bring_home(states)
+    assert states[p]["step"].device == p.device
+    assert at_home["step"] is step

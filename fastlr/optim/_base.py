@@ -467,6 +467,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         buffers = self._buffer_averages
         if buffers is not None:
             buffers.find()
+        if self._parts is ZERO:
+            self._rule_state.bring_home(self.state)
         self._plan.step(
             self.param_groups,
             self.state,
