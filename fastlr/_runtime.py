@@ -44,6 +44,11 @@ class Runtime:
         return parameter.dtype in (torch.bfloat16, torch.float16, torch.complex32)
 
     @staticmethod
+    def is_flattened(parameter: torch.Tensor) -> bool:
+        """Whether FSDP1 has flattened it, so that it may be this rank's part of a parameter."""
+        return getattr(parameter, "_fsdp_flattened", False)
+
+    @staticmethod
     def new_master(parameter: torch.Tensor) -> torch.Tensor:
         """The same for what is kept of a half parameter's master: 16 bits beside a bfloat16, or all of it."""
         dtype = torch.int16 if parameter.dtype is torch.bfloat16 else torch.float32

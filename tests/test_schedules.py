@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -224,7 +225,15 @@ def test_values_are_the_calls(name: str) -> None:
 def test_survives_every_way_of_copying(name: str) -> None:
     schedule = EVERY_POLICY[name]
     data = json.loads(json.dumps(schedule.to_dict()))
-    for other in (Schedule.from_dict(data), pickle.loads(pickle.dumps(schedule))):
+    file = io.BytesIO()
+    torch.save(schedule, file)
+    file.seek(0)
+    others = (
+        Schedule.from_dict(data),
+        pickle.loads(pickle.dumps(schedule)),
+        torch.load(file, weights_only=True),
+    )
+    for other in others:
         assert other is not schedule
         assert other == schedule
         assert hash(other) == hash(schedule)

@@ -179,7 +179,8 @@ class GrowingLoader:
         asking for it, and there are those who scale SGD's rate so (arXiv 1705.08741).
 
         Args:
-            optimizer: a fused optimizer, or a framework's wrapper around one.
+            optimizer: a fused optimizer, or a framework's wrapper around one, or ZeroRedundancyOptimizer,
+                with which an update has to end in a step: a skipped one cannot move the clock.
 
         Returns:
             The loader itself.
@@ -199,8 +200,13 @@ class GrowingLoader:
         Clock(updates=1, samples=4)
         Clock(updates=2, samples=8)
         """
-        while not isinstance(optimizer, FusedOptimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        while not isinstance(optimizer, FusedOptimizer):
+            wrapped = getattr(
+                optimizer, "optimizer", getattr(optimizer, "optim", None)
+            )  # ZeRO's is the latter
+            if wrapped is None:
+                break
+            optimizer = wrapped
         if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(
                 f"only a fastlr optimizer has a samples clock, got {type(optimizer).__name__}; use "

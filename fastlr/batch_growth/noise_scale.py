@@ -100,7 +100,8 @@ class GradientNoiseScale:
         decay: of the averages, in [0, 1): they span some 1 / (1 - decay) updates.
 
     Raises:
-        ValueError: there are no parameters, one is given twice, or decay is out of range.
+        ValueError: there are no parameters, one is given twice, FSDP1 has sharded them, or decay is out of
+            range.
         TypeError: no tensors, or an optimizer of another kind.
 
     >>> import fastlr, torch
@@ -140,6 +141,11 @@ class GradientNoiseScale:
             )
         else:
             self._parameters = tensors("parameters", parameters)
+            if any(map(Runtime.is_flattened, self._parameters)):
+                raise ValueError(
+                    "FullyShardedDataParallel leaves each rank a part of the gradients, whose noise is not "
+                    "the model's; measure it under DistributedDataParallel"
+                )
         self._native = _core.SquaredNorm(Runtime)
         self._observations = 0
         self._gradient = self._noise = self._weight = 0.0

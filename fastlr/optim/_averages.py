@@ -14,6 +14,7 @@ from fastlr._checks import choice, describe
 from fastlr._distributed import cut_as
 from fastlr._runtime import Runtime
 from fastlr.optim._buffers import EMA, RULE, BufferAverages
+from fastlr.optim._parts import ZERO, Parts
 
 # What becomes of a model's buffers where its parameters' averages are: a copy, or averages too.
 Buffers: TypeAlias = Literal["copy", "average"]
@@ -27,6 +28,7 @@ class Averages:
     _plan: _core.Plan
     _runtime: Runtime
     _buffer_averages: BufferAverages | None = None
+    _parts: Parts | None
 
     def _check_warmup(self) -> None:
         """Raises ValueError where ``ema_warmup`` warms nothing up."""
@@ -46,6 +48,12 @@ class Averages:
             raise ValueError(
                 f"{type(self).__name__} keeps no averages, as ema_decay is None; give it one, as "
                 "ema_decay=0.9999"
+            )
+        if self._parts is ZERO:
+            raise RuntimeError(
+                f"{ZERO.name} leaves this optimizer a part of the parameters, so that the model would be a "
+                "mixture of weights and averages; load its consolidated state into a fastlr optimizer of the "
+                "whole model, which then has all averages"
             )
         averaging = (group for group in self.param_groups if group["ema_decay"] is not None)
         parameters = [p for group in averaging for p in group["params"]]
@@ -202,8 +210,8 @@ class Averages:
         >>> opt.copy_averages_to(averaged)
         """
         trained = [p for group in self.param_groups for p in group["params"]]
-        matched = self._matched(model, trained)
         averages = dict(self._averaged())
+        matched = self._matched(model, trained)
         pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
         Runtime.copy([to for to, _ in pairs], [cut_as(value.detach(), to) for to, value in pairs])
 

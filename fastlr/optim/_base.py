@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, overload
@@ -32,7 +31,9 @@ from fastlr.optim._groups import (
     checked_state_dtype,
     clock_of,
     name_of_clock,
+    tensors_of,
 )
+from fastlr.optim._parts import FSDP1, ZERO, are_flattened, is_called_by, is_made_by_zero
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
@@ -74,6 +75,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     ) -> None:
         options = options or {}
         check_step_options(options, f"{type(self).__name__}()")
+        if is_made_by_zero():
+            self._parts = ZERO
         self.max_grad_norm = options.get("max_grad_norm")
         self.nonfinite = options.get("nonfinite", "skip")
         self._make_plan()
@@ -155,6 +158,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 )
         for name in OF_ALL_GROUPS:
             if name in param_group:
+                if self._parts is ZERO and param_group[name] == getattr(self, name):
+                    continue  # it gives its groups, too, what it gives the constructor
                 raise ValueError(
                     f"{name}{where} is {param_group[name]!r}, but it is one of all groups together; give it "
                     f"to {type(self).__name__}()"
@@ -183,12 +188,15 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 )
             given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
+        for name in OF_ALL_GROUPS:
+            filled.pop(name, None)
         filled |= self._checked(filled, where, new=True)
         filled["clock_unit"] = unit = self._unit_with([*self.param_groups, filled])
         if isinstance(filled["params"], Iterator):  # read once; a second try still has them
             filled["params"] = param_group["params"] = list(filled["params"])
         if filled["stochastic_rounding"]:
             check_rounded_by_chance(filled["params"], where)
+        self._meet_parts(tensors_of(filled["params"]))
         super().add_param_group(filled)
         tell_of_missing_cuda(filled["params"])
         param_group.clear()
@@ -196,6 +204,30 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         self.param_groups[place] = param_group
         for group in self.param_groups:
             group["clock_unit"] = unit
+
+    def _meet_parts(self, parameters: list[torch.Tensor]) -> None:
+        """Sees to it that nobody takes a rank's parts of parameters for the whole.
+
+        Raises:
+            ValueError: this optimizer is to measure or clip their norm.
+        """
+        if not are_flattened(parameters):
+            return
+        self._parts = FSDP1
+        # ShardedGradScaler tells the ranks of each other's inf only where the optimizer leaves that to it.
+        self._step_supports_amp_scaling = False
+        if self._max_grad_norm is not None:
+            self._check_whole("max_grad_norm", self._max_grad_norm)
+        if self._measures_grad_norm:
+            self._check_whole("measure_grad_norm", True)
+
+    def _check_outside_zero(self, what: str, remedy: str) -> None:
+        """Raises RuntimeError for what would be undone, see NOTE: [inside ZeroRedundancyOptimizer]."""
+        if self._parts is ZERO:
+            raise RuntimeError(
+                f"{what} would be undone by {ZERO.name}, which made this optimizer and writes its own "
+                f"parameter groups over this one's before each step; {remedy}"
+            )
 
     def set_schedule(
         self,
@@ -219,6 +251,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
             TypeError: a value is neither a number nor a schedule, or this optimizer has no such option.
         """
+        self._check_outside_zero("set_schedule()", "give that the schedule when you make it")
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
@@ -341,6 +374,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         >>> opt.clock(), opt.param_groups[0]["lr"]
         (Clock(updates=60, samples=0), 0.025)
         """
+        self._check_outside_zero("set_clock()", "load a consolidated state with such a clock into that")
         change: dict[str, Any] = {} if updates is None else {"updates": count("updates", updates, 0)}
         if samples is not None and tokens is not None:
             raise ValueError(
@@ -426,6 +460,10 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         self._advance("token", count("tokens", tokens, 0))
 
     def _advance(self, unit: str, number: int) -> None:
+        self._check_outside_zero(
+            f"advance_{unit}s()",
+            f"steps alone can move the {unit}s clock there, as those of a bound GrowingLoader do",
+        )
         if (counts := self.param_groups[0]["clock_unit"]) != unit:
             before = self._sync().samples
             if before or self._options.counted(self.param_groups) is not None:
@@ -517,6 +555,8 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         buffers = self._buffer_averages
         if buffers is not None:
             buffers.find()
+        if self._parts is ZERO:
+            self._rule_state.bring_home(self.state)
         self._plan.step(
             self.param_groups,
             self.state,
@@ -546,10 +586,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     def _only_initializes_state(self) -> bool:
         if any(group["lr"] != 0.0 for group in self.param_groups):
             return False  # the function sets it to 0; this spares other steps the walk up the stack
-        frame = sys._getframe(2).f_back
-        while frame is not None and frame.f_code.co_name != self._INITIALIZES_STATE:
-            frame = frame.f_back
-        if frame is None:
+        if not is_called_by(self._INITIALIZES_STATE):
             return False
         for group in self.param_groups:
             group["fresh"] = True
@@ -613,6 +650,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        self._check_outside_zero("load_state_dict()", "load the consolidated state into that")
         self._plan.refuse_capture("load_state_dict()")
         _remove_hook(self._optimizer_load_state_dict_pre_hooks, self._unpack)
         try:

@@ -90,8 +90,8 @@ def unpack(
         for option in options.scheduled:
             name = option.name
             if f"{name}_schedule" in saved:
-                owner = saved[f"{name}_schedule"]
-                schedule = None if owner is None else Schedule.from_dict(owner)
+                owner = saved[f"{name}_schedule"]  # live where others saved it, see NOTE: [pickled schedules]
+                schedule = owner if isinstance(owner, (Schedule, type(None))) else Schedule.from_dict(owner)
             elif "updates" in saved and (option.tuple or name) in saved:
                 # fastlr's own, of a version in which none could drive this option
                 schedule = None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastlr import _core
 from fastlr._checks import choice, flag, number
+from fastlr.optim._parts import Parts
 
 
 class GradNorm:
@@ -17,9 +18,20 @@ class GradNorm:
     _max_grad_norm: float | None = None
     _raises_nonfinite = False
 
+    _parts: Parts | None = None
+
+    def _check_whole(self, name: str, value: object) -> None:
+        """Raises ValueError where this rank has parts of the parameters, of which no norm is the model's."""
+        if self._parts is not None:
+            raise ValueError(
+                f"{name} takes the norm of all gradients, of which {self._parts.name} leaves a part to each "
+                f"rank, got {value!r}; leave it out and call {self._parts.clip}, which returns the norm, "
+                "before the step"
+            )
+
     def _norm_settings(self) -> dict[str, Any]:
         """What a copy of the optimizer takes over."""
-        kept = ("_measures_grad_norm", "_max_grad_norm", "_raises_nonfinite")
+        kept = ("_measures_grad_norm", "_max_grad_norm", "_raises_nonfinite", "_parts")
         return {name: getattr(self, name) for name in kept}
 
     @property
@@ -32,7 +44,10 @@ class GradNorm:
 
     @measure_grad_norm.setter
     def measure_grad_norm(self, measure: bool) -> None:
-        self._measures_grad_norm = flag("measure_grad_norm", measure)
+        measures = flag("measure_grad_norm", measure)
+        if measures:
+            self._check_whole("measure_grad_norm", measure)
+        self._measures_grad_norm = measures
 
     @property
     def last_grad_norm(self) -> float | None:
@@ -91,6 +106,7 @@ class GradNorm:
             limit = number("max_grad_norm", limit, "a number or None")
             if not 0.0 < limit < math.inf:
                 raise ValueError(f"max_grad_norm must be finite and > 0, or None, got {limit!r}")
+            self._check_whole("max_grad_norm", limit)
         self._max_grad_norm = limit
 
     @property

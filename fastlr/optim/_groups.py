@@ -246,11 +246,17 @@ def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
         )
 
 
+def tensors_of(params: object) -> list[torch.Tensor]:
+    """Those that a new group is given, each alone or with its name; what else is wrong PyTorch says."""
+    entries = params if isinstance(params, list) else [params]
+    tensors = [entry[-1] if isinstance(entry, tuple) and entry else entry for entry in entries]
+    return [p for p in tensors if isinstance(p, torch.Tensor)]
+
+
 def check_rounded_by_chance(params: object, where: str) -> None:
-    """Raises ValueError for a float16 parameter among a new group's; what else is wrong PyTorch says."""
-    for entry in params if isinstance(params, list) else [params]:
-        p = entry[-1] if isinstance(entry, tuple) and entry else entry
-        if isinstance(p, torch.Tensor) and p.dtype in (torch.float16, torch.complex32):
+    """Raises ValueError for a float16 parameter among a new group's."""
+    for p in tensors_of(params):
+        if p.dtype in (torch.float16, torch.complex32):
             dtype = str(p.dtype).removeprefix("torch.")
             raise ValueError(
                 f"stochastic_rounding{where} must be False, got True: it is for bfloat16, and a parameter of "

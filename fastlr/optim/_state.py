@@ -144,6 +144,14 @@ class RuleState:
                 kept[name] = tensor
         return kept
 
+    def bring_home(self, states: States) -> None:
+        """Puts each ``step`` on its parameter's device; ZeroRedundancyOptimizer loads them on the host."""
+        if not self.counts_steps:
+            return
+        for parameter, entry in states.items():
+            if STEP in entry and entry[STEP].device != parameter.device:
+                entry[STEP] = Runtime.new_step(parameter).copy_(entry[STEP])
+
     def is_new(self, entry: dict[str, torch.Tensor]) -> bool:
         """Whether state is as :meth:`new` makes it; without a ``step``, whether the rule's is all zeros."""
         if any(map(Runtime.has_no_values, entry.values())):

@@ -8,6 +8,7 @@ import torch
 
 from fastlr._distributed import is_distributed
 from fastlr.optim._base import FusedOptimizer
+from fastlr.optim._parts import FSDP1
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -44,6 +45,19 @@ class GradScaler(torch.amp.GradScaler):
     [0.5, 0.5] 1024.0 False
     [0.5, 0.5] 512.0 True
     """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: FSDP1 leaves each rank a part of the gradients; the others have to be told of an inf.
+        """
+        if isinstance(optimizer, FusedOptimizer) and optimizer._parts is FSDP1:
+            raise ValueError(
+                f"{FSDP1.name} leaves each rank a part of the gradients, and this scaler tells no other rank "
+                "of an inf in it; use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
+            )
+        super().unscale_(optimizer)
 
     # What torch's step() asks for found_inf where unscale_() has not been called; in every version so far.
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:

@@ -33,6 +33,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastlr._runtime import Runtime
 from fastlr.range_test.keeping import (
     KeptTensor,
     Path,
@@ -402,6 +403,8 @@ class Reachable:
         self.undo.append((path, functools.partial(setattr, module, "training", module.training)))
 
     def _tensor(self, tensor: torch.Tensor, path: Path) -> None:
+        if _is_stale(tensor):
+            return
         kept = KeptTensor(tensor, path)
         if tensor.is_inference():
             pass  # nothing can write to it
@@ -414,8 +417,22 @@ class Reachable:
         self._meet(kept.gradient, path, ".grad")
         for name, hooks in kept.hooks.items():
             self._meet(hooks, path, f".{name}")
-        if not is_traceable_wrapper_subclass(tensor):
+        # Those of what FSDP1 has flattened are its own, which it makes once, at the first forward pass.
+        if not (is_traceable_wrapper_subclass(tensor) or Runtime.is_flattened(tensor)):
             self._attributes(tensor, path, type(tensor))
+
+
+def _is_stale(tensor: torch.Tensor) -> bool:
+    """Whether it is a view that autograd lets nobody read any more, as its base was written to.
+
+    Such are the attributes of modules that FSDP1 makes anew, as parts of its flat parameter, in each forward
+    pass, and leaves behind.
+    """
+    try:
+        tensor.grad_fn  # noqa: B018
+    except RuntimeError:
+        return True
+    return False
 
 
 def _is_constant(thing: object) -> bool:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,22 @@ def all_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     return list({id(p): p for p in (*model.parameters(), *held)}.values())
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Has FSDP1 give up the parameters that a forward pass without a backward one leaves whole.
+
+    They would be what the next pass computes with, whatever is put back into the shards meanwhile.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard  # which nothing public does
+
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle = module._handle
+        if module._is_root is not None and handle is not None and handle.uses_sharded_strategy:
+            _reshard(module, handle, True)
+
+
 class Snapshot:
     """What a model, an optimizer and whatever else takes part hold, to be put back as often as need be.
 
@@ -50,6 +67,9 @@ class Snapshot:
     def __init__(self, training: Mapping[str, object], loaders: Mapping[str, object], backup: Backup) -> None:
         self._values: list[torch.Tensor] | None = None
         self._backup = backup
+        self._models = [thing for thing in training.values() if isinstance(thing, torch.nn.Module)]
+        for model in self._models:
+            reshard(model)
         self._file: Path | None = None
         # What an optimizer has told its devices follows the rest.
         self._last = [
@@ -153,6 +173,8 @@ class Snapshot:
             except Exception as error:
                 failures.setdefault(str(path), error)
 
+        for model in self._models:
+            attempt(Place(None, "model"), reshard, model)
         for part in parts:
             for path, unchanged in part.watched:
                 attempt(path, _require_unchanged, unchanged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,6 +30,7 @@ from fastlr.range_test.snapshot import (
 )
 from fastlr.range_test.update import Batches, Update, trained
 from fastlr.range_test.validation import Validation
+from fastlr.schedules import Schedule
 
 _BACKUPS = ("device", "host", "file")
 
@@ -332,7 +334,33 @@ def _check(
     if not trained:
         raise ValueError("no parameter of the optimizer requires a gradient: the model is frozen")
     device: torch.device = trained[0].device
+    _check_wrapper(model, optimizer, device)
     return device
+
+
+def _check_wrapper(model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raises ValueError for an optimizer around another one, or inside one, that the sweep cannot use."""
+    for place, group in enumerate(optimizer.param_groups):
+        owner = group.get("lr_schedule")
+        if not isinstance(optimizer, FusedOptimizer) and isinstance(owner, Schedule):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps a fastlr optimizer in which {owner!r} owns the lr of "
+                f"parameter group {place}; pass the fastlr optimizer itself, or, where each rank's has part "
+                "of the parameters, as in ZeroRedundancyOptimizer, make one with a number as lr for the test"
+            )
+    if ranks() == 1:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    places = [place for place, p in enumerate(model.parameters()) if id(p) in held]
+    digest = zlib.crc32(repr(places).encode())
+    bounds = torch.tensor([digest, -digest], device=device)
+    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    highest, lowest = bounds.tolist()
+    if highest != -lowest:
+        raise ValueError(
+            "each rank's optimizer holds other parameters of the model, as the one inside of a "
+            "ZeroRedundancyOptimizer does; pass what updates all of them"
+        )
 
 
 def _check_model(model: object) -> None:

@@ -118,7 +118,7 @@ class Update:
             torch.distributed.all_reduce(loss)
             loss = loss / ranks()
         if self._count == 0:
-            self._check_gradients()
+            self._check_gradients(loss.device)
         skipped = self._step(loss)
         self._optimizer.zero_grad(set_to_none=True)
         for p in self._parameters:
@@ -175,13 +175,20 @@ class Update:
                 p.copy_(torch.where(self._sound.to(p.device), p, before))
         return skipped
 
-    def _check_gradients(self) -> None:
-        """Once, before anything is updated: whether there is anything to update with."""
+    def _check_gradients(self, device: torch.device) -> None:
+        """Once, before anything is updated: whether there is anything to update with, on any rank.
+
+        Where parameters are sharded, a rank may have none of those that do.
+        """
         gradients = [p.grad for p in self._trained if p.grad is not None]
-        if not gradients:
-            raise ValueError("the loss does not depend on any parameter that the optimizer holds")
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        if not any(bool(torch.any(g != 0)) for g in values):
+        found = torch.tensor([len(values), sum(bool(torch.any(g != 0)) for g in values)], device=device)
+        if ranks() > 1:
+            torch.distributed.all_reduce(found)
+        some, some_nonzero = found.tolist()
+        if not some:
+            raise ValueError("the loss does not depend on any parameter that the optimizer holds")
+        if not some_nonzero:
             raise ValueError(
                 "the gradient is zero everywhere on the first batch: no rate can change the loss; check that "
                 "the loss depends on the output, and for dead units or a detached tensor"

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+import torch
 
 from fastlr import _core, plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
@@ -256,7 +257,19 @@ class Schedule:
         return self
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Schedule], tuple[dict[str, Any]]]:
-        return Schedule.from_dict, (self.to_dict(),)
+        return read_schedule, (self.to_dict(),)
+
+
+# NOTE: [pickled schedules]
+# Our optimizers' state_dict holds schedules as dicts. Others save param_groups as they are, as torch's
+# ZeroRedundancyOptimizer does. So a schedule is pickled as the call of one function with such a dict, which
+# it checks, and torch.load(weights_only=True) is told that this function is safe.
+def read_schedule(data: dict[str, Any]) -> Schedule:
+    """:meth:`Schedule.from_dict`, by a name of its own, as a pickle needs it."""
+    return Schedule.from_dict(data)
+
+
+torch.serialization.add_safe_globals([read_schedule])
 
 
 def _kinds() -> dict[str, type[Schedule]]:
