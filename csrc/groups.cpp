@@ -240,8 +240,10 @@ double Groups::read_scheduled(PyObject* group, Py_ssize_t index, int option, con
         name + in_group(index) + " was set to " + number(found) +
         " by something else, but a schedule owns it and says " + number(expected) +
         ". Remove the other writer (a torch scheduler: give the framework "
-        "fastlr.integrations.ReadOnlyScheduler(optimizer) instead), or take the value back with "
-        "optimizer.set_schedule(" +
+        "fastlr.integrations.ReadOnlyScheduler(optimizer) instead, and transformers' Trainer what "
+        "fastlr.integrations.transformers.optimizers() makes; a learning-rate finder: "
+        "fastlr.range_test() finds bounds under a schedule), let it write for a while inside "
+        "optimizer.handed_over(), or take the value back with optimizer.set_schedule(" +
         name + "=" + number(found) + ").");
   }
   return expected;

@@ -169,7 +169,9 @@ def test_state_that_is_cut_otherwise_is_refused(begin: Begin) -> None:
     opt = fastlr.FusedSGD([p], lr=0.1, momentum=0.9)
     opt.step()
     before = p._local_tensor.detach().clone()
+    in_other_rows = (Replicate(), Shard(0))  # as many of them
     for other in (
+        distribute_tensor(torch.zeros(6, 4), mesh, in_other_rows, src_data_rank=None),
         torch.zeros(3, 4),
         distribute_tensor(torch.zeros(6, 4), mesh, ALONG_BOTH, src_data_rank=None),
     ):
