@@ -204,10 +204,12 @@ class Update:
         """
         gradients = [p.grad for p in self._trained if p.grad is not None]
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        found = torch.tensor([len(values), sum(bool(torch.any(g != 0)) for g in values)], device=device)
+        found = [bool(values), any(bool(torch.any(g != 0)) for g in values)]
         if ranks() > 1:
-            torch.distributed.all_reduce(found)
-        some, some_nonzero = found.tolist()
+            everybodys = torch.tensor(found, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(everybodys)
+            found = everybodys.tolist()
+        some, some_nonzero = found
         if not some:
             raise ValueError("the loss does not depend on any parameter that the optimizer holds")
         if not some_nonzero:
