@@ -21,7 +21,7 @@ ROOT = "fastlr"
 # each other. "" is the package itself, which gathers what users import.
 LAYERS = (
     ("_core",),
-    ("_checks", "_files", "_build", "_runtime", "_progress", "_statistics", "data", "plotting"),
+    ("_checks", "_files", "_build", "_exchange", "_runtime", "_progress", "_statistics", "data", "plotting"),
     ("schedules",),
     ("optim",),
     ("range_test", "batch_growth"),
@@ -34,7 +34,17 @@ LAYERS = (
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
 # Private to the package, but not to a part of it.
-EVERYBODYS = {"_core", "_checks", "_files", "_build", "_runtime", "_progress", "_statistics", "_training"}
+EVERYBODYS = {
+    "_core",
+    "_checks",
+    "_files",
+    "_build",
+    "_exchange",
+    "_runtime",
+    "_progress",
+    "_statistics",
+    "_training",
+}
 
 
 class Import(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlr._exchange import no_sync
 from fastlr.range_test.record import kept_dtype, ranks
 from fastlr.range_test.snapshot import all_parameters
 
@@ -155,10 +156,10 @@ class Update:
     def _gradients(self, batches: Batches) -> torch.Tensor:
         mean: torch.Tensor | None = None
         for i in range(self._accumulate):
-            # Under DDP gradients are averaged over the ranks once, with the last batch.
+            # Gradients are averaged over the ranks once, with the last batch.
             last = i == self._accumulate - 1
             with (
-                nullcontext() if last else getattr(self._model, "no_sync", nullcontext)(),
+                nullcontext() if last else no_sync(self._model),
                 torch.enable_grad(),
             ):
                 with self._autocast():
