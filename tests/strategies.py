@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+
+from fastlr._exchange import no_sync
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -21,10 +24,12 @@ class Strategy(NamedTuple):
     Attributes:
         wrap: makes the model of one process that of a rank.
         sharded: whether a rank has parts of parameters.
+        fused: whether the optimizers here update them; else torch's have to do.
     """
 
     wrap: Callable[[torch.nn.Module], torch.nn.Module]
     sharded: bool = False
+    fused: bool = True
 
 
 def _fsdp1(use_orig_params: bool) -> Callable[[torch.nn.Module], torch.nn.Module]:
@@ -37,6 +42,14 @@ def _fsdp1(use_orig_params: bool) -> Callable[[torch.nn.Module], torch.nn.Module
         )
 
     return wrap
+
+
+def _fsdp2(model: torch.nn.Module) -> torch.nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Sequential) and module is not model:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def zero(model: torch.nn.Module, kind: Any, **options: Any) -> Any:
@@ -53,7 +66,9 @@ STRATEGIES = {
     "ddp-bucket-view": Strategy(lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)),
     "fsdp1-flat": Strategy(_fsdp1(False), sharded=True),
     "fsdp1-orig": Strategy(_fsdp1(True), sharded=True),
+    "fsdp2": Strategy(_fsdp2, sharded=True, fused=False),
 }
+FUSED = [name for name, strategy in STRATEGIES.items() if strategy.fused]
 
 
 def new_model(seed: int = 0) -> torch.nn.Module:
@@ -83,7 +98,7 @@ def loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> to
 def train(model: torch.nn.Module, optimizer: Any, batches: Sequence[Any], before: Any = None) -> None:
     """Updates of two micro-batches each, of which ranks exchange gradients with the second."""
     for first, second in zip(batches[::2], batches[1::2], strict=True):
-        with getattr(model, "no_sync", nullcontext)():
+        with no_sync(model):
             loss(model, first).backward()
         loss(model, second).backward()
         if before is not None:

@@ -22,7 +22,7 @@ ROOT = "fastlr"
 LAYERS = (
     ("_core",),
     ("_distributed",),
-    ("_checks", "_files", "_build", "_runtime", "_progress", "_statistics", "data", "plotting"),
+    ("_checks", "_files", "_build", "_exchange", "_runtime", "_progress", "_statistics", "data", "plotting"),
     ("schedules",),
     ("optim",),
     ("range_test", "batch_growth"),
@@ -41,6 +41,7 @@ EVERYBODYS = {
     "_checks",
     "_files",
     "_build",
+    "_exchange",
     "_runtime",
     "_progress",
     "_statistics",

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from fastlr._exchange import no_sync
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -68,17 +70,14 @@ class Batch:
     def sync(self, model: object) -> AbstractContextManager[Any]:
         """A context for forward and backward in which ranks exchange gradients only if this ends an update.
 
-        For ``DistributedDataParallel``, and whatever else has ``no_sync()``. It has to enclose the
-        forward pass too: around the backward pass alone DDP still reduces.
+        For ``DistributedDataParallel``, ``FullyShardedDataParallel`` and whatever else has ``no_sync()``, and
+        for what ``fully_shard`` has sharded. It has to enclose the forward pass too: around the backward pass
+        alone DDP still reduces.
 
         Args:
-            model: any module; without ``no_sync()`` the context does nothing.
+            model: any module; where ranks do not share it, the context does nothing.
         """
-        no_sync = getattr(model, "no_sync", None)
-        if self.ends_update or not callable(no_sync):
-            return nullcontext()
-        context: AbstractContextManager[Any] = no_sync()
-        return context
+        return nullcontext() if self.ends_update else no_sync(model)
 
 
 def _each(value: Any, change: Callable[[Any], Any], method: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlr._exchange import no_sync
 from fastlr.range_test.record import kept_dtype, ranks
 from fastlr.range_test.snapshot import all_parameters
 
@@ -133,10 +134,10 @@ class Update:
     def _gradients(self, batches: Batches) -> torch.Tensor:
         mean: torch.Tensor | None = None
         for i in range(self._accumulate):
-            # Under DDP gradients are averaged over the ranks once, with the last batch.
+            # Gradients are averaged over the ranks once, with the last batch.
             last = i == self._accumulate - 1
             with (
-                nullcontext() if last else getattr(self._model, "no_sync", nullcontext)(),
+                nullcontext() if last else no_sync(self._model),
                 torch.enable_grad(),
             ):
                 with self._autocast():
@@ -182,10 +183,12 @@ class Update:
         """
         gradients = [p.grad for p in self._trained if p.grad is not None]
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        found = torch.tensor([len(values), sum(bool(torch.any(g != 0)) for g in values)], device=device)
+        found = [bool(values), any(bool(torch.any(g != 0)) for g in values)]
         if ranks() > 1:
-            torch.distributed.all_reduce(found)
-        some, some_nonzero = found.tolist()
+            everybodys = torch.tensor(found, dtype=torch.int32, device=device)
+            torch.distributed.all_reduce(everybodys)
+            found = everybodys.tolist()
+        some, some_nonzero = found
         if not some:
             raise ValueError("the loss does not depend on any parameter that the optimizer holds")
         if not some_nonzero:
