@@ -486,6 +486,31 @@ def test_what_a_growing_run_cannot_have_is_refused(tmp_path: Path) -> None:
         ours.GrowBatch(4)
 
 
+def test_a_range_test_of_growing_batches_is_of_those_that_the_plan_begins_with(tmp_path: Path) -> None:
+    plain = fit_grown(tmp_path)
+    tests = ours.RangeTest(**SWEEP), ours.RangeTest(**SWEEP)
+    its_plan = plan()
+    for test, order in zip(tests, (1, -1), strict=True):  # before the loader is bound and after
+        grow = ours.GrowBatch(its_plan, micro_batch_size=3, seed=5)
+        module, made = Grown(grow, its_plan), trainer(tmp_path, max_epochs=4, callbacks=[test, grow][::order])
+        made.fit(module, grow.batches(odd_data()))
+        assert_same_run(plain, (module, made))
+    sizes = []  # out of the test's reach, which undoes what the module keeps
+
+    class Watched(Grown):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    grow = ours.GrowBatch(its_plan, micro_batch_size=3, seed=5)
+    found = ours.range_test(trainer(tmp_path), Watched(grow, its_plan), grow.batches(odd_data()), **SWEEP)
+    for test in tests:
+        assert test.result is not None
+        assert test.result.losses.tolist() == found.losses.tolist()
+    assert set(sizes) == {2}  # 4 in micro-batches of at most 3
+    assert len(sizes) % 2 == 0
+
+
 # -- stochastic weight averaging -------------------------------------------------------------------
 
 DECAY = fastlr.StepDecay(0.2, every=UPDATES, gamma=0.5)

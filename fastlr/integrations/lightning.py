@@ -61,7 +61,8 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
     Args:
         trainer: a ``Trainer``, outside of a fit. Inside of one use :class:`RangeTest`.
         module: a ``LightningModule`` with automatic optimization and one optimizer.
-        data: a ``LightningDataModule``, or a loader for training; None: the module's own.
+        data: a ``LightningDataModule``, or a loader for training; None: the module's own. Of
+            :meth:`GrowBatch.batches` it is the batch size that the plan begins with.
         options: those of :func:`fastlr.range_test`, but for loss_fn, step_fn and scaler. With ``metric``,
             which gets a batch, val_loader may be left out where the trainer has one.
 
@@ -194,11 +195,14 @@ def _tested(trainer: Any, module: Any, options: dict[str, Any]) -> RangeTestResu
         )
     (optimizer,) = trainer.optimizers
     loader = _one_loader("training", trainer.train_dataloader)
+    accumulate = trainer.accumulate_grad_batches
+    if isinstance(loader, _Epochs):
+        loader, accumulate = loader.beginning()
     if options.get("metric") is not None:
         options["metric"] = _moving(trainer, options["metric"])
         if options.get("val_loader") is None:
             options["val_loader"] = _one_loader("validation", trainer.val_dataloaders)
-    options.setdefault("accumulate", trainer.accumulate_grad_batches)
+    options.setdefault("accumulate", accumulate)
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
     done = 0
 
@@ -466,12 +470,32 @@ class _Epochs:
             self._grow.batch = batch
             yield batch.data
 
+    def beginning(self) -> tuple[_Beginning, int]:
+        """Batches of the size that the plan begins with, and how many of them make an update."""
+        size, samples = self._grow.plan.batch_sizes[0], self._grow.plan.dataset_size
+        same = BatchPlan.from_phases([(0, size)], dataset_size=samples, epochs=1, lr=1.0, tail="drop")
+        make = functools.partial(GrowingLoader, self.dataset, same, **self._grow.options)
+        return _Beginning(make), len(make()) // same.total_updates
+
     # Lightning asks what can be resumed in the middle of an epoch for these; the callback keeps the place.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+class _Beginning:
+    """The batches of a loader's epoch, again at each iteration in another order."""
+
+    def __init__(self, make: Callable[..., GrowingLoader]) -> None:
+        self._make = make
+        self._seed = int(make.keywords.get("seed", 0))  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._seed += 1
+        for batch in self._make(seed=self._seed):
+            yield batch.data
 
 
 # -- stochastic weight averaging -------------------------------------------------------------------
