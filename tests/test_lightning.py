@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -370,9 +371,9 @@ def plan(**options: Any) -> fastlr.BatchPlan:
     )
 
 
-def odd_data() -> torch.utils.data.TensorDataset:
+def odd_data(more: int = 1) -> torch.utils.data.TensorDataset:
     x, y = data().tensors
-    return torch.utils.data.TensorDataset(torch.cat([x, x[:1]]), torch.cat([y, y[:1]]))
+    return torch.utils.data.TensorDataset(torch.cat([x, x[:more]]), torch.cat([y, y[:more]]))
 
 
 class Grown(Module):
@@ -723,3 +724,75 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"dataset": dataset, "loader": torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True)}
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
+
+
+# -- two processes ---------------------------------------------------------------------------------
+
+
+def shared_plan() -> fastlr.BatchPlan:
+    """Each of whose updates has samples for two ranks."""
+    phases = [(0, 4), (1.5, 6), (2.5, 12)]
+    return fastlr.BatchPlan.from_phases(phases, dataset_size=SAMPLES + 2, epochs=4, lr=0.1)
+
+
+RANK = """
+import subprocess
+import sys
+import warnings
+
+warnings.simplefilter("ignore")
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+
+from test_lightning import SWEEP, Grown, Module, loader, odd_data, ours, shared_plan, trainer
+
+folder = Path(sys.argv[2])
+ddp = {"strategy": "ddp", "devices": 2}
+module = Module(dropout=0.0)
+made = trainer(folder, **ddp)
+before = [p.detach().clone() for p in module.parameters()]
+found = ours.range_test(made, module, loader(), **SWEEP)
+assert all(torch.equal(p, q) for p, q in zip(before, module.parameters()))
+plan = shared_plan()
+grow = ours.GrowBatch(plan, micro_batch_size=2, seed=5)
+grown = Grown(grow, plan)
+grown_by = trainer(folder, max_epochs=4, callbacks=[grow], **ddp)
+grown_by.fit(grown, grow.batches(odd_data(2)))
+torch.save({
+    "losses": found.losses.tolist(),
+    "weights": [p.detach() for p in grown.parameters()],
+    "updates": grown.updates,
+    "clock": tuple(grown_by.optimizers[0].clock()),
+}, folder / f"{grown_by.global_rank}.pt")
+"""
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("two processes talk through gloo")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    finished = subprocess.run(
+        [*run, str(script), str(Path(__file__).parent), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["losses"] == second["losses"]
+    its_plan = shared_plan()
+    grow = ours.GrowBatch(its_plan, seed=5)
+    module, made = fit(
+        tmp_path, Grown(grow, its_plan), grow.batches(odd_data(2)), max_epochs=4, callbacks=[grow]
+    )
+    assert first["clock"] == second["clock"] == made.optimizers[0].clock()
+    updates = zip(first["updates"], second["updates"], strict=True)
+    assert [(at, size + other) for (at, size), (_, other) in updates] == module.updates
+    assert_same(first["weights"], second["weights"])
+    for ours_, theirs in zip(first["weights"], module.parameters(), strict=True):
+        torch.testing.assert_close(ours_, theirs.detach(), rtol=1e-5, atol=1e-6)
