@@ -231,6 +231,7 @@ def test_a_range_test_behind_the_block_is_undone_as_ever() -> None:
     fastlr.range_test(*test, num_steps=4, progress=False)
 
 
+@pytest.mark.usefixtures("streams")
 def test_a_captured_graph_takes_the_numbers_and_then_the_schedules(on_emulated_cuda: ModuleType) -> None:
     ours, theirs = twins([(9,)])
     schedule = fastlr.Exponential(0.5, 0.75)

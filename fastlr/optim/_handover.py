@@ -78,10 +78,13 @@ class Handover:
                 raise
 
     def _take_back(self) -> None:
-        if self._set_aside is not None:
-            _core.update_groups(self.param_groups, self._in_charge())  # all at once
-            self._set_aside = None
-        self._push(self.param_groups)
+        try:
+            self.sync()  # as devices know what replays of a graph have done
+        finally:
+            if self._set_aside is not None:
+                _core.update_groups(self.param_groups, self._in_charge())  # all at once
+                self._set_aside = None
+            self._push(self.param_groups)
 
     def _in_charge(self) -> list[dict[str, Any]]:
         """The groups with their schedules in charge: those in use, or what they will be behind the block."""
