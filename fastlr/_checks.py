@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, SupportsFloat
 
@@ -148,9 +148,14 @@ def text(name: str, value: object) -> str:
     return value
 
 
+def is_sequence(value: object) -> bool:
+    """Whether it is a list, a tuple or what stands for one, as in a hydra configuration; no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def vector(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Real numbers in one dimension, as an array of its own; from lists, arrays and tensors."""
-    if isinstance(values, (list, tuple)):
+    if is_sequence(values):
         values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
         if any(isinstance(value, bool) for value in values):
             raise TypeError(f"{name} must hold real numbers, got bool")

@@ -288,6 +288,21 @@ def test_a_json_file_brings_everything_back(make, tmp_path):
     assert answers["max_lr"] == found.max_lr
 
 
+@pytest.mark.parametrize("make", FULL.values(), ids=FULL.keys())
+def test_a_dict_brings_everything_back_from_a_checkpoint(make, tmp_path):
+    found = make()
+    torch.save({"found": found.to_dict()}, tmp_path / "model.ckpt")
+    data = torch.load(tmp_path / "model.ckpt", weights_only=True)["found"]
+    loaded = fastlr.RangeTestResult.from_dict(data)
+    assert loaded.to_dict() == found.to_dict()
+    assert loaded.summary() == found.summary()
+    found.to_json(tmp_path / "range.json")
+    assert json.loads((tmp_path / "range.json").read_text()) == found.to_dict()
+    for wrong, message in ((data["losses"], "data holds no"), ({**data, "lrs": None}, "data is incomplete")):
+        with pytest.raises(ValueError, match=message):
+            fastlr.RangeTestResult.from_dict(wrong)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

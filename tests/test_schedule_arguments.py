@@ -248,7 +248,7 @@ DOES_NOT_FIT = {
         lambda: Schedule.from_dict({"type": "Constant", "value": -1.0}),
         "value must be a finite number >= 0, got -1.0",
     ),
-    "the base class": (lambda: Schedule()(0), "Schedule is abstract; use one of its subclasses"),
+    "the base class": (lambda: Schedule()(0), "abstract class Schedule"),
 }  # fmt: skip
 
 

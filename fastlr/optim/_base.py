@@ -33,6 +33,7 @@ from fastlr.optim._groups import (
     name_of_clock,
     tensors_of,
 )
+from fastlr.optim._handover import Handover
 from fastlr.optim._parts import FSDP1, ZERO, are_flattened, is_called_by, is_made_by_zero
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
@@ -42,7 +43,7 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable
 Driver: TypeAlias = float | Schedule | None
 
 
-class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, Averages, Handover, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
@@ -147,6 +148,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             return super().add_param_group(param_group)  # which raises
+        self._refuse_handed_over("add_param_group()")
         place = len(self.param_groups)
         where = f" of parameter group {place}"
         clock = self._sync() if self.param_groups else Clock(0, 0)
@@ -252,6 +254,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             TypeError: a value is neither a number nor a schedule, or this optimizer has no such option.
         """
         self._check_outside_zero("set_schedule()", "give that the schedule when you make it")
+        self._refuse_handed_over("set_schedule()")
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
         size = len(self.param_groups)
@@ -374,6 +377,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         >>> opt.clock(), opt.param_groups[0]["lr"]
         (Clock(updates=60, samples=0), 0.025)
         """
+        self._refuse_handed_over("set_clock()")
         self._check_outside_zero("set_clock()", "load a consolidated state with such a clock into that")
         change: dict[str, Any] = {} if updates is None else {"updates": count("updates", updates, 0)}
         if samples is not None and tokens is not None:
@@ -624,7 +628,11 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             _remove_hook(self._optimizer_state_dict_post_hooks, self._pack)
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        pack(self.param_groups, self._options, self._rule_state, state_dict)
+        own_groups = self._in_charge()
+        if own_groups is not self.param_groups:
+            for group, own in zip(state_dict["param_groups"], own_groups, strict=True):
+                group.update({key: value for key, value in own.items() if key != "params"})
+        pack(own_groups, self._options, self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the
@@ -670,7 +678,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)
         loaded = unpack(
-            self.param_groups, self._plan, self._options, self._rule_state, self._from_file, state_dict
+            self._in_charge(), self._plan, self._options, self._rule_state, self._from_file, state_dict
         )
         if loaded is None:
             return None
@@ -681,7 +689,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        return {**super().__getstate__(), **self._norm_settings()}
+        return {**super().__getstate__(), "param_groups": self._in_charge(), **self._norm_settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_plan" not in self.__dict__:  # unpickled or copied; else a state_dict is being loaded
@@ -692,6 +700,10 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
             return
         loaded = dict(self._loaded.states) if "_loaded" in self.__dict__ else {}
         groups = state["param_groups"]
+        if self._set_aside is not None:
+            state["_set_aside"] = [self._owners(group) for group in groups]
+            for group in groups:
+                group.update(self._nobody())
         self._push(groups)  # first, as a captured graph may refuse them
         if self._plan.captured():  # it goes on with its own state, also with what the file has nothing for
             for group in groups:

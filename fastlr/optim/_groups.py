@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 
 from fastlr import _core
-from fastlr._checks import describe, flag, number
+from fastlr._checks import describe, flag, is_sequence, number
 from fastlr.schedules import Schedule
 
 # NOTE: [what drives an option]
@@ -96,7 +96,7 @@ class RuleOptions:
         if option.tuple is None:
             return group[option.name]
         values, size = group[option.tuple], self._sizes[option.tuple]
-        if not isinstance(values, (tuple, list)) or len(values) != size:
+        if not is_sequence(values) or len(values) != size:
             kind = "numbers or schedules" if option.name in map(_name, self.scheduled) else "numbers"
             raise ValueError(
                 f"{option.tuple}{where} must be a tuple of {size} {kind}, got {describe(values)}"

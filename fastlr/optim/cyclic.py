@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from typing_extensions import Self, Unpack
 
-from fastlr._checks import flag, number
+from fastlr._checks import flag, is_sequence, number
 from fastlr.optim._base import FusedOptimizer, Params
 from fastlr.optim._groups import TorchOptions, check_step_options
 from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
@@ -49,7 +49,7 @@ class CyclicOptimizer(FusedOptimizer):
         self._cycle = cycle
         for name in ("base_lr", "max_lr"):
             bounds = cycle[name]
-            if isinstance(bounds, (list, tuple)):
+            if is_sequence(bounds):
                 groups = _as_groups(params)
                 if len(bounds) != len(groups):
                     raise ValueError(f"{name} has {len(bounds)} values for {len(groups)} groups")
@@ -316,7 +316,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
 
     def _momentum(self, cycle: dict[str, Any], cycles: _Cycles) -> dict[str, Any]:
         betas = cycle["betas"]
-        if cycles.momentum is None or not isinstance(betas, (tuple, list)) or not betas:
+        if cycles.momentum is None or not is_sequence(betas) or not betas:
             return {"lr": cycles.lr, "betas": betas}  # whose form is looked at with the rest of the group
         beta1, *rest = betas
         if isinstance(beta1, Schedule) or beta1 not in (0.9, cycles.momentum.max):

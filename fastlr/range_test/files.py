@@ -49,7 +49,7 @@ def write_csv(result: Recorded, path: str | os.PathLike[str]) -> None:
 def write_json(result: Recorded, path: str | os.PathLike[str]) -> None:
     """Writes everything that :func:`read_json` reads back, and the answers, for other readers."""
     with replacing(path) as file:
-        json.dump({"format": _FORMAT, **_to_dict(result)}, file, allow_nan=False, indent=1)
+        json.dump(to_dict(result), file, indent=1)
         file.write("\n")
 
 
@@ -64,12 +64,27 @@ def read_json(path: str | os.PathLike[str], made_of: Callable[[dict[str, Any]], 
             data = json.load(file)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{os.fspath(path)} is no JSON file: {error}") from error
+    return read_dict(data, made_of, os.fspath(path))
+
+
+def read_dict(data: object, made_of: Callable[[dict[str, Any]], T], where: str) -> T:
+    """What ``made_of`` makes of what :func:`to_dict` returned.
+
+    Raises:
+        ValueError: it is no range test; ``where`` is its name.
+    """
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise ValueError(f'{os.fspath(path)} holds no "{_FORMAT}"')
+        raise ValueError(f'{where} holds no "{_FORMAT}"')
     try:
         return made_of(data)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)} is incomplete or damaged: {error!r}") from error
+        raise ValueError(f"{where} is incomplete or damaged: {error!r}") from error
+
+
+def to_dict(result: Recorded) -> dict[str, Any]:
+    """Everything that :func:`read_dict` reads back, and the answers, as JSON has values."""
+    data: dict[str, Any] = json.loads(json.dumps({"format": _FORMAT, **_to_dict(result)}, allow_nan=False))
+    return data
 
 
 def _to_dict(result: Recorded) -> dict[str, Any]:

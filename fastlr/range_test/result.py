@@ -378,6 +378,26 @@ class RangeTestResult:
         """
         return files.read_json(path, cls._from_dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`from_dict` reads back, and the answers: what :meth:`to_json` writes.
+
+        Plain numbers, strings, lists and dicts, which checkpoints and JSON take.
+
+        >>> found = RangeTestResult([0.1, 0.2], [2.0, 1.0])
+        >>> found.to_dict()["losses"], found.to_dict()["answers"]["max_lr"]
+        ([2.0, 1.0], None)
+        """
+        return files.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RangeTestResult:
+        """Reads what :meth:`to_dict` returned. The answers are read from the curve anew.
+
+        Raises:
+            ValueError: it is no range test.
+        """
+        return files.read_dict(data, cls._from_dict, "data")
+
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> RangeTestResult:
         own = {f.name: data[f.name] for f in fields(cls)}

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,8 +35,10 @@ def schedule(name: str, value: object) -> Schedule:
     return value
 
 
+# Abstract, so that jsonargparse, and LightningCLI with it, takes subclasses for an argument of this type,
+# which it does not for a plain dataclass.
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """What all schedules share. Immutable, hashable, comparable by value.
 
     Args:
@@ -55,8 +58,6 @@ class Schedule:
     def __post_init__(self) -> None:
         self._set(unit=choice("unit", self.unit, _UNITS))
         self._validate()
-        if type(self) is Schedule:
-            raise TypeError("Schedule is abstract; use one of its subclasses")
         for clock in turning_points(self._segments()[0], self._last):
             value = self._native.value(clock)
             if not math.isfinite(value):
@@ -65,16 +66,16 @@ class Schedule:
                     "arguments leave the range of float64"
                 )
 
-    def _validate(self) -> None:
+    def _validate(self) -> None:  # noqa: B027  # some have nothing to check
         """Checks the fields and stores them in their canonical type."""
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    @abstractmethod
     def _segments(self) -> Native:
         """The native form: segments in order, and the values of their tables."""
-        raise NotImplementedError
 
     @property
     def duration(self) -> int | None:
@@ -82,9 +83,9 @@ class Schedule:
         return None
 
     @property
+    @abstractmethod
     def peak(self) -> float:
         """The largest value that it takes (for joined schedules an upper bound)."""
-        raise NotImplementedError
 
     @property
     def last(self) -> int | None:
@@ -274,12 +275,12 @@ torch.serialization.add_safe_globals([read_schedule])
 
 def _kinds() -> dict[str, type[Schedule]]:
     """The package's schedules by their names, which stand in what ``to_dict()`` returns."""
-    kinds: list[type[Schedule]] = [Schedule]
+    kinds = Schedule.__subclasses__()
     for kind in kinds:  # while it grows
         kinds += kind.__subclasses__()
     return {
         kind.__name__: kind
-        for kind in kinds[1:]
+        for kind in kinds
         if kind.__module__.startswith(f"{__package__}.") and not kind.__name__.startswith("_")
     }
 
