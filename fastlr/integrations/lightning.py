@@ -67,7 +67,8 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
             which gets a batch, val_loader may be left out where the trainer has one.
 
     Raises:
-        ValueError: there are several optimizers or loaders, or the trainer starts processes for each fit.
+        ValueError: there are several optimizers or loaders, the trainer has nothing to train, or it starts
+            processes for each fit.
         TypeError: the module optimizes manually.
     """
     launcher = trainer.strategy.launcher
@@ -102,7 +103,11 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
         module.trainer = owner
     if test.error is not None:
         raise test.error
-    assert test.result is not None
+    if test.result is None:
+        raise ValueError(
+            "the trainer began no training, as it has no batches or has reached its max_epochs or max_steps; "
+            "give it some, or a new Trainer"
+        )
     return test.result
 
 
