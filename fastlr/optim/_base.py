@@ -32,6 +32,7 @@ from fastlr.optim._groups import (
     clock_of,
 )
 from fastlr.optim._state import RuleState
+from fastlr.optim._to_torch import to_torch
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
@@ -485,6 +486,33 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         # Last, and the one that is asked at the very end: what Ctrl-C leaves over the next step drops.
         for group in reversed(self.param_groups):
             group["fresh"] = False
+
+    def to_torch(self, **options: Any) -> tuple[torch.optim.Optimizer, Any]:
+        """Torch's optimizer and scheduler that go on where this one stands: the way back from :func:`fuse`.
+
+        They update the same parameters, and have copies of all else. A later step of this optimizer raises.
+
+        Args:
+            options: how torch's step is made (``foreach``, ``fused``, ``capturable``), as its class takes
+                them.
+
+        Returns:
+            The optimizer, and its scheduler or None, where no schedule drives anything. A schedule that
+            :meth:`Schedule.in_updates` made is a scheduler to be stepped once an epoch, any other one after
+            each update. What torch has no scheduler for is a ``LambdaLR`` over the schedules' values, and a
+            warning says so.
+
+        Raises:
+            ValueError: it does what torch's optimizer does not (clipping, averages), or follows samples; the
+                message says what to do. Nothing has changed then.
+
+        >>> import fastlr, torch
+        >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))
+        >>> optimizer, scheduler = opt.to_torch()
+        >>> type(optimizer).__name__, type(scheduler).__name__, scheduler.step_size
+        ('SGD', 'StepLR', 30)
+        """
+        return to_torch(self, options)
 
     # -- checkpoints -----------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -28,7 +27,7 @@ def refuse_steps(old: Any, what_happened: str) -> None:
     # A scheduler's state_dict is all that it holds itself, so that this has to be its class's.
     kind = type(old)
     methods = {name: step for name in ("step", "step_update") if hasattr(kind, name)}
-    copied = {"__reduce__": lambda self: (copyreg.__newobj__, (kind,), vars(self))}  # type: ignore[attr-defined]
+    copied = {"__reduce__": lambda self: (object.__new__, (kind,), vars(self))}
     old.__class__ = type(kind.__name__, (kind,), {**methods, **copied, "__module__": kind.__module__})
 
 

@@ -121,6 +121,12 @@ def timm_tables(
         (copied.step if scheduler.t_in_epochs else copied.step_update)(tick)
         rows.append([numbers_of(group)["lr"] for group in copied.optimizer.param_groups])
     present = [numbers_of(group)["lr"] for group in optimizer.param_groups]
+    first = [
+        base * group.get("lr_scale", 1.0)
+        for base, group in zip(scheduler.base_values, optimizer.param_groups, strict=True)
+    ]
+    if present == first and not optimizer.state:  # nobody has told it a tick, and its first may differ
+        rows[0] = first
     places = [tick for tick, row in enumerate(rows) if row == present]
     if len(places) != 1 and (optimizer.state or 0 not in places):
         raise ValueError(
