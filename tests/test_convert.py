@@ -7,10 +7,12 @@ import importlib.util
 import io
 import math
 import pickle
+import re
 import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -838,3 +840,100 @@ def test_options_of_torchs_step_and_copies() -> None:
     after = fused.state_dict()["state"]
     for key, entry in state["state"].items():
         assert all(torch.equal(value, after[key][name]) for name, value in entry.items())
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------
+
+
+def written(value: Any) -> Any:
+    """Through a file that holds plain values only."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("updates_per_tick", [1, 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cyclic-exp_range",
+        "one-cycle",
+        "restarts",
+        "multi-step",
+        "cosine",
+        "warm-up-cosine",
+        "lambda",
+        "chain",
+    ],
+)
+def test_files_of_torchs_optimizer_and_scheduler_are_loaded(name: str, updates_per_tick: int) -> None:
+    make, _ = {**SCHEDULERS, **TABULATED}[name]
+    optimizer = sgd()
+    pair = Pair(optimizer, make(optimizer)).run(0, 10 * updates_per_tick, updates_per_tick)
+    kind: Any = type(pair.scheduler)
+    if name in ("warm-up-cosine", "lambda", "chain"):
+        with pytest.raises(TypeError, match=f"a file of a {kind.__name__} does not say all; pass a function"):
+            fastlr.FusedSGD(groups()).load_torch(
+                {"state": {}, "param_groups": []}, {}, scheduler=kind, updates_per_tick=1
+            )
+        kind = make
+    files = written(optimizer.state_dict()), pair.scheduler.state_dict()
+    if name != "multi-step":  # whose Counter torch.load does not take
+        files = files[0], written(files[1])
+    loaded = fastlr.FusedSGD(groups(0.7), momentum=0.5, lr=fastlr.Constant(0.3))
+    with torch.no_grad():
+        for ours, theirs in zip(weights(loaded), weights(optimizer), strict=True):
+            ours.copy_(theirs)
+    loaded.load_torch(*files, scheduler=kind, updates_per_tick=updates_per_tick, horizon=HORIZON)
+    fused = fastlr.fuse(*pair, updates_per_tick=updates_per_tick, horizon=HORIZON)
+    assert loaded.clock() == fused.clock()
+    for update in range(10 * updates_per_tick, 20 * updates_per_tick):
+        assert rates(loaded) == rates(fused)
+        for each in (loaded, fused):
+            Pair(each, None).step(update)
+    assert all(map(torch.equal, weights(loaded), weights(fused)))
+
+
+def test_what_is_wrong_with_torchs_files_is_said_and_changes_nothing() -> None:
+    optimizer = sgd()
+    pair = Pair(optimizer, S.StepLR(optimizer, 3)).run(0, 5)
+    files = optimizer.state_dict(), pair.scheduler.state_dict()
+    loaded = fastlr.FusedSGD(groups(), lr=fastlr.Constant(0.3))
+    before = loaded.state_dict()
+    with pytest.raises(ValueError, match="updates_per_tick must be given with a scheduler"):
+        loaded.load_torch(*files, scheduler=S.StepLR)
+    with pytest.raises(TypeError, match="scheduler must be the class of the file's scheduler"):
+        loaded.load_torch(*files, scheduler="StepLR", updates_per_tick=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the state of torch's optimizer has param_groups"):
+        loaded.load_torch({"state": {}}, files[1], scheduler=S.StepLR, updates_per_tick=1)
+    with pytest.raises(ValueError, match=r"parameter group that doesn't match the size|different number"):
+        fastlr.FusedSGD(parameters()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
+    with pytest.raises(ValueError, match="FusedLion has no counterpart"):
+        fastlr.FusedLion(groups()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
+    assert loaded.state_dict() == before
+
+
+def test_a_torch_optimizer_that_has_loaded_our_file_is_taken_over_again() -> None:
+    ours = fastlr.FusedSGD(groups(), momentum=0.9, lr=fastlr.Constant(0.3), weight_decay=0.1)
+    run(ours, 4)
+    torchs = sgd()
+    torchs.load_state_dict(written(ours.state_dict()))
+    Pair(torchs, None).run(4, 7)
+    check_rule_goes_on(Pair(torchs, S.StepLR(torchs, 3)), 0, 9, 1)
+
+
+def test_the_page_about_moving_says_what_happens() -> None:
+    page = Path(__file__).parent.parent / "docs" / "moving.md"
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4), torch.randint(0, 3, (12,)))
+    names = {
+        "model": torch.nn.Linear(4, 3),
+        "loss_fn": torch.nn.functional.cross_entropy,
+        "loader": torch.utils.data.DataLoader(data, batch_size=4),
+        "torch": torch,
+        "fastlr": fastlr,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:  # the last one goes on with the one before it
+        exec(compile(block, page.name, "exec"), names)

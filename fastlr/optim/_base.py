@@ -18,6 +18,7 @@ from fastlr._runtime import Runtime
 from fastlr.optim._averages import Averages
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._checkpoint import Loaded, pack, unpack
+from fastlr.optim._from_torch import from_checkpoints
 from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
     OF_ALL_GROUPS,
@@ -32,7 +33,7 @@ from fastlr.optim._groups import (
     clock_of,
 )
 from fastlr.optim._state import RuleState
-from fastlr.optim._to_torch import to_torch
+from fastlr.optim._to_torch import to_torch, torch_class
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
@@ -571,6 +572,51 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=2,
             )
+
+    def load_torch(
+        self,
+        optimizer_state: dict[str, Any],
+        scheduler_state: dict[str, Any],
+        *,
+        scheduler: Callable[[torch.optim.Optimizer], Any],
+        updates_per_tick: int | None = None,
+        horizon: int | None = None,
+    ) -> None:
+        """Loads checkpoints of torch's optimizer and of its scheduler, and goes on where their run was.
+
+        The scheduler's schedules replace this optimizer's, and what no scheduler drove has the file's value.
+
+        Args:
+            optimizer_state: what ``state_dict()`` of torch's optimizer of the same rule returned.
+            scheduler_state: what ``state_dict()`` of its scheduler returned.
+            scheduler: the scheduler's class, or a function that makes it of an optimizer, where the file
+                does not say all: ``lambda optimizer: SequentialLR(optimizer, ...)``, also of ``LambdaLR``.
+            updates_per_tick, horizon: as for :func:`fuse`.
+
+        Raises:
+            TypeError, ValueError: they cannot be read; nothing has changed then.
+
+        >>> import fastlr, torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.5)
+        >>> opt = fastlr.FusedSGD([weight])
+        >>> files = optimizer.state_dict(), scheduler.state_dict()
+        >>> opt.load_torch(*files, scheduler=torch.optim.lr_scheduler.StepLR, updates_per_tick=1)
+        >>> opt.param_groups[0]["lr_schedule"]
+        StepDecay(unit='update', start=0.1, every=30, gamma=0.5)
+        """
+        self.load_state_dict(
+            from_checkpoints(
+                self,
+                torch_class(self),
+                optimizer_state,
+                scheduler_state,
+                scheduler,
+                updates_per_tick,
+                horizon,
+            )
+        )
 
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)

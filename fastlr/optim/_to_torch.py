@@ -62,14 +62,16 @@ def to_torch(fused: Any, options: dict[str, Any]) -> tuple[torch.optim.Optimizer
     return optimizer, scheduler
 
 
-def _kind_of(fused: Any) -> type[torch.optim.Optimizer]:
-    """Torch's class; raises for what it cannot do."""
-    name = type(fused).__name__
+def torch_class(fused: Any) -> type[torch.optim.Optimizer]:
+    """Torch's class of a fused optimizer's rule."""
     if fused._rule not in _TORCH:
-        raise ValueError(f"{name} has no counterpart in torch.optim; keep it")
-    kind = _TORCH[fused._rule]
-    if fused._fixed.get("decoupled_weight_decay"):
-        kind = torch.optim.AdamW
+        raise ValueError(f"{type(fused).__name__} has no counterpart in torch.optim; keep it")
+    return torch.optim.AdamW if fused._fixed.get("decoupled_weight_decay") else _TORCH[fused._rule]
+
+
+def _kind_of(fused: Any) -> type[torch.optim.Optimizer]:
+    """The same; raises for what it cannot do."""
+    kind = torch_class(fused)
     found: dict[str, Any] = {"max_grad_norm": fused.max_grad_norm}
     for group in fused.param_groups:
         idle = {option: value for option, value in STAGE_DEFAULTS.items() if option not in _IDLE_ALONE}

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from fastlr._checks import count, describe
+from fastlr._checks import describe
 from fastlr.optim._base import FusedOptimizer
-from fastlr.optim._groups import REFUSED_OPTIONS
+from fastlr.optim._from_torch import driven_by, plain
 from fastlr.optim._handed_over import handed_over, refuse_steps
 from fastlr.optim._scheduler_tables import every
-from fastlr.optim._torch_schedulers import follow
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
@@ -30,8 +29,6 @@ _FUSED: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adagrad: FusedAdagrad,
     torch.optim.Adadelta: FusedAdadelta,
 }
-# What torch's schedulers keep in groups, which the schedules have instead.
-_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 
 
 def fuse(
@@ -79,22 +76,12 @@ def fuse(
             UserWarning,
             stacklevel=2,
         )
-    clock = 0
-    schedules: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
-    if scheduler is not None:
-        if updates_per_tick is None:
-            raise ValueError(
-                "updates_per_tick must be given with a scheduler, as neither object knows it: 1 where "
-                "scheduler.step() is called after each update, len(loader) where it is called once an epoch"
-            )
-        updates_per_tick = count("updates_per_tick", updates_per_tick)
-        now, schedules = follow(optimizer, scheduler, updates_per_tick, horizon)
-        clock = now * updates_per_tick
-    fused = _copied(optimizer, kind, driven=scheduler is not None)
-    for place, given in enumerate(schedules):
-        if given:
-            fused.set_schedule(**given, group=place, start="zero")
-    fused.set_clock(updates=clock)
+    fused = _copied(
+        optimizer,
+        kind,
+        driven_by(optimizer, scheduler, updates_per_tick, horizon),
+        has_scheduler=scheduler is not None,
+    )
     new = f"fastlr.fuse() has turned into a {kind.__name__}"
     refuse_steps(optimizer, f"{new}; call step() of that one")
     for each in [] if scheduler is None else every(scheduler):
@@ -140,38 +127,37 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
     return _FUSED[torch_kind]
 
 
-def _copied(optimizer: torch.optim.Optimizer, kind: type[FusedOptimizer], driven: bool) -> FusedOptimizer:
-    """A fused optimizer over the same parameters with all that torch's holds."""
-    left_out = {*REFUSED_OPTIONS, *(_OF_SCHEDULERS if driven else ())}
+def _copied(
+    optimizer: torch.optim.Optimizer, kind: Any, driven: list[dict[str, Any]], *, has_scheduler: bool
+) -> FusedOptimizer:
+    """A fused optimizer over the same parameters with all that torch's holds.
+
+    Args:
+        kind: its class.
+        driven: what its groups hold besides.
+    """
     arguments = inspect.signature(kind.__init__).parameters
-
-    def plain(values: dict[str, Any], leave_out: set[str]) -> dict[str, Any]:
-        return {name: _plain(copy.deepcopy(value)) for name, value in values.items() if name not in leave_out}
-
+    # Left there by a file of ours that torch's optimizer has loaded.
+    foreign = {*kind([torch.zeros(1)]).defaults} - {*optimizer.defaults}
     groups = []
     for group in optimizer.param_groups:
         names = group.get("param_names")
         params = list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
-        groups.append(plain(group, {*left_out, "params", "param_names"}) | {"params": params})
+        left = {*foreign, "params", "param_names"}
+        groups.append({**plain(group, left, driven=has_scheduler), "params": params})
     others = {name for name in optimizer.defaults if name not in arguments}
-    fused = kind(groups, **plain(optimizer.defaults, left_out | others))
+    fused: FusedOptimizer = kind(groups, **plain(optimizer.defaults, others, driven=has_scheduler))
     saved = optimizer.state_dict()
     of_rule = {*fused._rule_state.slots, "step"}  # which loading copies
     state = {
         key: {name: each if name in of_rule else copy.deepcopy(each) for name, each in entry.items()}
         for key, entry in saved["state"].items()
     }
-    saved_groups = [plain(group, left_out) for group in saved["param_groups"]]
+    saved_groups = [
+        {**plain(group, foreign, driven=has_scheduler), **found}
+        for group, found in zip(saved["param_groups"], driven, strict=True)
+    ]
     fused.load_state_dict({"state": state, "param_groups": saved_groups})
     fused._optimizer_step_pre_hooks.update(optimizer._optimizer_step_pre_hooks)
     fused._optimizer_step_post_hooks.update(optimizer._optimizer_step_post_hooks)
     return fused
-
-
-def _plain(value: Any) -> Any:
-    """Rates and betas that are tensors as numbers; all else as it is."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
-    return value
