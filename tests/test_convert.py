@@ -104,6 +104,7 @@ SCHEDULERS: dict[str, tuple[Make, float]] = {
     "constant": (lambda o: S.ConstantLR(o, 0.3, 8), 1e-12),
     "linear": (lambda o: S.LinearLR(o, 0.2, 0.9, 13), 1e-12),
     "exponential": (lambda o: S.ExponentialLR(o, 0.93), 1e-12),
+    "linear-to-zero": (lambda o: S.LinearLR(o, 0.1, 0.0, 13), 1e-12),  # -1e-18 and less from there on
     "polynomial": (lambda o: S.PolynomialLR(o, 30, 1.7), 1e-12),
     "cosine": (lambda o: S.CosineAnnealingLR(o, 12, eta_min=0.003), 1e-11),
     "cosine-of-a-fraction": (lambda o: S.CosineAnnealingLR(o, 11.5), 1e-11),
@@ -140,6 +141,10 @@ SCHEDULERS: dict[str, tuple[Make, float]] = {
             ],
             [11],
         ),
+        1e-12,
+    ),
+    "constant-of-no-length-in-sequence": (
+        sequence([lambda o: S.StepLR(o, 3), lambda o: S.ConstantLR(o, 0.3, 0)], [10]),
         1e-12,
     ),
     "chain": (chain(lambda o: S.LinearLR(o, 0.1, 1.0, 9), lambda o: S.ExponentialLR(o, 0.97)), 1e-12),
@@ -194,7 +199,7 @@ def check_goes_on(
     went_on = Pair(*copy.deepcopy((pair.optimizer, pair.scheduler)))
     fused = fastlr.fuse(*pair, updates_per_tick=updates_per_tick, horizon=horizon)
     assert fused.clock().updates == now * updates_per_tick
-    peak = max(rates(fused))
+    peak = max(group["initial_lr"] for group in went_on.optimizer.param_groups)
     for update in range(now * updates_per_tick, end * updates_per_tick):
         peak = max(peak, *rates(went_on.optimizer))
         for ours, theirs in zip(fused.param_groups, went_on.optimizer.param_groups, strict=True):
@@ -525,10 +530,14 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
         lambda: paired(TABULATED["chain-of-lasting"][0]),
         "horizon must be given with ChainedScheduler of ExponentialLR, StepLR",
     ),
+    "negative": (
+        lambda: paired(chain(lambda o: S.PolynomialLR(o, 17), lambda o: S.CosineAnnealingLR(o, 1, 0.2))),
+        "the ChainedScheduler gives -0.0.* after 10 steps, and a rate must be finite and >= 0",
+    ),
     "another rule": (lambda: Pair(torch.optim.NAdam(groups()), None), "Adadelta.*, got NAdam; keep that one"),
     "no optimizer": (lambda: Pair(torch.nn.Linear(1, 1), None), "must be one of torch.optim .Adadelta"),
     "fused": (lambda: Pair(fastlr.FusedSGD(groups()), None), "FusedSGD, which is fused; give it schedules"),
-    "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got int"),
+    "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got 3"),
 }
 
 
@@ -691,7 +700,7 @@ def test_there_and_back(name: str, updates_per_tick: int) -> None:
             assert is_table or type(again.scheduler) is type(went_on.scheduler)
         assert again.scheduler.last_epoch == back
         assert type(again.optimizer) is torch.optim.SGD
-        peak = max(rates(went_on.optimizer))
+        peak = max(group["initial_lr"] for group in went_on.optimizer.param_groups)
         for update in range(back * updates_per_tick, END * updates_per_tick):
             peak = max(peak, *rates(went_on.optimizer))
             assert rates(again.optimizer) == again.scheduler.get_last_lr()
@@ -872,13 +881,11 @@ def test_files_of_torchs_optimizer_and_scheduler_are_loaded(name: str, updates_p
     optimizer = sgd()
     pair = Pair(optimizer, make(optimizer)).run(0, 10 * updates_per_tick, updates_per_tick)
     kind: Any = type(pair.scheduler)
+    files = written(optimizer.state_dict()), pair.scheduler.state_dict()
     if name in ("warm-up-cosine", "lambda", "chain"):
         with pytest.raises(TypeError, match=f"a file of a {kind.__name__} does not say all; pass a function"):
-            fastlr.FusedSGD(groups()).load_torch(
-                {"state": {}, "param_groups": []}, {}, scheduler=kind, updates_per_tick=1
-            )
+            fastlr.FusedSGD(groups()).load_torch(*files, scheduler=kind, updates_per_tick=1)
         kind = make
-    files = written(optimizer.state_dict()), pair.scheduler.state_dict()
     if name != "multi-step":  # whose Counter torch.load does not take
         files = files[0], written(files[1])
     loaded = fastlr.FusedSGD(groups(0.7), momentum=0.5, lr=fastlr.Constant(0.3))
@@ -905,9 +912,13 @@ def test_what_is_wrong_with_torchs_files_is_said_and_changes_nothing() -> None:
         loaded.load_torch(*files, scheduler=S.StepLR)
     with pytest.raises(TypeError, match="scheduler must be the class of the file's scheduler"):
         loaded.load_torch(*files, scheduler="StepLR", updates_per_tick=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the state of torch's optimizer has param_groups"):
+    with pytest.raises(
+        ValueError, match=r"optimizer_state must be what .* a list under 'param_groups', got the keys"
+    ):
         loaded.load_torch({"state": {}}, files[1], scheduler=S.StepLR, updates_per_tick=1)
-    with pytest.raises(ValueError, match=r"parameter group that doesn't match the size|different number"):
+    with pytest.raises(
+        ValueError, match=r"must have this optimizer's parameter groups, of \[2\] .* got groups of \[1, 1\]"
+    ):
         fastlr.FusedSGD(parameters()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
     with pytest.raises(ValueError, match="FusedLion has no counterpart"):
         fastlr.FusedLion(groups()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)

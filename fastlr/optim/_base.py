@@ -488,14 +488,15 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         for group in reversed(self.param_groups):
             group["fresh"] = False
 
-    def to_torch(self, **options: Any) -> tuple[torch.optim.Optimizer, Any]:
+    def to_torch(
+        self, *, foreach: bool | None = None, fused: bool | None = None, capturable: bool | None = None
+    ) -> tuple[torch.optim.Optimizer, Any]:
         """Torch's optimizer and scheduler that go on where this one stands: the way back from :func:`fuse`.
 
         They update the same parameters, and have copies of all else. A later step of this optimizer raises.
 
         Args:
-            options: how torch's step is made (``foreach``, ``fused``, ``capturable``), as its class takes
-                them.
+            foreach, fused, capturable: how torch's step is made, as its class takes them; None: as it likes.
 
         Returns:
             The optimizer, and its scheduler or None, where no schedule drives anything. A schedule that
@@ -513,7 +514,7 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         >>> type(optimizer).__name__, type(scheduler).__name__, scheduler.step_size
         ('SGD', 'StepLR', 30)
         """
-        return to_torch(self, options)
+        return to_torch(self, {"foreach": foreach, "fused": fused, "capturable": capturable})
 
     # -- checkpoints -----------------------------------------------------------------------------
 

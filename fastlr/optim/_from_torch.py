@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LambdaLR, MultiplicativeLR, SequentialLR
 
-from fastlr._checks import count, describe, saved_state
+from fastlr._checks import count, describe
 from fastlr.optim._groups import REFUSED_OPTIONS
-from fastlr.optim._scheduler_tables import every
+from fastlr.optim._scheduler_tables import every, numbers_of
 from fastlr.optim._torch_schedulers import follow
 
 # What torch's schedulers keep in groups, which the schedules have instead.
@@ -23,7 +23,8 @@ def checked_tick(updates_per_tick: int | None) -> int:
     if updates_per_tick is None:
         raise ValueError(
             "updates_per_tick must be given with a scheduler, as neither object knows it: 1 where "
-            "scheduler.step() is called after each update, len(loader) where it is called once an epoch"
+            "scheduler.step() is called after each update, len(loader) where it is called once an epoch; "
+            "got None"
         )
     return count("updates_per_tick", updates_per_tick)
 
@@ -38,7 +39,8 @@ def plain(values: dict[str, Any], leave_out: Iterable[str], *, driven: bool) -> 
         driven: whether a scheduler is taken over, whose entries go then.
     """
     gone = {*REFUSED_OPTIONS, *leave_out, *(_OF_SCHEDULERS if driven else ())}
-    return {name: _number(copy.deepcopy(value)) for name, value in values.items() if name not in gone}
+    found = {name: _number(copy.deepcopy(value)) for name, value in values.items() if name not in gone}
+    return {**found, "lr": numbers_of(values)["lr"]} if driven else found
 
 
 def _number(value: Any) -> Any:
@@ -90,17 +92,31 @@ def from_checkpoints(
             f"optimizer (a SequentialLR, a LambdaLR), got {describe(scheduler)}"
         )
     checked_tick(updates_per_tick)
-    saved_state("torch's optimizer", optimizer_state, ("state", "param_groups"))
-    saved_state("torch's scheduler", scheduler_state, ())
-    # As it was, but for the parameters: a scheduler looks at groups alone.
-    beside = kind([{"params": [torch.zeros(1) for _ in group["params"]]} for group in own.param_groups])
+    _check_file("optimizer_state", optimizer_state, {"state": dict, "param_groups": list})
+    _check_file("scheduler_state", scheduler_state, {})
+    sizes = [
+        [len(g["params"]) for g in groups] for groups in (own.param_groups, optimizer_state["param_groups"])
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"optimizer_state must have this optimizer's parameter groups, of {sizes[0]} parameters, got "
+            f"groups of {sizes[1]}"
+        )
+    # All of the file's optimizer but its parameters: a scheduler looks at groups alone.
+    beside = kind([{"params": [torch.zeros(1) for _ in range(size)]} for size in sizes[0]])
     made = _made(scheduler, beside)
     beside.load_state_dict({"state": {}, "param_groups": copy.deepcopy(optimizer_state["param_groups"])})
     made.load_state_dict(copy.deepcopy(scheduler_state))
     for each in every(made):
         each.optimizer = beside
     beside.state.update(dict.fromkeys(optimizer_state["state"]))  # how timm's are told to have begun
-    driven = driven_by(beside, made, updates_per_tick, horizon)
+    try:
+        driven = driven_by(beside, made, updates_per_tick, horizon)
+    except AttributeError as error:
+        raise ValueError(
+            f"scheduler_state must be that of a {type(made).__name__}, but has no {error.name}; got the keys "
+            f"{list(scheduler_state)}"
+        ) from error
     undriven = {f"{option.name}_schedule": None for option in own._options.scheduled}
     foreign = {*own.defaults} - {*beside.defaults}
     groups = [
@@ -108,6 +124,17 @@ def from_checkpoints(
         for group, found in zip(optimizer_state["param_groups"], driven, strict=True)
     ]
     return {"state": optimizer_state["state"], "param_groups": groups}
+
+
+def _check_file(name: str, value: Any, kinds: dict[str, type]) -> None:
+    """Raises ValueError for what is no ``state_dict()``. kinds: what it holds at least."""
+    fits = isinstance(value, dict) and bool(value)
+    if not fits or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        got = f"the keys {list(value)}" if fits else describe(value)
+        held = " and ".join(f"a {kind.__name__} under {key!r}" for key, kind in kinds.items())
+        raise ValueError(
+            f"{name} must be what state_dict() of torch's returned{held and ', with '}{held}, got {got}"
+        )
 
 
 def _made(scheduler: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer) -> Any:

@@ -92,6 +92,8 @@ def by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUnit
     shape = (lambda top: _swing(s, top, unit)) if swings else _factors(s, kind, unit)
     if shape is None:
         raise NoFormula
+    if rate is None and kind is lr_scheduler.ConstantLR and s.total_iters < 1:  # as in a SequentialLR
+        return {"lr": Constant(base, unit=unit)}
     schedule = shape(base)
     if rate is None or same_rate(group, value(schedule, tick), rate, base):
         return {"lr": schedule}

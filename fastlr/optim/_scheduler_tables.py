@@ -75,6 +75,8 @@ class Simulation:
 def numbers_of(group: dict[str, Any]) -> dict[str, float]:
     """What schedulers write into a group, by the names of options."""
     found = {"lr": float(group["lr"])}
+    if -1e-12 * float(group.get("initial_lr", 0.0)) <= found["lr"] < 0.0:
+        found["lr"] = 0.0  # which torch's sums miss by their rounding
     if "betas" in group:
         found["beta1"] = float(group["betas"][0])
     if "momentum" in group:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
 from fastlr.optim._handed_over import handed_over, refuse_steps
@@ -37,15 +38,18 @@ _REMEDIES = {
 }
 
 
-def to_torch(fused: Any, options: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
+def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.Optimizer, Any]:
     """What :meth:`FusedOptimizer.to_torch` of one returns."""
     name = type(fused).__name__
     if handed_over(fused):
         raise ValueError(f"the {name} was given to torch before; go on with what to_torch() returned then")
+    given = {option: flag(option, value) for option, value in options.items() if value is not None}
     clock = fused.sync()
     kind = _kind_of(fused)
+    if unknown := [option for option in given if option not in inspect.signature(kind.__init__).parameters]:
+        raise TypeError(f"{unknown[0]} must be left out, as torch.optim.{kind.__name__} does not take it")
     followed = [_schedules_of(fused, place) for place in range(len(fused.param_groups))]
-    optimizer = _optimizer(fused, kind, options)
+    optimizer = _optimizer(fused, kind, given)
     values = [dict(group) for group in optimizer.param_groups]
     scheduler = None
     if any(followed):

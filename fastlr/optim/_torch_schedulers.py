@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
+from fastlr._checks import describe
 from fastlr.optim._handed_over import handed_over
 from fastlr.optim._scheduler_formulas import (
     NoFormula,
@@ -90,8 +91,8 @@ def _check(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
         )
     if not isinstance(scheduler, lr_scheduler.LRScheduler):
         raise TypeError(
-            f"scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got {name}; where a "
-            "framework wraps one, pass the scheduler inside"
+            f"scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got "
+            f"{describe(scheduler)}; where a framework wraps one, pass the scheduler inside"
         )
     _check_pair(scheduler, optimizer)
     kind = torch_kind(scheduler)
@@ -213,11 +214,16 @@ class _Reader:
         """Of a group, over the scheduler's whole run: exact from now on, as far as known before."""
         group, now = self._groups[place], self._now
         present = numbers_of(group)
+        if present["lr"] < 0.0:
+            raise ValueError(
+                f"the rate of parameter group {place} must be >= 0, got {present['lr']!r}, as the "
+                f"{type(self._scheduler).__name__} left it"
+            )
         parts = self._parts(self._scheduler, place, now, now, present["lr"], None)
         found = {}
         for option, part in parts.items():
             schedule, there = part.read_from(0), present[option]
-            if not same_rate(group, value(schedule, now), there):
+            if not same_rate(group, value(schedule, now), there, value(schedule, 0)):
                 # Somebody has written another one, which stays until the next tick.
                 rest = self._constant(there).then(Shifted(schedule, now + 1), at=1)
                 schedule = schedule.then(rest, at=now) if now else rest
@@ -266,13 +272,21 @@ class _Reader:
         return {name: self._simulated(place, name, at, stop) for name in ("lr", *cycled)}
 
     def _simulated(self, place: int, option: str, start: int, stop: int) -> _Part:
-        values = self._simulation.values(place, option, start, stop)
-        return _Part(Tabulated(values, unit=self._unit), start)
+        return self._tabulated(self._simulation.values(place, option, start, stop), start)
+
+    def _tabulated(self, values: list[float], zero: int) -> _Part:
+        for tick, rate in enumerate(values, zero):
+            if not 0.0 <= rate < math.inf:
+                raise ValueError(
+                    f"the {type(self._scheduler).__name__} gives {rate!r} after {tick} steps, and a rate "
+                    "must be finite and >= 0; mend it, or fuse the optimizer alone"
+                )
+        return _Part(Tabulated(values, unit=self._unit), zero)
 
     def _lambda(self, s: Any, place: int, zero: int, until: int | None) -> _Part:
         base, function = float(s.base_lrs[place]), s.lr_lambdas[place]
         steps = self._last_tick(s, until) - zero
-        return _Part(Tabulated(lambda tick: float(base * function(tick)), steps, unit=self._unit), zero)
+        return self._tabulated([float(base * function(tick)) for tick in range(steps)], zero)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
         zero = at - tick
@@ -328,7 +342,7 @@ class _Reader:
         if until is not None and settled >= until:
             raise NoFormula
         if settled > at:
-            (rate,) = self._simulation.values(place, "lr", settled, settled + 1)
+            rate = value(self._simulated(place, "lr", settled, settled + 1).schedule, 0)
         last = _Part(self._constant(rate), settled)
         if lasting:
             tick = lasting[0].last_epoch + settled - at
