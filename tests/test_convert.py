@@ -920,6 +920,11 @@ def test_what_is_wrong_with_torchs_files_is_said_and_changes_nothing() -> None:
         ValueError, match=r"must have this optimizer's parameter groups, of \[2\] .* got groups of \[1, 1\]"
     ):
         fastlr.FusedSGD(parameters()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
+    for kind, missing in ((S.MultiStepLR, "milestones"), (S.CyclicLR, "_scale_fn_custom")):
+        with pytest.raises(
+            ValueError, match=f"that of a {kind.__name__}, but has no {missing}; got the keys"
+        ):
+            loaded.load_torch(*files, scheduler=kind, updates_per_tick=1)
     with pytest.raises(ValueError, match="FusedLion has no counterpart"):
         fastlr.FusedLion(groups()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
     assert loaded.state_dict() == before

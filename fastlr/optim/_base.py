@@ -18,7 +18,6 @@ from fastlr._runtime import Runtime
 from fastlr.optim._averages import Averages
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._checkpoint import Loaded, pack, unpack
-from fastlr.optim._from_torch import from_checkpoints
 from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
     OF_ALL_GROUPS,
@@ -32,8 +31,8 @@ from fastlr.optim._groups import (
     checked_state_dtype,
     clock_of,
 )
+from fastlr.optim._moving import Moving
 from fastlr.optim._state import RuleState
-from fastlr.optim._to_torch import to_torch, torch_class
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
@@ -41,7 +40,7 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable
 Driver: TypeAlias = float | Schedule | None
 
 
-class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, Averages, Moving, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
@@ -488,34 +487,6 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
         for group in reversed(self.param_groups):
             group["fresh"] = False
 
-    def to_torch(
-        self, *, foreach: bool | None = None, fused: bool | None = None, capturable: bool | None = None
-    ) -> tuple[torch.optim.Optimizer, Any]:
-        """Torch's optimizer and scheduler that go on where this one stands: the way back from :func:`fuse`.
-
-        They update the same parameters, and have copies of all else. A later step of this optimizer raises.
-
-        Args:
-            foreach, fused, capturable: how torch's step is made, as its class takes them; None: as it likes.
-
-        Returns:
-            The optimizer, and its scheduler or None, where no schedule drives anything. A schedule that
-            :meth:`Schedule.in_updates` made is a scheduler to be stepped once an epoch, any other one after
-            each update. What torch has no scheduler for is a ``LambdaLR`` over the schedules' values, and a
-            warning says so.
-
-        Raises:
-            ValueError: it does what torch's optimizer does not (clipping, averages), or follows samples; the
-                message says what to do. Nothing has changed then.
-
-        >>> import fastlr, torch
-        >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))
-        >>> optimizer, scheduler = opt.to_torch()
-        >>> type(optimizer).__name__, type(scheduler).__name__, scheduler.step_size
-        ('SGD', 'StepLR', 30)
-        """
-        return to_torch(self, {"foreach": foreach, "fused": fused, "capturable": capturable})
-
     # -- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -573,51 +544,6 @@ class FusedOptimizer(GradNorm, Averages, torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=2,
             )
-
-    def load_torch(
-        self,
-        optimizer_state: dict[str, Any],
-        scheduler_state: dict[str, Any],
-        *,
-        scheduler: Callable[[torch.optim.Optimizer], Any],
-        updates_per_tick: int | None = None,
-        horizon: int | None = None,
-    ) -> None:
-        """Loads checkpoints of torch's optimizer and of its scheduler, and goes on where their run was.
-
-        The scheduler's schedules replace this optimizer's, and what no scheduler drove has the file's value.
-
-        Args:
-            optimizer_state: what ``state_dict()`` of torch's optimizer of the same rule returned.
-            scheduler_state: what ``state_dict()`` of its scheduler returned.
-            scheduler: the scheduler's class, or a function that makes it of an optimizer, where the file
-                does not say all: ``lambda optimizer: SequentialLR(optimizer, ...)``, also of ``LambdaLR``.
-            updates_per_tick, horizon: as for :func:`fuse`.
-
-        Raises:
-            TypeError, ValueError: they cannot be read; nothing has changed then.
-
-        >>> import fastlr, torch
-        >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
-        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.5)
-        >>> opt = fastlr.FusedSGD([weight])
-        >>> files = optimizer.state_dict(), scheduler.state_dict()
-        >>> opt.load_torch(*files, scheduler=torch.optim.lr_scheduler.StepLR, updates_per_tick=1)
-        >>> opt.param_groups[0]["lr_schedule"]
-        StepDecay(unit='update', start=0.1, every=30, gamma=0.5)
-        """
-        self.load_state_dict(
-            from_checkpoints(
-                self,
-                torch_class(self),
-                optimizer_state,
-                scheduler_state,
-                scheduler,
-                updates_per_tick,
-                horizon,
-            )
-        )
 
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)

@@ -106,15 +106,16 @@ def from_checkpoints(
     beside = kind([{"params": [torch.zeros(1) for _ in range(size)]} for size in sizes[0]])
     made = _made(scheduler, beside)
     beside.load_state_dict({"state": {}, "param_groups": copy.deepcopy(optimizer_state["param_groups"])})
-    made.load_state_dict(copy.deepcopy(scheduler_state))
-    for each in every(made):
-        each.optimizer = beside
     beside.state.update(dict.fromkeys(optimizer_state["state"]))  # how timm's are told to have begun
     try:
+        made.load_state_dict(copy.deepcopy(scheduler_state))
+        for each in every(made):
+            each.optimizer = beside
         driven = driven_by(beside, made, updates_per_tick, horizon)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
+        missing = error.name if isinstance(error, AttributeError) else error.args[0]
         raise ValueError(
-            f"scheduler_state must be that of a {type(made).__name__}, but has no {error.name}; got the keys "
+            f"scheduler_state must be that of a {type(made).__name__}, but has no {missing}; got the keys "
             f"{list(scheduler_state)}"
         ) from error
     undriven = {f"{option.name}_schedule": None for option in own._options.scheduled}
