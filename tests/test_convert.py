@@ -7,6 +7,7 @@ import importlib.util
 import io
 import math
 import pickle
+import random
 import re
 import sys
 import types
@@ -323,6 +324,74 @@ def test_rates_and_betas_that_are_tensors() -> None:
     assert rates(fused) == pytest.approx(rates(went_on.optimizer), rel=1e-6)
     for ours, theirs in zip(weights(fused), weights(went_on.optimizer), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# -- schedulers drawn at random ----------------------------------------------------------------------------
+
+
+def drawn_leaf(o: Optimizer, draw: random.Random, *, multiplies: bool) -> Any:
+    makes: list[Make] = [
+        lambda o: S.StepLR(o, draw.randint(1, 9), draw.choice([0.5, 1.1])),
+        lambda o: S.MultiStepLR(o, draw.choices(range(40), k=draw.randint(0, 4)), 0.3),
+        lambda o: S.ConstantLR(o, draw.choice([0.3, 1.0]), draw.randint(0, 12)),
+        lambda o: S.LinearLR(o, draw.choice([0.1, 1.0]), draw.choice([1.0, 0.3, 0.0]), draw.randint(1, 14)),
+        lambda o: S.ExponentialLR(o, draw.choice([0.9, 1.01])),
+        lambda o: S.PolynomialLR(o, draw.randint(1, 30), draw.choice([1.0, 0.7, 2.0])),
+        lambda o: S.CosineAnnealingLR(o, draw.randint(1, 20), draw.choice([0.0, 0.001])),
+    ]
+    if not multiplies:
+        makes += [
+            lambda o: S.CyclicLR(o, 0.01, draw.choice([0.1, 0.001]), draw.randint(1, 6), mode="triangular2"),
+            lambda o: S.OneCycleLR(o, 0.3, draw.randint(70, 90), cycle_momentum=draw.random() < 0.5),
+            lambda o: S.CosineAnnealingWarmRestarts(o, draw.randint(1, 9), draw.randint(1, 2)),
+            lambda o: S.LambdaLR(o, half_then_linear),
+        ]
+    return draw.choice(makes)(o)
+
+
+def drawn(o: Optimizer, draw: random.Random) -> Any:
+    kind = draw.choice(["one", "sequence", "chain", "chain, then a sequence"])
+    if kind == "one":
+        return drawn_leaf(o, draw, multiplies=False)
+    if kind == "chain":
+        return S.ChainedScheduler([drawn_leaf(o, draw, multiplies=True) for _ in range(3)], o)
+    chain_first = [drawn_leaf(o, draw, multiplies=True) for _ in range(2)]
+    first = S.ChainedScheduler(chain_first, o) if "," in kind else chain_first[0]
+    rest = [drawn_leaf(o, draw, multiplies=False) for _ in range(2)]
+    return S.SequentialLR(o, [first, *rest], sorted(draw.sample(range(1, 35), 2)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(k, marks=pytest.mark.repetition) for k in range(40, 1000, 40))]
+)
+def test_drawn_schedulers_go_on_there_and_back(first: int) -> None:
+    followed = 0
+    for seed in range(first, first + 40):
+        draw = random.Random(seed)
+        optimizer = sgd()
+        pair = Pair(optimizer, drawn(optimizer, draw)).run(0, now := draw.choice([0, 1, 5, 12, 20, 33]))
+        if draw.random() < 0.2:
+            optimizer.param_groups[0]["lr"] *= 0.6
+        went_on = Pair(*copy.deepcopy((pair.optimizer, pair.scheduler)))
+        try:
+            moved = Pair(fastlr.fuse(*pair, updates_per_tick=1, horizon=draw.choice([None, HORIZON])), None)
+        except ValueError as error:
+            if re.search("horizon must be given|a rate must be|the rate of .* must be", str(error)):
+                continue
+            raise
+        followed += 1
+        for update in range(now, now + 25):
+            if update == now + 9:
+                moved = Pair(*moved.optimizer.to_torch())
+            for ours, theirs in zip(
+                moved.optimizer.param_groups, went_on.optimizer.param_groups, strict=True
+            ):
+                assert ours["lr"] == pytest.approx(theirs["lr"], rel=1e-9, abs=1e-13), (seed, update)
+                assert ours["momentum"] == pytest.approx(theirs["momentum"], abs=1e-15), (seed, update)
+            went_on.step(update)
+            moved.step(update)
+    assert followed > 20
 
 
 # -- what somebody wrote into the groups -------------------------------------------------------------------
