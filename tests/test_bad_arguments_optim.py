@@ -61,6 +61,10 @@ REFUSED: dict[str, list[Any]] = {
     "schedule": [0.1, None, "Cosine", [0.1]],
     "saved": [None, "Cosine", 3, {}, {"type": "Schedule"}, {"type": "one_cycle"}, {"type": ["Cosine"]}],
     "model": [None, 3, ["parameters"]],
+    "optimizer": [None, 3, "SGD", [torch.zeros(1)]],
+    "scheduler": [3, "StepLR", [0.1]],
+    "scheduler's class": [None, 3, "StepLR", [0.1]],
+    "scheduler_state": [None, [], {}, 3],
     "state_dict": [None, [], {}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}],
 }  # fmt: skip
 
@@ -155,6 +159,22 @@ KINDS = {
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
+
+def torchs(**given: Any) -> dict[str, Any]:
+    """A pair of torch's."""
+    optimizer = torch.optim.SGD(parameters([(3,)]), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return {"optimizer": optimizer, "scheduler": scheduler, "updates_per_tick": 1, **given}
+
+
+def files(**given: Any) -> dict[str, Any]:
+    """Of a pair of torch's with the groups of a trained optimizer."""
+    optimizer = torch.optim.SGD([{"params": parameters([(3,)])} for _ in range(2)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    states = {"optimizer_state": optimizer.state_dict(), "scheduler_state": scheduler.state_dict()}
+    return {**states, "scheduler": type(scheduler), "updates_per_tick": 1, **given}
+
+
 Table = dict[str, tuple[Callable[..., object], dict[str, str]]]
 
 
@@ -181,6 +201,20 @@ CALLS: Table = {
     "FusedSGD.set_clock": (
         lambda optimizer, **a: optimizer.set_clock(**a),
         {"updates": "new count", "samples": "new count", "tokens": "new count"},
+    ),
+    "fuse": (
+        lambda _, **a: fastlr.fuse(**torchs(**a)),
+        {"optimizer": "optimizer", "scheduler": "scheduler", "updates_per_tick": "count >= 1",
+         "horizon": "new count >= 1"},
+    ),
+    "FusedSGD.to_torch": (
+        lambda optimizer, **a: optimizer.to_torch(**a),
+        {"foreach": "either", "fused": "either", "capturable": "either"},
+    ),
+    "FusedSGD.load_torch": (
+        lambda optimizer, **a: optimizer.load_torch(**files(**a)),
+        {"optimizer_state": "state_dict", "scheduler_state": "scheduler_state",
+         "scheduler": "scheduler's class", "updates_per_tick": "count >= 1", "horizon": "new count >= 1"},
     ),
     "FusedSGD.advance_samples": (lambda optimizer, **a: optimizer.advance_samples(**a), {"samples": "count"}),
     "FusedSGD.advance_tokens": (lambda optimizer, **a: optimizer.advance_tokens(**a), {"tokens": "count"}),

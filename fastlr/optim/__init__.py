@@ -43,6 +43,7 @@ from fastlr.optim._groups import Clock, TokenClock
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
+from fastlr.optim.convert import fuse
 from fastlr.optim.cyclic import FusedCyclicAdam, FusedCyclicAdamW, FusedCyclicSGD
 from fastlr.optim.grad_scaler import GradScaler
 from fastlr.optim.lion import FusedLion
@@ -64,4 +65,5 @@ __all__ = [
     "FusedSGD",
     "GradScaler",
     "TokenClock",
+    "fuse",
 ]

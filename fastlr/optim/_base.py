@@ -34,6 +34,7 @@ from fastlr.optim._groups import (
     tensors_of,
 )
 from fastlr.optim._handover import Handover
+from fastlr.optim._moving import Moving
 from fastlr.optim._parts import FSDP1, ZERO, are_flattened, is_called_by, is_made_by_zero
 from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
@@ -43,7 +44,7 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable
 Driver: TypeAlias = float | Schedule | None
 
 
-class FusedOptimizer(GradNorm, Averages, Handover, torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,

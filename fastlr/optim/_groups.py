@@ -325,7 +325,7 @@ STATE_DTYPES = ("state_dtype", "ema_dtype")
 
 
 # What each may not be, and why.
-_REFUSED_OPTIONS = {
+REFUSED_OPTIONS = {
     "foreach": (True, "every step updates all parameters in one native pass"),
     "fused": (False, "every step is fused"),
     "capturable": (None, ""),
@@ -338,20 +338,20 @@ def check_step_options(options: Mapping[str, Any], made: str) -> None:
     for name, value in options.items():
         if name in OF_ALL_GROUPS or name in STAGE_DEFAULTS:
             continue
-        if name not in _REFUSED_OPTIONS:
+        if name not in REFUSED_OPTIONS:
             raise TypeError(f"{made} got an unexpected keyword argument {name!r}")
         _check_torch_option(name, value)
 
 
 def check_torch_options_in(group: Mapping[str, Any], where: str) -> None:
     """Raises for what a new group, which may be torch's, asks for as the constructor would."""
-    for name in _REFUSED_OPTIONS:
+    for name in REFUSED_OPTIONS:
         if name in group:
             _check_torch_option(name, group[name], where)
 
 
 def _check_torch_option(name: str, value: object, where: str = "") -> None:
-    refused, reason = _REFUSED_OPTIONS[name]
+    refused, reason = REFUSED_OPTIONS[name]
     if value is not None and flag(f"{name}{where}", value) is refused:
         raise ValueError(
             f"{name}{where} must be {not refused} or None, got {value!r}: {reason}; leave it out"

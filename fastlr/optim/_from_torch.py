@@ -1,0 +1,155 @@
+"""Groups and checkpoints of torch's optimizer and scheduler, as a fused optimizer loads them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LambdaLR, MultiplicativeLR, SequentialLR
+
+from fastlr._checks import count, describe
+from fastlr.optim._groups import REFUSED_OPTIONS
+from fastlr.optim._scheduler_tables import every, numbers_of
+from fastlr.optim._torch_schedulers import follow
+
+# What torch's schedulers keep in groups, which the schedules have instead.
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
+
+def checked_tick(updates_per_tick: int | None) -> int:
+    """How many updates there are to a scheduler's ``step()``."""
+    if updates_per_tick is None:
+        raise ValueError(
+            "updates_per_tick must be given with a scheduler, as neither object knows it: 1 where "
+            "scheduler.step() is called after each update, len(loader) where it is called once an epoch; "
+            "got None"
+        )
+    return count("updates_per_tick", updates_per_tick)
+
+
+def plain(values: dict[str, Any], leave_out: Iterable[str], *, driven: bool) -> dict[str, Any]:
+    """A group, or the defaults, of torch's optimizer without what says how its step is made.
+
+    Rates and betas that are tensors become numbers; all is copied.
+
+    Args:
+        leave_out: what else.
+        driven: whether a scheduler is taken over, whose entries go then.
+    """
+    gone = {*REFUSED_OPTIONS, *leave_out, *(_OF_SCHEDULERS if driven else ())}
+    found = {name: _number(copy.deepcopy(value)) for name, value in values.items() if name not in gone}
+    return {**found, "lr": numbers_of(values)["lr"]} if driven else found
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(map(_number, value)) if isinstance(value, tuple) else value
+
+
+def driven_by(
+    optimizer: torch.optim.Optimizer, scheduler: Any, updates_per_tick: int | None, horizon: int | None
+) -> list[dict[str, Any]]:
+    """What a fused optimizer's groups hold in a file, for a scheduler that stands where it stands.
+
+    Args:
+        scheduler: None: there is none, and the clock is zero.
+    """
+    if scheduler is None:
+        return [{"updates": 0, "samples": 0} for _ in optimizer.param_groups]
+    tick = checked_tick(updates_per_tick)
+    now, groups = follow(optimizer, scheduler, tick, horizon)
+    return [
+        {
+            "updates": now * tick,
+            "samples": 0,
+            **{f"{name}_schedule": schedule.to_dict() for name, schedule in schedules.items()},
+        }
+        for schedules in groups
+    ]
+
+
+def from_checkpoints(
+    own: Any,
+    kind: Any,
+    optimizer_state: dict[str, Any],
+    scheduler_state: dict[str, Any],
+    scheduler: Callable[[torch.optim.Optimizer], Any],
+    updates_per_tick: int | None,
+    horizon: int | None,
+) -> dict[str, Any]:
+    """What a fused optimizer's own file would hold of a run whose checkpoints are torch's.
+
+    Args:
+        own: the fused optimizer.
+        kind: torch's class of its rule.
+    """
+    if not callable(scheduler):
+        raise TypeError(
+            "scheduler must be the class of the file's scheduler, or a function that makes one of an "
+            f"optimizer (a SequentialLR, a LambdaLR), got {describe(scheduler)}"
+        )
+    checked_tick(updates_per_tick)
+    _check_file("optimizer_state", optimizer_state, {"state": dict, "param_groups": list})
+    _check_file("scheduler_state", scheduler_state, {})
+    sizes = [
+        [len(g["params"]) for g in groups] for groups in (own.param_groups, optimizer_state["param_groups"])
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"optimizer_state must have this optimizer's parameter groups, of {sizes[0]} parameters, got "
+            f"groups of {sizes[1]}"
+        )
+    # All of the file's optimizer but its parameters: a scheduler looks at groups alone.
+    beside = kind([{"params": [torch.zeros(1) for _ in range(size)]} for size in sizes[0]])
+    made = _made(scheduler, beside)
+    beside.load_state_dict({"state": {}, "param_groups": copy.deepcopy(optimizer_state["param_groups"])})
+    beside.state.update(dict.fromkeys(optimizer_state["state"]))  # how timm's are told to have begun
+    try:
+        made.load_state_dict(copy.deepcopy(scheduler_state))
+        for each in every(made):
+            each.optimizer = beside
+        driven = driven_by(beside, made, updates_per_tick, horizon)
+    except (AttributeError, KeyError) as error:
+        missing = error.name if isinstance(error, AttributeError) else error.args[0]
+        raise ValueError(
+            f"scheduler_state must be that of a {type(made).__name__}, but has no {missing}; got the keys "
+            f"{list(scheduler_state)}"
+        ) from error
+    undriven = {f"{option.name}_schedule": None for option in own._options.scheduled}
+    foreign = {*own.defaults} - {*beside.defaults}
+    groups = [
+        {**plain(group, foreign, driven=True), **undriven, **found}
+        for group, found in zip(optimizer_state["param_groups"], driven, strict=True)
+    ]
+    return {"state": optimizer_state["state"], "param_groups": groups}
+
+
+def _check_file(name: str, value: Any, kinds: dict[str, type]) -> None:
+    """Raises ValueError for what is no ``state_dict()``. kinds: what it holds at least."""
+    fits = isinstance(value, dict) and bool(value)
+    if not fits or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        got = f"the keys {list(value)}" if fits else describe(value)
+        held = " and ".join(f"a {kind.__name__} under {key!r}" for key, kind in kinds.items())
+        raise ValueError(
+            f"{name} must be what state_dict() of torch's returned{held and ', with '}{held}, got {got}"
+        )
+
+
+def _made(scheduler: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer) -> Any:
+    """The file's scheduler, before its state is loaded."""
+    if not isinstance(scheduler, type):
+        return scheduler(optimizer)
+    incomplete = (LambdaLR, MultiplicativeLR, SequentialLR, ChainedScheduler)
+    if issubclass(scheduler, incomplete):
+        raise TypeError(
+            f"a file of a {scheduler.__name__} does not say all; pass a function that makes it: "
+            f"scheduler=lambda optimizer: {scheduler.__name__}(optimizer, ...)"
+        )
+    made: Any = scheduler.__new__(scheduler)  # all that it knows is in its state
+    vars(made).update(optimizer=optimizer)
+    if issubclass(scheduler, CyclicLR):
+        made._scale_fn_custom = None  # of which its load_state_dict() asks first
+    return made

@@ -1,0 +1,221 @@
+"""From a fused optimizer to torch's optimizer and scheduler, in mid-run too."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastlr._checks import flag
+from fastlr.optim._buffers import EMA_BUFFERS
+from fastlr.optim._groups import STAGE_DEFAULTS
+from fastlr.optim._handed_over import handed_over, refuse_steps
+from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, place, scheduler_of
+from fastlr.schedules import Constant, PerEpoch, Schedule
+
+# The schedules that drive a group's options, by their names, and where their zeros are.
+_Followed: TypeAlias = dict[str, tuple[Schedule, int]]
+
+_TORCH: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+}
+# What of stages alone changes nothing.
+_IDLE_ALONE = ("ema_warmup", "ema_dtype", "rounding_seed")
+_REMEDIES = {
+    "max_grad_norm": "set it to None and call torch.nn.utils.clip_grad_norm_() before each step",
+    "max_grad_value": "set it to None and call torch.nn.utils.clip_grad_value_() before each step",
+    "ema_decay": "set it to None in the groups and keep averages with torch.optim.swa_utils.AveragedModel",
+    "state_dtype": "load state_dict() into torch's optimizer, which casts the state to the parameters' type",
+}
+
+
+def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.Optimizer, Any]:
+    """What :meth:`FusedOptimizer.to_torch` of one returns."""
+    name = type(fused).__name__
+    if handed_over(fused):
+        raise ValueError(f"the {name} was given to torch before; go on with what to_torch() returned then")
+    given = {option: flag(option, value) for option, value in options.items() if value is not None}
+    clock = fused.sync()
+    kind = _kind_of(fused)
+    if unknown := [option for option in given if option not in inspect.signature(kind.__init__).parameters]:
+        raise TypeError(f"{unknown[0]} must be left out, as torch.optim.{kind.__name__} does not take it")
+    followed = [_schedules_of(fused, place) for place in range(len(fused.param_groups))]
+    optimizer = _optimizer(fused, kind, given)
+    values = [dict(group) for group in optimizer.param_groups]
+    scheduler = None
+    if any(followed):
+        scheduler = _scheduler(fused, optimizer, followed, clock.updates)
+        for group, kept in zip(optimizer.param_groups, values, strict=True):
+            group.update(kept)
+        for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
+            each._last_lr = [group["lr"] for group in optimizer.param_groups]
+    refuse_steps(
+        fused,
+        f"to_torch() has turned into a torch.optim.{kind.__name__}; call step() of that one, or give it to "
+        "fastlr.fuse()",
+    )
+    return optimizer, scheduler
+
+
+def torch_class(fused: Any) -> type[torch.optim.Optimizer]:
+    """Torch's class of a fused optimizer's rule."""
+    if fused._rule not in _TORCH:
+        raise ValueError(f"{type(fused).__name__} has no counterpart in torch.optim; keep it")
+    return torch.optim.AdamW if fused._fixed.get("decoupled_weight_decay") else _TORCH[fused._rule]
+
+
+def _kind_of(fused: Any) -> type[torch.optim.Optimizer]:
+    """The same; raises for what it cannot do."""
+    kind = torch_class(fused)
+    found: dict[str, Any] = {"max_grad_norm": fused.max_grad_norm}
+    for group in fused.param_groups:
+        idle = {option: value for option, value in STAGE_DEFAULTS.items() if option not in _IDLE_ALONE}
+        idle["state_dtype"] = None
+        found |= {option: group[option] for option, value in idle.items() if group[option] != value}
+        decays = group["weight_decay"] != 0.0 or group["weight_decay_schedule"] is not None
+        if kind is torch.optim.SGD and group["decoupled_weight_decay"] and decays:
+            found["decoupled_weight_decay"] = True
+    for option, value in found.items():
+        if value is not None:
+            remedy = _REMEDIES.get(option, f"turn {option} off in the groups, if the run goes on without")
+            raise ValueError(f"torch.optim.{kind.__name__} has no {option}, got {value!r}; {remedy}")
+    return kind
+
+
+def _schedules_of(fused: Any, place: int) -> _Followed:
+    """What drives a group's options, and where its zeros are."""
+    group = fused.param_groups[place]
+    found = {}
+    for option in fused._options.scheduled:
+        schedule = group[f"{option.name}_schedule"]
+        if schedule is None:
+            continue
+        if schedule.unit != "update":
+            raise ValueError(
+                f"the {option.name} schedule of parameter group {place} counts {schedule.unit}s, which no "
+                f"scheduler of torch's does; put a number or a schedule in updates in its place with "
+                "set_schedule()"
+            )
+        found[option.name] = (schedule, group[f"{option.name}_start"])
+    return found
+
+
+def _optimizer(
+    fused: Any, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Torch's optimizer over the same parameters, with copies of all that the fused one holds."""
+    arguments = inspect.signature(kind.__init__).parameters
+    defaults = {
+        name: _begun(value)
+        for name, value in fused.defaults.items()
+        if name in arguments and name != "params"
+    }
+    own = {*fused.defaults, EMA_BUFFERS, "params", "param_names"}
+    groups = []
+    for group in fused.param_groups:
+        params: list[Any] = list(group["params"])
+        if "param_names" in group:
+            params = list(zip(group["param_names"], params, strict=True))
+        kept = {name: value for name, value in group.items() if name in defaults or name not in own}
+        groups.append({**copy.deepcopy(kept), "params": params})
+    optimizer = kind(groups, **{**defaults, **options})
+    saved = fused.state_dict()["state"]
+    state = {key: {name: _cloned(each) for name, each in entry.items()} for key, entry in saved.items()}
+    if not any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups):
+        for entry in state.values():
+            if "step" in entry:  # torch's other steps count on the host
+                entry["step"] = entry["step"].cpu()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer._optimizer_step_pre_hooks.update(fused._optimizer_step_pre_hooks)
+    optimizer._optimizer_step_post_hooks.update(fused._optimizer_step_post_hooks)
+    return optimizer
+
+
+def _begun(value: Any) -> Any:
+    """A default without schedules, for torch's groups to come."""
+    if isinstance(value, tuple):
+        return tuple(map(_begun, value))
+    return value(0) if isinstance(value, Schedule) else value
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Followed], updates: int) -> Any:
+    """Torch's scheduler after so many updates; what it has written into the groups is to be overwritten."""
+    every = [each for group in followed for each in group.values()]
+    ticks = {each.updates_per_epoch if isinstance(each, PerEpoch) else 1 for each, _ in every}
+    tick = ticks.pop() if len(ticks) == 1 else 1
+    zeros = {zero for _, zero in every}
+    try:
+        if len(zeros) > 1 or ticks or any({*group} - {"lr", "momentum", "beta1"} for group in followed):
+            raise NoCounterpart
+        driven = []
+        for own, group in zip(fused.param_groups, followed, strict=True):
+            inner = {
+                name: each.schedule if isinstance(each, PerEpoch) else each
+                for name, (each, _) in group.items()
+            }
+            lr = inner.get("lr", Constant(own["lr"], unit="epoch" if tick > 1 else "update"))
+            driven.append(Driven(lr, inner.get("momentum", inner.get("beta1"))))
+        return scheduler_of(optimizer, driven, (updates - zeros.pop()) // tick)
+    except NoCounterpart:
+        kinds = ", ".join(sorted({type(each).__name__ for each, _ in every}))
+        warnings.warn(
+            f"torch.optim.lr_scheduler has nothing that does all that the schedules ({kinds}) do; a LambdaLR "
+            "gives their values, and does not stand in its state_dict()",
+            UserWarning,
+            stacklevel=4,
+        )
+    return _of_values(fused, optimizer, followed, updates, tick)
+
+
+def _of_values(
+    fused: Any,
+    optimizer: torch.optim.Optimizer,
+    followed: list[_Followed],
+    updates: int,
+    tick: int,
+) -> Any:
+    """A scheduler that gives schedules' values."""
+    zeros = {zero for group in followed for _, zero in group.values()}
+    origin = zeros.pop() if len(zeros) == 1 else 0
+
+    def values(schedule: Schedule, zero: int) -> Callable[[int], float]:
+        return lambda epoch: schedule._native.value(max(origin + epoch * tick - zero, 0))
+
+    rates: list[Callable[[int], float]] = []
+    others = []
+    for group, found in zip(optimizer.param_groups, followed, strict=True):
+        if "lr" in found:
+            group["lr"] = 1.0
+            rates.append(values(*found["lr"]))
+        else:
+            rates.append(_one)
+        group["initial_lr"] = group["lr"]
+        others += [
+            (group, fused._options.named(name), values(*each)) for name, each in found.items() if name != "lr"
+        ]
+
+    def write(epoch: int) -> None:
+        for group, option, at in others:
+            assert option is not None  # it is one that a schedule drives
+            group.update(fused._options.entry(group, option, at(epoch)))
+
+    scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
+    place(scheduler, (updates - origin) // tick)
+    return scheduler
+
+
+def _one(epoch: int) -> float:
+    return 1.0

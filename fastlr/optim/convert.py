@@ -1,0 +1,163 @@
+"""From torch's optimizer and scheduler to a fused optimizer, in the middle of a run too."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import torch
+
+from fastlr._checks import describe
+from fastlr.optim._base import FusedOptimizer
+from fastlr.optim._from_torch import driven_by, plain
+from fastlr.optim._handed_over import handed_over, refuse_steps
+from fastlr.optim._scheduler_tables import every
+from fastlr.optim.adadelta import FusedAdadelta
+from fastlr.optim.adagrad import FusedAdagrad
+from fastlr.optim.adam import FusedAdam, FusedAdamW
+from fastlr.optim.rmsprop import FusedRMSprop
+from fastlr.optim.sgd import FusedSGD
+
+# By torch's classes, those that inherit from another one of them first.
+_FUSED: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    torch.optim.AdamW: FusedAdamW,
+    torch.optim.Adam: FusedAdam,
+    torch.optim.SGD: FusedSGD,
+    torch.optim.RMSprop: FusedRMSprop,
+    torch.optim.Adagrad: FusedAdagrad,
+    torch.optim.Adadelta: FusedAdadelta,
+}
+
+
+def fuse(
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+    *,
+    updates_per_tick: int | None = None,
+    horizon: int | None = None,
+) -> FusedOptimizer:
+    """The fused optimizer that goes on where torch's optimizer and scheduler stand, in mid-run too.
+
+    It updates the same parameters, and has copies of all else: groups with their names, rates and options,
+    state, step hooks, and the scheduler's position as its clock. A later ``step()`` of the old optimizer or
+    scheduler raises. Call it between two updates, after ``scheduler.step()`` where that was due.
+
+    Args:
+        optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or ``Adadelta``.
+        scheduler: what drives it, of ``torch.optim.lr_scheduler`` or ``timm.scheduler``, or None.
+        updates_per_tick: how many updates there are to one ``scheduler.step()``, >= 1: 1 where it stands in
+            the loop over batches, ``len(loader)`` where it is called once an epoch. Needed with a scheduler,
+            as neither object knows.
+        horizon: how many updates the whole run has, those already made included, for schedulers without a
+            formula (``LambdaLR``, ``MultiplicativeLR``, timm's and your own): that many values are tabulated.
+
+    Returns:
+        The fused optimizer of the same rule.
+
+    Raises:
+        TypeError, ValueError: what is given cannot be moved over; the message says why and what to do.
+            Nothing has changed then.
+
+    >>> import fastlr, torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.5)
+    >>> opt = fastlr.fuse(optimizer, scheduler, updates_per_tick=100)
+    >>> opt.param_groups[0]["lr_schedule"].schedule
+    StepDecay(unit='epoch', start=0.1, every=30, gamma=0.5)
+    """
+    kind = _kind_of(optimizer)
+    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        warnings.warn(
+            f"the {type(optimizer).__name__} has a scheduler, which was not given: its rates stay as they "
+            "are. Pass it, fuse(optimizer, scheduler, updates_per_tick=...), to take it over.",
+            UserWarning,
+            stacklevel=2,
+        )
+    fused = _copied(
+        optimizer,
+        kind,
+        driven_by(optimizer, scheduler, updates_per_tick, horizon),
+        has_scheduler=scheduler is not None,
+    )
+    new = f"fastlr.fuse() has turned into a {kind.__name__}"
+    refuse_steps(optimizer, f"{new}; call step() of that one")
+    for each in [] if scheduler is None else every(scheduler):
+        refuse_steps(each, f"{new}, whose own step() moves the schedule; leave the call out")
+    return fused
+
+
+def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
+    """The class that takes an optimizer's place; raises for what cannot be moved over."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"optimizer is a {name}, which is fused; give it schedules with set_schedule()")
+    torch_kind = next((kind for kind in _FUSED if isinstance(optimizer, kind)), None)
+    if torch_kind is None:
+        known = ", ".join(sorted(kind.__name__ for kind in _FUSED))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must be one of torch.optim ({known}), got {describe(optimizer)}; where a "
+                "framework wraps one, pass the optimizer inside"
+            )
+        raise TypeError(f"optimizer must be one of torch.optim's {known}, got {name}; keep that one")
+    if handed_over(optimizer):
+        raise ValueError(f"the {name} was given to fastlr.fuse() before; go on with what that returned")
+    own = inspect.unwrap(getattr(optimizer.step, "__func__", optimizer.step))
+    if own is not inspect.unwrap(torch_kind.step):
+        raise ValueError(
+            f"{name} has a step() of its own, which fastlr.{_FUSED[torch_kind].__name__} would not do; pass "
+            f"a plain torch.optim.{torch_kind.__name__}, and what the step does besides give to a hook "
+            "(register_step_pre_hook, register_step_post_hook)"
+        )
+    for place, group in enumerate(optimizer.param_groups):
+        if group.get("differentiable"):
+            raise ValueError(
+                f"differentiable of parameter group {place} is True, and no gradient flows through a fused "
+                "step; keep torch's optimizer"
+            )
+        for number, p in enumerate(group["params"]):
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of parameter {number} of group {place}, shape {tuple(p.shape)}, is sparse "
+                    f"({p.grad.layout}), and fused steps take dense ones; make its layer with sparse=False"
+                )
+    return _FUSED[torch_kind]
+
+
+def _copied(
+    optimizer: torch.optim.Optimizer, kind: Any, driven: list[dict[str, Any]], *, has_scheduler: bool
+) -> FusedOptimizer:
+    """A fused optimizer over the same parameters with all that torch's holds.
+
+    Args:
+        kind: its class.
+        driven: what its groups hold besides.
+    """
+    arguments = inspect.signature(kind.__init__).parameters
+    # Left there by a file of ours that torch's optimizer has loaded.
+    foreign = {*kind([torch.zeros(1)]).defaults} - {*optimizer.defaults}
+    groups = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names")
+        params = list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
+        left = {*foreign, "params", "param_names"}
+        groups.append({**plain(group, left, driven=has_scheduler), "params": params})
+    others = {name for name in optimizer.defaults if name not in arguments}
+    fused: FusedOptimizer = kind(groups, **plain(optimizer.defaults, others, driven=has_scheduler))
+    saved = optimizer.state_dict()
+    of_rule = {*fused._rule_state.slots, "step"}  # which loading copies
+    state = {
+        key: {name: each if name in of_rule else copy.deepcopy(each) for name, each in entry.items()}
+        for key, entry in saved["state"].items()
+    }
+    saved_groups = [
+        {**plain(group, foreign, driven=has_scheduler), **found}
+        for group, found in zip(saved["param_groups"], driven, strict=True)
+    ]
+    fused.load_state_dict({"state": state, "param_groups": saved_groups})
+    fused._optimizer_step_pre_hooks.update(optimizer._optimizer_step_pre_hooks)
+    fused._optimizer_step_post_hooks.update(optimizer._optimizer_step_post_hooks)
+    return fused
