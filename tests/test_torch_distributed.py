@@ -127,6 +127,15 @@ def zero_trains_as_one_process(folder: Path, rule: str) -> None:
     own.load_state_dict(saved)
     train_alone(last, own, [data(UPDATES, rank)[UPDATES:] for rank in range(2)])
     assert_same(expected.parameters(), last.parameters())
+    # And the other way round: the file of a process alone.
+    begun = new_model()
+    own = made(entry, begun.parameters())
+    train_alone(begun, own, [data(UPDATES, rank)[:UPDATES] for rank in range(2)])
+    shared = DistributedDataParallel(begun)
+    opt = zero(shared, entry.fused, **{**options, "lr": 1e-3})
+    opt.load_state_dict(through_file(own.state_dict()))
+    train(shared, opt, batches[UPDATES:])
+    assert_same(whole(expected).values(), whole(shared).values())
 
 
 def zero_says_what_it_cannot(folder: Path) -> None:
