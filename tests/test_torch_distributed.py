@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import re
@@ -32,8 +33,10 @@ def made(rule: Rule, parameters: Any, **options: Any) -> Any:
     return rule.make(parameters, **rule.full, lr=rule.drives["lr"], ema_decay=0.5, **options)
 
 
-def alone(rule: Rule, before: Any = None) -> tuple[torch.nn.Module, Any]:
+@functools.cache
+def alone(name: str, before: Any = None) -> tuple[torch.nn.Module, Any]:
     """All updates on one process, after which torch's optimizer has made the same of its parameters."""
+    rule = RULES[name]
     model, peer = new_model(), new_model()
     opt = made(rule, model.parameters())
     batches = [data(UPDATES, rank) for rank in range(dist.get_world_size())]
@@ -66,7 +69,7 @@ def resumed(model: torch.nn.Module, opt: Any, new: Any) -> tuple[torch.nn.Module
 
 def trains_as_one_process(folder: Path, strategy: str, rule: str) -> None:
     entry, rank = RULES[rule], dist.get_rank()
-    expected, single = alone(entry)
+    expected, single = alone(rule)
 
     def new(state: dict[str, torch.Tensor] | None = None) -> tuple[torch.nn.Module, Any]:
         plain = new_model(0 if state is None else 1)
@@ -101,7 +104,7 @@ def consolidated(opt: Any) -> dict[str, Any]:
 
 def zero_trains_as_one_process(folder: Path, rule: str) -> None:
     entry, rank = RULES[rule], dist.get_rank()
-    expected, single = alone(entry)
+    expected, single = alone(rule)
     options = {**entry.full, "lr": entry.drives["lr"], "ema_decay": 0.5}
     model = DistributedDataParallel(new_model())
     opt = zero(model, entry.fused, **options)
@@ -124,6 +127,15 @@ def zero_trains_as_one_process(folder: Path, rule: str) -> None:
     own.load_state_dict(saved)
     train_alone(last, own, [data(UPDATES, rank)[UPDATES:] for rank in range(2)])
     assert_same(expected.parameters(), last.parameters())
+    # And the other way round: the file of a process alone.
+    begun = new_model()
+    own = made(entry, begun.parameters())
+    train_alone(begun, own, [data(UPDATES, rank)[:UPDATES] for rank in range(2)])
+    shared = DistributedDataParallel(begun)
+    opt = zero(shared, entry.fused, **{**options, "lr": 1e-3})
+    opt.load_state_dict(through_file(own.state_dict()))
+    train(shared, opt, batches[UPDATES:])
+    assert_same(whole(expected).values(), whole(shared).values())
 
 
 def zero_says_what_it_cannot(folder: Path) -> None:
@@ -166,7 +178,7 @@ def zero_clips_before_the_step(folder: Path) -> None:
     def clip(model: torch.nn.Module) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.125)
 
-    expected, _ = alone(RULES["AdamW"], clip)
+    expected, _ = alone("AdamW", clip)
     entry = RULES["AdamW"]
     model = DistributedDataParallel(new_model())
     opt = zero(model, entry.fused, **entry.full, lr=entry.drives["lr"], ema_decay=0.5)

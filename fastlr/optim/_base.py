@@ -117,7 +117,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
     def _from_file(self, group: dict[str, Any], where: str) -> dict[str, Any]:
         """A file's group, completed by the optimizer's own, in this class's form and checked."""
         group = {**group, **self._fixed}
-        group |= {name: torch.float32 for name in STATE_DTYPES if group[name] == "float32"}
+        group |= _live_dtypes(group)
         return {**group, **self._checked(group, where)}
 
     def _complete(self, group: dict[str, Any]) -> None:
@@ -561,7 +561,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         if buffers is not None:
             buffers.find()
         if self._parts is ZERO:
-            self._rule_state.bring_home(self.state)
+            self._take_up_loaded()
         self._plan.step(
             self.param_groups,
             self.state,
@@ -601,6 +601,15 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         if self._buffer_averages is not None:
             self._buffer_averages.begin(self.param_groups[0])
         return True
+
+    def _take_up_loaded(self) -> None:
+        """Makes what ZeroRedundancyOptimizer has put here, as it stands in a file, what a step takes."""
+        self._rule_state.bring_home(self.state)
+        for group in self.param_groups:
+            for option in self._options.scheduled:
+                if isinstance(owner := group[f"{option.name}_schedule"], dict):
+                    group[f"{option.name}_schedule"] = Schedule.from_dict(owner)
+            group |= _live_dtypes(group)
 
     def _drop_initialized_state(self) -> None:
         for group in self.param_groups:
@@ -716,6 +725,11 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         if self._buffer_averages is not None:
             self._buffer_averages.load(groups[0], in_place=self._plan.captured())
         super().__setstate__(state)  # at once: Ctrl-C finds what was there before or all that is new
+
+
+def _live_dtypes(group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Those that a file has by name."""
+    return {name: torch.float32 for name in STATE_DTYPES if group[name] == "float32"}
 
 
 def _remove_hook(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:
