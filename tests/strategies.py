@@ -24,12 +24,10 @@ class Strategy(NamedTuple):
     Attributes:
         wrap: makes the model of one process that of a rank.
         sharded: whether a rank has parts of parameters.
-        fused: whether the optimizers here update them; else torch's have to do.
     """
 
     wrap: Callable[[torch.nn.Module], torch.nn.Module]
     sharded: bool = False
-    fused: bool = True
 
 
 def _fsdp1(use_orig_params: bool) -> Callable[[torch.nn.Module], torch.nn.Module]:
@@ -66,9 +64,8 @@ STRATEGIES = {
     "ddp-bucket-view": Strategy(lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)),
     "fsdp1-flat": Strategy(_fsdp1(False), sharded=True),
     "fsdp1-orig": Strategy(_fsdp1(True), sharded=True),
-    "fsdp2": Strategy(_fsdp2, sharded=True, fused=False),
+    "fsdp2": Strategy(_fsdp2, sharded=True),
 }
-FUSED = [name for name, strategy in STRATEGIES.items() if strategy.fused]
 
 
 def new_model(seed: int = 0) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Growing batches under DDP and FSDP1 on two and four ranks: one process's run, also resumed on others."""
+"""Growing batches under DDP, FSDP1 and FSDP2, on two and four ranks: the run of one process, and resumed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rank_pool import Case, needs_gloo, outcomes
 from strategies import STRATEGIES, WHOLE, new_model, whole, zero
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 import fastlr
 
@@ -46,16 +47,12 @@ class Run:
         options = {"lr": self.plan.lr, "momentum": self.plan.momentum}
         if share:
             self.opt = zero(self.model, fastlr.FusedSGD, **options)
-        elif strategy is not None and not STRATEGIES[strategy].fused:
-            self.opt = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, foreach=False)
         else:
             self.opt = fastlr.FusedSGD(self.model.parameters(), **options)
         place = {"rank": 0, "world_size": 1} if strategy is None else {}
         count = (lambda data: data[3].sum()) if tokens else None
         self.loader = fastlr.GrowingLoader(dataset(), self.plan, 2, count=count, **place)
-        self.fused = strategy is None or STRATEGIES[strategy].fused
-        if self.fused:
-            self.loader.bind(self.opt)
+        self.loader.bind(self.opt)
         self.tokens = tokens
         self.taken: list[tuple[int, int, float, list[int]]] = []  # of each micro-batch
         self.updates: list[tuple[int, int]] = []
@@ -69,9 +66,8 @@ class Run:
                     losses = torch.nn.functional.cross_entropy(self.model(x), target, reduction="none")
                     mean = (losses * tokens).sum() / tokens.sum() if self.tokens else losses.mean()
                     (mean * batch.weight).backward()
-                if not self.fused:
+                if isinstance(self.model, FSDPModule):  # else gradients are there before the exchange too
                     assert batch.ends_update or all(p.grad is None for p in self.model.parameters())
-                    self.opt.param_groups[0]["lr"] = self.plan.lr(batch.position)
                 if batch.ends_update:
                     self.opt.step()
                     self.opt.zero_grad()
@@ -135,9 +131,8 @@ def assert_as_alone(run: Run, first: int = 0) -> None:
     assert len({len(rank) for rank in taken}) == 1  # micro-batches: none waits for another rank
     samples = by_update([single.taken])
     assert by_update(taken) == {position: samples[position] for position, _ in single.updates[first:]}
-    if run.fused:
-        assert getattr(run.opt, "optim", run.opt).clock() == single.opt.clock()
-        assert run.opt.param_groups[0]["lr"] == single.opt.param_groups[0]["lr"]
+    assert getattr(run.opt, "optim", run.opt).clock() == single.opt.clock()
+    assert run.opt.param_groups[0]["lr"] == single.opt.param_groups[0]["lr"]
     found = whole(run.model)
     for name, value in whole(single.model).items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
@@ -166,7 +161,7 @@ def noise_scale_refuses(folder: Path) -> None:
         fastlr.GradientNoiseScale(run.model.parameters())
 
 
-CHANGING = ("ddp", "fsdp1-flat", "fsdp1-orig")
+CHANGING = ("ddp", "fsdp1-flat", "fsdp1-orig", "fsdp2")
 CASES = {
     **{f"{strategy}-begins-on-2": Case(2, begins, {"strategy": strategy}) for strategy in CHANGING},
     **{

@@ -1,4 +1,4 @@
-"""DDP, FSDP1, ZeroRedundancyOptimizer and Join, on two processes: the bits of one process, and a resume."""
+"""DDP, FSDP1, FSDP2, ZeroRedundancyOptimizer and Join on two processes: the bits of one, and a resume."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch.distributed as dist
 from helpers import assert_same, leaves, through_file
 from rank_pool import Case, needs_gloo, outcomes
 from rule_table import RULES, Rule, drive
-from strategies import FUSED, STRATEGIES, data, loss, new_model, train, train_alone, whole, zero
+from strategies import STRATEGIES, WHOLE, data, loss, new_model, train, train_alone, whole, zero
 from torch.distributed.algorithms.join import Join
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,6 +60,10 @@ def resumed(model: torch.nn.Module, opt: Any, new: Any) -> tuple[torch.nn.Module
         again.load_state_dict(
             FullyShardedDataParallel.optim_state_dict_to_load(second, again, through_file(saved))
         )
+    elif isinstance(model, FSDPModule):
+        saved = get_optimizer_state_dict(model, opt, options=WHOLE)
+        second, again = new(state)
+        set_optimizer_state_dict(second, again, through_file(saved), options=WHOLE)
     else:
         # Each rank its own. With use_orig_params=True FSDP1's optim_state_dict() (PyTorch 2.13) returns, of
         # parameters on the CPU, the last of their tensors of state for all of them.
@@ -301,10 +306,7 @@ def range_test_leaves_nothing(folder: Path, strategy: str) -> None:
 
     def trained(tested: bool) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
         model = STRATEGIES[strategy].wrap(new_model())
-        if strategy in FUSED:
-            opt = fastlr.FusedAdamW(model.parameters(), lr=fastlr.Cosine(0.1, 0.0, 20))
-        else:
-            opt = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
+        opt = fastlr.FusedAdamW(model.parameters(), lr=fastlr.Cosine(0.1, 0.0, 20))
         batches = data(UPDATES, dist.get_rank())
         curves = []
         for part in (batches[:UPDATES], batches[UPDATES:]):
@@ -390,7 +392,7 @@ CASES = {
     **{f"page-{example}": Case(2, page_runs, {"example": example}) for example in range(len(examples()))},
     **{
         f"{strategy}-{rule}": Case(2, trains_as_one_process, {"strategy": strategy, "rule": rule})
-        for strategy in FUSED
+        for strategy in STRATEGIES
         for rule in RULES
     },
     **{f"zero-{rule}": Case(2, zero_trains_as_one_process, {"rule": rule}) for rule in RULES},
