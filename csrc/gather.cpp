@@ -157,34 +157,39 @@ void Gathering::set_layout(const Place& place, const Parameter& parameter, const
   layouts_.push_back(layout);
 }
 
-// Whether two specifications of DTensors say the same of which part is where.
-bool Gathering::cut_alike(PyObject* spec, PyObject* other) const {
-  if (spec == other) return true;
-  if (spec == nullptr || other == nullptr) return false;
+constexpr int kOfGradient = kMaxSlots;
+
+// Whether the specification of a slot or gradient says the same as its parameter's of which part is
+// where. of: the slot, or kOfGradient.
+bool Gathering::cut_alike(const Parameter& parameter, PyObject* spec, int of) const {
+  PyObject* const own = parameter.spec.get();
+  if (spec == own) return true;
+  if (spec == nullptr || own == nullptr) return false;
+  if (spec == parameter.alike[of].get()) return true;
   for (PyObject* const name : {names().mesh, names().placements}) {
-    const Owned one = checked(PyObject_GetAttr(spec, name));
-    const Owned two = checked(PyObject_GetAttr(other, name));
+    const Owned one = checked(PyObject_GetAttr(own, name));
+    const Owned two = checked(PyObject_GetAttr(spec, name));
     if (one.get() == two.get()) continue;
     const int same = PyObject_RichCompareBool(one.get(), two.get(), Py_EQ);
     if (same < 0) throw PythonError();
     if (same == 0) return false;
   }
+  parameter.alike[of] = Owned::borrow(spec);
   return true;
 }
 
 // The tensor that has the memory of one of a parameter's; refused where that is not cut as the
 // parameter is.
 PyObject* Gathering::memory_of(const Place& place, const Parameter& parameter, PyObject* tensor,
-                               const char* what) const {
+                               int of, const char* what) const {
   const TensorReader::Part part = TensorReader::part(tensor);
-  if (cut_alike(parameter.spec.get(), part.spec))
-    return part.local != nullptr ? part.local : tensor;
-  const auto of = [](PyObject* spec) {
+  if (cut_alike(parameter, part.spec, of)) return part.local != nullptr ? part.local : tensor;
+  const auto described = [](PyObject* spec) {
     return spec == nullptr ? std::string("a plain tensor") : "a DTensor, " + text_of(spec);
   };
   refuse(
-      std::string("the ") + what + " of " + describe(place) + " is " + of(part.spec) +
-      ", and the parameter " + of(parameter.spec.get()) +
+      std::string("the ") + what + " of " + describe(place) + " is " + described(part.spec) +
+      ", and the parameter " + described(parameter.spec.get()) +
       ". Shard the model before building the optimizer, or load the optimizer's state_dict again "
       "after it.");
 }
@@ -194,7 +199,7 @@ PyObject* Gathering::memory_of(const Place& place, const Parameter& parameter, P
 Owned Gathering::settled(const Parameter& parameter, Owned gradient) const {
   const TensorReader::Part part = TensorReader::part(gradient.get());
   if (!parameter.spec || part.local == nullptr) return gradient;  // memory_of() judges
-  if (cut_alike(parameter.spec.get(), part.spec) && TensorReader::is_plain(part.local)) {
+  if (cut_alike(parameter, part.spec, kOfGradient) && TensorReader::is_plain(part.local)) {
     return gradient;
   }
   return checked(
@@ -204,6 +209,7 @@ Owned Gathering::settled(const Parameter& parameter, Owned gradient) const {
 // Notes how a parameter is cut.
 void Gathering::see_part(const Place& place, Parameter& parameter, PyObject* spec) {
   parameter.spec = Owned();
+  parameter.alike = {};
   parameter.share = 0;
   parameter.first = 0;
   if (spec == nullptr) return;
@@ -293,7 +299,7 @@ int64_t Gathering::attach_slot(const Place& place, const Parameter& parameter, i
   const char* const name = group_reader_.rule().slot[slot];
   const TensorView &p = views.p, &g = views.g;
   const auto the_slot = [&] { return std::string("the ") + name + " of " + describe(place); };
-  PyObject* const memory = memory_of(place, parameter, tensor, name);
+  PyObject* const memory = memory_of(place, parameter, tensor, slot, name);
   m = read_tensor(memory, name, place);
   if (!same_shape(p, m)) refuse(the_slot() + " has shape " + shape_of(tensor) + ".");
   if (!same(p.device, m.device)) {
@@ -534,7 +540,7 @@ void Gathering::gather(const Place& place, size_t position) {
            "tensors or DTensors.");
   }
   grad = settled(parameter, std::move(grad));
-  grad = Owned::borrow(memory_of(place, parameter, grad.get(), "gradient"));
+  grad = Owned::borrow(memory_of(place, parameter, grad.get(), kOfGradient, "gradient"));
   g = read_tensor(grad.get(), "gradient", place);
   if (!same(p.dtype, g.dtype)) {
     refuse("the gradient of " + describe(place) + " has " + type_name(g.dtype) +

@@ -79,7 +79,9 @@ class Gathering {
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
     MemoryOrder order{};
-    Owned spec;         // of a DTensor; nothing of any other, and what follows from it is 0
+    Owned spec;  // of a DTensor; nothing of any other, and what follows from it is 0
+    // Of its slots and then its gradient, where they are cut alike by a specification of their own.
+    mutable std::array<Owned, kMaxSlots + 1> alike;
     int32_t share = 0;  // see NOTE: [shares]
     int64_t first = 0;  // of its elements, in the whole parameter
   };
@@ -152,8 +154,8 @@ class Gathering {
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
   void see_part(const Place& place, Parameter& parameter, PyObject* spec);
-  bool cut_alike(PyObject* spec, PyObject* other) const;
-  PyObject* memory_of(const Place& place, const Parameter& parameter, PyObject* tensor,
+  bool cut_alike(const Parameter& parameter, PyObject* spec, int of) const;
+  PyObject* memory_of(const Place& place, const Parameter& parameter, PyObject* tensor, int of,
                       const char* what) const;
   Owned settled(const Parameter& parameter, Owned gradient) const;
   bool answers(const char* question, PyObject* tensor) const;
