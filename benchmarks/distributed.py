@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from rounds import in_turn, summary
+from rounds import in_turn, summary, timed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -56,12 +55,6 @@ def contenders(make: Callable[[bool], list[torch.nn.Parameter]]) -> dict[str, Ca
 
         steps[f"torch's fused AdamW, DTensors{suffix}"] = by_torch
     return steps
-
-
-def timed(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
 
 
 def main() -> None:

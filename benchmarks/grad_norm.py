@@ -9,13 +9,12 @@ a round.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from models import PARAMETER_SETS
-from rounds import in_turn, summary
+from rounds import in_turn, summary, timed
 
 import fastlr
 
@@ -45,12 +44,6 @@ def contenders(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> dict[str, C
         return measured.last_grad_norm
 
     return {"step": alone.step, "measured": in_step, "torch": with_torch}
-
-
-def timed(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
 
 
 def main() -> None:

@@ -11,6 +11,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def timed(step: Callable[[], object]) -> float:
+    """Seconds that it takes; a turn, with ``functools.partial``."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
 def in_turn(turns: dict[str, Callable[[], T]], seconds: float, fewest: int = 12) -> dict[str, list[T]]:
     """What each turn measured in each round; without the first two rounds, which allocate state.
 
