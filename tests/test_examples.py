@@ -40,8 +40,13 @@ def module_at(path: Path) -> ModuleType:
 
 def run(name: str, form: str, *more: str) -> dict[str, Any]:
     """What an example's main returns. PyTorch's generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return module_at(EXAMPLES / name / f"{form}.py").main([*ARGUMENTS[name], *more])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other most of the time
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return module_at(EXAMPLES / name / f"{form}.py").main([*ARGUMENTS[name], *more])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def assert_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
