@@ -144,7 +144,7 @@ def test_settings_are_numbers_and_text() -> None:
     assert (settings["weight_decay"], settings["ema_decay"]) == (0.05, 0.999)
     assert not settings.keys() & {"group1/weight_decay", "group1/beta2", "betas"}
     assert not any(name.endswith(("_schedule", "_start")) for name in settings)
-    assert not settings.keys() & {"updates", "samples", "fresh", "params"}
+    assert not settings.keys() & {"updates", "samples", "clock_unit", "fresh", "params"}
     optimizer.step()
     assert hparams(optimizer) == settings  # and not where a run stands
 

@@ -143,7 +143,7 @@ def hparams(optimizer: torch.optim.Optimizer) -> dict[str, float | str]:
 
 
 # What the groups of a fused optimizer hold besides its options.
-_NO_OPTIONS = ("updates", "samples", "fresh")
+_NO_OPTIONS = ("updates", "samples", "clock_unit", "fresh")
 
 
 def _settings(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, float | str]:
