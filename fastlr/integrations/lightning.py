@@ -84,11 +84,12 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
     kept |= {"callbacks": trainer.callbacks, "loggers": trainer.loggers}
     kept["num_sanity_val_steps"] = trainer.num_sanity_val_steps
     optimizers, schedulers = trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs
-    owner = module._trainer
+    owner, own_callbacks = module._trainer, vars(module).get("configure_callbacks")
     seeds = importlib.import_module(f"{_PACKAGE}.utilities.seed")
     try:
         trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps = [test], [], 0
         trainer.state = type(trainer.state)()
+        module.configure_callbacks = list  # those would hear of it, too
         with seeds.isolate_rng(), torch.set_grad_enabled(torch.is_grad_enabled()):
             try:
                 trainer.fit(module, data)
@@ -101,6 +102,9 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
             setattr(trainer, name, value)
         trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = optimizers, schedulers
         module.trainer = owner
+        del module.configure_callbacks
+        if own_callbacks is not None:
+            module.configure_callbacks = own_callbacks
     if test.error is not None:
         raise test.error
     if test.result is None:
@@ -124,6 +128,7 @@ class _Borrowed(_Callback):  # type: ignore[misc]
             self.result = _tested(trainer, pl_module, self.options)
         except BaseException as error:
             self.error = error  # which Lightning would turn into an exit, were it Ctrl-C
+        trainer.datamodule = None  # which would hear of an exception
         raise _Tested
 
 
