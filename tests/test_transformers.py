@@ -334,7 +334,7 @@ def test_a_resumed_training_is_not_tested_again(tmp_path: Path) -> None:
     assert test.result is None
 
 
-def begin(test: RangeTest, **args: Any) -> Any:
+def begin(test: RangeTest, kind: Any = fastlr.FusedAdamW, own: Any = None, **args: Any) -> Any:
     """As the Trainer calls it."""
     model = bert()
     collate = transformers.default_data_collator
@@ -343,6 +343,7 @@ def begin(test: RangeTest, **args: Any) -> Any:
             **{
                 "world_size": 1,
                 "fp16": False,
+                "max_grad_norm": None,
                 "gradient_accumulation_steps": 1,
                 "device": torch.device("cpu"),
             }
@@ -351,7 +352,7 @@ def begin(test: RangeTest, **args: Any) -> Any:
         SimpleNamespace(global_step=0),
         None,
         model=model,
-        optimizer=optimizers(model, lr=0.01)[0],
+        optimizer=optimizers(model, None, kind, lr=0.01, max_grad_norm=own)[0],
         train_dataloader=torch.utils.data.DataLoader(data(), SIZE, collate_fn=collate),
     )
     return test.result
@@ -376,6 +377,20 @@ def test_half_precision_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scaler" not in given[0]
     assert isinstance(given[1]["scaler"], fastlr.GradScaler)
     np.testing.assert_allclose(scaled.losses, plain.losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_are_clipped_as_in_training(fp16: bool) -> None:
+    """Of SGD, whose steps are as long as its gradients: here as by the optimizer itself."""
+
+    def losses(**options: Any) -> Any:
+        return begin(
+            RangeTest(show=False, **SWEEP, start_lr=0.1), fastlr.FusedSGD, fp16=fp16, **options
+        ).losses
+
+    own, by_trainer, unclipped = losses(own=0.05), losses(max_grad_norm=0.05), losses(max_grad_norm=0.0)
+    np.testing.assert_allclose(by_trainer, own, rtol=1e-5)
+    assert np.abs(unclipped[-1] - own[-1]) > 0.01
 
 
 def test_several_processes_are_refused() -> None:

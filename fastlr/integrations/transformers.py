@@ -6,6 +6,8 @@ Not imported with fastlr: ``import fastlr.integrations.transformers``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -80,8 +82,8 @@ def optimizers(
 class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
     """A range test on the Trainer's own batches before its first update, after which all is as before.
 
-    The loss is the model's own; ``gradient_accumulation_steps`` and mixed precision are the Trainer's. A
-    resumed training is not tested again.
+    The loss is the model's own; ``gradient_accumulation_steps``, mixed precision and the clipping of
+    ``max_grad_norm`` are the Trainer's. A resumed training is not tested again.
 
     Args:
         show: print the result's summary.
@@ -115,6 +117,28 @@ class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
         }
         if args.fp16:
             options["scaler"] = GradScaler(args.device.type)
-        self.result = range_test(training["model"], optimizer, **{**options, **self.options})
+        model = training["model"]
+        with _clipping(model, optimizer, args.max_grad_norm or 0.0):
+            self.result = range_test(model, optimizer, **{**options, **self.options})
         if self.show:
             print(self.result.summary())
+
+
+@contextmanager
+def _clipping(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Iterator[None]:
+    """Each step clips as the Trainer would, where max_norm is > 0."""
+
+    def clip(*_: Any) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # of gradients that the step unscales itself
+        torch.nn.utils.clip_grad_norm_(
+            model.parameters(), max_norm if scale is None else max_norm * float(scale)
+        )
+
+    if max_norm <= 0.0:
+        yield
+        return
+    hook = optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        hook.remove()
