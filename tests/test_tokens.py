@@ -469,7 +469,14 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("start", "increment", "ramp", "full"),
-    [(16, 16, 3000, 128), (32, 8, 10_000, 64), (4, 12, 100, 64), (8, 8, 7, 64), (3, 7, 977, 80)],
+    [
+        (16, 16, 3000, 128),
+        (32, 8, 10_000, 64),
+        (4, 12, 100, 64),
+        (8, 8, 7, 64),
+        (3, 7, 977, 80),
+        (16, 16, 50_000, 128),  # longer than the run
+    ],
 )
 def test_megatrons_batch_rampup(examples: Any, start: int, increment: int, ramp: int, full: int) -> None:
     plan = examples("megatron_batch_rampup").rampup_plan(
