@@ -295,6 +295,10 @@ def test_errors_in_a_range_test_reach_who_called_it(tmp_path: Path) -> None:
         assert made.optimizers == []
     with pytest.raises(TypeError, match="scaler is the module's or the trainer's"):
         ours.range_test(trainer(tmp_path), Module(), loader(), scaler=None)
+    with pytest.raises(TypeError, match="step_fn is the module's or the trainer's"):
+        ours.RangeTest(step_fn=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        ours.RangeTest(steps=3)
     with pytest.raises(ValueError, match="the trainer began no training"):
         ours.range_test(trainer(tmp_path, max_epochs=0), Module(), loader())
     with pytest.raises(ValueError, match="one loader for training, got 2"):

@@ -276,6 +276,10 @@ def test_what_cannot_be_made_is_refused() -> None:
         TypeError, match=r"a class of fastlr's, such as fastlr\.FusedAdamW, got <class 'torch"
     ):
         optimizers(bert(), None, torch.optim.AdamW, lr=0.1)
+    with pytest.raises(TypeError, match=r"args must be TrainingArguments or None, got .*comes behind it"):
+        optimizers(bert(), fastlr.FusedSGD, lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        RangeTest(steps=3)
     with pytest.raises(ValueError, match="the model is frozen"):
         optimizers(bert().requires_grad_(False), lr=0.1)
 

@@ -77,6 +77,7 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
             f"{type(trainer.strategy).__name__} starts other processes for each fit, from which no answer "
             'comes back; use strategy="ddp", or test on one device'
         )
+    _check_options(options)
     test = _Borrowed(options)
     kept = {
         name: vars(trainer)[name] for name in ("state", "should_stop", "datamodule") if name in vars(trainer)
@@ -154,6 +155,7 @@ class RangeTest(_Callback):  # type: ignore[misc]
     ) -> None:
         if use is not None:
             function("use", use)
+        _check_options(options)
         self.use, self.options = use, options
         self.result: RangeTestResult | None = None
 
@@ -188,12 +190,16 @@ def _takes_range_tests(logger: Any) -> bool:
     return callable(getattr(experiment, "add_figure", None)) or callable(getattr(experiment, "log", None))
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("model", "optimizer", "loss_fn", "step_fn", "scaler", "train_loader"):
+        if name in options:
+            raise TypeError(f"{name} is the module's or the trainer's; leave it out")
+    inspect.signature(plain_range_test).bind_partial(**options)  # raises TypeError for what it does not take
+
+
 def _tested(trainer: Any, module: Any, options: dict[str, Any]) -> RangeTestResult:
     """The range test of a fit that is about to train."""
     options = dict(options)
-    for name in ("loss_fn", "step_fn", "scaler", "train_loader"):
-        if name in options:
-            raise TypeError(f"{name} is the module's or the trainer's; leave it out")
     if not module.automatic_optimization:
         raise TypeError(
             f"{type(module).__name__} optimizes manually, so that training_step makes the updates itself; "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastlr._checks import describe
 from fastlr.integrations.schedulers import ReadOnlyScheduler
 from fastlr.optim import FusedAdamW, FusedOptimizer, GradScaler
 from fastlr.range_test import RangeTestResult, range_test
@@ -56,6 +57,11 @@ def optimizers(
         raise TypeError(
             f"optimizer must be a class of fastlr's, such as fastlr.FusedAdamW, got {optimizer!r}"
         )
+    if args is not None and not hasattr(args, "weight_decay"):
+        raise TypeError(
+            f"args must be TrainingArguments or None, got {describe(args)}; the class of the optimizer comes "
+            "behind it"
+        )
     known = inspect.signature(optimizer).parameters
     if "lr" in known and options.get("lr") is None:
         raise TypeError(
@@ -97,6 +103,7 @@ class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, *, show: bool = True, **options: Any) -> None:
+        inspect.signature(range_test).bind_partial(**options)  # raises TypeError now, and not in training
         self.show, self.options = show, options
         self.result: RangeTestResult | None = None
 
