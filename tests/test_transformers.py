@@ -474,3 +474,9 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run_page("frameworks/transformers.md", model=bert(), dataset=data())
     assert names["optimizers"][0].clock() == (60, 0)
     assert (tmp_path / "range_test.json").exists()
+    trainer, optimizer = names["trainer"], names["by_tokens"][0]
+    words = 8 * names["args"].per_device_train_batch_size  # of each update
+    schedule = optimizer.param_groups[0]["lr_schedule"]
+    assert optimizer.clock() == (30, 30 * words)
+    assert optimizer.clock().tokens == trainer.state.num_input_tokens_seen
+    assert rates(trainer) == [schedule((update - 1) * words) for update in (10, 20, 30)]

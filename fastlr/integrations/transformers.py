@@ -40,7 +40,7 @@ def optimizers(
             are not: they are ``lr``. None: nothing is.
         optimizer: one of fastlr's classes.
         **options: its arguments, above all ``lr``: a number or a schedule in updates, which accumulated
-            batches count once.
+            batches count once. One in samples or tokens stands still unless a callback moves its clock.
 
     Raises:
         TypeError: there is no ``lr``, or the optimizer is no class of fastlr's.
