@@ -471,7 +471,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         )
         if (counts := self.param_groups[0]["clock_unit"]) != unit:
             before = self._sync().samples
-            if before or self._options.counted(self.param_groups) is not None:
+            if before or self._options.counted(self._in_charge()) is not None:
                 raise RuntimeError(
                     f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
                     f"{unit}s; tell it {counts}s with advance_{counts}s()"
@@ -680,7 +680,8 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         if loaded is not None and loaded.clockless:
             warnings.warn(
                 f"the file has no clock, as it is another optimizer's: {'; '.join(loaded.clockless)}. "
-                "If its run was elsewhere, say how far: optimizer.set_clock(updates=..., samples=...).",
+                "If its run was elsewhere, say how far: "
+                f"optimizer.set_clock(updates=..., {self.param_groups[0]['clock_unit']}s=...).",
                 UserWarning,
                 stacklevel=2,
             )
