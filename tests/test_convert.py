@@ -107,6 +107,14 @@ SCHEDULERS: dict[str, tuple[Make, float]] = {
     "exponential": (lambda o: S.ExponentialLR(o, 0.93), 1e-12),
     "linear-to-zero": (lambda o: S.LinearLR(o, 0.1, 0.0, 13), 1e-12),  # -1e-18 and less from there on
     "polynomial": (lambda o: S.PolynomialLR(o, 30, 1.7), 1e-12),
+    # counts that were worked out as 0.1 * steps
+    "step-of-a-float": (lambda o: S.StepLR(o, 6.0, 0.7), 1e-12),
+    "constant-of-a-float": (lambda o: S.ConstantLR(o, 0.3, 8.0), 1e-12),
+    "polynomial-of-a-float": (lambda o: S.PolynomialLR(o, 30.0, 1.7), 1e-12),
+    "sequence-of-floats": (
+        sequence([lambda o: S.LinearLR(o, 0.1, 1.0, 7.0), lambda o: S.CosineAnnealingLR(o, 40.0)], [7.0]),
+        1e-11,
+    ),
     "cosine": (lambda o: S.CosineAnnealingLR(o, 12, eta_min=0.003), 1e-11),
     "cosine-of-a-fraction": (lambda o: S.CosineAnnealingLR(o, 11.5), 1e-11),
     "warm-up-cosine": (
@@ -183,6 +191,15 @@ TABULATED: dict[str, tuple[Make, float]] = {
     ),
     "scale-function": (lambda o: S.CyclicLR(o, 0.01, 0.1, 6, scale_fn=lambda x: 1 / x), 0),
     "of-your-own": (Own, 0),
+    # with arguments that no schedule takes
+    "linear-of-a-fraction": (lambda o: S.LinearLR(o, 0.2, 0.9, 13.5), 0),
+    "sequence-of-a-fraction": (
+        sequence([lambda o: S.LinearLR(o, 0.1, 1.0, 7), lambda o: S.CosineAnnealingLR(o, 40)], [7.5]),
+        0,
+    ),
+    "step-to-zero": (lambda o: S.StepLR(o, 9, 0.0), 0),
+    "cyclic-growing": (lambda o: S.CyclicLR(o, 0.01, 0.1, 5, mode="exp_range", gamma=1.01), 0),
+    "one-cycle-without-a-rise": (lambda o: S.OneCycleLR(o, 0.3, 60, pct_start=0.0), 0),
 }
 HORIZON = 150
 POSITIONS = (0, 1, 8, 17, 33)

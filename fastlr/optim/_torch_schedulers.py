@@ -23,6 +23,7 @@ from fastlr.optim._scheduler_formulas import (
     settles,
     torch_kind,
     value,
+    whole_ticks,
 )
 from fastlr.optim._scheduler_tables import Simulation, every, last_tick, numbers_of, timm_tables
 from fastlr.schedules import Constant, Schedule, Shifted, Tabulated
@@ -292,7 +293,7 @@ class _Reader:
         zero = at - tick
         present = numbers_of(self._groups[place])
         active = bisect_right(s._milestones, tick)
-        begins = [zero, *(zero + milestone for milestone in s._milestones)]
+        begins = [zero, *(zero + whole_ticks(milestone) for milestone in s._milestones)]
         ends: list[int | None] = [*(begin if until is None else min(begin, until) for begin in begins[1:])]
         kept: list[tuple[int, int | None, _Parts]] = []
         for i, (child, begin, end) in enumerate(zip(s._schedulers, begins, [*ends, until], strict=True)):
