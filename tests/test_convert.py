@@ -563,12 +563,66 @@ def test_a_method_that_gives_rates_is_not_copied_with_its_object() -> None:
     assert fused.param_groups[0]["lr_schedule"].values(0, 3) == pytest.approx([0.1, 0.05, 0.05 / 3])
 
 
+def test_a_function_that_remembers_its_calls_is_copied() -> None:
+    class Falling:
+        calls = 0
+
+        def __call__(self, tick: int) -> float:
+            self.calls += 1
+            return 1.0 / self.calls
+
+    optimizer = sgd()
+    falling = Falling()
+    pair = Pair(optimizer, S.LambdaLR(optimizer, falling)).run(0, 4)
+    calls = falling.calls
+    check_goes_on(pair, 4, 20, 1, 0, 20)
+    assert falling.calls == calls
+
+
+def test_a_formula_that_one_object_has_replaced() -> None:
+    optimizer = sgd()
+    pair = Pair(optimizer, S.StepLR(optimizer, 3)).run(0, 4)
+    scheduler = pair.scheduler
+    scheduler.get_lr = lambda: [0.5, 0.25]
+    fused = fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=9)
+    assert [g["lr_schedule"].values(4, 7).tolist() for g in fused.param_groups] == [
+        [0.1 * 0.1, 0.5, 0.5],
+        [0.02 * 0.1, 0.25, 0.25],
+    ]
+
+
+def test_a_part_that_begins_behind_the_horizon() -> None:
+    optimizer = sgd()
+    make = sequence([lambda o: S.StepLR(o, 3), lambda o: S.LambdaLR(o, half_then_linear)], [20])
+    check_goes_on(Pair(optimizer, make(optimizer)), 0, 12, 1, 1e-12, 12)
+
+
+def test_entries_of_your_own_are_kept_as_they_are() -> None:
+    optimizer = sgd()
+    own = {"mask": torch.ones(1), "min_lr": 1e-5, "max_lr": 3.0, "pair": (torch.ones(1), 2)}
+    optimizer.param_groups[0].update(own)
+    scheduler = S.LambdaLR(optimizer, half_then_linear)
+    group = fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=9).param_groups[0]
+    assert {name: group[name] for name in own} == own
+    optimizer = sgd()
+    scheduler = S.OneCycleLR(optimizer, 0.3, 60)
+    group = fastlr.fuse(optimizer, scheduler, updates_per_tick=1).param_groups[0]
+    assert not {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"} & group.keys()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
 class OwnStep(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
 
 
 class OwnSchedulerStep(S.StepLR):
@@ -621,6 +675,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
         "the ChainedScheduler gives -0.0.* after 10 steps, and a rate must be finite and >= 0",
     ),
     "another rule": (lambda: Pair(torch.optim.NAdam(groups()), None), "Adadelta.*, got NAdam; keep that one"),
+    "wrapped": (lambda: Pair(Wrapper(sgd()), None), "got Wrapper; where .* wraps one, pass the optimizer in"),
     "no optimizer": (lambda: Pair(torch.nn.Linear(1, 1), None), "must be one of torch.optim .Adadelta"),
     "fused": (lambda: Pair(fastlr.FusedSGD(groups()), None), "FusedSGD, which is fused; give it schedules"),
     "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got 3"),
@@ -645,6 +700,8 @@ def test_arguments_of_fuse() -> None:
         fastlr.fuse(optimizer, scheduler)
     with pytest.raises(ValueError, match="updates_per_tick must be an integer >= 1, got 0"):
         fastlr.fuse(optimizer, scheduler, updates_per_tick=0)
+    with pytest.raises(ValueError, match="updates_per_tick must be an integer >= 1, got 0"):
+        fastlr.fuse(sgd(), updates_per_tick=0)
     with pytest.raises(ValueError, match="horizon must be an integer >= 1, got 2"):
         fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=2.5)  # type: ignore[arg-type]
     Pair(optimizer, scheduler).run(0, 4)
@@ -924,6 +981,17 @@ def test_what_torch_cannot_do_is_refused_and_changes_nothing(what: str) -> None:
     with pytest.raises(ValueError, match=message):
         fused.to_torch()
     run(fused, 1)
+
+
+def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:
+    fused = fastlr.FusedSGD(parameters(), lr=fastlr.Cosine(0.1, 0.0, 9))
+    with fused.handed_over(), pytest.raises(RuntimeError, match=r"to_torch\(\) was called while the options"):
+        fused.to_torch()  # which would lose the schedules
+    fused.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was set to 0\.5 by something else"):
+        fused.to_torch()
+    fused.param_groups[0]["lr"] = 0.1
+    assert check_back(fused, 5).scheduler._schedulers[0].T_max == 9
 
 
 def test_options_of_torchs_step_and_copies() -> None:

@@ -50,7 +50,8 @@ def formula_of(scheduler: lr_scheduler.LRScheduler) -> Any:
     """Torch's class whose formula is a scheduler's; the base class where it has another."""
     kind = torch_kind(scheduler)
     for name in ("get_lr", "_get_closed_form_lr", "_update_lr", "scale_fn", "_anneal_func"):
-        if getattr(type(scheduler), name, None) is not getattr(kind, name, None):
+        own = name in vars(scheduler)  # in this object alone
+        if own or getattr(type(scheduler), name, None) is not getattr(kind, name, None):
             return lr_scheduler.LRScheduler
     return kind
 

@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 from fastlr._checks import describe
-from fastlr.optim._handed_over import handed_over
+from fastlr.optim._replaced import is_replaced
 from fastlr.optim._scheduler_formulas import (
     NoFormula,
     Schedules,
@@ -25,7 +25,14 @@ from fastlr.optim._scheduler_formulas import (
     value,
     whole_ticks,
 )
-from fastlr.optim._scheduler_tables import Simulation, every, last_tick, numbers_of, timm_tables
+from fastlr.optim._scheduler_tables import (
+    Simulation,
+    every,
+    is_function,
+    last_tick,
+    numbers_of,
+    timm_tables,
+)
 from fastlr.schedules import Constant, Schedule, Shifted, Tabulated
 
 # NOTE: [where a scheduler stands]
@@ -125,7 +132,7 @@ def _check_restarts(scheduler: Any) -> None:
 
 def _check_pair(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     name = type(scheduler).__name__
-    if handed_over(scheduler):
+    if is_replaced(scheduler):
         raise ValueError(f"the {name} was given to fastlr.fuse() before, and stands where it stood then")
     if scheduler.optimizer is not optimizer:
         raise ValueError(
@@ -258,17 +265,18 @@ class _Reader:
         except NoFormula:
             return self._table(s, place, at, until)
 
-    def _last_tick(self, s: Any, until: int | None) -> int:
+    def _last_tick(self, s: Any, at: int, until: int | None) -> int:
+        """The outermost scheduler's tick up to which one has to be right that begins at another of its."""
         if until is not None:
             return until
         if self._end is not None:
-            return self._end
+            return max(self._end, at + 1)  # it may begin when the run has ended
         inner = sorted({type(each).__name__ for each in every(s) if each is not s})
         made_of = f" of {', '.join(inner)}" if inner else ""
         return last_tick(None, 1, self._now, f"{type(s).__name__}{made_of}")
 
     def _table(self, s: Any, place: int, at: int, until: int | None) -> _Parts:
-        stop = self._last_tick(s, until)
+        stop = self._last_tick(s, at, until)
         cycled = {momentum_of(each) for each in every(s) if getattr(each, "cycle_momentum", False)}
         return {name: self._simulated(place, name, at, stop) for name in ("lr", *cycled)}
 
@@ -286,7 +294,9 @@ class _Reader:
 
     def _lambda(self, s: Any, place: int, zero: int, until: int | None) -> _Part:
         base, function = float(s.base_lrs[place]), s.lr_lambdas[place]
-        steps = self._last_tick(s, until) - zero
+        if not is_function(function):  # a call may change it
+            raise NoFormula
+        steps = self._last_tick(s, zero, until) - zero
         return self._tabulated([float(base * function(tick)) for tick in range(steps)], zero)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
