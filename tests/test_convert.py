@@ -441,6 +441,12 @@ def test_a_scheduler_that_torch_resumes_at_a_later_epoch() -> None:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     check_goes_on(Pair(optimizer, S.CosineAnnealingLR(optimizer, 30, last_epoch=9)), 10, 45, 1, 1e-11)
+    optimizer = sgd()
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    # torch's does not look for the period in which that is
+    late = S.CosineAnnealingWarmRestarts(optimizer, 5, 2, last_epoch=20)
+    check_goes_on(Pair(optimizer, late), 21, 60, 1, 0, HORIZON)
 
 
 # -- what comes along, and what stays ----------------------------------------------------------------------

@@ -95,6 +95,8 @@ def _by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUni
     if kind is lr_scheduler.OneCycleLR:
         return _one_cycle(s, group, unit)
     if kind is lr_scheduler.CosineAnnealingWarmRestarts:
+        if rate is not None and (s.T_cur, s.T_i) != period_of(s, tick):  # as made with last_epoch=...
+            raise NoFormula
         return {"lr": CosineWarmRestarts(base, float(s.eta_min), s.T_0, s.T_mult, unit=unit)}
     swings = kind is lr_scheduler.CosineAnnealingLR
     shape = (lambda top: _swing(s, top, unit)) if swings else _factors(s, kind, unit)
@@ -119,6 +121,15 @@ def whole_ticks(ticks: float) -> int:
     if ticks != int(ticks):
         raise NoFormula
     return int(ticks)
+
+
+def period_of(s: Any, tick: int) -> tuple[int, int]:
+    """Of CosineAnnealingWarmRestarts: how far a tick is in its period, and how long that is."""
+    done, length = tick % s.T_0 if s.T_mult == 1 else tick, s.T_0
+    while done >= length:
+        done -= length
+        length *= s.T_mult
+    return done, length
 
 
 def settles(s: Any) -> float:

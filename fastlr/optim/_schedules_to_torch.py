@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import lr_scheduler
 
+from fastlr.optim._scheduler_formulas import period_of
 from fastlr.schedules import (
     Constant,
     Cosine,
@@ -88,28 +89,23 @@ def scheduler_of(optimizer: torch.optim.Optimizer, driven: list[Driven], tick: i
         made.append(spec.kind(optimizer, **spec.shared, **own))
         made[-1].base_lrs = [each.base for each in row]
     if len(made) == 1:
-        place(made[0], tick)
+        move(made[0], tick)
         return made[0]
     sequence = lr_scheduler.SequentialLR(optimizer, made, begins[1:])
     active = bisect_right(begins[1:], tick)
     for i, scheduler in enumerate(made[: active + 1]):
         last = tick if i == active else begins[i + 1] - 1
-        place(scheduler, last - begins[i])
+        move(scheduler, last - begins[i])
     sequence.last_epoch = tick
     return sequence
 
 
-def place(scheduler: Any, tick: int) -> None:
+def move(scheduler: Any, tick: int) -> None:
     """Moves a scheduler to where so many calls of its ``step()`` bring it."""
     scheduler.last_epoch = tick
     scheduler._step_count = tick + 1
     if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts):
-        scheduler.T_cur, scheduler.T_i = tick, scheduler.T_0
-        if scheduler.T_mult == 1:
-            scheduler.T_cur %= scheduler.T_0
-        while scheduler.T_cur >= scheduler.T_i:
-            scheduler.T_cur -= scheduler.T_i
-            scheduler.T_i *= scheduler.T_mult
+        scheduler.T_cur, scheduler.T_i = period_of(scheduler, tick)
 
 
 def _specs(schedule: Schedule, momentum: Schedule | None) -> list[tuple[int, _Spec]]:

@@ -15,7 +15,7 @@ from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
 from fastlr.optim._replaced import is_replaced, refuse_steps
-from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, place, scheduler_of
+from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
 from fastlr.schedules import Constant, PerEpoch, Schedule
 
 # The schedules that drive a group's options, by their names, and where their zeros are.
@@ -215,7 +215,7 @@ def _of_values(
             group.update(fused._options.entry(group, option, at(epoch)))
 
     scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
-    place(scheduler, (updates - origin) // tick)
+    move(scheduler, (updates - origin) // tick)
     return scheduler
 
 
