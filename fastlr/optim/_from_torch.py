@@ -84,7 +84,7 @@ def driven_by(
         {
             "updates": now * tick,
             "samples": 0,
-            **{f"{name}_schedule": schedule.to_dict() for name, schedule in schedules.items()},
+            **{f"{name}_schedule": schedule for name, schedule in schedules.items()},
         }
         for schedules in groups
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -64,7 +65,7 @@ def follow(
     """
     unit: TickUnit = "epoch" if updates_per_tick > 1 else "update"
     groups: list[Schedules]
-    if _is_timm(scheduler):
+    if _is_timms(scheduler, "Scheduler"):
         _check_timm(scheduler, optimizer, updates_per_tick)
         now, tables = timm_tables(optimizer, scheduler, updates_per_tick, horizon)
         groups = [{"lr": Tabulated(table, unit=unit)} for table in tables]
@@ -148,10 +149,6 @@ def _follows_metric(name: str, factor: str) -> str:
     )
 
 
-def _is_timm(scheduler: Any) -> bool:
-    return _is_timms(scheduler, "Scheduler")
-
-
 def _is_timms(scheduler: Any, name: str) -> bool:
     """Whether it is of a class of timm's, which need not be installed."""
     kinds = [kind for kind in type(scheduler).__mro__ if kind.__module__.startswith("timm.scheduler.")]
@@ -217,6 +214,7 @@ class _Reader:
         self._unit = unit
         self._end = end
         self._simulation = Simulation(optimizer, scheduler, self._now)
+        self._factors: dict[tuple[Callable[[int], Any], int], list[Any]] = {}
 
     def schedules(self, place: int) -> Schedules:
         """Of a group, over the scheduler's whole run: exact from now on, as far as known before."""
@@ -258,12 +256,19 @@ class _Reader:
                 return self._sequential(s, place, at, tick, rate, until)
             if kind is lr_scheduler.ChainedScheduler and rate is not None:
                 return self._chained(s, place, at, rate, until)
-            if kind is lr_scheduler.LambdaLR:
-                return {"lr": self._lambda(s, place, at - tick, until)}
-            found = by_formula(s, place, tick, rate, self._unit)
-            return {name: _Part(schedule, at - tick) for name, schedule in found.items()}
+            return self._single(s, place, at, tick, rate, until)
         except NoFormula:
             return self._table(s, place, at, until)
+
+    def _single(
+        self, s: Any, place: int, at: int, tick: int, rate: float | None, until: int | None
+    ) -> _Parts:
+        """The same of one that is not made of several; raises NoFormula where only copies of it know."""
+        zero = at - tick
+        if formula_of(s) is lr_scheduler.LambdaLR:
+            return {"lr": self._lambda(s, place, zero, until)}
+        found = by_formula(s, place, tick, rate, self._unit)
+        return {name: _Part(schedule, zero) for name, schedule in found.items()}
 
     def _last_tick(self, s: Any, at: int, until: int | None) -> int:
         """The outermost scheduler's tick up to which one has to be right that begins at another of its."""
@@ -297,7 +302,9 @@ class _Reader:
         if not is_function(function):  # a call may change it
             raise NoFormula
         steps = self._last_tick(s, zero, until) - zero
-        return self._tabulated([float(base * function(tick)) for tick in range(steps)], zero)
+        if (function, steps) not in self._factors:  # which groups often have in common
+            self._factors[function, steps] = [function(tick) for tick in range(steps)]
+        return self._tabulated([float(base * factor) for factor in self._factors[function, steps]], zero)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
         zero = at - tick
@@ -334,10 +341,7 @@ class _Reader:
     def _past(self, s: Any, place: int, begin: int, end: int | None) -> _Parts:
         """What a scheduler did that another one has followed, as far as its formula says."""
         try:
-            if formula_of(s) is lr_scheduler.LambdaLR:
-                return {"lr": self._lambda(s, place, begin, end)}
-            found = by_formula(s, place, 0, None, self._unit)
-            return {name: _Part(schedule, begin) for name, schedule in found.items()}
+            return self._single(s, place, begin, 0, None, end)
         except NoFormula:
             return {"lr": _Part(self._constant(numbers_of(self._groups[place])["lr"]), begin)}
 
