@@ -901,6 +901,8 @@ BACK: dict[str, tuple[fastlr.Schedule, str]] = {
     "scaled": (0.5 * fastlr.StepDecay(0.1, 3, 0.5), "LambdaLR"),
     "constant": (fastlr.Constant(0.05), "ConstantLR"),
     "restarts": (fastlr.CosineWarmRestarts(0.1, 0.0, 4, 2), "CosineAnnealingWarmRestarts"),
+    "from zero to more": (fastlr.Constant(0.0).then(fastlr.Constant(0.1), at=5), "SequentialLR"),
+    "one cycle that holds": (fastlr.OneCycle(0.1, 12).then(fastlr.Constant(0.01), at=15), "LambdaLR"),
     "no rise": (fastlr.OneCycle(0.1, 40, pct_start=0.01), "LambdaLR"),
 }
 
@@ -953,6 +955,16 @@ def test_other_options_that_schedules_drive_are_driven_in_torch_too() -> None:
 def test_without_schedules_there_is_no_scheduler() -> None:
     pair = check_back(run(fastlr.FusedRMSprop(parameters(), lr=0.01, momentum=0.9), 3), 5)
     assert pair.scheduler is None
+
+
+@pytest.mark.filterwarnings("ignore:.* ended at update:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_behind_the_end_of_a_cycle() -> None:
+    """Where OneCycleLR has failed already."""
+    lr, momentum = fastlr.one_cycle(0.1, 12)
+    for done, kind in ((7, S.OneCycleLR), (12, S.LambdaLR), (15, S.LambdaLR)):
+        fused = run(fastlr.FusedSGD(parameters(), lr=lr, momentum=momentum), done)
+        assert isinstance(check_back(fused, 4).scheduler, kind)
 
 
 def test_the_middle_of_an_epoch() -> None:

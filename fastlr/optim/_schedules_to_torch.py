@@ -79,9 +79,12 @@ def scheduler_of(optimizer: torch.optim.Optimizer, driven: list[Driven], tick: i
             raise NoCounterpart
         if not all(a.goes_with(b) for (_, a), (_, b) in zip(first, column, strict=True)):
             raise NoCounterpart
+    begins = [begin for begin, _ in first]
+    for (begin, spec), end in zip(first, [*begins[1:], tick + 1], strict=True):
+        if spec.kind is lr_scheduler.OneCycleLR and end - begin > spec.shared["total_steps"]:
+            raise NoCounterpart  # it fails there, where ours holds
     for group, column in zip(optimizer.param_groups, columns, strict=True):
         group["lr"] = group["initial_lr"] = column[0][1].base
-    begins = [begin for begin, _ in first]
     made = []
     for i, (_, spec) in enumerate(first):
         row = [column[i][1] for column in columns]
@@ -130,7 +133,7 @@ def _specs(schedule: Schedule, momentum: Schedule | None) -> list[tuple[int, _Sp
 def _is_included(part: Schedule, then: Schedule, length: float) -> bool:
     """Whether torch's scheduler of a part does what follows it as well."""
     if isinstance(part, Constant):
-        return isinstance(then, Constant) and part.value <= then.value > 0.0
+        return isinstance(then, Constant) and 0.0 < part.value <= then.value
     if isinstance(part, Cosine) and length == part.steps:
         low, high = sorted((part.start, part.end))
         return then == Triangular(
