@@ -525,6 +525,18 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     assert fastlr.fuse(*again, updates_per_tick=1).clock().updates == 1
 
 
+def test_a_scheduler_whose_class_takes_no_heirs_leaves_the_optimizer_as_it_was() -> None:
+    class Alone(S.StepLR):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("no heirs")
+
+    optimizer = sgd()
+    scheduler = Alone(optimizer, 3)
+    with pytest.raises(TypeError, match="no heirs"):
+        fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    Pair(optimizer, scheduler).run(0, 2)
+
+
 def test_a_scheduler_that_is_not_given_is_missed() -> None:
     optimizer = sgd()
     S.StepLR(optimizer, 3)

@@ -79,9 +79,9 @@ def fuse(
     driven = driven_by(optimizer, scheduler, updates_per_tick, horizon)
     fused = _copied(optimizer, kind, driven, kept_by(scheduler))
     new = f"fastlr.fuse() has turned into a {kind.__name__}"
-    refuse_steps(optimizer, f"{new}; call step() of that one")
     for each in [] if scheduler is None else every(scheduler):
         refuse_steps(each, f"{new}, whose own step() moves the schedule; leave the call out")
+    refuse_steps(optimizer, f"{new}; call step() of that one")  # last: a scheduler's class may object
     return fused
 
 
