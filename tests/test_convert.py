@@ -107,6 +107,14 @@ SCHEDULERS: dict[str, tuple[Make, float]] = {
     "exponential": (lambda o: S.ExponentialLR(o, 0.93), 1e-12),
     "linear-to-zero": (lambda o: S.LinearLR(o, 0.1, 0.0, 13), 1e-12),  # -1e-18 and less from there on
     "polynomial": (lambda o: S.PolynomialLR(o, 30, 1.7), 1e-12),
+    # counts that were worked out as 0.1 * steps
+    "step-of-a-float": (lambda o: S.StepLR(o, 6.0, 0.7), 1e-12),
+    "constant-of-a-float": (lambda o: S.ConstantLR(o, 0.3, 8.0), 1e-12),
+    "polynomial-of-a-float": (lambda o: S.PolynomialLR(o, 30.0, 1.7), 1e-12),
+    "sequence-of-floats": (
+        sequence([lambda o: S.LinearLR(o, 0.1, 1.0, 7.0), lambda o: S.CosineAnnealingLR(o, 40.0)], [7.0]),
+        1e-11,
+    ),
     "cosine": (lambda o: S.CosineAnnealingLR(o, 12, eta_min=0.003), 1e-11),
     "cosine-of-a-fraction": (lambda o: S.CosineAnnealingLR(o, 11.5), 1e-11),
     "warm-up-cosine": (
@@ -183,6 +191,15 @@ TABULATED: dict[str, tuple[Make, float]] = {
     ),
     "scale-function": (lambda o: S.CyclicLR(o, 0.01, 0.1, 6, scale_fn=lambda x: 1 / x), 0),
     "of-your-own": (Own, 0),
+    # with arguments that no schedule takes
+    "linear-of-a-fraction": (lambda o: S.LinearLR(o, 0.2, 0.9, 13.5), 0),
+    "sequence-of-a-fraction": (
+        sequence([lambda o: S.LinearLR(o, 0.1, 1.0, 7), lambda o: S.CosineAnnealingLR(o, 40)], [7.5]),
+        0,
+    ),
+    "step-to-zero": (lambda o: S.StepLR(o, 9, 0.0), 0),
+    "cyclic-growing": (lambda o: S.CyclicLR(o, 0.01, 0.1, 5, mode="exp_range", gamma=1.01), 0),
+    "one-cycle-without-a-rise": (lambda o: S.OneCycleLR(o, 0.3, 60, pct_start=0.0), 0),
 }
 HORIZON = 150
 POSITIONS = (0, 1, 8, 17, 33)
@@ -424,6 +441,12 @@ def test_a_scheduler_that_torch_resumes_at_a_later_epoch() -> None:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     check_goes_on(Pair(optimizer, S.CosineAnnealingLR(optimizer, 30, last_epoch=9)), 10, 45, 1, 1e-11)
+    optimizer = sgd()
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    # torch's does not look for the period in which that is
+    late = S.CosineAnnealingWarmRestarts(optimizer, 5, 2, last_epoch=20)
+    check_goes_on(Pair(optimizer, late), 21, 60, 1, 0, HORIZON)
 
 
 # -- what comes along, and what stays ----------------------------------------------------------------------
@@ -502,6 +525,18 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     assert fastlr.fuse(*again, updates_per_tick=1).clock().updates == 1
 
 
+def test_a_scheduler_whose_class_takes_no_heirs_leaves_the_optimizer_as_it_was() -> None:
+    class Alone(S.StepLR):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("no heirs")
+
+    optimizer = sgd()
+    scheduler = Alone(optimizer, 3)
+    with pytest.raises(TypeError, match="no heirs"):
+        fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    Pair(optimizer, scheduler).run(0, 2)
+
+
 def test_a_scheduler_that_is_not_given_is_missed() -> None:
     optimizer = sgd()
     S.StepLR(optimizer, 3)
@@ -546,12 +581,66 @@ def test_a_method_that_gives_rates_is_not_copied_with_its_object() -> None:
     assert fused.param_groups[0]["lr_schedule"].values(0, 3) == pytest.approx([0.1, 0.05, 0.05 / 3])
 
 
+def test_a_function_that_remembers_its_calls_is_copied() -> None:
+    class Falling:
+        calls = 0
+
+        def __call__(self, tick: int) -> float:
+            self.calls += 1
+            return 1.0 / self.calls
+
+    optimizer = sgd()
+    falling = Falling()
+    pair = Pair(optimizer, S.LambdaLR(optimizer, falling)).run(0, 4)
+    calls = falling.calls
+    check_goes_on(pair, 4, 20, 1, 0, 20)
+    assert falling.calls == calls
+
+
+def test_a_formula_that_one_object_has_replaced() -> None:
+    optimizer = sgd()
+    pair = Pair(optimizer, S.StepLR(optimizer, 3)).run(0, 4)
+    scheduler = pair.scheduler
+    scheduler.get_lr = lambda: [0.5, 0.25]
+    fused = fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=9)
+    assert [g["lr_schedule"].values(4, 7).tolist() for g in fused.param_groups] == [
+        [0.1 * 0.1, 0.5, 0.5],
+        [0.02 * 0.1, 0.25, 0.25],
+    ]
+
+
+def test_a_part_that_begins_behind_the_horizon() -> None:
+    optimizer = sgd()
+    make = sequence([lambda o: S.StepLR(o, 3), lambda o: S.LambdaLR(o, half_then_linear)], [20])
+    check_goes_on(Pair(optimizer, make(optimizer)), 0, 12, 1, 1e-12, 12)
+
+
+def test_entries_of_your_own_are_kept_as_they_are() -> None:
+    optimizer = sgd()
+    own = {"mask": torch.ones(1), "min_lr": 1e-5, "max_lr": 3.0, "pair": (torch.ones(1), 2)}
+    optimizer.param_groups[0].update(own)
+    scheduler = S.LambdaLR(optimizer, half_then_linear)
+    group = fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=9).param_groups[0]
+    assert {name: group[name] for name in own} == own
+    optimizer = sgd()
+    scheduler = S.OneCycleLR(optimizer, 0.3, 60)
+    group = fastlr.fuse(optimizer, scheduler, updates_per_tick=1).param_groups[0]
+    assert not {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"} & group.keys()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 
 class OwnStep(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
 
 
 class OwnSchedulerStep(S.StepLR):
@@ -604,6 +693,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
         "the ChainedScheduler gives -0.0.* after 10 steps, and a rate must be finite and >= 0",
     ),
     "another rule": (lambda: Pair(torch.optim.NAdam(groups()), None), "Adadelta.*, got NAdam; keep that one"),
+    "wrapped": (lambda: Pair(Wrapper(sgd()), None), "got Wrapper; where .* wraps one, pass the optimizer in"),
     "no optimizer": (lambda: Pair(torch.nn.Linear(1, 1), None), "must be one of torch.optim .Adadelta"),
     "fused": (lambda: Pair(fastlr.FusedSGD(groups()), None), "FusedSGD, which is fused; give it schedules"),
     "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got 3"),
@@ -628,6 +718,8 @@ def test_arguments_of_fuse() -> None:
         fastlr.fuse(optimizer, scheduler)
     with pytest.raises(ValueError, match="updates_per_tick must be an integer >= 1, got 0"):
         fastlr.fuse(optimizer, scheduler, updates_per_tick=0)
+    with pytest.raises(ValueError, match="updates_per_tick must be an integer >= 1, got 0"):
+        fastlr.fuse(sgd(), updates_per_tick=0)
     with pytest.raises(ValueError, match="horizon must be an integer >= 1, got 2"):
         fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=2.5)  # type: ignore[arg-type]
     Pair(optimizer, scheduler).run(0, 4)
@@ -821,6 +913,8 @@ BACK: dict[str, tuple[fastlr.Schedule, str]] = {
     "scaled": (0.5 * fastlr.StepDecay(0.1, 3, 0.5), "LambdaLR"),
     "constant": (fastlr.Constant(0.05), "ConstantLR"),
     "restarts": (fastlr.CosineWarmRestarts(0.1, 0.0, 4, 2), "CosineAnnealingWarmRestarts"),
+    "from zero to more": (fastlr.Constant(0.0).then(fastlr.Constant(0.1), at=5), "SequentialLR"),
+    "one cycle that holds": (fastlr.OneCycle(0.1, 12).then(fastlr.Constant(0.01), at=15), "LambdaLR"),
     "no rise": (fastlr.OneCycle(0.1, 40, pct_start=0.01), "LambdaLR"),
 }
 
@@ -875,6 +969,16 @@ def test_without_schedules_there_is_no_scheduler() -> None:
     assert pair.scheduler is None
 
 
+@pytest.mark.filterwarnings("ignore:.* ended at update:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_behind_the_end_of_a_cycle() -> None:
+    """Where OneCycleLR has failed already."""
+    lr, momentum = fastlr.one_cycle(0.1, 12)
+    for done, kind in ((7, S.OneCycleLR), (12, S.LambdaLR), (15, S.LambdaLR)):
+        fused = run(fastlr.FusedSGD(parameters(), lr=lr, momentum=momentum), done)
+        assert isinstance(check_back(fused, 4).scheduler, kind)
+
+
 def test_the_middle_of_an_epoch() -> None:
     per_epoch = fastlr.StepDecay(0.1, 2, 0.5, unit="epoch").in_updates(4)
     pair = check_back(run(fastlr.FusedSGD(parameters(), lr=per_epoch), 11), 20, tick=4)
@@ -907,6 +1011,17 @@ def test_what_torch_cannot_do_is_refused_and_changes_nothing(what: str) -> None:
     with pytest.raises(ValueError, match=message):
         fused.to_torch()
     run(fused, 1)
+
+
+def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:
+    fused = fastlr.FusedSGD(parameters(), lr=fastlr.Cosine(0.1, 0.0, 9))
+    with fused.handed_over(), pytest.raises(RuntimeError, match=r"to_torch\(\) was called while the options"):
+        fused.to_torch()  # which would lose the schedules
+    fused.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was set to 0\.5 by something else"):
+        fused.to_torch()
+    fused.param_groups[0]["lr"] = 0.1
+    assert check_back(fused, 5).scheduler._schedulers[0].T_max == 9
 
 
 def test_options_of_torchs_step_and_copies() -> None:

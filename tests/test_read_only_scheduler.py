@@ -118,14 +118,24 @@ def test_a_state_without_the_last_rates_is_taken() -> None:
         ({"last_epoch": 4, "_step_count": -1}, "_step_count must be an integer >= 0, got -1"),
         ({"last_epoch": 4, "_last_lr": [0.1, 0.2]}, r"rates of 1 parameter groups, got \[0.1, 0.2\]"),
         ({"last_epoch": 4, "_last_lr": 0.1}, "rates of 1 parameter groups, got 0.1"),
+        ({"last_epoch": 4, "_last_lr": ["a"]}, "group 0 in _last_lr must be a finite number, got 'a'"),
+        (None, "must have last_epoch, got None"),
     ],
 )
-def test_a_damaged_state_is_refused_whole(state: dict[str, Any], message: str) -> None:
+def test_a_damaged_state_is_refused_whole(state: Any, message: str) -> None:
     _, scheduler = ours()
     before = scheduler.state_dict()
     with pytest.raises(ValueError, match=message):
         scheduler.load_state_dict(state)
     assert scheduler.state_dict() == before
+
+
+def test_a_part_of_an_epoch_is_told_and_comes_back_from_a_file() -> None:
+    _, scheduler = ours()
+    scheduler.step(2.5)  # as CosineAnnealingWarmRestarts is called in the loop over batches
+    _, resumed = ours()
+    resumed.load_state_dict(through_file(scheduler.state_dict()))
+    assert resumed.last_epoch == scheduler.last_epoch == 2
 
 
 def test_sequential_refuses_it_before_anything_is_written() -> None:

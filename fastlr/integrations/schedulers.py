@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from fastlr._checks import count, describe
+from fastlr._checks import count, describe, real
 
 
 class ReadOnlyScheduler(LRScheduler):
@@ -71,9 +73,13 @@ class ReadOnlyScheduler(LRScheduler):
         """
         return self._last_lr
 
-    def step(self, epoch: int | None = None) -> None:
-        """Counts the call and notes the rates of the next update; the optimizer stays as it is."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+    def step(self, epoch: float | None = None) -> None:
+        """Counts the call and notes the rates of the next update; the optimizer stays as it is.
+
+        Args:
+            epoch: which one it is, where the caller counts; of a part of one the epoch is noted.
+        """
+        self.last_epoch = self.last_epoch + 1 if epoch is None else math.floor(epoch)
         self._step_count += 1
         self._last_lr = self.get_lr()
 
@@ -93,10 +99,12 @@ class ReadOnlyScheduler(LRScheduler):
                 ``_last_lr`` stand the rates that the optimizer has now.
 
         Raises:
-            ValueError: there is no ``last_epoch``, or not one rate for each parameter group.
+            ValueError: there is no ``last_epoch``, or not one rate for each parameter group; nothing has
+                changed then.
         """
-        if "last_epoch" not in state_dict:
-            got = ", ".join(map(str, state_dict)) or "nothing"
+        if not isinstance(state_dict, Mapping) or "last_epoch" not in state_dict:
+            is_state = isinstance(state_dict, Mapping)
+            got = (", ".join(map(str, state_dict)) or "nothing") if is_state else describe(state_dict)
             raise ValueError(
                 f"a scheduler's state must have last_epoch, got {got}; of a ChainedScheduler's pass one of "
                 "its _schedulers"
@@ -109,4 +117,6 @@ class ReadOnlyScheduler(LRScheduler):
             raise ValueError(
                 f"_last_lr must hold the rates of {groups} parameter groups, got {describe(last_lr)}"
             )
+        for place, rate in enumerate(last_lr):
+            real(f"the rate of parameter group {place} in _last_lr", rate, -math.inf)
         self.last_epoch, self._step_count, self._last_lr = last_epoch, step_count, list(last_lr)

@@ -399,8 +399,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
             )
         clock = self._sync()._replace(**change)
         change["clock_unit"] = unit
-        for place in range(len(self.param_groups)):
-            self._plan.check_owned(self.param_groups, place, [])
+        self._check_owned()
         for place, group in enumerate(self.param_groups):
             for option in self._options.scheduled:
                 name = option.name

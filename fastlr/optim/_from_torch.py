@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LambdaLR, MultiplicativeLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CyclicLR,
+    LambdaLR,
+    MultiplicativeLR,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from fastlr._checks import count, describe
 from fastlr.optim._groups import REFUSED_OPTIONS
 from fastlr.optim._scheduler_tables import every, numbers_of
 from fastlr.optim._torch_schedulers import follow
 
-# What torch's schedulers keep in groups, which the schedules have instead.
-_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+# What the schedulers that cycle a momentum keep in groups besides.
+_OF_CYCLES = ("max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
 def checked_tick(updates_per_tick: int | None) -> int:
@@ -29,18 +36,27 @@ def checked_tick(updates_per_tick: int | None) -> int:
     return count("updates_per_tick", updates_per_tick)
 
 
-def plain(values: dict[str, Any], leave_out: Iterable[str], *, driven: bool) -> dict[str, Any]:
+def kept_by(scheduler: Any) -> tuple[str, ...]:
+    """What a scheduler keeps in its optimizer's groups, which the schedules have instead."""
+    if scheduler is None:
+        return ()
+    cycles = any(isinstance(each, (CyclicLR, OneCycleLR)) for each in every(scheduler))
+    return ("initial_lr", *(_OF_CYCLES if cycles else ()))
+
+
+def plain(values: dict[str, Any], options: Container[str], leave_out: Iterable[str]) -> dict[str, Any]:
     """A group, or the defaults, of torch's optimizer without what says how its step is made.
 
     Rates and betas that are tensors become numbers; all is copied.
 
     Args:
+        options: the optimizer's, by their names; what else stands there is somebody's own.
         leave_out: what else.
-        driven: whether a scheduler is taken over, whose entries go then.
     """
-    gone = {*REFUSED_OPTIONS, *leave_out, *(_OF_SCHEDULERS if driven else ())}
-    found = {name: _number(copy.deepcopy(value)) for name, value in values.items() if name not in gone}
-    return {**found, "lr": numbers_of(values)["lr"]} if driven else found
+    gone = {*REFUSED_OPTIONS, *leave_out}
+    found = {name: copy.deepcopy(value) for name, value in values.items() if name not in gone}
+    numbers = {name: _number(value) for name, value in found.items() if name in options}
+    return {**found, **numbers, "lr": numbers_of(values)["lr"]}
 
 
 def _number(value: Any) -> Any:
@@ -58,6 +74,9 @@ def driven_by(
         scheduler: None: there is none, and the clock is zero.
     """
     if scheduler is None:
+        for name, value in (("updates_per_tick", updates_per_tick), ("horizon", horizon)):
+            if value is not None:
+                count(name, value)
         return [{"updates": 0, "samples": 0} for _ in optimizer.param_groups]
     tick = checked_tick(updates_per_tick)
     now, groups = follow(optimizer, scheduler, tick, horizon)
@@ -65,7 +84,7 @@ def driven_by(
         {
             "updates": now * tick,
             "samples": 0,
-            **{f"{name}_schedule": schedule.to_dict() for name, schedule in schedules.items()},
+            **{f"{name}_schedule": schedule for name, schedule in schedules.items()},
         }
         for schedules in groups
     ]
@@ -119,9 +138,9 @@ def from_checkpoints(
             f"{list(scheduler_state)}"
         ) from error
     undriven = {f"{option.name}_schedule": None for option in own._options.scheduled}
-    foreign = {*own.defaults} - {*beside.defaults}
+    left = {*own.defaults, *kept_by(made)} - {*beside.defaults}
     groups = [
-        {**plain(group, foreign, driven=True), **undriven, **found}
+        {**plain(group, beside.defaults, left), **undriven, **found}
         for group, found in zip(optimizer_state["param_groups"], driven, strict=True)
     ]
     return {"state": optimizer_state["state"], "param_groups": groups}

@@ -63,8 +63,7 @@ class Handover:
         """
         self._refuse_handed_over("handed_over()")
         self.sync()
-        for place in range(len(self.param_groups)):
-            self._plan.check_owned(self.param_groups, place, [])
+        self._check_owned()
         aside = [self._owners(group) for group in self.param_groups]
         try:
             self._set_aside = aside
@@ -103,6 +102,11 @@ class Handover:
         return {
             key: value for name in names for key, value in ((f"{name}_schedule", None), (f"{name}_start", 0))
         }
+
+    def _check_owned(self) -> None:
+        """Raises RuntimeError where something else has written a value that a schedule owns."""
+        for place in range(len(self.param_groups)):
+            self._plan.check_owned(self.param_groups, place, [])
 
     def _refuse_handed_over(self, what: str) -> None:
         """Raises RuntimeError where schedules are set aside."""

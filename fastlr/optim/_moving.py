@@ -35,6 +35,8 @@ class Moving:
         Raises:
             ValueError: it does what torch's optimizer does not (clipping, averages), or follows samples; the
                 message says what to do. Nothing has changed then.
+            RuntimeError: something else has written a value that a schedule owns, or a block of
+                :meth:`handed_over` is open.
 
         >>> import fastlr, torch
         >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=fastlr.StepDecay(0.1, every=30, gamma=0.5))

@@ -50,7 +50,8 @@ def formula_of(scheduler: lr_scheduler.LRScheduler) -> Any:
     """Torch's class whose formula is a scheduler's; the base class where it has another."""
     kind = torch_kind(scheduler)
     for name in ("get_lr", "_get_closed_form_lr", "_update_lr", "scale_fn", "_anneal_func"):
-        if getattr(type(scheduler), name, None) is not getattr(kind, name, None):
+        own = name in vars(scheduler)  # in this object alone
+        if own or getattr(type(scheduler), name, None) is not getattr(kind, name, None):
             return lr_scheduler.LRScheduler
     return kind
 
@@ -77,8 +78,15 @@ def by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUnit
         unit: of its ticks.
 
     Raises:
-        NoFormula: there is none.
+        NoFormula: there is none, or none with such arguments.
     """
+    try:
+        return _by_formula(s, place, tick, rate, unit)
+    except ValueError as error:  # of a schedule, which does not take what torch's scheduler does
+        raise NoFormula from error
+
+
+def _by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUnit) -> Schedules:
     if hasattr(s, "_schedulers"):  # made of several
         raise NoFormula
     kind, group, base = formula_of(s), s.optimizer.param_groups[place], float(s.base_lrs[place])
@@ -87,6 +95,8 @@ def by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUnit
     if kind is lr_scheduler.OneCycleLR:
         return _one_cycle(s, group, unit)
     if kind is lr_scheduler.CosineAnnealingWarmRestarts:
+        if rate is not None and (s.T_cur, s.T_i) != period_of(s, tick):  # as made with last_epoch=...
+            raise NoFormula
         return {"lr": CosineWarmRestarts(base, float(s.eta_min), s.T_0, s.T_mult, unit=unit)}
     swings = kind is lr_scheduler.CosineAnnealingLR
     shape = (lambda top: _swing(s, top, unit)) if swings else _factors(s, kind, unit)
@@ -106,13 +116,29 @@ def by_formula(s: Any, place: int, tick: int, rate: float | None, unit: TickUnit
     return {"lr": schedule.then(there, at=tick) if tick else there}
 
 
+def whole_ticks(ticks: float) -> int:
+    """A number of ticks that may have been worked out as a float. Raises NoFormula for a fraction."""
+    if ticks != int(ticks):
+        raise NoFormula
+    return int(ticks)
+
+
+def period_of(s: Any, tick: int) -> tuple[int, int]:
+    """Of CosineAnnealingWarmRestarts: how far a tick is in its period, and how long that is."""
+    done, length = tick % s.T_0 if s.T_mult == 1 else tick, s.T_0
+    while done >= length:
+        done -= length
+        length *= s.T_mult
+    return done, length
+
+
 def settles(s: Any) -> float:
     """The tick from which on a scheduler that multiplies the rate multiplies by 1; inf: there is none."""
     kind = formula_of(s)
     if kind is lr_scheduler.MultiStepLR:
         return max(s.milestones, default=0)
     if kind in (lr_scheduler.ConstantLR, lr_scheduler.LinearLR, lr_scheduler.PolynomialLR):
-        return float(max(s.total_iters, 0))
+        return float(max(math.ceil(s.total_iters), 0))
     if kind in (lr_scheduler.StepLR, lr_scheduler.ExponentialLR, lr_scheduler.CosineAnnealingLR):
         return math.inf
     raise NoFormula
@@ -121,7 +147,7 @@ def settles(s: Any) -> float:
 def _factors(s: Any, kind: type, unit: TickUnit) -> Callable[[float], Schedule] | None:
     """The schedule of a first rate, for a scheduler that multiplies the present one; None: it does not."""
     if kind is lr_scheduler.StepLR:
-        return lambda base: StepDecay(base, s.step_size, float(s.gamma), unit=unit)
+        return lambda base: StepDecay(base, whole_ticks(s.step_size), float(s.gamma), unit=unit)
     if kind is lr_scheduler.MultiStepLR:
         milestones = tuple(int(m) for m in sorted(s.milestones.elements()) if m == int(m) >= 0)
         return lambda base: MultiStep(base, milestones, float(s.gamma), unit=unit)
@@ -134,19 +160,22 @@ def _factors(s: Any, kind: type, unit: TickUnit) -> Callable[[float], Schedule] 
             return lambda base: Constant(base * s.start_factor, unit=unit)
         return lambda base: _until(
             s,
-            LinearRamp(base * s.start_factor, base * s.end_factor, s.total_iters, unit=unit),
+            LinearRamp(base * s.start_factor, base * s.end_factor, whole_ticks(s.total_iters), unit=unit),
             base * s.end_factor,
         )
     if kind is lr_scheduler.PolynomialLR:
         if s.total_iters < 1:
             return lambda base: Constant(base, unit=unit)
-        return lambda base: _until(s, Polynomial(base, 0.0, s.total_iters, float(s.power), unit=unit), 0.0)
+        return lambda base: _until(
+            s, Polynomial(base, 0.0, whole_ticks(s.total_iters), float(s.power), unit=unit), 0.0
+        )
     return None
 
 
 def _until(s: Any, first: Schedule, then: float) -> Schedule:
     """Holds a value for ever, and not only for lack of another, from the scheduler's last tick on."""
-    return first.then(Constant(then, unit=first.unit), at=s.total_iters) if s.total_iters > 0 else first
+    last = whole_ticks(s.total_iters)
+    return first.then(Constant(then, unit=first.unit), at=last) if last > 0 else first
 
 
 def _swing(s: Any, top: float, unit: TickUnit) -> Schedule:
@@ -196,7 +225,7 @@ def _cyclic(s: Any, place: int, unit: TickUnit) -> Schedules:
 def _one_cycle(s: Any, group: dict[str, Any], unit: TickUnit) -> Schedules:
     total, first = s.total_steps, float(s._schedule_phases[0]["end_step"])
     initial, top, last = (float(group[name]) for name in ("initial_lr", "max_lr", "min_lr"))
-    if not min(initial, top, last) > 0.0:
+    if not min(initial, top, last) > 0.0 or first < 0.0:  # the latter: no tick is in the rise
         raise NoFormula
     how: Any = {
         "total_steps": total,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from types import MethodType, SimpleNamespace
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ def every(scheduler: Any) -> Iterator[Any]:
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
         yield from every(inner)
+
+
+def is_function(called: Any) -> bool:
+    """Whether it is a function, of which no copy is made, and not an object that a call may change."""
+    if isinstance(called, partial):
+        return is_function(called.func)
+    return isinstance(called, (FunctionType, BuiltinFunctionType, MethodType))
 
 
 def _stand_in(optimizer: torch.optim.Optimizer) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import lr_scheduler
 
+from fastlr.optim._scheduler_formulas import period_of
 from fastlr.schedules import (
     Constant,
     Cosine,
@@ -78,9 +79,12 @@ def scheduler_of(optimizer: torch.optim.Optimizer, driven: list[Driven], tick: i
             raise NoCounterpart
         if not all(a.goes_with(b) for (_, a), (_, b) in zip(first, column, strict=True)):
             raise NoCounterpart
+    begins = [begin for begin, _ in first]
+    for (begin, spec), end in zip(first, [*begins[1:], tick + 1], strict=True):
+        if spec.kind is lr_scheduler.OneCycleLR and end - begin > spec.shared["total_steps"]:
+            raise NoCounterpart  # it fails there, where ours holds
     for group, column in zip(optimizer.param_groups, columns, strict=True):
         group["lr"] = group["initial_lr"] = column[0][1].base
-    begins = [begin for begin, _ in first]
     made = []
     for i, (_, spec) in enumerate(first):
         row = [column[i][1] for column in columns]
@@ -88,28 +92,23 @@ def scheduler_of(optimizer: torch.optim.Optimizer, driven: list[Driven], tick: i
         made.append(spec.kind(optimizer, **spec.shared, **own))
         made[-1].base_lrs = [each.base for each in row]
     if len(made) == 1:
-        place(made[0], tick)
+        move(made[0], tick)
         return made[0]
     sequence = lr_scheduler.SequentialLR(optimizer, made, begins[1:])
     active = bisect_right(begins[1:], tick)
     for i, scheduler in enumerate(made[: active + 1]):
         last = tick if i == active else begins[i + 1] - 1
-        place(scheduler, last - begins[i])
+        move(scheduler, last - begins[i])
     sequence.last_epoch = tick
     return sequence
 
 
-def place(scheduler: Any, tick: int) -> None:
+def move(scheduler: Any, tick: int) -> None:
     """Moves a scheduler to where so many calls of its ``step()`` bring it."""
     scheduler.last_epoch = tick
     scheduler._step_count = tick + 1
     if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts):
-        scheduler.T_cur, scheduler.T_i = tick, scheduler.T_0
-        if scheduler.T_mult == 1:
-            scheduler.T_cur %= scheduler.T_0
-        while scheduler.T_cur >= scheduler.T_i:
-            scheduler.T_cur -= scheduler.T_i
-            scheduler.T_i *= scheduler.T_mult
+        scheduler.T_cur, scheduler.T_i = period_of(scheduler, tick)
 
 
 def _specs(schedule: Schedule, momentum: Schedule | None) -> list[tuple[int, _Spec]]:
@@ -134,7 +133,7 @@ def _specs(schedule: Schedule, momentum: Schedule | None) -> list[tuple[int, _Sp
 def _is_included(part: Schedule, then: Schedule, length: float) -> bool:
     """Whether torch's scheduler of a part does what follows it as well."""
     if isinstance(part, Constant):
-        return isinstance(then, Constant) and part.value <= then.value > 0.0
+        return isinstance(then, Constant) and 0.0 < part.value <= then.value
     if isinstance(part, Cosine) and length == part.steps:
         low, high = sorted((part.start, part.end))
         return then == Triangular(

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
-from fastlr.optim._handed_over import handed_over, refuse_steps
-from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, place, scheduler_of
+from fastlr.optim._replaced import is_replaced, refuse_steps
+from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
 from fastlr.schedules import Constant, PerEpoch, Schedule
 
 # The schedules that drive a group's options, by their names, and where their zeros are.
@@ -41,10 +41,12 @@ _REMEDIES = {
 def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.Optimizer, Any]:
     """What :meth:`FusedOptimizer.to_torch` of one returns."""
     name = type(fused).__name__
-    if handed_over(fused):
+    if is_replaced(fused):
         raise ValueError(f"the {name} was given to torch before; go on with what to_torch() returned then")
+    fused._refuse_handed_over("to_torch()")
     given = {option: flag(option, value) for option, value in options.items() if value is not None}
     clock = fused.sync()
+    fused._check_owned()
     kind = _kind_of(fused)
     if unknown := [option for option in given if option not in inspect.signature(kind.__init__).parameters]:
         raise TypeError(f"{unknown[0]} must be left out, as torch.optim.{kind.__name__} does not take it")
@@ -213,7 +215,7 @@ def _of_values(
             group.update(fused._options.entry(group, option, at(epoch)))
 
     scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
-    place(scheduler, (updates - origin) // tick)
+    move(scheduler, (updates - origin) // tick)
     return scheduler
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
 from fastlr._checks import describe
-from fastlr.optim._handed_over import handed_over
+from fastlr.optim._replaced import is_replaced
 from fastlr.optim._scheduler_formulas import (
     NoFormula,
     Schedules,
@@ -23,8 +24,16 @@ from fastlr.optim._scheduler_formulas import (
     settles,
     torch_kind,
     value,
+    whole_ticks,
 )
-from fastlr.optim._scheduler_tables import Simulation, every, last_tick, numbers_of, timm_tables
+from fastlr.optim._scheduler_tables import (
+    Simulation,
+    every,
+    is_function,
+    last_tick,
+    numbers_of,
+    timm_tables,
+)
 from fastlr.schedules import Constant, Schedule, Shifted, Tabulated
 
 # NOTE: [where a scheduler stands]
@@ -56,7 +65,7 @@ def follow(
     """
     unit: TickUnit = "epoch" if updates_per_tick > 1 else "update"
     groups: list[Schedules]
-    if _is_timm(scheduler):
+    if _is_timms(scheduler, "Scheduler"):
         _check_timm(scheduler, optimizer, updates_per_tick)
         now, tables = timm_tables(optimizer, scheduler, updates_per_tick, horizon)
         groups = [{"lr": Tabulated(table, unit=unit)} for table in tables]
@@ -124,7 +133,7 @@ def _check_restarts(scheduler: Any) -> None:
 
 def _check_pair(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     name = type(scheduler).__name__
-    if handed_over(scheduler):
+    if is_replaced(scheduler):
         raise ValueError(f"the {name} was given to fastlr.fuse() before, and stands where it stood then")
     if scheduler.optimizer is not optimizer:
         raise ValueError(
@@ -138,10 +147,6 @@ def _follows_metric(name: str, factor: str) -> str:
         f"{name} follows a metric, which no schedule can; fuse the optimizer alone, and where step(metric) "
         f'would reduce the rate call set_schedule(lr={factor} * param_groups[i]["lr"], group=i)'
     )
-
-
-def _is_timm(scheduler: Any) -> bool:
-    return _is_timms(scheduler, "Scheduler")
 
 
 def _is_timms(scheduler: Any, name: str) -> bool:
@@ -209,6 +214,7 @@ class _Reader:
         self._unit = unit
         self._end = end
         self._simulation = Simulation(optimizer, scheduler, self._now)
+        self._factors: dict[tuple[Callable[[int], Any], int], list[Any]] = {}
 
     def schedules(self, place: int) -> Schedules:
         """Of a group, over the scheduler's whole run: exact from now on, as far as known before."""
@@ -250,24 +256,32 @@ class _Reader:
                 return self._sequential(s, place, at, tick, rate, until)
             if kind is lr_scheduler.ChainedScheduler and rate is not None:
                 return self._chained(s, place, at, rate, until)
-            if kind is lr_scheduler.LambdaLR:
-                return {"lr": self._lambda(s, place, at - tick, until)}
-            found = by_formula(s, place, tick, rate, self._unit)
-            return {name: _Part(schedule, at - tick) for name, schedule in found.items()}
+            return self._single(s, place, at, tick, rate, until)
         except NoFormula:
             return self._table(s, place, at, until)
 
-    def _last_tick(self, s: Any, until: int | None) -> int:
+    def _single(
+        self, s: Any, place: int, at: int, tick: int, rate: float | None, until: int | None
+    ) -> _Parts:
+        """The same of one that is not made of several; raises NoFormula where only copies of it know."""
+        zero = at - tick
+        if formula_of(s) is lr_scheduler.LambdaLR:
+            return {"lr": self._lambda(s, place, zero, until)}
+        found = by_formula(s, place, tick, rate, self._unit)
+        return {name: _Part(schedule, zero) for name, schedule in found.items()}
+
+    def _last_tick(self, s: Any, at: int, until: int | None) -> int:
+        """The outermost scheduler's tick up to which one has to be right that begins at another of its."""
         if until is not None:
             return until
         if self._end is not None:
-            return self._end
+            return max(self._end, at + 1)  # it may begin when the run has ended
         inner = sorted({type(each).__name__ for each in every(s) if each is not s})
         made_of = f" of {', '.join(inner)}" if inner else ""
         return last_tick(None, 1, self._now, f"{type(s).__name__}{made_of}")
 
     def _table(self, s: Any, place: int, at: int, until: int | None) -> _Parts:
-        stop = self._last_tick(s, until)
+        stop = self._last_tick(s, at, until)
         cycled = {momentum_of(each) for each in every(s) if getattr(each, "cycle_momentum", False)}
         return {name: self._simulated(place, name, at, stop) for name in ("lr", *cycled)}
 
@@ -285,14 +299,18 @@ class _Reader:
 
     def _lambda(self, s: Any, place: int, zero: int, until: int | None) -> _Part:
         base, function = float(s.base_lrs[place]), s.lr_lambdas[place]
-        steps = self._last_tick(s, until) - zero
-        return self._tabulated([float(base * function(tick)) for tick in range(steps)], zero)
+        if not is_function(function):  # a call may change it
+            raise NoFormula
+        steps = self._last_tick(s, zero, until) - zero
+        if (function, steps) not in self._factors:  # which groups often have in common
+            self._factors[function, steps] = [function(tick) for tick in range(steps)]
+        return self._tabulated([float(base * factor) for factor in self._factors[function, steps]], zero)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
         zero = at - tick
         present = numbers_of(self._groups[place])
         active = bisect_right(s._milestones, tick)
-        begins = [zero, *(zero + milestone for milestone in s._milestones)]
+        begins = [zero, *(zero + whole_ticks(milestone) for milestone in s._milestones)]
         ends: list[int | None] = [*(begin if until is None else min(begin, until) for begin in begins[1:])]
         kept: list[tuple[int, int | None, _Parts]] = []
         for i, (child, begin, end) in enumerate(zip(s._schedulers, begins, [*ends, until], strict=True)):
@@ -323,10 +341,7 @@ class _Reader:
     def _past(self, s: Any, place: int, begin: int, end: int | None) -> _Parts:
         """What a scheduler did that another one has followed, as far as its formula says."""
         try:
-            if formula_of(s) is lr_scheduler.LambdaLR:
-                return {"lr": self._lambda(s, place, begin, end)}
-            found = by_formula(s, place, 0, None, self._unit)
-            return {name: _Part(schedule, begin) for name, schedule in found.items()}
+            return self._single(s, place, begin, 0, None, end)
         except NoFormula:
             return {"lr": _Part(self._constant(numbers_of(self._groups[place])["lr"]), begin)}
 

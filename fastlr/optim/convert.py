@@ -11,8 +11,8 @@ import torch
 
 from fastlr._checks import describe
 from fastlr.optim._base import FusedOptimizer
-from fastlr.optim._from_torch import driven_by, plain
-from fastlr.optim._handed_over import handed_over, refuse_steps
+from fastlr.optim._from_torch import driven_by, kept_by, plain
+from fastlr.optim._replaced import is_replaced, refuse_steps
 from fastlr.optim._scheduler_tables import every
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
@@ -76,16 +76,12 @@ def fuse(
             UserWarning,
             stacklevel=2,
         )
-    fused = _copied(
-        optimizer,
-        kind,
-        driven_by(optimizer, scheduler, updates_per_tick, horizon),
-        has_scheduler=scheduler is not None,
-    )
+    driven = driven_by(optimizer, scheduler, updates_per_tick, horizon)
+    fused = _copied(optimizer, kind, driven, kept_by(scheduler))
     new = f"fastlr.fuse() has turned into a {kind.__name__}"
-    refuse_steps(optimizer, f"{new}; call step() of that one")
     for each in [] if scheduler is None else every(scheduler):
         refuse_steps(each, f"{new}, whose own step() moves the schedule; leave the call out")
+    refuse_steps(optimizer, f"{new}; call step() of that one")  # last: a scheduler's class may object
     return fused
 
 
@@ -97,13 +93,15 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
     torch_kind = next((kind for kind in _FUSED if isinstance(optimizer, kind)), None)
     if torch_kind is None:
         known = ", ".join(sorted(kind.__name__ for kind in _FUSED))
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        wraps = isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)
+        if wraps or not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"optimizer must be one of torch.optim ({known}), got {describe(optimizer)}; where a "
-                "framework wraps one, pass the optimizer inside"
+                f"optimizer must be one of torch.optim ({known}), got "
+                f"{name if wraps else describe(optimizer)}; where a framework wraps one, pass the optimizer "
+                "inside"
             )
         raise TypeError(f"optimizer must be one of torch.optim's {known}, got {name}; keep that one")
-    if handed_over(optimizer):
+    if is_replaced(optimizer):
         raise ValueError(f"the {name} was given to fastlr.fuse() before; go on with what that returned")
     own = inspect.unwrap(getattr(optimizer.step, "__func__", optimizer.step))
     if own is not inspect.unwrap(torch_kind.step):
@@ -128,25 +126,26 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
 
 
 def _copied(
-    optimizer: torch.optim.Optimizer, kind: Any, driven: list[dict[str, Any]], *, has_scheduler: bool
+    optimizer: torch.optim.Optimizer, kind: Any, driven: list[dict[str, Any]], kept: tuple[str, ...]
 ) -> FusedOptimizer:
     """A fused optimizer over the same parameters with all that torch's holds.
 
     Args:
         kind: its class.
         driven: what its groups hold besides.
+        kept: what the scheduler has kept in torch's groups.
     """
     arguments = inspect.signature(kind.__init__).parameters
-    # Left there by a file of ours that torch's optimizer has loaded.
-    foreign = {*kind([torch.zeros(1)]).defaults} - {*optimizer.defaults}
+    options = optimizer.defaults
+    # Also left there by a file of ours that torch's optimizer has loaded.
+    left = {*kind([torch.zeros(1)]).defaults, *kept} - {*options}
     groups = []
     for group in optimizer.param_groups:
         names = group.get("param_names")
         params = list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
-        left = {*foreign, "params", "param_names"}
-        groups.append({**plain(group, left, driven=has_scheduler), "params": params})
-    others = {name for name in optimizer.defaults if name not in arguments}
-    fused: FusedOptimizer = kind(groups, **plain(optimizer.defaults, others, driven=has_scheduler))
+        groups.append({**plain(group, options, {*left, "params", "param_names"}), "params": params})
+    others = {name for name in options if name not in arguments}
+    fused: FusedOptimizer = kind(groups, **plain(options, options, others))
     saved = optimizer.state_dict()
     of_rule = {*fused._rule_state.slots, "step"}  # which loading copies
     state = {
@@ -154,7 +153,7 @@ def _copied(
         for key, entry in saved["state"].items()
     }
     saved_groups = [
-        {**plain(group, foreign, driven=has_scheduler), **found}
+        {**plain(group, options, left), **found}
         for group, found in zip(saved["param_groups"], driven, strict=True)
     ]
     fused.load_state_dict({"state": state, "param_groups": saved_groups})

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, SupportsFloat
 
+import numpy as np
+
 from fastlr import _core
 from fastlr._checks import ENDLESS, count, describe, items, real
 from fastlr.schedules._base import InSamples, InTokens, Joined, PerEpoch, Scaled, Schedule, Unit, schedule
@@ -55,7 +57,11 @@ class Tabulated(Schedule):
             values = values[:steps]
         if not values:
             raise ValueError("a table needs at least one value, got none")
-        self._set(table=tuple(real(f"value {t}", value) for t, value in enumerate(values)), unit=unit)
+        # A run's table is long: floats are looked at all together, and one by one to say which is wrong.
+        array = np.array(values) if set(map(type, values)) == {float} else None
+        if array is None or not (np.isfinite(array) & (array >= 0.0)).all():
+            values = [real(f"value {t}", value) for t, value in enumerate(values)]
+        self._set(table=tuple(values), unit=unit)
         self.__post_init__()
 
     @property

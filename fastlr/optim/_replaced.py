@@ -20,7 +20,7 @@ def refuse_steps(old: Any, what_happened: str) -> None:
     def step(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(f"step() of a {name} that {what_happened}")
 
-    step.handed_over = True  # type: ignore[attr-defined]
+    step.replaced = True  # type: ignore[attr-defined]
     if isinstance(old, torch.optim.Optimizer):
         old.step = MethodType(step, old)  # type: ignore[method-assign]  # not in its state, nor in copies
         return
@@ -31,6 +31,6 @@ def refuse_steps(old: Any, what_happened: str) -> None:
     old.__class__ = type(kind.__name__, (kind,), {**methods, **copied, "__module__": kind.__module__})
 
 
-def handed_over(old: Any) -> bool:
+def is_replaced(old: Any) -> bool:
     """Whether another one has taken its place."""
-    return getattr(old.step, "handed_over", False)
+    return getattr(old.step, "replaced", False)
