@@ -507,18 +507,32 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
         if unit == "epoch":
             remedy = "let its schedules count updates, by schedule.in_updates(updates_per_epoch)"
         self._check_outside_zero(TELLS[unit], remedy)
-        self._adopt(self._written())
-        if (counts := self.param_groups[0]["clock_unit"]) != unit:
-            before = self._sync().samples
-            if before or self._options.counted(self._in_charge()) is not None:
-                raise RuntimeError(
-                    f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
-                    f"{unit}s; tell it {counts}s with {TELLS[counts]}"
-                )
-            self._change([{"clock_unit": unit} for _ in self.param_groups])
-        self._plan.advance_samples(self.param_groups, number)
+        if self.param_groups[0]["clock_unit"] != unit:
+            self._count(unit)
+        written = None
+        try:
+            self._plan.advance_samples(self.param_groups, number)
+        except ValueError:
+            if not (written := self._written()):  # as in a step
+                raise
+        if written is not None:
+            self._adopt(written)
+            self._plan.advance_samples(self.param_groups, number)
         if self._buffer_averages is not None:
             self._buffer_averages.advance_samples(number)
+
+    def _count(self, unit: str) -> None:
+        """Has the second clock count this, which it has not yet; NOTE: [what the second clock counts]."""
+        before = self._sync().samples
+        counts = self.param_groups[0]["clock_unit"]
+        if counts == unit:
+            return  # as schedules do that were written into the groups
+        if before or self._options.counted(self._in_charge()) is not None:
+            raise RuntimeError(
+                f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
+                f"{unit}s; tell it {counts}s with {TELLS[counts]}"
+            )
+        self._change([{"clock_unit": unit} for _ in self.param_groups])
 
     @property
     def last_step_skipped(self) -> bool:

@@ -89,8 +89,11 @@ class Driving:
                 number = self._options.without_tensors(own).get("lr", own["lr"])
                 changes[place] = self._options.driven(own, option, number * factor, Clock(0, 0), where)
             else:
-                check_owner(option, owner * factor, where)
-                changes[place] = {"lr_schedule": owner * factor}
+                scaled = owner * factor
+                check_owner(option, scaled, where)
+                if "_warned" in vars(owner):  # that it has ended, once
+                    scaled._set(_warned=True)
+                changes[place] = {"lr_schedule": scaled}
             self._checked({**own, **self._options.without_tensors(own), **changes[place]}, where)
         self._change(changes)
 
