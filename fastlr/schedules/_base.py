@@ -174,7 +174,8 @@ class Schedule(ABC):
     def in_updates(self, updates_per_epoch: int) -> Schedule:
         """A schedule in epochs as one in updates: epoch ``k``'s value during all its updates.
 
-        This is what calling a torch scheduler's ``step()`` once after each epoch does.
+        This is what calling a torch scheduler's ``step()`` once after each epoch does, as long as every
+        epoch has so many updates that are applied; ``opt.advance_epoch()`` needs to know no number.
 
         >>> from fastlr import StepDecay
         >>> per_epoch = StepDecay(0.1, every=30, gamma=0.5, unit="epoch")
