@@ -22,7 +22,7 @@ enum class Curve : int32_t {
   kLine,         // from start to end over the local times offset .. offset + span
   kCosine,       // the same along half a cosine
   kRestarts,     // half a cosine from start to end; restarted after period, period * count, ...
-  kPolynomial,   // end + (start - end) * ((span - t) / span) ** gamma
+  kPolynomial,   // end + (start - end) * ((offset + up * t) / span) ** gamma, up = 1 or -1
   kTimeBased,    // start / (1 + gamma * t)
   kExponential,  // start * gamma ** (count + floor(t / period))
   kCycle,        // from start to end and back; `up` of `span` rises; see Window and Decay
@@ -207,7 +207,7 @@ FASTLR_HD double segment_value(const Segment& s, const double* table, int64_t cl
       break;
     case Curve::kPolynomial:
       // Not 1 - t / span, whose error a power below 1 would magnify near the end.
-      value = s.end + (s.start - s.end) * pow((s.span - t) / s.span, s.gamma);
+      value = s.end + (s.start - s.end) * pow((s.offset + s.up * t) / s.span, s.gamma);
       break;
     case Curve::kTimeBased:
       value = s.start / (1.0 + s.gamma * t);

@@ -29,6 +29,8 @@ def rampup_plan(
     while phases[-1][1] < full:
         consumed += phases[-1][1]
         size = full if consumed > ramp else start + int(consumed / stretch) * increment
+        if consumed >= samples:
+            break  # the run ends on the ramp
         if size > phases[-1][1]:
             phases.append((consumed, size))
     return fastlr.BatchPlan.from_phases(

@@ -54,6 +54,14 @@ def polynomial(t: int, start: float, end: float, steps: int, power: float) -> Re
     return end + (exact.mpf(start) - end) * (exact.mpf(max(steps - t, 0)) / steps) ** exact.mpf(power)
 
 
+def one_minus_sqrt(t: int, start: float, end: float, steps: int) -> Real:
+    return end + (exact.mpf(start) - end) * (1 - exact.sqrt(exact.mpf(min(t, steps)) / steps))
+
+
+def inverse_sqrt(t: int, start: float, timescale: int) -> Real:
+    return start / exact.sqrt(exact.mpf(t + timescale) / timescale)
+
+
 def exponential(t: int, start: float, gamma: float) -> Real:
     return start * exact.mpf(gamma) ** t
 

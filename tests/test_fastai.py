@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from collections.abc import Callable
@@ -188,10 +189,12 @@ def test_mixed_precision_skips_what_overflows(tmp_path: Path, monkeypatch: pytes
 def test_finding_a_rate_changes_nothing(tmp_path: Path) -> None:
     learn = learner(tmp_path, Schedules(lr=LR, momentum=MOMENTUM))
     fit(learn, 1)
+    before = copy.deepcopy(learn.opt.opt.state_dict()["param_groups"])
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=8, start_lr=1e-3, end_lr=1.0, stop_div=False, show_plot=False)
     np.testing.assert_allclose(learn.recorder.lrs, np.geomspace(1e-3, 1.0, 9)[: len(learn.recorder.lrs)])
     assert len(learn.recorder.lrs) >= 8
+    assert learn.opt.opt.state_dict()["param_groups"] == before
     assert_same_run(plain(10), fit(learn, 1))
 
 
@@ -200,6 +203,11 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"the rate 0.3 given to fit\(\) is not used, as Triangular2"):
         fit(learn, 1, lr=0.3)
     assert learn.recorder.lrs == LR.values(0, 5).tolist()
+    layers = learner(
+        tmp_path, Schedules(lr=LR), splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]]
+    )
+    with pytest.warns(UserWarning, match=r"given to fit\(\) is not used"):
+        fit(layers, 1, lr=slice(1e-5, layers.lr))  # the last group's is the default
 
 
 def test_other_owners_are_refused(tmp_path: Path) -> None:

@@ -162,6 +162,38 @@ def test_a_range_test_leaves_no_trace(tmp_path: Path, source: str) -> None:
     assert_same_run((plain, untouched), (module, made))
 
 
+def test_nobody_hears_of_a_range_test(tmp_path: Path) -> None:
+    """Who hears of exceptions may write files; a ModelCheckpoint's folder is fixed at its first fit."""
+    heard: list[str] = []
+
+    class Listener(lightning.Callback):  # type: ignore[misc,name-defined]
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            heard.append("callback: fit")
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            heard.append("callback: exception")
+
+    class Data(lightning.LightningDataModule):  # type: ignore[misc,name-defined]
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def on_exception(self, exception: BaseException) -> None:
+            heard.append("data: exception")
+
+    checkpoint = lightning.callbacks.ModelCheckpoint()
+    module = Module()
+    module.configure_callbacks = lambda: [Listener(), checkpoint]
+    own = module.configure_callbacks
+    made = trainer(tmp_path)
+    ours.range_test(made, module, Data(), **SWEEP)
+    assert heard == []
+    assert checkpoint.dirpath is None
+    assert module.configure_callbacks is own
+    module = Module()
+    ours.range_test(made, module, Data(), **SWEEP)
+    assert "configure_callbacks" not in vars(module)
+
+
 class Logger(lightning.loggers.logger.Logger):  # type: ignore[misc,name-defined]
     """Keeps what it is told; its experiment takes what a run of W&B does."""
 
@@ -263,6 +295,10 @@ def test_errors_in_a_range_test_reach_who_called_it(tmp_path: Path) -> None:
         assert made.optimizers == []
     with pytest.raises(TypeError, match="scaler is the module's or the trainer's"):
         ours.range_test(trainer(tmp_path), Module(), loader(), scaler=None)
+    with pytest.raises(TypeError, match="step_fn is the module's or the trainer's"):
+        ours.RangeTest(step_fn=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        ours.RangeTest(steps=3)
     with pytest.raises(ValueError, match="the trainer began no training"):
         ours.range_test(trainer(tmp_path, max_epochs=0), Module(), loader())
     with pytest.raises(ValueError, match="one loader for training, got 2"):

@@ -14,6 +14,7 @@ import torch
 
 import fastlr
 from fastlr.integrations.logging import hparams, log_range_test
+from fastlr.optim._groups import OF_ALL_GROUPS
 
 LRS = np.geomspace(1e-4, 10, 50)
 LOSSES = 2 + np.log10(LRS / 0.1) ** 2 / 4
@@ -115,6 +116,8 @@ def test_nothing_else_is_logged_to() -> None:
         log_range_test("runs", FOUND, figure=False)
     with pytest.raises(TypeError, match=r"found must be a range test's result, got None"):
         log_range_test(Run(), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step must be an integer >= 0, got -1"):
+        log_range_test(Run(), FOUND, step=-1, figure=False)
 
 
 @tensorboards
@@ -134,7 +137,9 @@ def test_lightnings_loggers_are_logged_to(tmp_path: Path) -> None:
 def test_settings_are_numbers_and_text() -> None:
     groups = [{"params": [torch.zeros(2)]}, {"params": [torch.zeros(3)], "lr": 0.5, "betas": (0.8, 0.99)}]
     lr, beta1 = fastlr.Cosine(0.1, 0.0, 100), fastlr.Triangular(0.85, 0.95, 10, inverted=True)
-    optimizer = fastlr.FusedAdamW(groups, lr=lr, betas=(beta1, 0.99), weight_decay=0.05, ema_decay=0.999)
+    optimizer = fastlr.FusedAdamW(
+        groups, lr=lr, betas=(beta1, 0.99), weight_decay=0.05, ema_decay=0.999, max_grad_norm=2.0
+    )
     settings = hparams(optimizer)
     assert all(isinstance(value, (bool, int, float, str)) for value in settings.values())
     assert settings["optimizer"] == "FusedAdamW"
@@ -142,9 +147,11 @@ def test_settings_are_numbers_and_text() -> None:
     assert (settings["beta1"], settings["beta2"]) == (repr(beta1), 0.99)
     assert settings["group1/beta1"] == 0.8
     assert (settings["weight_decay"], settings["ema_decay"]) == (0.05, 0.999)
+    assert (settings["max_grad_norm"], settings["nonfinite"]) == (2.0, "skip")
+    assert settings.keys() >= set(OF_ALL_GROUPS)
     assert not settings.keys() & {"group1/weight_decay", "group1/beta2", "betas"}
     assert not any(name.endswith(("_schedule", "_start")) for name in settings)
-    assert not settings.keys() & {"updates", "samples", "fresh", "params"}
+    assert not settings.keys() & {"updates", "samples", "clock_unit", "fresh", "params"}
     optimizer.step()
     assert hparams(optimizer) == settings  # and not where a run stands
 

@@ -57,6 +57,8 @@ POLICIES: dict[type[Schedule], tuple[dict[str, Any], dict[str, str]]] = {
         {"start": 0.1, "end": 0.6, "steps": 20, "power": 2.0},
         {**RAMP, "power": "positive"},
     ),
+    fastlr.OneMinusSqrt: ({"start": 0.1, "end": 0.6, "steps": 20}, RAMP),
+    fastlr.InverseSqrt: ({"start": 0.1, "timescale": 20}, {"start": "real", "timescale": "count"}),
     fastlr.CosineWarmRestarts: (
         {"start": 0.1, "end": 0.6, "first_period": 20},
         {"start": "real", "end": "real", "first_period": "count", "mult": "count"},

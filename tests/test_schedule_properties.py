@@ -44,6 +44,8 @@ leaves = st.one_of(
     st.builds(fastlr.LinearRamp, rates, rates, lengths),
     st.builds(fastlr.Cosine, rates, rates, lengths),
     st.builds(fastlr.Polynomial, rates, rates, lengths, st.floats(0.1, 5.0)),
+    st.builds(fastlr.OneMinusSqrt, rates, rates, lengths),
+    st.builds(fastlr.InverseSqrt, rates, lengths),
     st.builds(fastlr.CosineWarmRestarts, rates, rates, lengths, st.integers(1, 4)),
     st.builds(fastlr.Exponential, rates, positive),
     st.builds(fastlr.TimeBased, rates, rates),

@@ -18,6 +18,7 @@ import torch
 
 import fastlr
 from fastlr import BatchPlan, GrowingLoader
+from fastlr.integrations import deepspeed
 
 ROOT = Path(__file__).parent.parent
 RAMP = fastlr.LinearRamp(0.0, 1.0, 1000, unit="token")
@@ -140,6 +141,39 @@ def test_a_clock_that_has_counted_samples_takes_tokens_by_set_clock_only() -> No
     assert opt.clock().tokens == 3
 
 
+def test_schedules_that_are_set_aside_still_count() -> None:
+    """Else a file would have samples with schedules in tokens, which nothing loads."""
+    opt = fastlr.FusedSGD([weight()], lr=RAMP)
+    with opt.handed_over():
+        with pytest.raises(RuntimeError, match="the optimizer counts tokens, and stands at 0"):
+            opt.advance_samples(4)
+        opt.advance_tokens(4)
+    again = fastlr.FusedSGD([weight()], lr=0.1)
+    again.load_state_dict(through_file(opt.state_dict()))
+    assert (again.clock().tokens, again.param_groups[0]["lr"]) == (4, RAMP(4))
+
+
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_deepspeeds_steps_of_parts_are_one_update(unit: Any) -> None:
+    """As ZeRO makes them in its stage 3, here with a bound loader that moves the second clock."""
+    opt = fastlr.FusedSGD([weight()], lr=fastlr.LinearRamp(0.0, 1.0, 2000, unit=unit))
+    length = LENGTH if unit == "token" else 1
+    plan = BatchPlan.from_phases(
+        [(0, 4), (1, 8)],
+        dataset_size=40,
+        epochs=2,
+        lr=0.1,
+        sequence_length=length if unit == "token" else None,
+    )
+    step = deepspeed._one_update(opt, lambda: [opt.step() for _ in range(3)])
+    for batch in GrowingLoader(Texts(), plan, 8).bind(opt):
+        before = opt.param_groups[0]["lr"]
+        step()
+        assert opt.clock()[1] == (batch.position + batch.global_batch) * length
+        assert opt.param_groups[0]["lr"] > before
+    assert opt.clock()[0] == plan.total_updates
+
+
 def test_files_without_or_with_another_unit() -> None:
     opt = fastlr.FusedSGD([weight()], lr=RAMP)
     opt.set_clock(updates=2, tokens=64)
@@ -166,7 +200,8 @@ def test_files_without_or_with_another_unit() -> None:
 
     torchs = torch.optim.SGD([weight()], lr=0.25)
     opt = fastlr.FusedSGD([weight()], lr=RAMP)
-    with pytest.warns(UserWarning, match="lr schedule of parameter group 0 goes on at tokens=0"):
+    told = r"lr schedule of parameter group 0 goes on at tokens=0 .*set_clock\(updates=..., tokens=...\)"
+    with pytest.warns(UserWarning, match=told):
         opt.load_state_dict(torchs.state_dict())
     assert isinstance(opt.clock(), fastlr.optim.TokenClock)
 
@@ -393,6 +428,23 @@ def test_plans_in_tokens_tell_an_optimizer_samples_that_counts_them() -> None:
     assert repr(opt.clock()) == "Clock(updates=13, samples=80)"
 
 
+def test_a_file_that_does_not_know_the_tokens_so_far_is_told_them() -> None:
+    plan = BatchPlan.from_phases([(0, 4)], dataset_size=40, epochs=1, lr=0.1)
+    loader = GrowingLoader(Texts(), plan).bind(opt := fastlr.FusedSGD([weight()], lr=0.1))
+    run(loader, opt, updates=3)
+    file = loader.state_dict()
+    for lr in (0.1, RAMP):
+        opt = fastlr.FusedSGD([weight()], lr=lr)
+        opt.set_clock(updates=3, tokens=30)
+        loader = GrowingLoader(Texts(), plan, count=tokens_in)
+        loader.load_state_dict(file)
+        with pytest.raises(RuntimeError, match=r"had before sample 12 is not known: .* load {\*\*state, "):
+            run(loader.bind(opt), opt)
+        loader.load_state_dict({**file, "tokens": opt.clock()[1]})
+        run(loader, opt)
+        assert opt.clock().tokens == loader.tokens > 30
+
+
 def test_tokens_that_nobody_counts_are_an_error() -> None:
     plan = BatchPlan.from_phases([(0, 4)], dataset_size=40, epochs=1, lr=0.1)
     opt = fastlr.FusedSGD([weight()], lr=RAMP)
@@ -420,7 +472,14 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("start", "increment", "ramp", "full"),
-    [(16, 16, 3000, 128), (32, 8, 10_000, 64), (4, 12, 100, 64), (8, 8, 7, 64), (3, 7, 977, 80)],
+    [
+        (16, 16, 3000, 128),
+        (32, 8, 10_000, 64),
+        (4, 12, 100, 64),
+        (8, 8, 7, 64),
+        (3, 7, 977, 80),
+        (16, 16, 50_000, 128),  # longer than the run
+    ],
 )
 def test_megatrons_batch_rampup(examples: Any, start: int, increment: int, ramp: int, full: int) -> None:
     plan = examples("megatron_batch_rampup").rampup_plan(

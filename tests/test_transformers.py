@@ -276,6 +276,10 @@ def test_what_cannot_be_made_is_refused() -> None:
         TypeError, match=r"a class of fastlr's, such as fastlr\.FusedAdamW, got <class 'torch"
     ):
         optimizers(bert(), None, torch.optim.AdamW, lr=0.1)
+    with pytest.raises(TypeError, match=r"args must be TrainingArguments or None, got .*comes behind it"):
+        optimizers(bert(), fastlr.FusedSGD, lr=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        RangeTest(steps=3)
     with pytest.raises(ValueError, match="the model is frozen"):
         optimizers(bert().requires_grad_(False), lr=0.1)
 
@@ -334,7 +338,7 @@ def test_a_resumed_training_is_not_tested_again(tmp_path: Path) -> None:
     assert test.result is None
 
 
-def begin(test: RangeTest, **args: Any) -> Any:
+def begin(test: RangeTest, kind: Any = fastlr.FusedAdamW, own: Any = None, **args: Any) -> Any:
     """As the Trainer calls it."""
     model = bert()
     collate = transformers.default_data_collator
@@ -343,6 +347,7 @@ def begin(test: RangeTest, **args: Any) -> Any:
             **{
                 "world_size": 1,
                 "fp16": False,
+                "max_grad_norm": None,
                 "gradient_accumulation_steps": 1,
                 "device": torch.device("cpu"),
             }
@@ -351,7 +356,7 @@ def begin(test: RangeTest, **args: Any) -> Any:
         SimpleNamespace(global_step=0),
         None,
         model=model,
-        optimizer=optimizers(model, lr=0.01)[0],
+        optimizer=optimizers(model, None, kind, lr=0.01, max_grad_norm=own)[0],
         train_dataloader=torch.utils.data.DataLoader(data(), SIZE, collate_fn=collate),
     )
     return test.result
@@ -376,6 +381,20 @@ def test_half_precision_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scaler" not in given[0]
     assert isinstance(given[1]["scaler"], fastlr.GradScaler)
     np.testing.assert_allclose(scaled.losses, plain.losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_are_clipped_as_in_training(fp16: bool) -> None:
+    """Of SGD, whose steps are as long as its gradients: here as by the optimizer itself."""
+
+    def losses(**options: Any) -> Any:
+        return begin(
+            RangeTest(show=False, **SWEEP, start_lr=0.1), fastlr.FusedSGD, fp16=fp16, **options
+        ).losses
+
+    own, by_trainer, unclipped = losses(own=0.05), losses(max_grad_norm=0.05), losses(max_grad_norm=0.0)
+    np.testing.assert_allclose(by_trainer, own, rtol=1e-5)
+    assert np.abs(unclipped[-1] - own[-1]) > 0.01
 
 
 def test_several_processes_are_refused() -> None:
@@ -455,3 +474,9 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run_page("frameworks/transformers.md", model=bert(), dataset=data())
     assert names["optimizers"][0].clock() == (60, 0)
     assert (tmp_path / "range_test.json").exists()
+    trainer, optimizer = names["trainer"], names["by_tokens"][0]
+    words = 8 * names["args"].per_device_train_batch_size  # of each update
+    schedule = optimizer.param_groups[0]["lr_schedule"]
+    assert optimizer.clock() == (30, 30 * words)
+    assert optimizer.clock().tokens == trainer.state.num_input_tokens_seen
+    assert rates(trainer) == [schedule((update - 1) * words) for update in (10, 20, 30)]

@@ -216,7 +216,7 @@ class GrowingLoader:
         if self.plan.unit == "token" and not optimizer.clock()[1]:
             with contextlib.suppress(RuntimeError):  # its schedules count samples, which it is told as well
                 optimizer.advance_tokens(0)
-        if isinstance(optimizer.clock(), TokenClock) and self.tokens is None:
+        if isinstance(optimizer.clock(), TokenClock) and not (self._counts or self.plan.unit == "token"):
             raise ValueError(
                 "the optimizer counts tokens, but nobody says how many a batch has: give the plan a "
                 "sequence_length, where all samples are as long, or else the loader count=..., as in "

@@ -171,14 +171,20 @@ class Place:
         self._move = None
 
     def check_clock(self) -> None:
-        """Raises RuntimeError where the bound optimizer's schedules stand elsewhere."""
+        """Raises RuntimeError where the bound optimizer's schedules stand elsewhere, or nobody knows it."""
+        if (own := self._clock()) is None:
+            raise RuntimeError(
+                f"the optimizer counts tokens, but how many the run had before sample {self.samples:,} is "
+                "not known: the loader whose state was loaded did not count them, or no whole number. If the "
+                'optimizer knows it, load {**state, "tokens": optimizer.clock()[1]}'
+            )
         for group in self._optimizer.param_groups if self._optimizer is not None else ():
             for name in ("lr", "momentum", "beta1"):  # what a plan has; rules have one of the last, or none
                 schedule = group.get(f"{name}_schedule")
                 if schedule is None:
                     continue
                 clock = group["samples"] - group[f"{name}_start"]
-                if schedule.unit != "update" and clock != (own := self._clock()):
+                if schedule.unit != "update" and clock != own:
                     raise RuntimeError(
                         f"the optimizer's {name} schedule stands at {schedule.unit} {clock:,}, the loader at "
                         f"{own:,}; load the state of both from the same checkpoint, and put a "

@@ -73,8 +73,8 @@ def _one_update(optimizer: FusedOptimizer, step: Callable[..., Any]) -> Callable
             hook.remove()
         if len(clocks) > 1:  # whichever moved it furthest: what one skipped another may have applied
             clocks.append(optimizer.sync())
-            updates, samples = zip(*clocks, strict=True)
-            optimizer.set_clock(updates=max(updates), samples=max(samples))
+            furthest = type(clocks[0])(*map(max, zip(*clocks, strict=True)))
+            optimizer.set_clock(**furthest._asdict())
         return result
 
     return stepped

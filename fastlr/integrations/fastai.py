@@ -37,7 +37,7 @@ class Schedules(Callback):  # type: ignore[misc]
     Warns (at the fit) of a rate that was given to ``fit`` and is not used.
     """
 
-    order = ParamScheduler.order - 1  # LRFinder's is saved and loaded again without a schedule
+    order = ParamScheduler.order - 1
     run_valid = False
 
     def __init__(
@@ -50,9 +50,7 @@ class Schedules(Callback):  # type: ignore[misc]
         """Sets the schedules."""
         self.driving = False
         optimizer = self._optimizer()
-        rate = optimizer.param_groups[-1]["lr"]
-        if any(isinstance(callback, LRFinder) for callback in self.learn.cbs):
-            optimizer.set_schedule(lr=0.0)  # it writes its own before each batch
+        if self._searches():
             return
         given = {"lr": _in_partial(self.learn.opt_func), **self.schedules}
         if given["lr"] is None:
@@ -64,7 +62,8 @@ class Schedules(Callback):  # type: ignore[misc]
                 f"{', '.join(twice)} must be driven by fastai or by a schedule, got both; call learn.fit() "
                 "in place of what adds a ParamScheduler, as fit_one_cycle does"
             )
-        if rate != self.learn.lr:
+        rate = optimizer.param_groups[-1]["lr"]
+        if any(group["lr"] != self.learn.lr for group in optimizer.param_groups):
             warnings.warn(
                 f"the rate {rate!r} given to fit() is not used, as {given['lr']!r} drives it",
                 UserWarning,
@@ -72,6 +71,11 @@ class Schedules(Callback):  # type: ignore[misc]
             )
         optimizer.set_schedule(**given, start=self.start)
         self.driving = True
+
+    def before_epoch(self) -> None:
+        """Leaves the rate to LRFinder, which has saved the optimizer with its schedules by now."""
+        if self._searches():
+            self._optimizer().set_schedule(lr=0.0)  # it writes its own before each batch
 
     def before_batch(self) -> None:
         """Keeps the rate of this batch."""
@@ -90,6 +94,9 @@ class Schedules(Callback):  # type: ignore[misc]
                 f"{type(self.learn.opt if optimizer is None else optimizer).__name__}"
             )
         return optimizer
+
+    def _searches(self) -> bool:
+        return any(isinstance(callback, LRFinder) for callback in self.learn.cbs)
 
     def _driven_by_fastai(self) -> set[str]:
         schedulers = [callback for callback in self.learn.cbs if isinstance(callback, ParamScheduler)]

@@ -77,6 +77,7 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
             f"{type(trainer.strategy).__name__} starts other processes for each fit, from which no answer "
             'comes back; use strategy="ddp", or test on one device'
         )
+    _check_options(options)
     test = _Borrowed(options)
     kept = {
         name: vars(trainer)[name] for name in ("state", "should_stop", "datamodule") if name in vars(trainer)
@@ -84,11 +85,12 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
     kept |= {"callbacks": trainer.callbacks, "loggers": trainer.loggers}
     kept["num_sanity_val_steps"] = trainer.num_sanity_val_steps
     optimizers, schedulers = trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs
-    owner = module._trainer
+    owner, own_callbacks = module._trainer, vars(module).get("configure_callbacks")
     seeds = importlib.import_module(f"{_PACKAGE}.utilities.seed")
     try:
         trainer.callbacks, trainer.loggers, trainer.num_sanity_val_steps = [test], [], 0
         trainer.state = type(trainer.state)()
+        module.configure_callbacks = list  # those would hear of it, too
         with seeds.isolate_rng(), torch.set_grad_enabled(torch.is_grad_enabled()):
             try:
                 trainer.fit(module, data)
@@ -101,6 +103,9 @@ def range_test(trainer: Any, module: Any, data: Any = None, **options: Any) -> R
             setattr(trainer, name, value)
         trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = optimizers, schedulers
         module.trainer = owner
+        del module.configure_callbacks
+        if own_callbacks is not None:
+            module.configure_callbacks = own_callbacks
     if test.error is not None:
         raise test.error
     if test.result is None:
@@ -124,6 +129,7 @@ class _Borrowed(_Callback):  # type: ignore[misc]
             self.result = _tested(trainer, pl_module, self.options)
         except BaseException as error:
             self.error = error  # which Lightning would turn into an exit, were it Ctrl-C
+        trainer.datamodule = None  # which would hear of an exception
         raise _Tested
 
 
@@ -149,6 +155,7 @@ class RangeTest(_Callback):  # type: ignore[misc]
     ) -> None:
         if use is not None:
             function("use", use)
+        _check_options(options)
         self.use, self.options = use, options
         self.result: RangeTestResult | None = None
 
@@ -183,12 +190,16 @@ def _takes_range_tests(logger: Any) -> bool:
     return callable(getattr(experiment, "add_figure", None)) or callable(getattr(experiment, "log", None))
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    for name in ("model", "optimizer", "loss_fn", "step_fn", "scaler", "train_loader"):
+        if name in options:
+            raise TypeError(f"{name} is the module's or the trainer's; leave it out")
+    inspect.signature(plain_range_test).bind_partial(**options)  # raises TypeError for what it does not take
+
+
 def _tested(trainer: Any, module: Any, options: dict[str, Any]) -> RangeTestResult:
     """The range test of a fit that is about to train."""
     options = dict(options)
-    for name in ("loss_fn", "step_fn", "scaler", "train_loader"):
-        if name in options:
-            raise TypeError(f"{name} is the module's or the trainer's; leave it out")
     if not module.automatic_optimization:
         raise TypeError(
             f"{type(module).__name__} optimizes manually, so that training_step makes the updates itself; "

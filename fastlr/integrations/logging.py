@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlr._checks import describe, text
+from fastlr._checks import count, describe, text
 from fastlr.range_test import RangeTestResult
 from fastlr.schedules import Schedule
 
@@ -33,8 +33,8 @@ def log_range_test(
             else has ``log(dict)``; or a logger of Lightning around one.
         found: the result.
         tag: what the entries begin with.
-        step: the training's, which picture and readings are logged at; None: 0 in TensorBoard, the run's own
-            in Weights & Biases.
+        step: the training's, >= 0, which picture and readings are logged at; None: 0 in TensorBoard, the
+            run's own in Weights & Biases.
         figure: whether to log the picture, which needs matplotlib.
 
     Raises:
@@ -53,6 +53,8 @@ def log_range_test(
     if not isinstance(found, RangeTestResult):
         raise TypeError(f"found must be a range test's result, got {describe(found)}")
     text("tag", tag)
+    if step is not None:
+        count("step", step, 0)
     if not _is_writer(to) and not callable(getattr(to, "log", None)) and hasattr(to, "experiment"):
         to = to.experiment  # a Lightning logger's; on ranks that log nothing it takes everything
     readings = {name: value for name in _READINGS if (value := getattr(found, name)) is not None}
@@ -137,13 +139,18 @@ def hparams(optimizer: torch.optim.Optimizer) -> dict[str, float | str]:
         raise TypeError(f"optimizer must be a torch optimizer, got {describe(optimizer)}")
     first, *others = [_settings(group, optimizer.defaults) for group in optimizer.param_groups]
     settings: dict[str, float | str] = {"optimizer": type(optimizer).__name__, **first}
+    settings |= {
+        name: _plain(getattr(optimizer, name)) for name in _OF_ALL_GROUPS if hasattr(optimizer, name)
+    }
     for place, group in enumerate(others, 1):
         settings |= {f"group{place}/{name}": v for name, v in group.items() if first.get(name) != v}
     return settings
 
 
+# Options of a fused optimizer that are not in its groups.
+_OF_ALL_GROUPS = ("max_grad_norm", "nonfinite")
 # What the groups of a fused optimizer hold besides its options.
-_NO_OPTIONS = ("updates", "samples", "fresh")
+_NO_OPTIONS = ("updates", "samples", "clock_unit", "fresh")
 
 
 def _settings(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, float | str]:

@@ -6,11 +6,14 @@ Not imported with fastlr: ``import fastlr.integrations.transformers``.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from fastlr._checks import describe
 from fastlr.integrations.schedulers import ReadOnlyScheduler
 from fastlr.optim import FusedAdamW, FusedOptimizer, GradScaler
 from fastlr.range_test import RangeTestResult, range_test
@@ -37,7 +40,7 @@ def optimizers(
             are not: they are ``lr``. None: nothing is.
         optimizer: one of fastlr's classes.
         **options: its arguments, above all ``lr``: a number or a schedule in updates, which accumulated
-            batches count once.
+            batches count once. One in samples or tokens stands still unless a callback moves its clock.
 
     Raises:
         TypeError: there is no ``lr``, or the optimizer is no class of fastlr's.
@@ -53,6 +56,11 @@ def optimizers(
     if not (isinstance(optimizer, type) and issubclass(optimizer, FusedOptimizer)):
         raise TypeError(
             f"optimizer must be a class of fastlr's, such as fastlr.FusedAdamW, got {optimizer!r}"
+        )
+    if args is not None and not hasattr(args, "weight_decay"):
+        raise TypeError(
+            f"args must be TrainingArguments or None, got {describe(args)}; the class of the optimizer comes "
+            "behind it"
         )
     known = inspect.signature(optimizer).parameters
     if "lr" in known and options.get("lr") is None:
@@ -80,8 +88,8 @@ def optimizers(
 class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
     """A range test on the Trainer's own batches before its first update, after which all is as before.
 
-    The loss is the model's own; ``gradient_accumulation_steps`` and mixed precision are the Trainer's. A
-    resumed training is not tested again.
+    The loss is the model's own; ``gradient_accumulation_steps``, mixed precision and the clipping of
+    ``max_grad_norm`` are the Trainer's. A resumed training is not tested again.
 
     Args:
         show: print the result's summary.
@@ -95,6 +103,7 @@ class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, *, show: bool = True, **options: Any) -> None:
+        inspect.signature(range_test).bind_partial(**options)  # raises TypeError now, and not in training
         self.show, self.options = show, options
         self.result: RangeTestResult | None = None
 
@@ -115,6 +124,28 @@ class RangeTest(transformers.TrainerCallback):  # type: ignore[misc]
         }
         if args.fp16:
             options["scaler"] = GradScaler(args.device.type)
-        self.result = range_test(training["model"], optimizer, **{**options, **self.options})
+        model = training["model"]
+        with _clipping(model, optimizer, args.max_grad_norm or 0.0):
+            self.result = range_test(model, optimizer, **{**options, **self.options})
         if self.show:
             print(self.result.summary())
+
+
+@contextmanager
+def _clipping(model: torch.nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Iterator[None]:
+    """Each step clips as the Trainer would, where max_norm is > 0."""
+
+    def clip(*_: Any) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # of gradients that the step unscales itself
+        torch.nn.utils.clip_grad_norm_(
+            model.parameters(), max_norm if scale is None else max_norm * float(scale)
+        )
+
+    if max_norm <= 0.0:
+        yield
+        return
+    hook = optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -26,11 +26,21 @@ from fastlr.schedules.decay import (
     Cosine,
     CosineWarmRestarts,
     Exponential,
+    InverseSqrt,
     LinearRamp,
     MultiStep,
+    OneMinusSqrt,
     Polynomial,
     StepDecay,
     TimeBased,
+)
+from fastlr.schedules.recipes import (
+    cosine_with_warmup,
+    inverse_sqrt,
+    noam,
+    tri_stage,
+    warmup_stable_decay,
+    with_warmup,
 )
 
 __all__ = [
@@ -41,11 +51,13 @@ __all__ = [
     "Exponential",
     "InSamples",
     "InTokens",
+    "InverseSqrt",
     "Joined",
     "LinearRamp",
     "MultiStep",
     "OneCycle",
     "OneCycleMomentum",
+    "OneMinusSqrt",
     "PerEpoch",
     "Polynomial",
     "Scaled",
@@ -56,5 +68,11 @@ __all__ = [
     "TimeBased",
     "Triangular",
     "Triangular2",
+    "cosine_with_warmup",
+    "inverse_sqrt",
+    "noam",
     "one_cycle",
+    "tri_stage",
+    "warmup_stable_decay",
+    "with_warmup",
 ]

@@ -129,10 +129,78 @@ class Polynomial(_Ramp):
                 _core.Curve.POLYNOMIAL,
                 self.start,
                 self.end,
+                offset=float(self.steps),
+                up=-1.0,
                 span=float(self.steps),
                 gamma=self.power,
                 limit=self.steps,
             )
+        ], []
+
+
+@dataclass(frozen=True)
+class OneMinusSqrt(_Ramp):
+    """``end + (start - end) * (1 - sqrt(t / steps))``, then ``end``: fast at first, and slower and slower.
+
+    Args:
+        start: value at clock 0, >= 0.
+        end: value from clock ``steps`` on, >= 0.
+        steps: clock units, >= 1.
+
+    >>> OneMinusSqrt(1.0, 0.0, 16).values(0, 5).round(3).tolist()
+    [1.0, 0.75, 0.646, 0.567, 0.5]
+
+    References:
+        Haegele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations,
+        arXiv 2405.18392.
+    """
+
+    def _segments(self) -> Native:
+        return [
+            Segment(
+                _core.Curve.POLYNOMIAL,
+                self.end,
+                self.start,
+                up=1.0,
+                span=float(self.steps),
+                gamma=0.5,
+                limit=self.steps,
+            )
+        ], []
+
+
+@dataclass(frozen=True)
+class InverseSqrt(Schedule):
+    """``start / sqrt((t + timescale) / timescale)``, half of ``start`` at clock ``3 * timescale``.
+
+    After a linear warm-up over ``timescale`` this is the decay of the Transformer; see
+    :func:`fastlr.inverse_sqrt` and :func:`fastlr.noam`.
+
+    Args:
+        start: value at clock 0, >= 0.
+        timescale: clock units, >= 1.
+
+    >>> InverseSqrt(1.0, timescale=100)(0), InverseSqrt(1.0, timescale=100)(300)
+    (1.0, 0.5)
+
+    References:
+        Vaswani et al., Attention Is All You Need, arXiv 1706.03762.
+    """
+
+    start: float
+    timescale: int
+
+    def _validate(self) -> None:
+        self._set(start=real("start", self.start), timescale=count("timescale", self.timescale))
+
+    @property
+    def peak(self) -> float:
+        return self.start
+
+    def _segments(self) -> Native:
+        timescale = float(self.timescale)
+        return [
+            Segment(_core.Curve.POLYNOMIAL, self.start, offset=timescale, up=1.0, span=timescale, gamma=-0.5)
         ], []
 
 

@@ -84,6 +84,18 @@ def polynomial(rng: Random, top: float) -> Drawn:
     return Drawn(drawn, exact, _to_peak(drawn.peak), [steps], start >= end)
 
 
+def root(rng: Random, top: float) -> Drawn:
+    start, end, steps = _rate(rng, top), _rate(rng, top), _length(rng)
+    if rng.random() < 0.5:
+        drawn = fastlr.OneMinusSqrt(start, end, steps)
+        exact = lambda t: reference.one_minus_sqrt(t, start, end, steps)  # noqa: E731
+        return Drawn(drawn, exact, _to_peak(drawn.peak), [steps], start >= end)
+    endless = fastlr.InverseSqrt(start, steps)
+    return Drawn(
+        endless, lambda t: reference.inverse_sqrt(t, start, steps), _to_peak(endless.peak), [steps], True
+    )
+
+
 def restarts(rng: Random, top: float) -> Drawn:
     start, end, period = _rate(rng, top), _rate(rng, top), _length(rng)
     mult = rng.choice([1, 1, 2, 3, 7, 2**50])
@@ -181,8 +193,8 @@ def one_cycle(rng: Random, top: float) -> Drawn:
 
 
 POLICIES = [
-    constant, ramp, ramp, polynomial, restarts, power, power, time_based, tabulated, cycle, cycle, cycle,
-    one_cycle,
+    constant, ramp, ramp, polynomial, root, restarts, power, power, time_based, tabulated, cycle, cycle,
+    cycle, one_cycle,
 ]  # fmt: skip
 # What compositions are refused for that count too far.
 REFUSED = ("beyond a 64-bit clock", "must ascend")
@@ -191,7 +203,7 @@ REFUSED = ("beyond a 64-bit clock", "must ascend")
 def needs_pow(schedule: Schedule) -> bool:
     """Whether a GPU may compute other last bits than the host."""
     text = repr(schedule)
-    return any(word in text for word in ("ExpRange", "Polynomial", "geometric"))
+    return any(word in text for word in ("ExpRange", "Polynomial", "Sqrt", "geometric"))
 
 
 # -- what is made of them ----------------------------------------------------------------------------------

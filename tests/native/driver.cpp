@@ -244,6 +244,10 @@ void check_schedules() {
         if (s.curve == Curve::kPolynomial || s.curve == Curve::kLine || s.curve == Curve::kCosine)
           s.limit = s.period;
         if (s.curve == Curve::kTable) s.limit = 2;
+        if (s.curve == Curve::kPolynomial) {
+          s.offset = span;
+          s.up = -1.0;
+        }
         Segment later = s;
         later.begin = later.origin = int64_t{1} << 40;
         const Segment both[] = {s, later};

@@ -63,7 +63,9 @@ def cases_of(rule: Rule) -> dict[str, dict[str, Any]]:
 def missing_rules() -> set[str]:
     """The optimizers that neither stand in the table of rules nor are one of those in other words."""
     public = {getattr(fastlr, name) for name in fastlr.optim.__all__}
-    fused = {kind for kind in public if issubclass(kind, FusedOptimizer)} - {FusedOptimizer}
+    fused = {kind for kind in public if isinstance(kind, type) and issubclass(kind, FusedOptimizer)} - {
+        FusedOptimizer
+    }
     in_table = {rule.fused for rule in RULES.values()}
     return {kind.__name__ for kind in fused if not in_table & set(kind.__mro__)}
 

@@ -148,6 +148,7 @@ TESTS = (
     "test_whole_update.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
+    "test_examples.py",
 )
 # Why a test may be left out on a machine that this command is for.
 EXPLAINED = re.compile(
