@@ -93,6 +93,15 @@ def test_what_it_refuses() -> None:
     opt.param_groups[0]["lr"] = 0.125
     with pytest.raises(RuntimeError, match="a schedule owns it"):
         opt.scale_lr(0.5)
+    for value in ("fast", [0.5]):
+        opt = fastlr.FusedSGD([weight()], lr=0.5)
+        opt.param_groups[0]["lr"] = value
+        with pytest.raises((TypeError, ValueError), match=r"^lr of parameter group 0 must be a number, got "):
+            opt.scale_lr(0.5)
+    opt = fastlr.FusedSGD([weight()], lr=0.5)
+    opt.param_groups[0]["lr"] = torch.tensor(0.25)
+    opt.scale_lr(0.5)
+    assert rates(opt) == [0.125]
     opt.set_schedule(lr=1e308)
     with pytest.raises(ValueError, match="lr of parameter group 0 must be finite"):
         opt.scale_lr(10.0)

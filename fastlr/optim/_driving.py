@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastlr import _core
-from fastlr._checks import index, real
+from fastlr._checks import index, number, real
 from fastlr.optim._groups import Clock, RuleOptions, check_owner
 from fastlr.optim._parts import ZERO, Parts
 from fastlr.schedules import Schedule
@@ -86,8 +86,8 @@ class Driving:
             own, where = self.param_groups[place], f" of parameter group {place}"
             owner = own["lr_schedule"]
             if owner is None:
-                number = self._options.without_tensors(own).get("lr", own["lr"])
-                changes[place] = self._options.driven(own, option, number * factor, Clock(0, 0), where)
+                rate = number(f"lr{where}", self._options.without_tensors(own).get("lr", own["lr"]))
+                changes[place] = self._options.driven(own, option, rate * factor, Clock(0, 0), where)
             else:
                 scaled = owner * factor
                 check_owner(option, scaled, where)
