@@ -678,7 +678,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nan": ({"ema_decay": math.nan}, ValueError, "got nan"),
     "text": ({"ema_decay": "1"}, TypeError, "must be a number, a fastlr schedule or None, got '1'"),
     "peak": ({"ema_decay": fastlr.Constant(1.0)}, ValueError, "its schedule peaks at 1.0"),
-    "epochs": ({"ema_decay": fastlr.Constant(0.9, unit="epoch")}, ValueError, "counts epochs"),
     "warmup": ({"ema_decay": 0.9, "ema_warmup": 1}, ValueError, "ema_warmup .* must be True or False, got 1"),
     "dtype": (
         {"ema_decay": 0.9, "ema_dtype": torch.bfloat16}, ValueError,

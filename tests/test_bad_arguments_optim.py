@@ -29,20 +29,22 @@ NOT_COUNTS = [-1, 0.5, 1.0, NAN, "3", [3], True, 2**63 - 1, 2**63, HUGE, 10**500
 
 # what no argument of a kind may be
 REFUSED: dict[str, list[Any]] = {
-    "rate": [-0.1, NAN, INF, HUGE, -HUGE, 10**5000, EPOCHS, None, *NOT_NUMBERS],
-    "new rate": [-0.1, NAN, INF, HUGE, EPOCHS, *NOT_NUMBERS],
-    "momentum": [-0.1, 1.0, 1.5, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), None, *NOT_NUMBERS],
-    "new momentum": [-0.1, 1.0, NAN, HUGE, EPOCHS, fastlr.Constant(1.0), *NOT_NUMBERS],
-    "up to one": [-0.1, 1.1, NAN, HUGE, EPOCHS, fastlr.Constant(1.1), None, *NOT_NUMBERS],
-    "new up to one": [-0.1, 1.1, NAN, HUGE, EPOCHS, fastlr.Constant(1.1), *NOT_NUMBERS],
+    "rate": [-0.1, NAN, INF, HUGE, -HUGE, 10**5000, None, *NOT_NUMBERS],
+    "new rate": [-0.1, NAN, INF, HUGE, *NOT_NUMBERS],
+    "momentum": [-0.1, 1.0, 1.5, NAN, HUGE, fastlr.Constant(1.0), None, *NOT_NUMBERS],
+    "new momentum": [-0.1, 1.0, NAN, HUGE, fastlr.Constant(1.0), *NOT_NUMBERS],
+    "up to one": [-0.1, 1.1, NAN, HUGE, fastlr.Constant(1.1), None, *NOT_NUMBERS],
+    "new up to one": [-0.1, 1.1, NAN, HUGE, fastlr.Constant(1.1), *NOT_NUMBERS],
     "betas": [None, 0.9, (), (0.9,), (0.9, 0.99, 0.999), {0.9, 0.99}, {0.9: 0.99}, "ab",
               np.array([0.9, 0.99]), (1.0, 0.9), (0.9, 1.0), [-0.1, 0.9], (NAN, 0.9), (0.9, HUGE),
-              (0.9, EPOCHS), (0.9, None), (fastlr.Constant(1.0), 0.9), *((bad, 0.9) for bad in NOT_NUMBERS)],
-    "new betas": [0.9, (0.9,), (0.9, 1.0), (0.9, EPOCHS), (0.9, "0.9"), {0.9, 0.99}],
+              (0.9, None), (fastlr.Constant(1.0), 0.9), *((bad, 0.9) for bad in NOT_NUMBERS)],
+    "new betas": [0.9, (0.9,), (0.9, 1.0), (0.9, "0.9"), {0.9, 0.99}],
     "number": [NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
     "number >= 0": [-1, -1e-300, NAN, INF, HUGE, None, fastlr.Constant(0.1), *NOT_NUMBERS],
     "real": [-1, NAN, INF, HUGE, 10**5000, None, "0.1", 1j, np.complex64(1j), True, np.array([1j]),
              torch.tensor([0.1, 0.2])],
+    "bound": [-1, NAN, INF, HUGE, 10**5000, None, "0.1", 1j, np.complex64(1j), True],
+    "rate of a cycle": [-0.1, 0.01, NAN, INF, HUGE, EPOCHS, *NOT_NUMBERS],
     "limit": [0, -1, NAN, INF, HUGE, fastlr.Constant(0.1), *NOT_NUMBERS],
     "size": [-1, NAN, INF, HUGE, "0.1", 1j, True],
     "flag": [None, *NOT_FLAGS],
@@ -83,7 +85,7 @@ LION = {**COMMON, "betas": "betas"}
 OF_TORCH = {"foreach": "false", "fused": "true", "capturable": "either", "differentiable": "false"}
 OF_ALL_GROUPS = {"max_grad_norm": "limit", "nonfinite": "word"}
 OPTIONS = {**OF_TORCH, **OF_ALL_GROUPS}
-CYCLE = {"base_lr": "real", "max_lr": "real", "step_size_up": "real", "step_size_down": "size",
+CYCLE = {"base_lr": "bound", "max_lr": "bound", "step_size_up": "real", "step_size_down": "size",
          "mode": "mode", "gamma": "real", "cycle_momentum": "flag", "base_momentum": "size",
          "max_momentum": "size", "interpolation": "word", "decay_base": "flag"}  # fmt: skip
 BOUNDS = {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 4, "mode": "exp_range", "gamma": 0.5}
@@ -108,7 +110,8 @@ class Kind(NamedTuple):
     @property
     def options(self) -> dict[str, str]:
         """What it takes that no group does."""
-        return {**OF_ALL_GROUPS, **{name: OF_TORCH[name] for name in self.of_torch}}
+        of_torch = {name: OF_TORCH[name] for name in self.of_torch}
+        return {**OF_ALL_GROUPS, **of_torch, **({"lr": "rate of a cycle"} if self.fused in CYCLIC else {})}
 
     def build(self, given: dict[str, Any], *groups: dict[str, Any]) -> fastlr.FusedOptimizer:
         made = groups or ({},)
@@ -200,7 +203,12 @@ CALLS: Table = {
     **{what: call for name, kind in KINDS.items() for what, call in calls_of(name, kind).items()},
     "FusedSGD.set_clock": (
         lambda optimizer, **a: optimizer.set_clock(**a),
-        {"updates": "new count", "samples": "new count", "tokens": "new count"},
+        {"updates": "new count", "samples": "new count", "tokens": "new count",
+         "epochs": "new count"},
+    ),
+    "FusedSGD.scale_lr": (
+        lambda optimizer, **a: optimizer.scale_lr(**{"factor": 0.5, **a}),
+        {"factor": "real", "group": "group"},
     ),
     "fuse": (
         lambda _, **a: fastlr.fuse(**torchs(**a)),
@@ -261,7 +269,7 @@ CALLS: Table = {
 CALLED = {"base_lr": "base", "max_lr": "max", "base_momentum": "base", "max_momentum": "max",
           "data": "(type|a schedule)", "betas": "beta[12s]"}  # fmt: skip
 # What says more of a value than its repr would.
-TOLD = "the keys|counts epochs|peaks at|the name of a schedule"
+TOLD = "the keys|peaks at|the name of a schedule"
 
 
 def shown(value: Any) -> str:
@@ -334,7 +342,7 @@ def test_accepted(kind: Kind) -> None:
 
 @every_kind
 def test_other_keywords_are_unexpected(kind: Kind) -> None:
-    for name in {"decay", "lr", "rho", "decoupled_weight_decay"} - set(kind.kinds):
+    for name in {"decay", "lr", "rho", "decoupled_weight_decay"} - {*kind.kinds, *kind.options}:
         with pytest.raises(
             TypeError, match=rf"Fused\w*(\.__init__)?\(\) got an unexpected keyword .* '{name}'"
         ):
@@ -520,6 +528,6 @@ def test_the_table_names_every_argument() -> None:
     public = {*fastlr.optim.__all__, *fastlr.schedules.__all__}
     policies = {name for name in fastlr.schedules.__all__ if inspect.isclass(getattr(fastlr.schedules, name))}
     torchs = {"GradScaler"}  # whose arguments are
-    assert public - policies - torchs - {"Clock", "TokenClock", "FusedOptimizer"} == {
+    assert public - policies - torchs - {"Clock", "EpochClock", "TokenClock", "FusedOptimizer"} == {
         what for what in CALLS if "." not in what
     }

@@ -314,7 +314,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     ),
     "epochs": (
         group_with(lr_schedule=fastlr.Constant(0.1, unit="epoch").to_dict()),
-        "lr of the file's parameter group 1 counts epochs",
+        "clock_unit of the file's .* got sample with schedules in epochs",
     ),
     "peak": (
         group_with(momentum_schedule=fastlr.Constant(1.0).to_dict()),

@@ -674,7 +674,10 @@ def paired(make: Make) -> Pair:
 
 
 REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
-    "plateau": (lambda: paired(S.ReduceLROnPlateau), "ReduceLROnPlateau follows a metric.* set_schedule"),
+    "plateau": (
+        lambda: paired(S.ReduceLROnPlateau),
+        r"ReduceLROnPlateau follows a metric.* scale_lr\(0\.1\)",
+    ),
     "swa": (lambda: paired(lambda o: swa_utils.SWALR(o, 0.05)), "SWALR leaves its rate.*fastlr.LinearRamp"),
     "own step": (lambda: Pair(OwnStep(groups(), lr=0.1), None), "OwnStep has a step.* hook"),
     "own scheduler step": (lambda: paired(lambda o: OwnSchedulerStep(o, 3)), "OwnSchedulerStep has a step"),
@@ -814,8 +817,8 @@ def test_timms_schedulers_that_are_refused(timm: Any) -> None:
     optimizer = sgd()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # it is deprecated
-        plateau = timm.PlateauLRScheduler(optimizer)
-    with pytest.raises(ValueError, match="PlateauLRScheduler follows a metric"):
+        plateau = timm.PlateauLRScheduler(optimizer, decay_rate=0.3)
+    with pytest.raises(ValueError, match=r"PlateauLRScheduler follows a metric.* scale_lr\(0\.3\)"):
         fastlr.fuse(optimizer, plateau, updates_per_tick=1)
     by_update = timm.CosineLRScheduler(optimizer, 30, t_in_epochs=False)
     with pytest.raises(ValueError, match="updates_per_tick must be 1 with this CosineLRScheduler"):
@@ -1134,6 +1137,6 @@ def test_the_page_about_moving_says_what_happens() -> None:
         "fastlr": fastlr,
     }
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:  # the last one goes on with the one before it
         exec(compile(block, page.name, "exec"), names)

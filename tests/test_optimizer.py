@@ -10,6 +10,7 @@ import warnings
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same, parameters, set_gradients, train, twins
@@ -604,7 +605,6 @@ def test_a_warning_past_the_end_points_at_the_caller() -> None:
 # -- errors in arguments --------------------------------------------------------------------------
 
 nan, inf = float("nan"), float("inf")
-epochs = fastlr.StepDecay(0.1, 30, 0.1, unit="epoch")
 BAD_SGD: dict[str, tuple[dict[str, Any], str]] = {
     "negative-lr": ({"lr": -0.1}, "lr of parameter group 0 must be finite and >= 0, got -0.1"),
     "nan-lr": ({"lr": nan}, "lr .* got nan"),
@@ -620,7 +620,6 @@ BAD_SGD: dict[str, tuple[dict[str, Any], str]] = {
         "dampening .* 0 with nesterov=True, got 0.1",
     ),
     "momentum_dtype": ({"momentum_dtype": torch.bfloat16}, "momentum_dtype .* None or torch.float32"),
-    "epochs": ({"lr": epochs}, r"lr .* counts epochs.*in_updates\(updates_per_epoch\)"),
 }
 
 
@@ -781,17 +780,36 @@ def test_ctrl_c_where_a_buffer_gets_its_place_stops_the_whole_step(k: int) -> No
         (fastlr.FusedCyclicAdamW, fastlr.FusedAdamW),
     ],
 )
-@pytest.mark.parametrize("cycle", [{}, {"base_lr": 0.1, "max_lr": 0.2}], ids=["alone", "with a cycle"])
-def test_cyclic_optimizers_take_no_rate_of_their_own(kind: Any, plain: Any, cycle: dict[str, float]) -> None:
+def test_cyclic_optimizers_take_a_rate_of_their_cycles_only(kind: Any, plain: Any) -> None:
     """Code that gives every optimizer an lr, as frameworks do, is told what to give instead."""
     model = parameters([(4,)])
-    error = rf"{kind.__name__}\(\) got an unexpected keyword argument 'lr' \(0.05\)"
     remedy = rf"use {plain.__name__} with lr=fastlr.Triangular\(base_lr, max_lr, step_size_up\)"
-    with pytest.raises(TypeError, match=f"{error}.* {remedy}"):
-        kind(model, lr=0.05, **cycle)
+    schedule = fastlr.Constant(0.1)
+    for lr, cycle, error, message in (
+        (0.05, {}, TypeError, r"lr must come with base_lr and max_lr, .* got 0.05 alone"),
+        (0.05, {"base_lr": 0.1, "max_lr": 0.2}, ValueError, r"\[0.1, 0.2\], got 0.05"),
+        (
+            0.05,
+            {"base_lr": np.array([0.1, 0.3])[:1], "max_lr": (0.4,)},
+            ValueError,
+            r"\[0.1, 0.4\], got 0.05",
+        ),
+        (float("nan"), {"base_lr": 0.1, "max_lr": 0.2}, ValueError, "got nan"),
+        (
+            schedule,
+            {"base_lr": 0.1, "max_lr": 0.2},
+            TypeError,
+            r"lr must be a number between .* got Constant",
+        ),
+    ):
+        with pytest.raises(error, match=f"{message}.* {remedy}"):
+            kind(model, lr=lr, **cycle)
     cycling = kind(model, 0.1, 0.2, 3)
     instead = plain(model, lr=fastlr.Triangular(0.1, 0.2, 3))
-    assert instead.param_groups[0]["lr_schedule"] == cycling.param_groups[0]["lr_schedule"]
+    for lr in (0.1, 0.15, np.float64(0.2), None):
+        taking = kind(model, 0.1, 0.2, 3, lr=lr)
+        for each in (taking, instead):
+            assert each.param_groups[0]["lr_schedule"] == cycling.param_groups[0]["lr_schedule"]
 
 
 OVERWRITTEN = {

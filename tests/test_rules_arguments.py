@@ -243,6 +243,8 @@ def test_schedules_for_nothing_in_a_group_are_refused(rule: Rule) -> None:
         ValueError, match=r"^lr of parameter group 0 is .*0\.25.*, and lr_schedule .*0\.5.*; le"
     ):
         rule.fused([{"params": model, "lr": constant, "lr_schedule": other}])
-    for same in (fastlr.Constant(0.5), 0.125):  # as groups of another optimizer have them
+    with pytest.raises(ValueError, match=r"^lr of .* is 0\.125, and lr_schedule .*, which says 0\.5; leave"):
+        rule.fused([{"params": model, "lr": 0.125, "lr_schedule": other}])
+    for same in (fastlr.Constant(0.5), 0.5):  # as groups of another optimizer have them
         optimizer = rule.fused([{"params": model, "lr": same, "lr_schedule": other}])
         assert optimizer.param_groups[0]["lr"] == 0.5

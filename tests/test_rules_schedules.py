@@ -156,7 +156,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one": ({"betas": (0.9,)}, ValueError, "betas.* must be a tuple of 2 numbers or"),
     "number": ({"betas": 0.9}, ValueError, "betas.* must be a tuple of 2 numbers or"),
     "word": ({"betas": ("0.9", 0.9)}, TypeError, "beta1 of parameter group 0 must be a number or a fastlr"),
-    "epochs": ({"betas": (0.9, fastlr.Constant(0.5, unit="epoch"))}, ValueError, "beta2 .* counts epochs"),
 }  # fmt: skip
 
 

@@ -157,6 +157,11 @@ def test_other_schedulers_and_cyclic_optimizers_are_noticed() -> None:
         net.fit(*data())
     with pytest.raises(TypeError, match=r"use FusedSGD with lr=fastlr.Triangular"):
         make_net(optimizer=fastlr.FusedCyclicSGD).initialize()
+    cycle = {"optimizer__base_lr": 0.01, "optimizer__max_lr": 0.1, "optimizer__step_size_up": 3}
+    net = make_net(optimizer=fastlr.FusedCyclicSGD, lr=0.05, optimizer__lr=0.05, **cycle).fit(*data())
+    assert net.optimizer_.param_groups[0]["lr"] == fastlr.Triangular(0.01, 0.1, 3)(net.optimizer_.clock()[0])
+    with pytest.raises(ValueError, match=r"lr must be between base_lr and max_lr, .* got 0\.5; .*FusedSGD"):
+        make_net(optimizer=fastlr.FusedCyclicSGD, optimizer__lr=0.5, **cycle).initialize()
 
 
 def test_the_page_runs() -> None:

@@ -180,7 +180,10 @@ def test_files_without_or_with_another_unit() -> None:
     saved = opt.state_dict()
     for change, message in (
         ({"clock_unit": "sample"}, "got sample with schedules in tokens"),
-        ({"clock_unit": "word"}, "clock_unit of the file's parameter group 0 must be one of sample, token"),
+        (
+            {"clock_unit": "word"},
+            "clock_unit of the file's parameter group 0 must be one of epoch, sample, token",
+        ),
     ):
         damaged = copy.deepcopy(saved)
         damaged["param_groups"][0].update(change)

@@ -162,7 +162,9 @@ def zero_says_what_it_cannot(folder: Path) -> None:
     for undone in (
         lambda: averaged.set_schedule(lr=0.2),
         lambda: averaged.set_clock(updates=3),
+        lambda: averaged.scale_lr(0.5),
         lambda: averaged.advance_samples(3),
+        lambda: averaged.advance_epoch(),
         lambda: averaged.load_state_dict(averaged.state_dict()),
     ):
         with pytest.raises(RuntimeError, match=r"would be undone by ZeroRedundancyOptimizer"):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.plan import BatchPlan
 from fastlr.batch_growth.updates import Update
-from fastlr.optim import FusedOptimizer, TokenClock
+from fastlr.optim import EpochClock, FusedOptimizer, TokenClock
 
 
 class UnderWay(Protocol):
@@ -67,6 +67,7 @@ class Place:
 
     def bind(self, optimizer: FusedOptimizer) -> None:
         """Moves an optimizer's clock of samples or tokens from now on, in place of another's."""
+        _check_counts(optimizer)
         self.catch_up()
         for hook in self._hooks:
             hook.remove()
@@ -116,6 +117,7 @@ class Place:
             epoch = min(start // self.plan.dataset_size, self.epoch.index + 1)
         tokens = self._tokens_before(start)
         if self._optimizer is not None:
+            _check_counts(self._optimizer)
             if self._in_tokens:
                 if tokens is None or self.tokens is None:
                     raise RuntimeError(
@@ -188,3 +190,13 @@ class Place:
                         f"{own:,}; load the state of both from the same checkpoint, and put a "
                         'schedule in place in mid-run with set_schedule(..., start="zero")'
                     )
+
+
+def _check_counts(optimizer: FusedOptimizer) -> None:
+    """Raises RuntimeError where an optimizer counts what no loader tells."""
+    if isinstance(optimizer.clock(), EpochClock):
+        raise RuntimeError(
+            "the optimizer counts epochs, but a loader tells samples or tokens; let its schedules count "
+            "these, by schedule.in_samples(len(dataset)), or say set_clock(samples=...) where none counts "
+            "epochs any more"
+        )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 from fastlr import optim
-from fastlr.schedules import Schedule
 
 # timm's name of a rule, and what has it here.
 _COUNTERPARTS: dict[str, type[optim.FusedOptimizer]] = {
@@ -27,8 +24,8 @@ def register() -> list[str]:
 
     Each is called as timm's own with ``fastlr`` before it and has the defaults that it has there:
     ``fastlrsgd`` is Nesterov's with momentum 0.9. ``lr`` and other options may be schedules. What timm gives
-    a parameter group as its ``lr_scale`` (``layer_decay=0.75``) scales the schedule of its rate, as timm's
-    schedulers do.
+    a parameter group as its ``lr_scale`` (``layer_decay=0.75``) scales the schedule of its rate, as
+    :meth:`fastlr.FusedOptimizer.set_schedule` says and timm's schedulers do.
 
     Returns:
         The names; calling it again changes nothing.
@@ -41,19 +38,9 @@ def register() -> list[str]:
         info = dataclasses.replace(
             get_optimizer_info(name),
             name=f"fastlr{name}",
-            opt_class=functools.partial(_make, kind),
+            opt_class=kind,
             description=f"fastlr.{kind.__name__}, driven by schedules",
         )
         if info.name not in known:
             default_registry.register(info)
     return [f"fastlr{name}" for name in _COUNTERPARTS]
-
-
-def _make(kind: Any, params: Any, **options: Any) -> optim.FusedOptimizer:
-    params, lr = list(params), options.get("lr")
-    if isinstance(lr, Schedule):
-        for place, group in enumerate(params):
-            if isinstance(group, dict) and "lr_scale" in group:
-                params[place] = {"lr": lr * group["lr_scale"], **group}
-    made: optim.FusedOptimizer = kind(params, **options)
-    return made

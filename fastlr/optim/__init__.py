@@ -39,7 +39,7 @@ What they and the state cost in memory is in docs/memory.md.
 from __future__ import annotations
 
 from fastlr.optim._base import FusedOptimizer
-from fastlr.optim._groups import Clock, TokenClock
+from fastlr.optim._groups import Clock, EpochClock, TokenClock
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
@@ -52,6 +52,7 @@ from fastlr.optim.sgd import FusedSGD
 
 __all__ = [
     "Clock",
+    "EpochClock",
     "FusedAdadelta",
     "FusedAdagrad",
     "FusedAdam",

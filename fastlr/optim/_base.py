@@ -12,19 +12,21 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
-from fastlr._checks import count, index
+from fastlr._checks import count
 from fastlr._runtime import Runtime
 from fastlr.optim._averages import Averages
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._checkpoint import Loaded, pack, unpack
+from fastlr.optim._driving import Driver, Driving, scaled_for
 from fastlr.optim._grad_norm import GradNorm
 from fastlr.optim._groups import (
+    CLOCKS,
     OF_ALL_GROUPS,
     STAGE_DEFAULTS,
     STATE_DTYPES,
+    TELLS,
     Clock,
     RuleOptions,
-    TokenClock,
     check_rounded_by_chance,
     check_step_options,
     check_torch_options_in,
@@ -40,11 +42,9 @@ from fastlr.optim._state import RuleState
 from fastlr.schedules import Schedule
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-# What may come to be in charge of an option; None: what is.
-Driver: TypeAlias = float | Schedule | None
 
 
-class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer):
+class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.Optimizer):
     """Base of the fused optimizers: :class:`fastlr.FusedSGD`, :class:`fastlr.FusedAdamW` and their kin."""
 
     # GradScaler then calls step() on every iteration and hands over what it knows as two attributes,
@@ -139,12 +139,13 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
 
         Args:
             param_group: ``{"params": ..., "lr": number or schedule, ...}``; what it does not say is
-                taken from the optimizer's arguments. It becomes the optimizer's, completed; on an error
-                it stays as it was.
+                taken from the optimizer's arguments, a schedule as its ``lr`` times what the group has as
+                ``lr_scale``. It becomes the optimizer's, completed; on an error it stays as it was.
 
         Raises:
-            ValueError: a hyperparameter is out of range, or a schedule counts epochs, or tokens where others
-                count samples.
+            ValueError: a hyperparameter is out of range, a schedule counts epochs, samples or tokens where
+                others count another of these, or it has a schedule of another optimizer, and a number that
+                is not that schedule's.
             TypeError: a value has a wrong type.
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
@@ -179,16 +180,26 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
                     f"{option.name}{where} stands in {option.tuple}, got {param_group[option.name]!r} as an "
                     f"entry of its own; give the group {option.tuple}"
                 )
-        filled = {**self.defaults, **self._in_own_words(param_group, where)}
+        own = self._in_own_words(param_group, where)
+        filled = {**self.defaults, **own}
+        if filled["lr"] is self.defaults["lr"]:
+            filled["lr"] = scaled_for(own, filled["lr"], where)
         check_torch_options_in(filled, where)
+        left_over = Clock(filled["updates"], filled["samples"])  # where another optimizer had the group
         filled |= {**self._fixed, "updates": clock.updates, "samples": clock.samples, "fresh": False}
         for option in self._options.scheduled:
             owner = filled[f"{option.name}_schedule"]  # a group of another optimizer brings its own
             given = self._options.value(filled, option, where)
-            if owner is not None and isinstance(given, Schedule) and given != owner:
-                raise ValueError(
-                    f"{option.name}{where} is {given!r}, and {option.name}_schedule {owner!r}; leave one out"
-                )
+            if owner is not None and (option.tuple or option.name) in own:
+                said = owner
+                if isinstance(owner, Schedule) and not isinstance(given, Schedule):
+                    at = getattr(left_over, clock_of(owner)) - filled[f"{option.name}_start"]
+                    said = owner._native.value(max(at, 0))
+                if given != said:
+                    raise ValueError(
+                        f"{option.name}{where} is {given!r}, and {option.name}_schedule {owner!r}"
+                        f"{'' if said is owner else f', which says {said!r}'}; leave one out"
+                    )
             given = given if owner is None else owner
             filled |= self._options.driven(filled, option, given, clock, where)
         for name in OF_ALL_GROUPS:
@@ -250,16 +261,22 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
             start: ``"now"``: the schedule's zero is the present clock; ``"zero"``: its zero is the
                 clock's, so that it continues in the middle.
 
+        A schedule for the rates of all groups is, in a group with an ``lr_scale`` (a decay by layer), that
+        times this. A number, and what is for one group alone, stands as it is given.
+
+        A schedule that is written into a group, ``param_groups[0]["lr"] = schedule``, is put in charge of it
+        at the next :meth:`step`, :meth:`sync` or ``state_dict()``, from then on.
+
         Raises:
-            ValueError: a value is out of range, a schedule counts epochs, or there is no such group.
+            ValueError: a value is out of range, schedules count different things beside updates, or there
+                is no such group.
             TypeError: a value is neither a number nor a schedule, or this optimizer has no such option.
         """
         self._check_outside_zero("set_schedule()", "give that the schedule when you make it")
         self._refuse_handed_over("set_schedule()")
         if start not in ("now", "zero"):
             raise ValueError(f'start must be "now" or "zero", got {start!r}')
-        size = len(self.param_groups)
-        indices = range(size) if group is None else (index("group", group, size),)
+        places = self._places(group)
         given = self._options.spread({"lr": lr, **others})
         names = [option.name for option in self._options.scheduled]
         if unknown := [name for name in given if name not in names]:
@@ -268,23 +285,14 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
                 f"{type(self).__name__}; that are {', '.join(names)}"
             )
         now = self._sync()
-        taken = [name for name, value in given.items() if value is not None]
-        for place in range(size):
-            self._plan.check_owned(self.param_groups, place, taken if place in indices else [])
-        origin = now if start == "now" else Clock(0, 0)
-        changes: list[dict[str, Any]] = [{} for _ in range(size)]
-        for place in indices:
-            where = f" of parameter group {place}"
-            own = self.param_groups[place]
-            changed = {**own, **self._options.without_tensors(own)}
-            for option in self._options.scheduled:
-                if (value := given.get(option.name)) is not None:
-                    changes[place] |= self._options.driven(changed, option, value, origin, where)
-                    changed |= changes[place]
-            self._checked(changed, where)
-        groups = [{**group, **change} for group, change in zip(self.param_groups, changes, strict=True)]
-        unit = self._unit_with(groups)
-        self._change([{**change, "clock_unit": unit} for change in changes])
+        taken = {name: value for name, value in given.items() if value is not None}
+        drivers: list[dict[str, Any]] = [{} for _ in self.param_groups]
+        for place in places:
+            drivers[place] = dict(taken)
+            if group is None and "lr" in taken:
+                where = f" of parameter group {place}"
+                drivers[place]["lr"] = scaled_for(self.param_groups[place], taken["lr"], where)
+        self._drive(drivers, now if start == "now" else Clock(0, 0))
 
     def _change(self, changes: list[dict[str, Any]]) -> None:
         """Writes into every group, and lets the devices and their captured graphs know at once.
@@ -309,10 +317,11 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         On CUDA devices the host does not see which updates a GradScaler made the device skip, nor
         replays of a graph; :meth:`sync` asks the device.
 
-        Where tokens are counted in place of samples it is a :class:`TokenClock`.
+        Where tokens or epochs are counted in place of samples it is a :class:`TokenClock` or an
+        :class:`EpochClock`.
         """
-        kind = TokenClock if self.param_groups[0]["clock_unit"] == "token" else Clock
-        return kind(self.param_groups[0]["updates"], self.param_groups[0]["samples"])
+        first = self.param_groups[0]
+        return CLOCKS[first["clock_unit"]](first["updates"], first["samples"])
 
     def sync(self) -> Clock:
         """Brings the host's clock and rates up to date with the devices', and returns the clock.
@@ -329,6 +338,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
 
     def _sync(self) -> Clock:
         """As :meth:`sync`, with whatever the second clock counts as samples."""
+        self._adopt(self._written())
         self._plan.sync(self.param_groups)
         if self._buffer_averages is not None:
             self._buffer_averages.sync(self.param_groups[0])
@@ -346,7 +356,8 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         unit: str = self.param_groups[0]["clock_unit"]
         if counted in (None, unit):
             return unit
-        if before := self._sync().samples:
+        self._plan.sync(self.param_groups)
+        if before := self.param_groups[0]["samples"]:
             raise ValueError(
                 f"a schedule counts {counted}s, but the optimizer's clock has counted {before:,} {unit}s; "
                 f"tell it how many {counted}s these were with set_clock({counted}s=...) first"
@@ -355,7 +366,12 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         return counted
 
     def set_clock(
-        self, *, updates: int | None = None, samples: int | None = None, tokens: int | None = None
+        self,
+        *,
+        updates: int | None = None,
+        samples: int | None = None,
+        tokens: int | None = None,
+        epochs: int | None = None,
     ) -> None:
         """Sets the clock of all groups, and with it the values of their schedules.
 
@@ -365,7 +381,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         Args:
             updates: applied so far, >= 0; None: unchanged.
             samples: consumed so far, >= 0; None: unchanged.
-            tokens: in place of samples, which are then counted no longer.
+            tokens, epochs: in place of samples, which are then counted no longer.
 
         Raises:
             ValueError: a number is out of range, a schedule begins after the new clock, or schedules count
@@ -381,23 +397,24 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         self._refuse_handed_over("set_clock()")
         self._check_outside_zero("set_clock()", "load a consolidated state with such a clock into that")
         change: dict[str, Any] = {} if updates is None else {"updates": count("updates", updates, 0)}
-        if samples is not None and tokens is not None:
+        others = {"sample": samples, "token": tokens, "epoch": epochs}
+        told = {name: value for name, value in others.items() if value is not None}
+        if len(told) > 1:
             raise ValueError(
-                f"an optimizer counts samples or tokens, got samples={samples!r} and tokens={tokens!r}; "
-                "leave one out"
+                "an optimizer counts samples, tokens or epochs, got "
+                + " and ".join(f"{name}s={value!r}" for name, value in told.items())
+                + "; leave one out"
             )
-        unit = self.param_groups[0]["clock_unit"]
-        for name, value in (("sample", samples), ("token", tokens)):
-            if value is not None:
-                change["samples"] = count(f"{name}s", value, 0)
-                unit = name
+        for name, value in told.items():
+            change["samples"] = count(f"{name}s", value, 0)
+        clock = self._sync()._replace(**change)
+        unit = next(iter(told), self.param_groups[0]["clock_unit"])
         counted = self._options.counted(self.param_groups)
         if counted not in (None, unit):
             raise ValueError(
                 f"the optimizer's schedules count {counted}s, so that its clock cannot be set to {unit}s; "
                 f"give {counted}s=..., or take the values back from them first, with set_schedule()"
             )
-        clock = self._sync()._replace(**change)
         change["clock_unit"] = unit
         self._check_owned()
         for place, group in enumerate(self.param_groups):
@@ -438,21 +455,21 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
             samples: >= 0.
 
         Raises:
-            RuntimeError: something else wrote a value that a schedule owns, or tokens are counted.
+            RuntimeError: something else wrote a value that a schedule owns, or tokens or epochs are counted.
         """
         self._advance("sample", count("samples", samples, 0))
 
     def advance_tokens(self, tokens: int) -> None:
         """Moves the tokens clock, as :meth:`advance_samples` does that of samples.
 
-        An optimizer counts one of the two: tokens, where its schedules have ``unit="token"``, or where none
-        counts samples and tokens is what it is told first.
+        An optimizer counts samples, tokens or epochs: what its schedules have as ``unit``, or where none of
+        them does what it is told first.
 
         Args:
             tokens: that the step consumed, over all ranks; >= 0.
 
         Raises:
-            RuntimeError: something else wrote a value that a schedule owns, or samples are counted.
+            RuntimeError: something else wrote a value that a schedule owns, or samples or epochs are counted.
 
         >>> import fastlr, torch
         >>> opt = fastlr.FusedAdamW([torch.zeros(2)], lr=fastlr.LinearRamp(0.0, 1.0, 4096, unit="token"))
@@ -463,22 +480,58 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         """
         self._advance("token", count("tokens", tokens, 0))
 
+    def advance_epoch(self) -> None:
+        """Moves the epochs clock by one: stands where ``scheduler.step()`` stood once an epoch.
+
+        Only schedules with ``unit="epoch"`` follow this clock. How many updates an epoch had, and how many
+        of them were skipped, is all the same to it. See :meth:`advance_tokens` for what an optimizer counts.
+
+        Raises:
+            RuntimeError: something else wrote a value that a schedule owns, or samples or tokens are counted.
+
+        >>> import fastlr, torch
+        >>> schedule = fastlr.StepDecay(0.1, every=30, gamma=0.5, unit="epoch")
+        >>> opt = fastlr.FusedSGD([torch.zeros(2)], lr=schedule)
+        >>> for epoch in range(30):
+        ...     opt.step()
+        ...     opt.step()
+        ...     opt.advance_epoch()
+        >>> opt.clock(), opt.param_groups[0]["lr"]
+        (EpochClock(updates=60, epochs=30), 0.05)
+        """
+        self._advance("epoch", 1)
+
     def _advance(self, unit: str, number: int) -> None:
-        self._check_outside_zero(
-            f"advance_{unit}s()",
-            f"steps alone can move the {unit}s clock there, as those of a bound GrowingLoader do",
-        )
-        if (counts := self.param_groups[0]["clock_unit"]) != unit:
-            before = self._sync().samples
-            if before or self._options.counted(self._in_charge()) is not None:
-                raise RuntimeError(
-                    f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
-                    f"{unit}s; tell it {counts}s with advance_{counts}s()"
-                )
-            self._change([{"clock_unit": unit} for _ in self.param_groups])
-        self._plan.advance_samples(self.param_groups, number)
+        remedy = f"steps alone can move the {unit}s clock there, as those of a bound GrowingLoader do"
+        if unit == "epoch":
+            remedy = "let its schedules count updates, by schedule.in_updates(updates_per_epoch)"
+        self._check_outside_zero(TELLS[unit], remedy)
+        if self.param_groups[0]["clock_unit"] != unit:
+            self._count(unit)
+        written = None
+        try:
+            self._plan.advance_samples(self.param_groups, number)
+        except ValueError:
+            if not (written := self._written()):  # as in a step
+                raise
+        if written is not None:
+            self._adopt(written)
+            self._plan.advance_samples(self.param_groups, number)
         if self._buffer_averages is not None:
             self._buffer_averages.advance_samples(number)
+
+    def _count(self, unit: str) -> None:
+        """Has the second clock count this, which it has not yet; NOTE: [what the second clock counts]."""
+        before = self._sync().samples
+        counts = self.param_groups[0]["clock_unit"]
+        if counts == unit:
+            return  # as schedules do that were written into the groups
+        if before or self._options.counted(self._in_charge()) is not None:
+            raise RuntimeError(
+                f"the optimizer counts {counts}s, and stands at {before:,}, so that it cannot count "
+                f"{unit}s; tell it {counts}s with {TELLS[counts]}"
+            )
+        self._change([{"clock_unit": unit} for _ in self.param_groups])
 
     @property
     def last_step_skipped(self) -> bool:
@@ -561,7 +614,7 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
             buffers.find()
         if self._parts is ZERO:
             self._take_up_loaded()
-        self._plan.step(
+        given = (
             self.param_groups,
             self.state,
             getattr(self, "found_inf", None) if sought is None else sought,
@@ -573,6 +626,17 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
             self._raises_nonfinite,
             samples,
         )
+        written = None
+        try:
+            self._plan.step(*given)
+        except ValueError:
+            # A schedule that was written where a number stood is found by reading the groups, before all
+            # else. So plain steps need not look for any.
+            if not (written := self._written()):
+                raise
+        if written is not None:
+            self._adopt(written)
+            self._plan.step(*given)
         if buffers is not None:
             buffers.step(self._plan, self.param_groups[0], samples)
         return loss
@@ -679,8 +743,8 @@ class FusedOptimizer(GradNorm, Averages, Handover, Moving, torch.optim.Optimizer
         if loaded is not None and loaded.clockless:
             warnings.warn(
                 f"the file has no clock, as it is another optimizer's: {'; '.join(loaded.clockless)}. "
-                "If its run was elsewhere, say how far: "
-                f"optimizer.set_clock(updates=..., {self.param_groups[0]['clock_unit']}s=...).",
+                "If its run was elsewhere, say how far: optimizer.set_clock(updates=..., "
+                f"{self.param_groups[0]['clock_unit']}s=...).",
                 UserWarning,
                 stacklevel=2,
             )

@@ -10,7 +10,7 @@ import torch
 from fastlr import _core
 from fastlr._checks import choice, count, flag, plain
 from fastlr.optim._buffers import EMA_BUFFERS, checked_averages
-from fastlr.optim._groups import RuleOptions, check_owner, clock_of, name_of_clock
+from fastlr.optim._groups import CLOCKS, RuleOptions, check_owner, clock_of, name_of_clock
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
@@ -83,7 +83,7 @@ def unpack(
             del group[EMA_BUFFERS]
         if "samples" in saved:  # else the clock is this optimizer's own
             unit = saved.get("clock_unit", "sample")  # which older files have not
-            group["clock_unit"] = choice(f"clock_unit{where}", unit, ("sample", "token"))
+            group["clock_unit"] = choice(f"clock_unit{where}", unit, CLOCKS)
         group |= {"fresh": flag(f"fresh{where}", group["fresh"]), **options.without_tensors(group)}
         for key in ("updates", "samples", *(f"{option.name}_start" for option in options.scheduled)):
             group[key] = count(f"{key}{where}", group[key], 0)

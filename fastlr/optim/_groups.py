@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 
@@ -29,7 +29,25 @@ class Clock(NamedTuple):
     samples: int
 
 
-class TokenClock(Clock):
+class _OtherClock(Clock):
+    """A clock that counts something in place of samples."""
+
+    __slots__ = ()
+
+    _counts: ClassVar[str]
+
+    @property
+    def samples(self) -> int:
+        raise AttributeError(f"this clock has no samples, as it counts {self._counts}: {self[1]:,} so far")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(updates={self.updates}, {self._counts}={self[1]})"
+
+    def _asdict(self) -> dict[str, Any]:
+        return {"updates": self.updates, self._counts: self[1]}
+
+
+class TokenClock(_OtherClock):
     """Where an optimizer stands that counts tokens in place of samples: ``(updates, tokens)``.
 
     Attributes:
@@ -39,25 +57,39 @@ class TokenClock(Clock):
 
     __slots__ = ()
 
+    _counts = "tokens"
+
     @property
     def tokens(self) -> int:
         return self[1]
 
+
+class EpochClock(_OtherClock):
+    """Where an optimizer stands that counts epochs in place of samples: ``(updates, epochs)``.
+
+    Attributes:
+        updates: as :class:`Clock` has them.
+        epochs: epochs behind it, as told by :meth:`FusedOptimizer.advance_epoch`.
+    """
+
+    __slots__ = ()
+
+    _counts = "epochs"
+
     @property
-    def samples(self) -> int:
-        raise AttributeError(f"this clock has no samples, as it counts tokens: {self.tokens:,} so far")
-
-    def __repr__(self) -> str:
-        return f"TokenClock(updates={self.updates}, tokens={self.tokens})"
-
-    def _asdict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "tokens": self.tokens}
+    def epochs(self) -> int:
+        return self[1]
 
 
 # NOTE: [what the second clock counts]
 # Beside updates, native code knows one clock, under "samples" of a group. What it counts is "clock_unit" of
 # the groups, the same in all: what their schedules do, or else what it was told last, as long as it stands
 # at 0. Once it has counted, only set_clock() and a checkpoint give it another unit.
+
+# By the units that it may have, the coarsest first.
+CLOCKS: dict[str, type[Clock]] = {"epoch": EpochClock, "sample": Clock, "token": TokenClock}
+# And what moves it.
+TELLS = {"epoch": "advance_epoch()", "sample": "advance_samples()", "token": "advance_tokens()"}
 
 
 def clock_of(schedule: Schedule) -> str:
@@ -103,6 +135,13 @@ class RuleOptions:
             )
         return values[option.place]
 
+    def found(self, group: Mapping[str, Any], option: _core.Option) -> Any:
+        """What stands there for an option, be the group as it should or not; None: nothing."""
+        value: Any = group.get(option.tuple or option.name)
+        if option.tuple is None:
+            return value
+        return value[option.place] if is_sequence(value) and option.place < len(value) else None
+
     def entry(self, group: Mapping[str, Any], option: _core.Option, value: Any) -> dict[str, Any]:
         """What a group with another value for an option holds in place of the present one."""
         if option.tuple is None:
@@ -143,10 +182,10 @@ class RuleOptions:
         return self._in_group(values)
 
     def counted(self, groups: Iterable[Mapping[str, Any]]) -> str | None:
-        """What schedules of complete groups count beside updates, ``"sample"`` or ``"token"``; None: nothing.
+        """What schedules of complete groups count beside updates, one of ``CLOCKS``; None: nothing.
 
         Raises:
-            ValueError: some count samples, and others tokens.
+            ValueError: some count one of them, and others another.
         """
         found: dict[str, str] = {}
         for place, group in enumerate(groups):
@@ -155,9 +194,11 @@ class RuleOptions:
                 if schedule is not None and clock_of(schedule) == "samples":
                     found.setdefault(schedule.unit, f"{option.name} of parameter group {place}")
         if len(found) > 1:
+            coarse, fine = [unit for unit in CLOCKS if unit in found][:2]
             raise ValueError(
-                f"{found['token']} counts tokens, but {found['sample']} samples, and an optimizer has one "
-                "clock for both; turn samples into tokens with schedule.in_tokens(sequence_length)"
+                f"{found[fine]} counts {fine}s, but {found[coarse]} {coarse}s, and an optimizer has one "
+                f"clock for both; turn {coarse}s into {fine}s with "
+                f"schedule.in_{fine}s({fine}s_per_{coarse})"
             )
         return next(iter(found), None)
 
@@ -234,11 +275,6 @@ def _name(option: _core.Option) -> str:
 
 def check_owner(option: _core.Option, schedule: Schedule, where: str) -> None:
     """Raises ValueError for a schedule that cannot drive an option."""
-    if schedule.unit == "epoch":
-        raise ValueError(
-            f"{option.name}{where} counts epochs, which an optimizer cannot see; convert it with "
-            "schedule.in_updates(updates_per_epoch)"
-        )
     if not option.bounds(schedule.peak):
         raise ValueError(
             f"{option.name}{where} must stay {option.range}, but its schedule peaks at {schedule.peak!r}"

@@ -27,14 +27,14 @@ class Moving:
             foreach, fused, capturable: how torch's step is made, as its class takes them; None: as it likes.
 
         Returns:
-            The optimizer, and its scheduler or None, where no schedule drives anything. A schedule that
-            :meth:`Schedule.in_updates` made is a scheduler to be stepped once an epoch, any other one after
-            each update. What torch has no scheduler for is a ``LambdaLR`` over the schedules' values, and a
-            warning says so.
+            The optimizer, and its scheduler or None, where no schedule drives anything. A schedule in
+            epochs, or one that :meth:`Schedule.in_updates` made of such, is a scheduler to be stepped once
+            an epoch, any other one after each update. What torch has no scheduler for is a ``LambdaLR`` over
+            the schedules' values, and a warning says so.
 
         Raises:
-            ValueError: it does what torch's optimizer does not (clipping, averages), or follows samples; the
-                message says what to do. Nothing has changed then.
+            ValueError: it does what torch's optimizer does not (clipping, averages), or follows samples, or
+                both updates and epochs; the message says what to do. Nothing has changed then.
             RuntimeError: something else has written a value that a schedule owns, or a block of
                 :meth:`handed_over` is open.
 

@@ -16,7 +16,7 @@ from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
 from fastlr.optim._replaced import is_replaced, refuse_steps
 from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
-from fastlr.schedules import Constant, PerEpoch, Schedule
+from fastlr.schedules import Constant, PerEpoch, Scaled, Schedule
 
 # The schedules that drive a group's options, by their names, and where their zeros are.
 _Followed: TypeAlias = dict[str, tuple[Schedule, int]]
@@ -51,11 +51,12 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
     if unknown := [option for option in given if option not in inspect.signature(kind.__init__).parameters]:
         raise TypeError(f"{unknown[0]} must be left out, as torch.optim.{kind.__name__} does not take it")
     followed = [_schedules_of(fused, place) for place in range(len(fused.param_groups))]
+    unit = _unit_of(followed)
     optimizer = _optimizer(fused, kind, given)
     values = [dict(group) for group in optimizer.param_groups]
     scheduler = None
     if any(followed):
-        scheduler = _scheduler(fused, optimizer, followed, clock.updates)
+        scheduler = _scheduler(fused, optimizer, followed, clock[0 if unit == "update" else 1])
         for group, kept in zip(optimizer.param_groups, values, strict=True):
             group.update(kept)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
@@ -101,7 +102,7 @@ def _schedules_of(fused: Any, place: int) -> _Followed:
         schedule = group[f"{option.name}_schedule"]
         if schedule is None:
             continue
-        if schedule.unit != "update":
+        if schedule.unit not in ("update", "epoch"):
             raise ValueError(
                 f"the {option.name} schedule of parameter group {place} counts {schedule.unit}s, which no "
                 f"scheduler of torch's does; put a number or a schedule in updates in its place with "
@@ -109,6 +110,22 @@ def _schedules_of(fused: Any, place: int) -> _Followed:
             )
         found[option.name] = (schedule, group[f"{option.name}_start"])
     return found
+
+
+def _unit_of(followed: list[_Followed]) -> str:
+    """What all schedules count, which is what their scheduler is stepped after.
+
+    Raises:
+        ValueError: some count updates, and others epochs.
+    """
+    units = {schedule.unit: name for group in followed for name, (schedule, _) in group.items()}
+    if len(units) > 1:
+        raise ValueError(
+            f"the {units['update']} schedule counts updates, but that of {units['epoch']} epochs, and a "
+            "scheduler of torch's is stepped after the ones or the others; put the latter in place anew by "
+            "set_schedule(), as schedule.in_updates(updates_per_epoch)"
+        )
+    return next(iter(units), "update")
 
 
 def _optimizer(
@@ -153,10 +170,21 @@ def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Followed], updates: int) -> Any:
-    """Torch's scheduler after so many updates; what it has written into the groups is to be overwritten."""
+def _per_tick(schedule: Schedule) -> tuple[int, Schedule]:
+    """How long a schedule holds each value, and the schedule of these."""
+    if isinstance(schedule, Scaled) and isinstance(schedule.schedule, PerEpoch):
+        held, inner = _per_tick(schedule.schedule)
+        return held, inner * schedule.factor
+    if isinstance(schedule, PerEpoch):
+        return schedule.updates_per_epoch, schedule.schedule
+    return 1, schedule
+
+
+def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Followed], clock: int) -> Any:
+    """Torch's scheduler where the schedules' clock stands; what it has written into the groups is to be
+    overwritten."""
     every = [each for group in followed for each in group.values()]
-    ticks = {each.updates_per_epoch if isinstance(each, PerEpoch) else 1 for each, _ in every}
+    ticks = {_per_tick(each)[0] for each, _ in every}
     tick = ticks.pop() if len(ticks) == 1 else 1
     zeros = {zero for _, zero in every}
     try:
@@ -164,13 +192,10 @@ def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Fol
             raise NoCounterpart
         driven = []
         for own, group in zip(fused.param_groups, followed, strict=True):
-            inner = {
-                name: each.schedule if isinstance(each, PerEpoch) else each
-                for name, (each, _) in group.items()
-            }
-            lr = inner.get("lr", Constant(own["lr"], unit="epoch" if tick > 1 else "update"))
+            inner = {name: _per_tick(each)[1] for name, (each, _) in group.items()}
+            lr = inner.get("lr", Constant(own["lr"]))
             driven.append(Driven(lr, inner.get("momentum", inner.get("beta1"))))
-        return scheduler_of(optimizer, driven, (updates - zeros.pop()) // tick)
+        return scheduler_of(optimizer, driven, (clock - zeros.pop()) // tick)
     except NoCounterpart:
         kinds = ", ".join(sorted({type(each).__name__ for each, _ in every}))
         warnings.warn(
@@ -179,14 +204,14 @@ def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Fol
             UserWarning,
             stacklevel=4,
         )
-    return _of_values(fused, optimizer, followed, updates, tick)
+    return _of_values(fused, optimizer, followed, clock, tick)
 
 
 def _of_values(
     fused: Any,
     optimizer: torch.optim.Optimizer,
     followed: list[_Followed],
-    updates: int,
+    clock: int,
     tick: int,
 ) -> Any:
     """A scheduler that gives schedules' values."""
@@ -215,7 +240,7 @@ def _of_values(
             group.update(fused._options.entry(group, option, at(epoch)))
 
     scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
-    move(scheduler, (updates - origin) // tick)
+    move(scheduler, (clock - origin) // tick)
     return scheduler
 
 

@@ -91,7 +91,7 @@ def follow(
 def _check(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     name = type(scheduler).__name__
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-        raise ValueError(_follows_metric(name, "factor"))
+        raise ValueError(_follows_metric(name, scheduler.factor))
     if isinstance(scheduler, swa_utils.SWALR):
         raise ValueError(
             f"{name} leaves its rate to another scheduler's; fuse with that one, and where averaging begins "
@@ -142,10 +142,10 @@ def _check_pair(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _follows_metric(name: str, factor: str) -> str:
+def _follows_metric(name: str, factor: float) -> str:
     return (
         f"{name} follows a metric, which no schedule can; fuse the optimizer alone, and where step(metric) "
-        f'would reduce the rate call set_schedule(lr={factor} * param_groups[i]["lr"], group=i)'
+        f"would reduce the rate call scale_lr({factor!r})"
     )
 
 
@@ -158,7 +158,7 @@ def _is_timms(scheduler: Any, name: str) -> bool:
 def _check_timm(scheduler: Any, optimizer: torch.optim.Optimizer, updates_per_tick: int) -> None:
     name = type(scheduler).__name__
     if _is_timms(scheduler, "PlateauLRScheduler"):
-        raise ValueError(_follows_metric(name, "decay_rate"))
+        raise ValueError(_follows_metric(name, scheduler.lr_scheduler.factor))
     _check_pair(scheduler, optimizer)
     if scheduler.param_group_field != "lr":
         raise ValueError(f"{name} must drive 'lr', got {scheduler.param_group_field!r}; fuse without it")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from typing_extensions import Self, Unpack
 
-from fastlr._checks import flag, is_sequence, number
+from fastlr._checks import describe, flag, is_sequence, number, real
 from fastlr.optim._base import FusedOptimizer, Params
+from fastlr.optim._driving import scaled_for
 from fastlr.optim._groups import TorchOptions, check_step_options
 from fastlr.optim.adam import Betas, FusedAdam, FusedAdamW
 from fastlr.optim.sgd import FusedSGD
@@ -19,6 +22,9 @@ Mode = Literal["triangular", "triangular2", "exp_range"]
 
 # The arguments that make up a cyclic learning rate.
 _LR_CYCLE = ("base_lr", "max_lr", "step_size_up", "step_size_down", "mode", "gamma", "interpolation")
+
+# A bound of the cycles, or one for each group.
+Bounds: TypeAlias = float | Sequence[float] | np.ndarray[Any, Any]
 
 
 class FoundBounds(Protocol):
@@ -33,28 +39,50 @@ class CyclicOptimizer(FusedOptimizer):
 
     _cycle: dict[str, Any]
 
-    # Frameworks that make an optimizer with lr=... are to hear of that, and not that base_lr is missing.
-    def __new__(cls, *_: Any, **options: Any) -> Self:
-        if "lr" in options:
-            plain = cls.__name__.replace("Cyclic", "")
+    # Frameworks that make an optimizer with lr=... alone are to hear of it, and not that base_lr is missing.
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        if "lr" in options and "base_lr" not in options and len(arguments) < 2:
             raise TypeError(
-                f"{cls.__name__}() got an unexpected keyword argument 'lr' ({options['lr']!r}), as base_lr "
-                f"and max_lr make its rate; for code that insists on lr use {plain} with "
-                "lr=fastlr.Triangular(base_lr, max_lr, step_size_up), or Triangular2 or ExpRange"
+                f"lr must come with base_lr and max_lr, which make the rate of {cls.__name__}(), got "
+                f"{describe(options['lr'])} alone{cls._instead()}"
             )
         return super().__new__(cls)
 
-    def _set_cycle(self, params: Params, cycle: dict[str, Any]) -> Params:
+    @classmethod
+    def _instead(cls) -> str:
+        return (
+            f"; for code that insists on lr use {cls.__name__.replace('Cyclic', '')} with "
+            "lr=fastlr.Triangular(base_lr, max_lr, step_size_up), or Triangular2 or ExpRange"
+        )
+
+    def _set_cycle(self, params: Params, lr: object, cycle: dict[str, Any]) -> Params:
         """Keeps the cycle of all groups; returns the parameters with what is each group's own."""
         self._cycle = cycle
         for name in ("base_lr", "max_lr"):
             bounds = cycle[name]
+            if getattr(bounds, "ndim", 0):  # an array, a tensor
+                bounds = cycle[name] = bounds.tolist()
             if is_sequence(bounds):
                 groups = _as_groups(params)
                 if len(bounds) != len(groups):
                     raise ValueError(f"{name} has {len(bounds)} values for {len(groups)} groups")
                 params = [{name: b} | g for b, g in zip(bounds, groups, strict=True)]
+        if lr is not None:
+            self._check_lr(lr)
         return params
+
+    def _check_lr(self, lr: object) -> None:
+        """Raises for an ``lr`` that is none of the cycles' rates."""
+        base, top = (
+            [real(name, bound) for bound in (bounds if is_sequence(bounds) else [bounds])]
+            for name, bounds in (("base_lr", self._cycle["base_lr"]), ("max_lr", self._cycle["max_lr"]))
+        )
+        low, high, instead = min(base), max(top), type(self)._instead()
+        if not low <= number("lr", lr, "a number between base_lr and max_lr", instead) <= high:
+            raise ValueError(
+                f"lr must be between base_lr and max_lr, which make the rate of {type(self).__name__}(), in "
+                f"[{low!r}, {high!r}], got {describe(lr)}{instead}"
+            )
 
     @classmethod
     def from_range_test(
@@ -106,6 +134,8 @@ class CyclicOptimizer(FusedOptimizer):
         group = {key: value for key, value in param_group.items() if key not in self._cycle}
         cycle = {**self._cycle, **own}
         driven = self._momentum(cycle, _cycles(**cycle))
+        if not {"base_lr", "max_lr"} & own.keys():
+            driven["lr"] = scaled_for(group, driven["lr"], where)
         lr = group.get("lr", driven["lr"])
         if not isinstance(lr, Schedule):
             # Of a group that another optimizer has used, too. CyclicLR would cycle it all the same.
@@ -138,8 +168,8 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         params: as for :class:`FusedSGD`. A group, also one that is added later, may have cycle arguments of
             its own where they differ (``base_lr``, ``max_lr``, ``mode``, ...), or a schedule as its ``lr``.
             A number as ``lr``, which groups that another optimizer has used bring, is an error.
-        base_lr: lower bound of the cycles, >= 0; a list gives one for each group.
-        max_lr: upper bound, >= base_lr; a list gives one for each group.
+        base_lr: lower bound of the cycles, >= 0; a list, tuple or array gives one for each group.
+        max_lr: upper bound, >= base_lr; or one for each group.
         step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
         step_size_down: updates back; default: as step_size_up.
         mode: ``"triangular"``, ``"triangular2"`` (height halved after each cycle) or ``"exp_range"``
@@ -149,6 +179,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
         interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
         decay_base: let exp_range's lower bound decline too, as in Smith's paper.
+        lr: for frameworks that insist on giving one: a number in [base_lr, max_lr], which changes nothing.
         momentum: fixed momentum; not with cycle_momentum.
         dampening, weight_decay, nesterov, maximize, decoupled_weight_decay, state_dtype, momentum_dtype,
             foreach, fused, capturable, differentiable: as for :class:`FusedSGD`.
@@ -171,8 +202,8 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
     def __init__(
         self,
         params: Params,
-        base_lr: float | list[float],
-        max_lr: float | list[float],
+        base_lr: Bounds,
+        max_lr: Bounds,
         step_size_up: float = 2000,
         step_size_down: float | None = None,
         mode: Mode = "triangular",
@@ -183,6 +214,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         max_momentum: float | None = None,
         interpolation: Interpolation = "linear",
         decay_base: bool = False,
+        lr: float | None = None,
         momentum: float | None = None,
         dampening: float = 0.0,
         weight_decay: float | Schedule = 0.0,
@@ -196,6 +228,7 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         check_step_options(dict(step_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
+            lr,
             {
                 "base_lr": base_lr,
                 "max_lr": max_lr,
@@ -239,8 +272,8 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
     """:class:`FusedAdam` on a cyclic learning rate, in the words of ``torch.optim.lr_scheduler.CyclicLR``.
 
     Args:
-        params, base_lr, max_lr, step_size_up, step_size_down, mode, gamma, interpolation, decay_base: as for
-            :class:`FusedCyclicSGD`.
+        params, base_lr, max_lr, step_size_up, step_size_down, mode, gamma, interpolation, decay_base, lr: as
+            for :class:`FusedCyclicSGD`.
         cycle_momentum: cycle beta1 against the rate, as CyclicLR does with Adam. Off unless given.
         base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
         betas: fixed ones; with cycle_momentum the first is cycled, and only 0.9 or max_momentum may stand
@@ -265,8 +298,8 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
     def __init__(
         self,
         params: Params,
-        base_lr: float | list[float],
-        max_lr: float | list[float],
+        base_lr: Bounds,
+        max_lr: Bounds,
         step_size_up: float = 2000,
         step_size_down: float | None = None,
         mode: Mode = "triangular",
@@ -277,6 +310,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
         max_momentum: float | None = None,
         interpolation: Interpolation = "linear",
         decay_base: bool = False,
+        lr: float | None = None,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Schedule | None = None,
@@ -288,6 +322,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
         check_step_options(dict(step_options), f"{type(self).__name__}()")
         params = self._set_cycle(
             params,
+            lr,
             {
                 "base_lr": base_lr,
                 "max_lr": max_lr,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Unit = Literal["update", "sample", "token", "epoch"]
 
 _UNITS = ("update", "sample", "token", "epoch")
-# Those whose clock moves by what an update consumed; natively one clock, which an optimizer gives its unit.
+# Those whose clock moves by what an update consumed.
 _CONSUMED = ("sample", "token")
 
 
@@ -43,8 +43,8 @@ class Schedule(ABC):
 
     Args:
         unit: what the clock counts: ``"update"`` (applied updates), ``"sample"``, ``"token"`` or
-            ``"epoch"``. An optimizer takes the first three, either samples or tokens beside updates; turn
-            epochs into updates with :meth:`in_updates`.
+            ``"epoch"``. An optimizer counts updates, and one of the others besides, as it is told:
+            ``opt.advance_epoch()`` stands where ``scheduler.step()`` stood once an epoch.
     """
 
     unit: Unit = field(default="update", kw_only=True)
@@ -114,7 +114,8 @@ class Schedule(ABC):
                     f"{type(self).__name__} would count {far} {self.unit}s, beyond a 64-bit clock; use fewer "
                     "to a unit of the schedule"
                 )
-        return _core.Schedule(segments, table, end=self._last, in_samples=self.unit in _CONSUMED)
+        # Natively whatever is no update is one clock, to which an optimizer gives its unit.
+        return _core.Schedule(segments, table, end=self._last, in_samples=self.unit != "update")
 
     def __call__(self, clock: int) -> float:
         """The value at a clock >= 0. Past its end a schedule holds its last value and warns once."""
@@ -173,7 +174,8 @@ class Schedule(ABC):
     def in_updates(self, updates_per_epoch: int) -> Schedule:
         """A schedule in epochs as one in updates: epoch ``k``'s value during all its updates.
 
-        This is what calling a torch scheduler's ``step()`` once after each epoch does.
+        This is what calling a torch scheduler's ``step()`` once after each epoch does, as long as every
+        epoch has so many updates that are applied; ``opt.advance_epoch()`` needs to know no number.
 
         >>> from fastlr import StepDecay
         >>> per_epoch = StepDecay(0.1, every=30, gamma=0.5, unit="epoch")
