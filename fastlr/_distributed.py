@@ -6,6 +6,7 @@ in ``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there i
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -145,6 +146,34 @@ def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
         mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
         return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
+
+
+def reshard(modules: Iterable[object]) -> None:
+    """Has FSDP give up the parameters that a forward pass without a backward one leaves whole.
+
+    They would be what the next pass computes with, and what the model says that its parameters are, whatever
+    is put into the shards meanwhile. FSDP keeps them so for the outermost module, or where it is told not to
+    reshard after the forward pass.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard  # which nothing public does of FSDP1
+
+    for module in modules:
+        # Not isinstance(), which asks proxies among them for what they stand for.
+        if issubclass(type(module), FSDPModule):
+            module.reshard()  # type: ignore[attr-defined]
+        elif issubclass(type(module), FullyShardedDataParallel):
+            handle = module._handle  # type: ignore[attr-defined]
+            if module._is_root is not None and handle is not None and handle.uses_sharded_strategy:  # type: ignore[attr-defined]
+                _reshard(module, handle, True)
+
+
+def reshard_models() -> None:
+    """The same of all models of this process: nothing leads from a shard to the module that has it."""
+    if "torch.distributed.fsdp" in sys.modules:
+        reshard(gc.get_objects())
 
 
 def locals_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -95,6 +95,39 @@ def trains_as_one_process(folder: Path, strategy: str, rule: str) -> None:
     assert_same(whole(expected).values(), whole(model).values())
 
 
+def computes_with_averages(folder: Path, strategy: str) -> None:
+    """Also after passes without a backward one, after which FSDP leaves the outermost parameters whole."""
+    single, model = new_model(), STRATEGIES[strategy].wrap(new_model())
+    peer, opt = (fastlr.FusedSGD(m.parameters(), lr=0.1, ema_decay=0.5) for m in (single, model))
+    ranks = [data(1, rank) for rank in range(2)]
+    for _ in range(2):
+        train_alone(single, peer, ranks)
+        train(model, opt, ranks[dist.get_rank()])
+    x = ranks[0][0][0]
+
+    def same_outputs() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), single(x), rtol=1e-13, atol=1e-13)
+
+    same_outputs()
+    with opt.averaged_weights(), peer.averaged_weights():
+        same_outputs()
+    same_outputs()
+    with opt.averaged_weights(), peer.averaged_weights():
+        same_outputs()
+    train_alone(single, peer, ranks)
+    train(model, opt, ranks[dist.get_rank()])
+    assert_same(whole(single).values(), whole(model).values())
+    same_outputs()
+    found = [
+        getattr(value, "full_tensor", value.clone)() for value in opt.averaged_state_dict(model).values()
+    ]
+    assert_same(peer.averaged_state_dict(single).values(), found)
+    opt.copy_averages_to(model)
+    peer.copy_averages_to(single)
+    same_outputs()
+
+
 # -- ZeroRedundancyOptimizer ---------------------------------------------------------------------
 
 
@@ -394,6 +427,10 @@ CASES = {
         f"{strategy}-{rule}": Case(2, trains_as_one_process, {"strategy": strategy, "rule": rule})
         for strategy in STRATEGIES
         for rule in RULES
+    },
+    **{
+        f"{strategy}-averages": Case(2, computes_with_averages, {"strategy": strategy})
+        for strategy in STRATEGIES
     },
     **{f"zero-{rule}": Case(2, zero_trains_as_one_process, {"rule": rule}) for rule in RULES},
     "zero-refuses": Case(2, zero_says_what_it_cannot),
