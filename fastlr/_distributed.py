@@ -32,8 +32,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def share_of(tensor: Any) -> Share | None:
+    """A DTensor's share; None: each process has all of it."""
+    mesh = tensor.device_mesh
+    dims = tuple(
+        dim
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+    return Share(mesh, dims) if dims else None
+
+
 def part(parameter: Any) -> tuple[Share | None, int]:
-    """A parameter's share, None: each process has all of it; and its first element in the whole one.
+    """A parameter's share, and its first element in the whole one.
 
     The element counts in rows of the whole parameter, the first index varying slowest.
 
@@ -52,10 +63,7 @@ def part(parameter: Any) -> tuple[Share | None, int]:
     first = 0
     for size, begin in zip(parameter.shape, offset, strict=True):
         first = first * size + begin
-    dims = tuple(
-        dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1
-    )
-    return (Share(mesh, dims) if dims else None), first
+    return share_of(parameter), first
 
 
 def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
@@ -120,9 +128,21 @@ def added_up(shares: Sequence[Share], sums: Sequence[float]) -> list[float]:
 def any_nonzero(tensor: Any) -> bool:
     """Whether any number of it is not 0; of a DTensor, in any process, all of which must ask."""
     found = bool(local(tensor).any())
-    if not is_distributed(tensor) or (share := part(tensor)[0]) is None:
+    if not is_distributed(tensor) or (share := share_of(tensor)) is None:
         return found
     return added_up([share], [float(found)])[0] > 0.0
+
+
+def tell_of_inf(parameters: Iterable[torch.Tensor], found_inf: torch.Tensor) -> None:
+    """Makes a number, 0 or 1, 1 where any process with other parts of the parameters has it so.
+
+    All of them must call it; on CUDA devices the host waits for nothing.
+    """
+    shares = list(dict.fromkeys(share for p in parameters if is_distributed(p) and (share := share_of(p))))
+    if shares:
+        sums = found_inf.to(torch.float64).repeat(len(shares))
+        add_up(shares, sums)
+        found_inf.copy_(sums.sum().clamp(max=1.0))
 
 
 def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

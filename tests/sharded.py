@@ -394,6 +394,28 @@ def scaled(mesh: DeviceMesh, rank: int) -> None:
 
 
 @check
+def unscaled(mesh: DeviceMesh, rank: int) -> None:
+    """What is found is the same on every rank, though torch reduces along the first gradient's placements."""
+    for opt_class in (fastlr.FusedSGD, torch.optim.SGD):
+        for by_user in (True, False):
+            cuts = ((Replicate(), Replicate()), (Shard(0), Replicate()), (Replicate(), Shard(1)))
+            model = [torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, cut)) for cut in cuts]
+            opt = opt_class(model, lr=0.1)
+            scaler = fastlr.GradScaler("cpu", init_scale=4.0)
+            scaler.scale(torch.zeros(()))
+            for p in model:
+                p.grad = torch.ones_like(p)
+            if rank % 2 == 1:  # a part of the last one, and its replicas
+                model[2].grad.to_local()[0] = float("inf")
+            if by_user:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            assert scaler.get_scale() == 2.0
+            assert not any(whole(p).any() for p in model)
+
+
+@check
 def partial_gradients(mesh: DeviceMesh, rank: int) -> None:
     """What is still to be added up is, before the step."""
     p = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0), Replicate()]))
