@@ -51,6 +51,7 @@ def part(parameter: Any) -> tuple[Share | None, int]:
     Raises:
         ValueError: what it is are sums that are still to be added up.
     """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -59,7 +60,8 @@ def part(parameter: Any) -> tuple[Share | None, int]:
             f"a parameter, of shape {tuple(parameter.shape)}, is a DTensor with placements {placements}, of "
             "which Partial are sums to be added up; give the optimizer sharded or replicated parameters"
         )
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    with unset_fake_temporarily():  # it computes with tensors, whose values fake ones have not
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     first = 0
     for size, begin in zip(parameter.shape, offset, strict=True):
         first = first * size + begin
