@@ -94,6 +94,14 @@ def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
         )
 
 
+def settled(gradient: Any) -> Any:
+    """A DTensor without sums that are still to be added up; all processes of the mesh must ask for it."""
+    from torch.distributed.tensor import Replicate
+
+    cut = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+    return gradient.detach().redistribute(placements=cut)
+
+
 def add_up(shares: Sequence[Share], sums: torch.Tensor) -> None:
     """Adds each share's sum up over the processes that have the other parts, in place.
 

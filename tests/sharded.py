@@ -330,6 +330,8 @@ def measured(mesh: DeviceMesh, rank: int) -> None:
 
     squares = squared_norm([p.grad for p in model.parameters()])
     assert abs(squares - opts[0].last_grad_norm ** 2) < 1e-11
+    unsettled = DTensor.from_local(torch.ones(4, 2), mesh, [Partial(), Shard(0)])
+    assert squared_norm([unsettled]) == 8 * mesh.size(1) * mesh.size(0) ** 2
     model.take_gradients(21)
     if rank == dist.get_world_size() - 1:
         model.p3.grad.to_local().fill_(float("nan"))
