@@ -150,7 +150,7 @@ def tell_of_inf(parameters: Iterable[torch.Tensor], found_inf: torch.Tensor) -> 
     """
     shares = list(dict.fromkeys(share for p in parameters if is_distributed(p) and (share := share_of(p))))
     if shares:
-        sums = found_inf.to(torch.float64).repeat(len(shares))
+        sums = found_inf.to(shares[0].mesh.device_type, torch.float64).repeat(len(shares))
         add_up(shares, sums)
         found_inf.copy_(sums.sum().clamp(max=1.0))
 
