@@ -123,6 +123,11 @@ def computes_with_averages(folder: Path, strategy: str) -> None:
         getattr(value, "full_tensor", value.clone)() for value in opt.averaged_state_dict(model).values()
     ]
     assert_same(peer.averaged_state_dict(single).values(), found)
+    model(x)
+    given_up = list(model.parameters())
+    if isinstance(model, FSDPModule):  # whose parameters are others now
+        with pytest.raises(ValueError, match="has no memory"):
+            opt.copy_averages_to(given_up)
     opt.copy_averages_to(model)
     peer.copy_averages_to(single)
     same_outputs()
@@ -370,6 +375,8 @@ def range_test_where_a_rank_has_nothing(folder: Path, strategy: str) -> None:
     opt = fastlr.FusedSGD(model.parameters(), lr=0.1)
     batches = [(torch.ones(4, 1), torch.full((4, 1), 3.0))]
     mean_square = torch.nn.functional.mse_loss
+    with torch.no_grad():  # after which FSDP leaves parameters whole
+        model(batches[0][0])
     found = fastlr.range_test(model, opt, mean_square, batches, num_steps=20, progress=False)
     assert found.losses[-1] < found.losses[0]
     with pytest.raises(ValueError, match="the gradient is zero everywhere"):
@@ -463,7 +470,7 @@ CASES = {
     },
     **{
         f"{strategy}-nothing": Case(2, range_test_where_a_rank_has_nothing, {"strategy": strategy})
-        for strategy in ("fsdp1-flat", "fsdp1-orig")
+        for strategy in ("fsdp1-flat", "fsdp1-orig", "fsdp2")
     },
     "zero-range-test": Case(2, range_test_with_zero),
 }

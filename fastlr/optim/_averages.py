@@ -11,7 +11,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import choice, describe
-from fastlr._distributed import cut_as, is_distributed, reshard_models
+from fastlr._distributed import cut_as, is_distributed, local, reshard_models
 from fastlr._runtime import Runtime
 from fastlr.optim._buffers import EMA, RULE, BufferAverages
 from fastlr.optim._parts import ZERO, Parts
@@ -233,6 +233,13 @@ class Averages:
         theirs = list(given) if isinstance(given, Iterable) else [given]
         if not all(isinstance(p, torch.Tensor) for p in theirs):
             raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
+        for place, p in enumerate(theirs):
+            memory = local(p)
+            if memory.layout is torch.strided and memory.numel() and not memory.untyped_storage().nbytes():
+                raise ValueError(
+                    f"parameter {place} has no memory, as one that FSDP had made whole and has given up; "
+                    "pass the model itself"
+                )
         known = set(trained)
         if own := [p for p in theirs if p in known]:
             return [(p, p) for p in own]
