@@ -195,8 +195,9 @@ def reshard(modules: Iterable[object]) -> None:
         if issubclass(type(module), FSDPModule):
             module.reshard()  # type: ignore[attr-defined]
         elif issubclass(type(module), FullyShardedDataParallel):
-            handle = module._handle  # type: ignore[attr-defined]
-            if module._is_root is not None and handle is not None and handle.uses_sharded_strategy:  # type: ignore[attr-defined]
+            held = vars(module)  # of one whose constructor has failed, not all
+            handle = held.get("_handle")
+            if held.get("_is_root") is not None and handle is not None and handle.uses_sharded_strategy:
                 _reshard(module, handle, True)
 
 
