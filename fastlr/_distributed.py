@@ -6,6 +6,7 @@ in ``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there i
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -31,14 +32,26 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def share_of(tensor: Any) -> Share | None:
+    """A DTensor's share; None: each process has all of it."""
+    mesh = tensor.device_mesh
+    dims = tuple(
+        dim
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+    return Share(mesh, dims) if dims else None
+
+
 def part(parameter: Any) -> tuple[Share | None, int]:
-    """A parameter's share, None: each process has all of it; and its first element in the whole one.
+    """A parameter's share, and its first element in the whole one.
 
     The element counts in rows of the whole parameter, the first index varying slowest.
 
     Raises:
         ValueError: what it is are sums that are still to be added up.
     """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -47,14 +60,12 @@ def part(parameter: Any) -> tuple[Share | None, int]:
             f"a parameter, of shape {tuple(parameter.shape)}, is a DTensor with placements {placements}, of "
             "which Partial are sums to be added up; give the optimizer sharded or replicated parameters"
         )
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    with unset_fake_temporarily():  # it computes with tensors, whose values fake ones have not
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     first = 0
     for size, begin in zip(parameter.shape, offset, strict=True):
         first = first * size + begin
-    dims = tuple(
-        dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1
-    )
-    return (Share(mesh, dims) if dims else None), first
+    return share_of(parameter), first
 
 
 def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
@@ -81,6 +92,14 @@ def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+
+def settled(gradient: Any) -> Any:
+    """A DTensor without sums that are still to be added up; all processes of the mesh must ask for it."""
+    from torch.distributed.tensor import Replicate
+
+    cut = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+    return gradient.detach().redistribute(placements=cut)
 
 
 def add_up(shares: Sequence[Share], sums: torch.Tensor) -> None:
@@ -119,9 +138,21 @@ def added_up(shares: Sequence[Share], sums: Sequence[float]) -> list[float]:
 def any_nonzero(tensor: Any) -> bool:
     """Whether any number of it is not 0; of a DTensor, in any process, all of which must ask."""
     found = bool(local(tensor).any())
-    if not is_distributed(tensor) or (share := part(tensor)[0]) is None:
+    if not is_distributed(tensor) or (share := share_of(tensor)) is None:
         return found
     return added_up([share], [float(found)])[0] > 0.0
+
+
+def tell_of_inf(parameters: Iterable[torch.Tensor], found_inf: torch.Tensor) -> None:
+    """Makes a number, 0 or 1, 1 where any process with other parts of the parameters has it so.
+
+    All of them must call it; on CUDA devices the host waits for nothing.
+    """
+    shares = list(dict.fromkeys(share for p in parameters if is_distributed(p) and (share := share_of(p))))
+    if shares:
+        sums = found_inf.to(shares[0].mesh.device_type, torch.float64).repeat(len(shares))
+        add_up(shares, sums)
+        found_inf.copy_(sums.sum().clamp(max=1.0))
 
 
 def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -145,6 +176,35 @@ def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
         mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
         return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
+
+
+def reshard(modules: Iterable[object]) -> None:
+    """Has FSDP give up the parameters that a forward pass without a backward one leaves whole.
+
+    They would be what the next pass computes with, and what the model says that its parameters are, whatever
+    is put into the shards meanwhile. FSDP keeps them so for the outermost module, or where it is told not to
+    reshard after the forward pass.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard  # which nothing public does of FSDP1
+
+    for module in modules:
+        # Not isinstance(), which asks proxies among them for what they stand for.
+        if issubclass(type(module), FSDPModule):
+            module.reshard()  # type: ignore[attr-defined]
+        elif issubclass(type(module), FullyShardedDataParallel):
+            held = vars(module)  # of one whose constructor has failed, not all
+            handle = held.get("_handle")
+            if held.get("_is_root") is not None and handle is not None and handle.uses_sharded_strategy:
+                _reshard(module, handle, True)
+
+
+def reshard_models() -> None:
+    """The same of all models of this process: nothing leads from a shard to the module that has it."""
+    if "torch.distributed.fsdp" in sys.modules:
+        reshard(gc.get_objects())
 
 
 def locals_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

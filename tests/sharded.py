@@ -330,6 +330,8 @@ def measured(mesh: DeviceMesh, rank: int) -> None:
 
     squares = squared_norm([p.grad for p in model.parameters()])
     assert abs(squares - opts[0].last_grad_norm ** 2) < 1e-11
+    unsettled = DTensor.from_local(torch.ones(4, 2), mesh, [Partial(), Shard(0)])
+    assert squared_norm([unsettled]) == 8 * mesh.size(1) * mesh.size(0) ** 2
     model.take_gradients(21)
     if rank == dist.get_world_size() - 1:
         model.p3.grad.to_local().fill_(float("nan"))
@@ -391,6 +393,28 @@ def scaled(mesh: DeviceMesh, rank: int) -> None:
     assert all(
         torch.equal(whole(p), q) for p, q in zip(train_scaled.parameters(), plain.parameters(), strict=True)
     )
+
+
+@check
+def unscaled(mesh: DeviceMesh, rank: int) -> None:
+    """What is found is the same on every rank, though torch reduces along the first gradient's placements."""
+    for opt_class in (fastlr.FusedSGD, torch.optim.SGD):
+        for by_user in (True, False):
+            cuts = ((Replicate(), Replicate()), (Shard(0), Replicate()), (Replicate(), Shard(1)))
+            model = [torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, cut)) for cut in cuts]
+            opt = opt_class(model, lr=0.1)
+            scaler = fastlr.GradScaler("cpu", init_scale=4.0)
+            scaler.scale(torch.zeros(()))
+            for p in model:
+                p.grad = torch.ones_like(p)
+            if rank % 2 == 1:  # a part of the last one, and its replicas
+                model[2].grad.to_local()[0] = float("inf")
+            if by_user:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            assert scaler.get_scale() == 2.0
+            assert not any(whole(p).any() for p in model)
 
 
 @check

@@ -161,6 +161,18 @@ def noise_scale_refuses(folder: Path) -> None:
         fastlr.GradientNoiseScale(run.model.parameters())
 
 
+def noise_scale_finds_no_gradients(folder: Path) -> None:
+    """Of FSDP2, before ranks exchange them: it measures nothing, rather than zeros."""
+    run = Run("fsdp2")
+    noise = fastlr.GradientNoiseScale(run.opt)
+    batch = next(iter(run.loader))
+    assert not batch.ends_update
+    with batch.sync(run.model):
+        (run.model(batch.data[0]).square().mean() * batch.weight).backward()
+    with pytest.raises(RuntimeError, match=r"FSDP2 \(fully_shard\) keeps them"):
+        noise.observe(batch)
+
+
 CHANGING = ("ddp", "fsdp1-flat", "fsdp1-orig", "fsdp2")
 CASES = {
     **{f"{strategy}-begins-on-2": Case(2, begins, {"strategy": strategy}) for strategy in CHANGING},
@@ -171,6 +183,7 @@ CASES = {
     },
     "zero-on-2": Case(2, grows, {"strategy": "ddp", "share": True}),
     "noise-scale-refuses": Case(2, noise_scale_refuses),
+    "noise-scale-finds-none": Case(2, noise_scale_finds_no_gradients),
     **{f"{strategy}-on-2-then-4": Case(4, ends, {"strategy": strategy, "began": 2}) for strategy in CHANGING},
     **{
         f"{strategy}-on-4": Case(4, grows, {"strategy": strategy})

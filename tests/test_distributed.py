@@ -17,6 +17,7 @@ from fastlr import _distributed
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -161,6 +162,19 @@ def test_versions_of_a_parameter_and_its_part_move(begin: Begin) -> None:
     fastlr.FusedSGD([p], lr=0.1).step()
     assert (p._version, p._local_tensor._version) > before
     assert p._local_tensor._version > before[1]
+
+
+def test_fake_parts_get_state_of_their_kind(begin: Begin) -> None:
+    mesh = begin(0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        p = torch.nn.Parameter(DTensor.from_local(torch.zeros(3, 4), mesh, ALONG_DP, run_check=False))
+        p.grad = torch.zeros_like(p)
+        opt = fastlr.FusedAdamW([p])
+        opt.step()
+        average = opt.state[p]["exp_avg"]
+    assert isinstance(average, DTensor)
+    assert average.placements == p.placements
+    assert isinstance(average._local_tensor, FakeTensor)
 
 
 def test_state_that_is_cut_otherwise_is_refused(begin: Begin) -> None:

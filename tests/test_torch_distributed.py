@@ -95,6 +95,44 @@ def trains_as_one_process(folder: Path, strategy: str, rule: str) -> None:
     assert_same(whole(expected).values(), whole(model).values())
 
 
+def computes_with_averages(folder: Path, strategy: str) -> None:
+    """Also after passes without a backward one, after which FSDP leaves the outermost parameters whole."""
+    single, model = new_model(), STRATEGIES[strategy].wrap(new_model())
+    peer, opt = (fastlr.FusedSGD(m.parameters(), lr=0.1, ema_decay=0.5) for m in (single, model))
+    ranks = [data(1, rank) for rank in range(2)]
+    for _ in range(2):
+        train_alone(single, peer, ranks)
+        train(model, opt, ranks[dist.get_rank()])
+    x = ranks[0][0][0]
+
+    def same_outputs() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), single(x), rtol=1e-13, atol=1e-13)
+
+    same_outputs()
+    with opt.averaged_weights(), peer.averaged_weights():
+        same_outputs()
+    same_outputs()
+    with opt.averaged_weights(), peer.averaged_weights():
+        same_outputs()
+    train_alone(single, peer, ranks)
+    train(model, opt, ranks[dist.get_rank()])
+    assert_same(whole(single).values(), whole(model).values())
+    same_outputs()
+    found = [
+        getattr(value, "full_tensor", value.clone)() for value in opt.averaged_state_dict(model).values()
+    ]
+    assert_same(peer.averaged_state_dict(single).values(), found)
+    model(x)
+    given_up = list(model.parameters())
+    if isinstance(model, FSDPModule):  # whose parameters are others now
+        with pytest.raises(ValueError, match="has no memory"):
+            opt.copy_averages_to(given_up)
+    opt.copy_averages_to(model)
+    peer.copy_averages_to(single)
+    same_outputs()
+
+
 # -- ZeroRedundancyOptimizer ---------------------------------------------------------------------
 
 
@@ -339,6 +377,8 @@ def range_test_where_a_rank_has_nothing(folder: Path, strategy: str) -> None:
     opt = fastlr.FusedSGD(model.parameters(), lr=0.1)
     batches = [(torch.ones(4, 1), torch.full((4, 1), 3.0))]
     mean_square = torch.nn.functional.mse_loss
+    with torch.no_grad():  # after which FSDP leaves parameters whole
+        model(batches[0][0])
     found = fastlr.range_test(model, opt, mean_square, batches, num_steps=20, progress=False)
     assert found.losses[-1] < found.losses[0]
     with pytest.raises(ValueError, match="the gradient is zero everywhere"):
@@ -397,6 +437,10 @@ CASES = {
         for strategy in STRATEGIES
         for rule in RULES
     },
+    **{
+        f"{strategy}-averages": Case(2, computes_with_averages, {"strategy": strategy})
+        for strategy in STRATEGIES
+    },
     **{f"zero-{rule}": Case(2, zero_trains_as_one_process, {"rule": rule}) for rule in RULES},
     "zero-refuses": Case(2, zero_says_what_it_cannot),
     "zero-clips": Case(2, zero_clips_before_the_step),
@@ -428,7 +472,7 @@ CASES = {
     },
     **{
         f"{strategy}-nothing": Case(2, range_test_where_a_rank_has_nothing, {"strategy": strategy})
-        for strategy in ("fsdp1-flat", "fsdp1-orig")
+        for strategy in ("fsdp1-flat", "fsdp1-orig", "fsdp2")
     },
     "zero-range-test": Case(2, range_test_with_zero),
 }

@@ -11,7 +11,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import count, describe, real, saved_state, tensors
-from fastlr._distributed import Share, added_up, is_distributed, local, part
+from fastlr._distributed import Share, added_up, is_distributed, local, settled, share_of
 from fastlr._runtime import Runtime
 from fastlr.batch_growth.batch import Batch
 from fastlr.batch_growth.ranks import sum_over_ranks
@@ -34,8 +34,9 @@ def squared_norm(tensors: Iterable[torch.Tensor], native: _core.SquaredNorm | No
     native = native or _core.SquaredNorm(Runtime)
     whole: list[torch.Tensor] = []
     parts: dict[Share, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        share = part(tensor)[0] if is_distributed(tensor) else None
+    for given in tensors:
+        tensor = settled(given) if is_distributed(given) else given
+        share = share_of(tensor) if is_distributed(given) else None
         (whole if share is None else parts.setdefault(share, [])).append(local(tensor))
     total = _squares(whole, native)
     if parts:
@@ -197,6 +198,13 @@ class GradientNoiseScale:
             mine = [0.0, 0.0, 0.0]  # nothing counts in this micro-batch
             if batch.weight > 0.0:
                 squares = self._squared_norm(self._gradients()) / (scale * batch.weight) ** 2
+                if squares == 0.0 and any(map(is_distributed, self.parameters)):
+                    raise RuntimeError(
+                        "the first micro-batch has left no gradients in the parameters, which are DTensors; "
+                        "FSDP2 (fully_shard) keeps them from batch.sync(model) until ranks exchange them, so "
+                        "that their noise scale cannot be measured; use DistributedDataParallel, or give the "
+                        "growth in advance"
+                    )
                 mine = [squares, batch.samples, 1.0]
             squares, samples, ranks = sum_over_ranks(mine, world)
             if ranks > 0.0:

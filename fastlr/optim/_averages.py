@@ -11,7 +11,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import choice, describe
-from fastlr._distributed import cut_as
+from fastlr._distributed import cut_as, is_distributed, local, reshard_models
 from fastlr._runtime import Runtime
 from fastlr.optim._buffers import EMA, RULE, BufferAverages
 from fastlr.optim._parts import ZERO, Parts
@@ -181,13 +181,21 @@ class Averages:
                 averaged += self._averaged_buffers()
             parameters = [p for p, _ in averaged]
             weights = [p.detach().clone() for p in parameters]
+            self._reshard()
             try:
                 Runtime.copy(parameters, [average for _, average in averaged])
                 yield
             finally:
                 _put_back(parameters, weights)
+                self._reshard()
         finally:
             self._plan.release()
+
+    def _reshard(self) -> None:
+        """Sees to it that models compute with what is in the parameters, of which FSDP may have copies."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(is_distributed(p) or Runtime.is_flattened(p) for p in parameters):
+            reshard_models()
 
     def copy_averages_to(self, model: torch.nn.Module | Iterable[torch.Tensor]) -> None:
         """Copies the averages into a model's parameters; of those without one, the weights themselves.
@@ -209,6 +217,7 @@ class Averages:
         >>> averaged = copy.deepcopy(model).eval()
         >>> opt.copy_averages_to(averaged)
         """
+        self._reshard()
         trained = [p for group in self.param_groups for p in group["params"]]
         averages = dict(self._averaged())
         matched = self._matched(model, trained)
@@ -224,6 +233,13 @@ class Averages:
         theirs = list(given) if isinstance(given, Iterable) else [given]
         if not all(isinstance(p, torch.Tensor) for p in theirs):
             raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
+        for place, p in enumerate(theirs):
+            memory = local(p)
+            if memory.layout is torch.strided and memory.numel() and not memory.untyped_storage().nbytes():
+                raise ValueError(
+                    f"parameter {place} has no memory, as one that FSDP had made whole and has given up; "
+                    "pass the model itself"
+                )
         known = set(trained)
         if own := [p for p in theirs if p in known]:
             return [(p, p) for p in own]
@@ -269,6 +285,7 @@ class Averages:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
         choice("buffers", buffers, get_args(Buffers))
+        self._reshard()
         trained = {p for group in self.param_groups for p in group["params"]}
         if not trained.intersection(model.parameters()):
             raise ValueError(

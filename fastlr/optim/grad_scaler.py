@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastlr._distributed import is_distributed
+from fastlr._distributed import is_distributed, tell_of_inf
 from fastlr.optim._base import FusedOptimizer
 from fastlr.optim._parts import FSDP1
 
@@ -47,7 +47,7 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """As torch's.
+        """As torch's; of DTensors, whatever their placements, all processes find the same.
 
         Raises:
             ValueError: FSDP1 leaves each rank a part of the gradients; the others have to be told of an inf.
@@ -58,6 +58,15 @@ class GradScaler(torch.amp.GradScaler):
                 "of an inf in it; use torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
             )
         super().unscale_(optimizer)
+
+    # With what torch's unscale_() and check search; of DTensors torch's tells of an inf along the placements
+    # of the first gradient alone.
+    def _unscale_grads_(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> dict[Any, Any]:
+        found = super()._unscale_grads_(optimizer, *arguments)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for found_inf in found.values():
+            tell_of_inf(parameters, found_inf)
+        return found
 
     # What torch's step() asks for found_inf where unscale_() has not been called; in every version so far.
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
+from fastlr._distributed import reshard
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.keeping import Path as Place
 from fastlr.range_test.keeping import Undo
@@ -29,22 +29,6 @@ def all_parameters(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     """The model's parameters and the optimizer's, each once."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     return list({id(p): p for p in (*model.parameters(), *held)}.values())
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Has FSDP1 give up the parameters that a forward pass without a backward one leaves whole.
-
-    They would be what the next pass computes with, whatever is put back into the shards meanwhile.
-    """
-    if "torch.distributed.fsdp" not in sys.modules:
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp._runtime_utils import _reshard  # which nothing public does
-
-    for module in FullyShardedDataParallel.fsdp_modules(model):
-        handle = module._handle
-        if module._is_root is not None and handle is not None and handle.uses_sharded_strategy:
-            _reshard(module, handle, True)
 
 
 class Snapshot:
@@ -69,7 +53,7 @@ class Snapshot:
         self._backup = backup
         self._models = [thing for thing in training.values() if isinstance(thing, torch.nn.Module)]
         for model in self._models:
-            reshard(model)
+            reshard(model.modules())
         self._file: Path | None = None
         # What an optimizer has told its devices follows the rest.
         self._last = [
@@ -174,7 +158,7 @@ class Snapshot:
                 failures.setdefault(str(path), error)
 
         for model in self._models:
-            attempt(Place(None, "model"), reshard, model)
+            attempt(Place(None, "model"), reshard, model.modules())
         for part in parts:
             for path, unchanged in part.watched:
                 attempt(path, _require_unchanged, unchanged)

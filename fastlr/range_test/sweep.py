@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastlr._checks import describe, flag
+from fastlr._distributed import reshard
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.feeding import Feed, Metric
 from fastlr.range_test.plan import Plan
@@ -298,6 +299,7 @@ def _check(
             "a range test trains, which torch.inference_mode() rules out; call it outside of that"
         )
     _check_model(model)
+    reshard(model.modules())  # what FSDP has made whole is none of the optimizer's parameters
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{type(optimizer).__name__}.step() needs a closure, which the sweep cannot give it")
