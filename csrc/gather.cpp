@@ -196,14 +196,18 @@ PyObject* Gathering::memory_of(const Place& place, const Parameter& parameter, P
 
 // A gradient that is cut as its parameter is: where a DTensor's is not, or is still on its way,
 // processes exchange what they have.
-Owned Gathering::settled(const Parameter& parameter, Owned gradient) const {
+Owned Gathering::settled(const Parameter& parameter, size_t position, Owned gradient) {
   const TensorReader::Part part = TensorReader::part(gradient.get());
   if (!parameter.spec || part.local == nullptr) return gradient;  // memory_of() judges
   if (cut_alike(parameter, part.spec, kOfGradient) && TensorReader::is_plain(part.local)) {
     return gradient;
   }
-  return checked(
-      PyObject_CallMethod(runtime_, "redistributed", "OO", gradient.get(), parameter.tensor));
+  Owned& exchanged = settled_[position];
+  if (!exchanged) {
+    exchanged = checked(
+        PyObject_CallMethod(runtime_, "redistributed", "OO", gradient.get(), parameter.tensor));
+  }
+  return Owned::borrow(exchanged.get());
 }
 
 // Notes how a parameter is cut.
@@ -539,7 +543,7 @@ void Gathering::gather(const Place& place, size_t position) {
            " without memory of its own (a FakeTensor or other wrapper); give the optimizer plain "
            "tensors or DTensors.");
   }
-  grad = settled(parameter, std::move(grad));
+  grad = settled(parameter, position, std::move(grad));
   grad = Owned::borrow(memory_of(place, parameter, grad.get(), kOfGradient, "gradient"));
   g = read_tensor(grad.get(), "gradient", place);
   if (!same(p.dtype, g.dtype)) {
@@ -782,10 +786,13 @@ bool Gathering::keeps_float32(PyObject* group, Py_ssize_t index, PyObject* key) 
 
 void Gathering::read(PyObject* param_groups, PyObject* state) {
   may_copy_ = true;
+  settled_.clear();
   gather_all(param_groups, state);
-  if (!copied_ || !in_order()) return;
-  may_copy_ = false;
-  gather_all(param_groups, state);
+  if (copied_ && in_order()) {
+    may_copy_ = false;
+    gather_all(param_groups, state);
+  }
+  settled_.clear();
 }
 
 void Gathering::gather_all(PyObject* param_groups, PyObject* state) {

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <array>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -157,7 +158,7 @@ class Gathering {
   bool cut_alike(const Parameter& parameter, PyObject* spec, int of) const;
   PyObject* memory_of(const Place& place, const Parameter& parameter, PyObject* tensor, int of,
                       const char* what) const;
-  Owned settled(const Parameter& parameter, Owned gradient) const;
+  Owned settled(const Parameter& parameter, size_t position, Owned gradient);
   bool answers(const char* question, PyObject* tensor) const;
   Traits traits_of(PyObject* group, Py_ssize_t index, const GroupReading& reading) const;
   bool has_type(int slot, dlpack::DataType type, const TensorRef& ref) const;
@@ -213,7 +214,10 @@ class Gathering {
   std::vector<NewState> new_state_;
   PyObject* state_ = nullptr;  // in which there is room for it
   std::vector<Owned> parameters_read_;
-  std::vector<Owned> kept_alive_;   // gradients and state, until the step is done
+  std::vector<Owned> kept_alive_;  // gradients and state, until the step is done
+  // What processes have exchanged for this step, by the parameters' positions: once, though
+  // gradients may be gathered twice.
+  std::map<size_t, Owned> settled_;
   std::vector<Bytes> written_;      // memory that the step writes
   std::vector<Read> gradients_at_;  // and reads as gradients
   // Gradients are copied before the step, for a faster one, unless an update changes them.

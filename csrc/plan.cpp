@@ -191,21 +191,40 @@ double Plan::measure_share(int share, std::optional<float> inverse_scale, int th
   return squares + squared_norm_cpu(tensors, gathering_.layouts(), threads);
 }
 
-// The same of all gradients, those of other processes too.
-double Plan::measure_norm(std::optional<float> inverse_scale, int threads) {
-  double squares = measure_share(0, inverse_scale, threads);
+// The same of all gradients, those of other processes too, which measure once as well. keeps_inf:
+// what gradients are clipped to takes no inf or NaN away.
+double Plan::measure_norm(std::optional<float> inverse_scale, bool keeps_inf, int threads) {
+  const auto measure = [&](int share) {
+    if (!keeps_inf) return measure_share(share, inverse_scale, threads);
+    const double unclipped = measure_share(share, std::nullopt, threads);
+    const bool clips = inverse_scale && std::isfinite(unclipped);
+    return clips ? measure_share(share, inverse_scale, threads) : unclipped;
+  };
+  double squares = measure(0);
   const int shares = gathering_.share_count();
   if (shares == 0) return squares;
   const Owned sums = checked(PyList_New(shares));
   for (int i = 0; i < shares; ++i) {
-    const double sum = measure_share(i + 1, inverse_scale, threads);
-    PyList_SET_ITEM(sums.get(), i, checked(PyFloat_FromDouble(sum)).release());
+    PyList_SET_ITEM(sums.get(), i, checked(PyFloat_FromDouble(measure(i + 1))).release());
   }
   const Owned totals = checked(
       PyObject_CallMethod(runtime_.get(), "add_up_shares", "OO", gathering_.shares(), sums.get()));
   for (int i = 0; i < shares; ++i) squares += PyFloat_AsDouble(PyList_GetItem(totals.get(), i));
   if (PyErr_Occurred()) throw PythonError();
   return squares;
+}
+
+// What the values that gradients are clipped to are brought to their scale by, while it is not
+// known yet whether the scale will be judged; nothing: nothing is clipped, or it is no scale.
+std::optional<float> Plan::scale_to_clip_by(PyObject* grad_scale) const {
+  if (!clips_values()) return std::nullopt;
+  try {
+    return read_amp(Py_None, grad_scale);
+  } catch (const PythonError&) {
+    if (!PyErr_ExceptionMatches(PyExc_ValueError)) throw;
+    PyErr_Clear();
+    return std::nullopt;
+  }
 }
 
 void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings) {
@@ -239,12 +258,12 @@ void Plan::run(PyObject* param_groups, PyObject* state, const Settings& settings
   std::optional<double> squares;  // of all gradients, where the host knows them before the update
   double factor = *inverse_scale;
   if (norm_here) {
-    // What is sought is there before anything is clipped to a value.
-    double scaled = measure_norm(seeks_here ? std::nullopt : inverse_scale, settings.threads);
+    const double scaled =
+        measure_norm(seeks_here ? scale_to_clip_by(settings.grad_scale) : inverse_scale, seeks_here,
+                     settings.threads);
     // A scale is judged where nothing was found, as with torch's GradScaler.
     if (seeks_here && std::isfinite(scaled)) {
       inverse_scale = read_amp(Py_None, settings.grad_scale);
-      if (clips_values()) scaled = measure_norm(inverse_scale, settings.threads);
     }
     squares = unscaled_squares(scaled, *inverse_scale);
   }

@@ -130,7 +130,8 @@ class Plan {
   std::vector<TensorRef> tensors_on_host() const;
   std::optional<float> read_amp(PyObject* found_inf, PyObject* grad_scale) const;
   double measure_share(int share, std::optional<float> inverse_scale, int threads);
-  double measure_norm(std::optional<float> inverse_scale, int threads);
+  double measure_norm(std::optional<float> inverse_scale, bool keeps_inf, int threads);
+  std::optional<float> scale_to_clip_by(PyObject* grad_scale) const;
   GivenOptions given(const Values& values) const;
   HostPart prepare_on_host(const Unscaling& unscaling, bool measures_norm) const;
   double step_on_host(HostPart& part, int threads, bool in_order) const;
