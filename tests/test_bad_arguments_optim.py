@@ -53,6 +53,7 @@ REFUSED: dict[str, list[Any]] = {
     "false": [True, *NOT_FLAGS],
     "either": NOT_FLAGS,
     "mode": ["cosine", "Triangular", "", None, 3, ["triangular"]],
+    "unit": ["cubic", "", None, 3, ["sample"]],
     "word": ["cubic", "", None, 3, ["linear"], np.array(["linear"])],
     "count": [None, *NOT_COUNTS],
     "new count": NOT_COUNTS,
@@ -262,6 +263,37 @@ CALLS: Table = {
         {"max_lr": "real", "total_steps": "count >= 1", "pct_start": "real", "anneal_strategy": "word",
          "div_factor": "real", "final_div_factor": "real", "three_phase": "flag", "base_momentum": "real",
          "max_momentum": "real"},
+    ),
+    "with_warmup": (
+        lambda _, **a: fastlr.with_warmup(**{"after": fastlr.Constant(0.2), "warmup_steps": 3, **a}),
+        {"after": "schedule", "warmup_steps": "count", "start_lr": "real"},
+    ),
+    "cosine_with_warmup": (
+        lambda _, **a: fastlr.cosine_with_warmup(
+            **{"max_lr": 0.1, "warmup_steps": 3, "total_steps": 9, **a}),
+        {"max_lr": "real", "warmup_steps": "count", "total_steps": "count >= 1", "start_lr": "real",
+         "end_lr": "real", "cooldown_steps": "count", "unit": "unit"},
+    ),
+    "warmup_stable_decay": (
+        lambda _, **a: fastlr.warmup_stable_decay(
+            **{"max_lr": 0.1, "warmup_steps": 3, "stable_steps": 9, "decay_steps": 3, **a}),
+        {"max_lr": "real", "warmup_steps": "count", "stable_steps": "count", "decay_steps": "count >= 1",
+         "decay": "word", "start_lr": "real", "end_lr": "real", "unit": "unit"},
+    ),
+    "inverse_sqrt": (
+        lambda _, **a: fastlr.inverse_sqrt(**{"max_lr": 0.1, "warmup_steps": 3, **a}),
+        {"max_lr": "real", "warmup_steps": "count", "timescale": "new count >= 1", "start_lr": "real",
+         "unit": "unit"},
+    ),
+    "noam": (
+        lambda _, **a: fastlr.noam(**{"model_size": 64, "warmup_steps": 3, **a}),
+        {"model_size": "count >= 1", "warmup_steps": "count >= 1", "factor": "real", "unit": "unit"},
+    ),
+    "tri_stage": (
+        lambda _, **a: fastlr.tri_stage(
+            **{"max_lr": 0.1, "warmup_steps": 3, "hold_steps": 3, "decay_steps": 3, **a}),
+        {"max_lr": "real", "warmup_steps": "count", "hold_steps": "count", "decay_steps": "count >= 1",
+         "init_lr_scale": "real", "final_lr_scale": "real", "unit": "unit"},
     ),
 }  # fmt: skip
 

@@ -455,21 +455,6 @@ def test_a_fake_gradient_of_a_real_parameter_is_refused() -> None:
         fastlr.FusedSGD(model).step()
 
 
-def test_dtensors_are_refused() -> None:
-    tensor = pytest.importorskip("torch.distributed.tensor", reason="this PyTorch has no DTensor")
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        p = torch.nn.Parameter(tensor.distribute_tensor(torch.zeros(4, device="cpu"), mesh))
-        p.grad = tensor.distribute_tensor(torch.ones(4, device="cpu"), mesh)
-        with pytest.raises(ValueError, match=r"parameter 0 of group 0.*DTensor.*local"):
-            fastlr.FusedSGD([p]).step()
-    finally:
-        dist.destroy_process_group()
-
-
 class Quarter(torch.Tensor):
     """Holds a quarter of the values that it stands for."""
 

@@ -219,8 +219,8 @@ class Averages:
         """
         self._reshard()
         trained = [p for group in self.param_groups for p in group["params"]]
-        averages = dict(self._averaged())
         matched = self._matched(model, trained)
+        averages = dict(self._averaged())
         pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
         Runtime.copy([to for to, _ in pairs], [cut_as(value.detach(), to) for to, value in pairs])
 

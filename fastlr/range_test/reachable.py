@@ -442,4 +442,5 @@ def _is_constant(thing: object) -> bool:
 
 def _is_machinery(kind: type) -> bool:
     module = str(kind.__module__)
-    return (module + ".").startswith(_MACHINERY) and module != _SHARED_NUMBERS
+    # ctypes makes types of pointers for whoever asks first, which may be an import: they are of its module.
+    return (module + ".").startswith(_MACHINERY) and module != _SHARED_NUMBERS and not issubclass(kind, _CTYPES)

@@ -69,9 +69,10 @@ def cosine_with_warmup(
     (0.0, 0.5, 1.0, 0.5, 0.0)
     """
     cooldown = count("cooldown_steps", cooldown_steps, 0)
-    fall = Cosine(max_lr, end_lr, _after(warmup_steps, total_steps), unit=unit)
+    end = real("end_lr", end_lr)
+    fall = Cosine(real("max_lr", max_lr), end, _after(warmup_steps, total_steps), unit=unit)
     whole = with_warmup(fall, warmup_steps, start_lr)
-    return whole.then(Constant(end_lr, unit=unit)) if cooldown else whole
+    return whole.then(Constant(end, unit=unit)) if cooldown else whole
 
 
 def warmup_stable_decay(
@@ -106,9 +107,9 @@ def warmup_stable_decay(
         Hu et al., MiniCPM, arXiv 2404.06395. Haegele et al., arXiv 2405.18392.
     """
     kind = _FALLS[choice("decay", decay, get_args(Fall))]
-    fall = kind(max_lr, end_lr, count("decay_steps", decay_steps), unit=unit)
-    stable = count("stable_steps", stable_steps, 0)
-    whole = Constant(max_lr, unit=unit).then(fall, at=stable) if stable else fall
+    peak, stable = real("max_lr", max_lr), count("stable_steps", stable_steps, 0)
+    fall = kind(peak, real("end_lr", end_lr), count("decay_steps", decay_steps), unit=unit)
+    whole = Constant(peak, unit=unit).then(fall, at=stable) if stable else fall
     return with_warmup(whole, warmup_steps, start_lr)
 
 
@@ -138,7 +139,7 @@ def inverse_sqrt(
     """
     warmup = count("warmup_steps", warmup_steps, 0)
     scale = timescale if timescale is not None else warmup or 10_000
-    return with_warmup(InverseSqrt(max_lr, scale, unit=unit), warmup, start_lr)
+    return with_warmup(InverseSqrt(real("max_lr", max_lr), scale, unit=unit), warmup, start_lr)
 
 
 def noam(model_size: int, warmup_steps: int, factor: float = 1.0, *, unit: Unit = "update") -> Schedule:
