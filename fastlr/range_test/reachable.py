@@ -442,5 +442,6 @@ def _is_constant(thing: object) -> bool:
 
 def _is_machinery(kind: type) -> bool:
     module = str(kind.__module__)
-    # ctypes makes types of pointers for whoever asks first, which may be an import: they are of its module.
-    return (module + ".").startswith(_MACHINERY) and module != _SHARED_NUMBERS and not issubclass(kind, _CTYPES)
+    if module == _SHARED_NUMBERS or issubclass(kind, _CTYPES):
+        return False  # types of pointers are of the module that asked first for one, as importlib may
+    return (module + ".").startswith(_MACHINERY)

@@ -273,13 +273,16 @@ def _shifted(rng: Random, unit: str, top: float, depth: int) -> Drawn:
     )
 
 
+# Units whose values another unit can hold.
+HELD = {"update": ["epoch"], "sample": ["epoch", "update"], "token": ["epoch", "update", "sample"]}
+
+
 def _held(rng: Random, unit: str, top: float, depth: int) -> Drawn:
-    inner = draw(rng, "epoch" if unit == "update" else rng.choice(["epoch", "update"]), top, depth)
+    inner = draw(rng, rng.choice(HELD[unit]), top, depth)
     ticks = rng.choice([1, 2, rng.randint(1, 9), 391])
     exactly = inner.exact
-    schedule = inner.schedule.in_updates(ticks) if unit == "update" else inner.schedule.in_samples(ticks)
     return Drawn(
-        schedule,
+        getattr(inner.schedule, f"in_{unit}s")(ticks),
         None if exactly is None else lambda t: exactly(t // ticks),
         lambda t: inner.error(t // ticks),
         [t * ticks for t in inner.turns],
@@ -292,7 +295,7 @@ def of_seed(seed: int) -> Drawn:
     rng = Random(f"schedule {seed}")
     while True:
         try:
-            drawn = draw(rng, rng.choice(["update", "sample", "epoch"]))
+            drawn = draw(rng, rng.choice(["update", "sample", "token", "epoch"]))
             drawn.schedule(0)
         except ValueError as error:
             if not any(
