@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision_without_cuda  # noqa: F401  # which Lightning imports
 
 import fastlr
 from fastlr.integrations.logging import hparams, log_range_test

@@ -77,10 +77,9 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
 
     warmup = fastlr.LinearRamp(0.1 * args.lr, args.lr, args.warmup_epochs, unit="epoch")
     cosine = fastlr.Cosine(args.lr, 0.0, args.epochs - args.warmup_epochs, unit="epoch")
-    lr = warmup.then(cosine).in_updates(len(loader))
     optimizer = fastlr.FusedSGD(
         model.parameters(),
-        lr=lr,
+        lr=warmup.then(cosine),
         momentum=0.9,
         nesterov=True,
         weight_decay=args.weight_decay,
@@ -106,6 +105,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        optimizer.advance_epoch()
         with optimizer.averaged_weights():
             averaged = accuracy(model, val_loader, device)
         print(f"epoch {epoch}: accuracy {accuracy(model, val_loader, device):.3f}, averaged {averaged:.3f}")
