@@ -74,6 +74,20 @@ def test_norms_are_measured(load: Callable[[str], ModuleType]):
     assert all(script.timed(step) > 0.0 for step in steps.values())
 
 
+def test_steps_over_dtensors_are_measured(load: Callable[[str], ModuleType], tmp_path):
+    script = load("distributed")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        mesh = script.init_device_mesh("cpu", (1,))
+        steps = script.contenders(lambda sharded: script.parameters(3, 4, mesh if sharded else None))
+        assert len(steps) == 6
+        assert all(script.timed(step) > 0.0 for step in steps.values())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # -- the whole update ----------------------------------------------------------------------------
 
 
