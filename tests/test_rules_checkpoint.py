@@ -501,6 +501,26 @@ def test_a_file_of_another_kind_is_refused(made_by: str, loaded_by: str) -> None
         assert_same(entry.values(), after["state"][key].values())
 
 
+@pytest.mark.parametrize(
+    ("made_by", "loaded_by", "by_name"),
+    [
+        (torch.optim.NAdam, "Adam", "mu_product"),
+        (torch.optim.NAdam, "Lion", "mu_product"),
+        (torch.optim.Adamax, "Lion", "exp_inf"),
+        (torch.optim.Adamax, "Adam", "exp_inf"),
+    ],
+)
+def test_a_file_of_a_rule_that_there_is_not_here_is_refused(
+    made_by: Any, loaded_by: str, by_name: str
+) -> None:
+    model = parameters([(9,), (5, 4)])
+    theirs = made_by(model)
+    train(3, (model, theirs.step))
+    _, other = stepped(RULES[loaded_by])
+    with pytest.raises(ValueError, match=rf"{by_name}.*it may be of another kind of optimizer"):
+        other.load_state_dict(theirs.state_dict())
+
+
 def test_what_a_user_keeps_beside_the_state_is_loaded() -> None:
     model, optimizer = stepped(RULES["Adam"])
     optimizer.state[model[0]]["average"] = torch.full_like(model[0], 0.5)

@@ -23,6 +23,9 @@ States: TypeAlias = dict[torch.Tensor, dict[str, torch.Tensor]]
 STEP = "step"
 # What a half parameter lacks of its master; see NOTE: [master weights] in csrc/stages.h.
 MASTER = "master"
+# What torch's optimizers of rules that there are not here keep: NAdam, Adamax, ASGD and Rprop. Beside it they
+# have what others have too.
+_OF_TORCHS_OTHERS = ("mu_product", "exp_inf", "ax", "eta", "mu", "prev", "step_size")
 # Below which an age has to be: float32 counts on no further than 2**24 anyway.
 _AGES_END = 2**62
 
@@ -41,7 +44,7 @@ class RuleState:
         self._options = options
         self.slots = plan.slots()
         self.stage_slots = plan.stage_slots()
-        self._strange = plan.slots_of_other_rules()
+        self._strange = {*plan.slots_of_other_rules(), *_OF_TORCHS_OTHERS}
         self.counts_steps = plan.counts_steps()
         self._starts_with_state = plan.starts_with_state()
 
