@@ -81,17 +81,16 @@ def redistributed(gradient: Any, parameter: Any) -> torch.Tensor:
             f"a tensor of shape {tuple(parameter.shape)} is a DTensor on {gradient.device_mesh}, and its "
             f"parameter one on {parameter.device_mesh}; redistribute it to that mesh"
         )
-    with torch.no_grad():
-        moved: DTensor = gradient.redistribute(placements=parameter.placements)
-        settled = moved.to_local()  # waits for what is on its way
-        return DTensor.from_local(
-            settled,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+    moved: DTensor = gradient.detach().redistribute(placements=parameter.placements)
+    settled = moved.to_local()  # waits for what is on its way
+    return DTensor.from_local(
+        settled,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def settled(gradient: Any) -> Any:
@@ -167,15 +166,14 @@ def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     from_parts, to_parts = is_distributed(value), is_distributed(like)
     if not from_parts and not to_parts:
         return value
-    with torch.no_grad():
-        if not to_parts:
-            return value.full_tensor()  # type: ignore[attr-defined, no-any-return]
-        if from_parts:
-            return redistributed(value, like)
-        from torch.distributed.tensor import distribute_tensor
+    if not to_parts:
+        return value.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
+    if from_parts:
+        return redistributed(value, like)
+    from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-        return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
 
 
 def reshard(modules: Iterable[object]) -> None:

@@ -88,8 +88,9 @@ class Runtime:
         """Makes each tensor what the one beside it is, in its own type; of DTensors this process's parts."""
         if not tensors:  # which PyTorch's function refuses
             return
-        with torch.no_grad():
-            torch._foreach_copy_(locals_of(tensors), locals_of(originals))
+        # Not under no_grad(), which Ctrl-C may keep from being left.
+        to, of = ([tensor.detach() for tensor in locals_of(these)] for these in (tensors, originals))
+        torch._foreach_copy_(to, of)
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

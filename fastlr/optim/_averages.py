@@ -217,22 +217,20 @@ class Averages:
         >>> averaged = copy.deepcopy(model).eval()
         >>> opt.copy_averages_to(averaged)
         """
-        self._reshard()
-        trained = [p for group in self.param_groups for p in group["params"]]
-        matched = self._matched(model, trained)
+        given = _checked(model)
         averages = dict(self._averaged())
+        self._reshard()  # before the model says what its parameters are
+        trained = [p for group in self.param_groups for p in group["params"]]
+        matched = self._matched(given, trained)
         pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
         Runtime.copy([to for to, _ in pairs], [cut_as(value.detach(), to) for to, value in pairs])
 
     def _matched(
-        self, model: torch.nn.Module | Iterable[torch.Tensor], trained: list[torch.Tensor]
+        self, model: torch.nn.Module | list[torch.Tensor], trained: list[torch.Tensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A model's parameters, each with the optimizer's that it is or is like."""
         by_name = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
-        given: Any = model.parameters() if isinstance(model, torch.nn.Module) else model
-        theirs = list(given) if isinstance(given, Iterable) else [given]
-        if not all(isinstance(p, torch.Tensor) for p in theirs):
-            raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
+        theirs = list(model.parameters() if isinstance(model, torch.nn.Module) else model)
         for place, p in enumerate(theirs):
             memory = local(p)
             if memory.layout is torch.strided and memory.numel() and not memory.untyped_storage().nbytes():
@@ -297,6 +295,20 @@ class Averages:
                 if isinstance(value, torch.Tensor):
                     state[name] = value.detach().clone()
         return state
+
+
+def _checked(model: object) -> torch.nn.Module | list[torch.Tensor]:
+    """A module, or its parameters as a list.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model
+    given: list[Any] = list(model) if isinstance(model, Iterable) else [model]
+    if not all(isinstance(p, torch.Tensor) for p in given):
+        raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
+    return given
 
 
 def _put_back(parameters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
