@@ -63,7 +63,8 @@ def optimizers(
             "behind it"
         )
     known = inspect.signature(optimizer).parameters
-    if "lr" in known and options.get("lr") is None:
+    has_bounds = "base_lr" in known  # a cyclic optimizer, which takes lr only where somebody insists
+    if not has_bounds and options.get("lr") is None:
         raise TypeError(
             "lr is missing: give a number or a schedule. args.learning_rate and args.lr_scheduler_type are "
             "not read; what Trainer has by default is lr=fastlr.LinearRamp(5e-5, 0.0, number_of_updates)"
