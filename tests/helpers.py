@@ -115,6 +115,13 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # -- files -------------------------------------------------------------------------------------------
 
 
+def weight() -> torch.nn.Parameter:
+    """A parameter with a gradient."""
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.full((5,), 0.5)
+    return p
+
+
 def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state_dict, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu.recording import Graph, Streams
-from helpers import assert_same, parameters, set_gradients, train, twins
+from helpers import assert_same, parameters, set_gradients, through_file, train, twins, weight
 from rule_table import Rule, with_rules
 
 import fastlr
@@ -21,19 +20,6 @@ import fastlr
 EPOCHS = fastlr.LinearRamp(0.5, 0.0, 5, unit="epoch").then(fastlr.StepDecay(0.25, 2, 0.5, unit="epoch"))
 SHAPES = [(9,), (3, 4)]
 with_backends = pytest.mark.usefixtures("backend")
-
-
-def weight() -> torch.nn.Parameter:
-    p = torch.nn.Parameter(torch.ones(5))
-    p.grad = torch.full((5,), 0.5)
-    return p
-
-
-def through_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @with_backends

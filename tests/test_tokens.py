@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import io
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import through_file, weight
 
 import fastlr
 from fastlr import BatchPlan, GrowingLoader
@@ -22,19 +22,6 @@ from fastlr.integrations import deepspeed
 
 ROOT = Path(__file__).parent.parent
 RAMP = fastlr.LinearRamp(0.0, 1.0, 1000, unit="token")
-
-
-def weight() -> torch.nn.Parameter:
-    p = torch.nn.Parameter(torch.ones(5))
-    p.grad = torch.full((5,), 0.5)
-    return p
-
-
-def through_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # -- schedules -----------------------------------------------------------------------------------------------
