@@ -325,3 +325,23 @@ def test_a_graph_keeps_masters(cuda: ModuleType, rule: Rule, dtype: torch.dtype)
         graph.replay()
         reference.step()
     assert_same_masters(fused, ours, reference, wide)
+
+
+def test_masters_of_more_than_16_bits_are_refused() -> None:
+    """Files of distributed runs hold them as int32."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    p.grad = torch.full_like(p, 0.3)
+    opt = fastlr.FusedAdamW([p], master_weights=True)
+    opt.step()
+    saved = opt.state_dict()
+    kept = saved["state"][0]["master"].clone()
+    saved["state"][0]["master"] = kept.int()
+    opt.load_state_dict(saved)
+    assert torch.equal(opt.state[p]["master"], kept)
+    for bad in (2**15, -(2**15) - 1):
+        saved["state"][0]["master"] = torch.full((4,), bad, dtype=torch.int32)
+        with pytest.raises(
+            ValueError, match=rf"must hold 16 bits of each element, got numbers from {bad} to {bad}"
+        ):
+            opt.load_state_dict(saved)
+    assert torch.equal(opt.state[p]["master"], kept)

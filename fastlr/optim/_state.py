@@ -8,7 +8,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import describe
-from fastlr._distributed import any_nonzero, cut_as, is_distributed
+from fastlr._distributed import any_nonzero, cut_as, is_distributed, local
 from fastlr._runtime import Runtime
 from fastlr.optim._groups import RuleOptions
 
@@ -219,6 +219,13 @@ def _check_master(name: str, found: torch.Tensor, parameter: torch.Tensor) -> No
             f"{name} has {found.dtype}, as beside parameters of another type than {parameter.dtype}; take it "
             'out of the file, and out of its groups "master_weights", to go on from the parameter alone'
         )
+    if found.dtype is torch.int32 and found.numel() and not Runtime.has_no_values(found):
+        part = local(found)  # each process has its own to answer for
+        if part.numel() and not -(2**15) <= int(part.min()) <= int(part.max()) < 2**15:
+            raise ValueError(
+                f"{name} must hold 16 bits of each element, got numbers from {int(part.min())} to "
+                f"{int(part.max())}; the file is damaged"
+            )
 
 
 def _age(name: str, step: object) -> float:
