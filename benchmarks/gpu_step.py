@@ -1,12 +1,14 @@
-"""How long is a whole optimizer step on a GPU, schedule included, beside torch.optim's and apex's?
+"""How long is an optimizer's step on a GPU, schedule included, beside torch.optim's and apex's, and how long
+the whole update (see pipeline.py for what its cases are made of)?
 
 Each turn is a number of steps between two CUDA events. Where a step's launches take longer than its
 kernels, that is the time of the host; both are reported, so that it shows. "graph": a step captured once
-and replayed; torch then needs its learning rate in a tensor, which CyclicLR fills between replays.
+and replayed; torch then needs its learning rate in a tensor, which CyclicLR fills between replays. With a
+scaler there is none: whether to step is then the host's decision.
 
-For the large sets the same rounds time a copy from device to device that moves as many bytes as the step.
+For the large sets the same rounds time a copy from device to device that moves as many bytes as the update.
 
-    python benchmarks/gpu_step.py [--rules sgd adamw ...] [--sets NAME ...] [--seconds 6]
+    python benchmarks/gpu_step.py [--rules sgd adamw ...] [--cases step ...] [--sets NAME ...] [--seconds 6]
                                   [--out benchmarks/results]
 """
 
@@ -14,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from gpu import Gpu, Turn
 from models import PARAMETER_SETS, Shape
+from pipeline import CASES, TORCHS_SCALER, make_fastlr, make_gradients, make_torch
 from rounds import in_turn, summary
 from rules import CYCLE, RULES, Rule, Step, cycled
 from step import LARGE
@@ -50,12 +54,6 @@ class Device(Protocol):
 # -- contenders ----------------------------------------------------------------------------------
 
 
-def capture_torch(device: Device, rule: Rule, parameters: list[torch.nn.Parameter]) -> Step:
-    rate = torch.tensor(CYCLE["base_lr"], dtype=torch.float32, device=device.device)
-    captured: dict[str, Any] = {**rule.options, **(rule.captured or {})}
-    return cycled(rule.theirs(parameters, lr=rate, **captured), device.capture)  # type: ignore[call-arg]
-
-
 def find_apex() -> type[torch.optim.Optimizer] | None:
     """Its SGD; None where apex or its CUDA extension is missing."""
     try:
@@ -77,8 +75,17 @@ def make_copy(device: torch.device, moved: int) -> Step:
     return step
 
 
-def make_contenders(device: Device, rule: Rule, shapes: list[Shape]) -> dict[str, Step]:
-    gradients = [torch.randn(shape, device=device.device) for shape in shapes]  # which nobody writes
+def bytes_per_element(rule: Rule, stages: Sequence[str]) -> int:
+    """That an update moves, of float32: an average is read and written, for a norm the gradient is read."""
+    first = "clip" in stages or "unscale" in stages
+    return rule.bytes_per_element + 8 * ("average" in stages) + 4 * first
+
+
+def make_contenders(
+    device: Device, rule: Rule, shapes: list[Shape], stages: Sequence[str] = ()
+) -> dict[str, Step]:
+    # All share them. What torch's pieces write into them in turn changes their values, and no kernel's time.
+    gradients = make_gradients(shapes, stages, device.device)
 
     def model() -> list[torch.nn.Parameter]:
         parameters = [torch.nn.Parameter(torch.randn(shape, device=device.device)) for shape in shapes]
@@ -86,20 +93,25 @@ def make_contenders(device: Device, rule: Rule, shapes: list[Shape]) -> dict[str
             p.grad = g
         return parameters
 
-    steps = {
-        "fastlr": rule.make_fastlr(model()),
-        "fastlr, graph": device.capture(rule.make_fastlr(model())),
-    }
+    def ours(scaler: type[torch.amp.GradScaler] = fastlr.GradScaler) -> Step:
+        return make_fastlr(rule, model(), stages, scaler)
+
+    steps = {"fastlr": ours()}
+    if "unscale" in stages:
+        steps[TORCHS_SCALER] = ours(torch.amp.GradScaler)
+    else:
+        steps["fastlr, graph"] = device.capture(ours())
     for form in ("fused", "foreach"):
         if form in rule.forms:
-            steps[f"torch {form}"] = rule.make_torch(model(), rule.forms[form])
-    if rule.captured is not None:
-        steps[f"torch {next(iter(rule.captured))}, graph"] = capture_torch(device, rule, model())
-    if rule is RULES["sgd"] and (apex := find_apex()) is not None:
+            steps[f"torch {form}"] = make_torch(rule, model(), stages, rule.forms[form])
+    if rule.captured is not None and "unscale" not in stages:
+        name = f"torch {next(iter(rule.captured))}, graph"
+        steps[name] = make_torch(rule, model(), stages, rule.captured, made=device.capture)
+    if rule is RULES["sgd"] and not stages and (apex := find_apex()) is not None:
         steps["apex"] = cycled(apex(model(), lr=CYCLE["base_lr"], **rule.options))
     elements = sum(math.prod(shape) for shape in shapes)
     if elements >= LARGE:
-        steps[COPY] = make_copy(device.device, rule.bytes_per_element * elements)
+        steps[COPY] = make_copy(device.device, bytes_per_element(rule, stages) * elements)
     return steps
 
 
@@ -107,11 +119,16 @@ def make_contenders(device: Device, rule: Rule, shapes: list[Shape]) -> dict[str
 
 
 def measure(
-    device: Device, rule: Rule, shapes: list[Shape], seconds: float, fewest: int = 12
+    device: Device,
+    rule: Rule,
+    shapes: list[Shape],
+    stages: Sequence[str],
+    seconds: float,
+    fewest: int = 12,
 ) -> dict[str, dict[str, float]]:
     """Of each contender: median microseconds, those of the host, the median ratio to fastlr within a round,
     and gigabytes a second."""
-    steps = make_contenders(device, rule, shapes)
+    steps = make_contenders(device, rule, shapes, stages)
     elements = sum(math.prod(shape) for shape in shapes)
     # So many that the first step's launch, which the device waits for, does not count.
     repeats = 20 if elements < 10 * LARGE else 10
@@ -123,42 +140,48 @@ def measure(
     of_host = summary({name: [turn.host for turn in found] for name, found in measured.items()})
     for name, result in results.items():
         result["host_us"] = of_host[name]["us"]
-        result["gb_per_s"] = rule.bytes_per_element * elements / (result["us"] * 1e3)
+        result["gb_per_s"] = bytes_per_element(rule, stages) * elements / (result["us"] * 1e3)
     return results
 
 
 def print_set(name: str, shapes: list[Shape], results: dict[str, dict[str, float]]) -> None:
     elements = sum(math.prod(shape) for shape in shapes)
     print(f"\n{name}: {len(shapes):,} tensors, {elements:,} elements")
-    print(f"  {'':20} {'us a step':>11} {'of the host':>11} {'fastlr x':>9} {'GB/s':>9}")
+    print(f"  {'':22} {'us a step':>11} {'of the host':>11} {'fastlr x':>9} {'GB/s':>9}")
     for contender, r in results.items():
         row = f"{r['us']:11,.1f} {r['host_us']:11,.1f} {r['ratio']:8.2f}x {r['gb_per_s']:9,.1f}"
-        print(f"  {contender:20} {row}", flush=True)
+        print(f"  {contender:22} {row}", flush=True)
     if COPY in results:
         print(f"  fastlr has {results[COPY]['ratio']:.0%} of the copy's bandwidth")
 
 
 def run(
-    device: Device, name_of_rule: str, sets: dict[str, list[Shape]], seconds: float, fewest: int = 12
+    device: Device,
+    name_of_rule: str,
+    case: str,
+    sets: dict[str, list[Shape]],
+    seconds: float,
+    fewest: int = 12,
 ) -> list[dict[str, Any]]:
     """Measures and prints each set; one that does not fit into the device's memory is left out."""
     found: list[dict[str, Any]] = []
     for name, shapes in sets.items():
         try:
-            results = measure(device, RULES[name_of_rule], shapes, seconds, fewest)
+            results = measure(device, RULES[name_of_rule], shapes, CASES[case], seconds, fewest)
         except torch.OutOfMemoryError:
             print(f"\n{name}: does not fit into the device's memory")
             continue
         finally:
             gc.collect()  # optimizers and schedulers refer to each other
-        print_set(f"{name_of_rule}, {name}", shapes, results)
-        found.append({"rule": name_of_rule, "set": name, "times": results})
+        print_set(f"{name_of_rule}, {case}, {name}", shapes, results)
+        found.append({"rule": name_of_rule, "case": case, "set": name, "times": results})
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rules", nargs="+", default=["sgd", "adamw"], choices=list(RULES))
+    parser.add_argument("--cases", nargs="+", default=["step", "clip, average", "whole"], choices=list(CASES))
     parser.add_argument("--sets", nargs="+", default=list(PARAMETER_SETS), choices=list(PARAMETER_SETS))
     parser.add_argument("--seconds", type=float, default=6.0, help="per set, at least 12 rounds")
     parser.add_argument("--out", type=Path, help="folder for gpu_step.json")
@@ -179,7 +202,11 @@ def main() -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     sets = {name: PARAMETER_SETS[name] for name in arguments.sets}
-    results = [result for rule in arguments.rules for result in run(Gpu(), rule, sets, arguments.seconds)]
+    results = [
+        result
+        for rule, case in itertools.product(arguments.rules, arguments.cases)
+        for result in run(Gpu(), rule, case, sets, arguments.seconds)
+    ]
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {**machine, "results": results}

@@ -29,7 +29,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,20 @@ CONTENDERS = ("fastlr", TORCHS_SCALER, "torch fused", "torch foreach", COMPILED)
 Parameters = list[torch.nn.Parameter]
 
 
-def make_scaler(kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
+def make_scaler(kind: type[torch.amp.GradScaler], device: torch.device) -> torch.amp.GradScaler:
     """Whose scale stays as it is."""
-    scaler = kind("cpu", init_scale=SCALE, growth_interval=2**31 - 1)
-    scaler.scale(torch.zeros(()))  # sets it up
+    scaler = kind(device.type, init_scale=SCALE, growth_interval=2**31 - 1)
+    scaler.scale(torch.zeros((), device=device))  # sets it up
     return scaler
+
+
+def make_gradients(
+    shapes: Sequence[tuple[int, ...]], stages: Sequence[str], device: torch.device | None = None
+) -> list[torch.Tensor]:
+    gradients = [torch.randn(shape, device=device) for shape in shapes]
+    if "unscale" in stages:
+        torch._foreach_mul_(gradients, SCALE)
+    return gradients
 
 
 def make_fastlr(
@@ -86,7 +95,7 @@ def make_fastlr(
     optimizer = rule.optimizer(parameters, **options)
     if "unscale" not in stages:
         return optimizer.step
-    scaler = make_scaler(scaler_kind)
+    scaler = make_scaler(scaler_kind, parameters[0].device)
 
     def update() -> None:
         scaler.step(optimizer)
@@ -101,10 +110,15 @@ def make_torch(
     stages: Sequence[str],
     form: dict[str, bool],
     *,
-    compiled: bool = False,
+    made: Callable[[Step], Step] | None = None,
 ) -> Step:
-    # A rate that is a number would have the update compiled anew for every value.
-    lr = torch.tensor(CYCLE["base_lr"]) if compiled else CYCLE["base_lr"]
+    """
+    Args:
+        made: compiles or captures clipping, step and average.
+    """
+    # A rate that is a number would be compiled anew for every value, and captured with its present one.
+    device = parameters[0].device
+    lr = CYCLE["base_lr"] if made is None else torch.tensor(CYCLE["base_lr"], device=device)
     optimizer = rule.theirs(parameters, lr=lr, **rule.options, **form)  # type: ignore[call-arg]
     schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
     averages = [p.detach().clone() for p in parameters]
@@ -127,17 +141,16 @@ def make_torch(
         optimizer.step()
         average()
 
-    if compiled:
-        all_pieces = torch.compile(all_pieces)
-    scaler = make_scaler(torch.amp.GradScaler)
+    together = all_pieces if made is None else made(all_pieces)
+    scaler = make_scaler(torch.amp.GradScaler, device)
 
     def update() -> None:
         if not unscales:
-            all_pieces()
-        elif compiled:
+            together()
+        elif made is not None:
             scaler.unscale_(optimizer)
             if not any(found.item() for found in scaler._found_inf_per_device(optimizer).values()):
-                all_pieces()
+                together()
             scaler.update()
         else:
             if clips or clips_values:
@@ -155,9 +168,7 @@ def make_contenders(
     rule: Rule, shapes: Sequence[tuple[int, ...]], stages: Sequence[str], *, compiled: bool = True
 ) -> tuple[list[torch.Tensor], dict[str, Parameters], dict[str, Step]]:
     """The gradients, which all share, and each contender's parameters and update."""
-    gradients = [torch.randn(shape) for shape in shapes]
-    if "unscale" in stages:
-        torch._foreach_mul_(gradients, SCALE)
+    gradients = make_gradients(shapes, stages)
     models: dict[str, Parameters] = {}
     updates: dict[str, Step] = {}
     start = [torch.randn(shape) for shape in shapes]
@@ -173,7 +184,7 @@ def make_contenders(
             scaler = torch.amp.GradScaler if name == TORCHS_SCALER else fastlr.GradScaler
             updates[name] = make_fastlr(rule, parameters, stages, scaler)
         elif name == COMPILED:
-            updates[name] = make_torch(rule, parameters, stages, {}, compiled=True)
+            updates[name] = make_torch(rule, parameters, stages, {}, made=torch.compile)
         else:
             updates[name] = make_torch(rule, parameters, stages, rule.forms[form])
     return gradients, models, updates

@@ -88,13 +88,12 @@ RULES = {
 }
 
 
-def cycled(optimizer: torch.optim.Optimizer, capture: Callable[[Step], Step] | None = None) -> Step:
-    """A step and its schedule's. capture: makes the optimizer's step a replay of itself."""
+def cycled(optimizer: torch.optim.Optimizer) -> Step:
+    """A step and its schedule's."""
     scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
-    update = optimizer.step if capture is None else capture(optimizer.step)
 
     def step() -> None:
-        update()
+        optimizer.step()
         scheduler.step()
 
     return step

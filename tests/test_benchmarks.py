@@ -196,7 +196,7 @@ def test_gpu_benchmark_measures_every_contender(gpu_step: ModuleType, monkeypatc
     monkeypatch.setattr(gpu_step, "find_apex", lambda: torch.optim.SGD)
     host = Host(gpu_step.Turn)
     sets = {"small": [(3, 2), (5,), ()], "large": [(400, 50)]}
-    small, large = gpu_step.run(host, "sgd", sets, seconds=0.0, fewest=4)
+    small, large = gpu_step.run(host, "sgd", "step", sets, seconds=0.0, fewest=4)
     assert (small["set"], large["set"]) == ("small", "large")
     assert tuple(small["times"]) == CONTENDERS
     assert tuple(large["times"]) == (*CONTENDERS, "copy")
@@ -208,12 +208,13 @@ def test_gpu_benchmark_measures_every_contender(gpu_step: ModuleType, monkeypatc
             assert times["host_us"] == pytest.approx(times["us"] / 2)
             assert times["gb_per_s"] == pytest.approx(20 * elements / times["us"] / 1e3)
     printed = capsys.readouterr().out
-    assert "sgd, small: 3 tensors, 12 elements" in printed
+    assert "sgd, step, small: 3 tensors, 12 elements" in printed
     assert printed.count("bandwidth") == 1
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
-def test_every_contender_takes_the_same_steps(gpu_step: ModuleType, rule: str, monkeypatch):
+@pytest.mark.parametrize("case", ["step", "clip, average", "whole"])
+def test_every_contender_takes_the_same_steps(gpu_step: ModuleType, case: str, rule: str, monkeypatch):
     """With its schedule, captured or not."""
     made: list[torch.nn.Parameter] = []
     parameter = torch.nn.Parameter
@@ -232,10 +233,20 @@ def test_every_contender_takes_the_same_steps(gpu_step: ModuleType, rule: str, m
         contest = gpu_step.RULES[rule]
         if not contest.has_fused:  # torch's foreach form is capturable on a GPU only
             contest = dataclasses.replace(contest, captured=None)
-        steps = gpu_step.make_contenders(Deferred(gpu_step.Turn), contest, [(7,)])
-    assert rule != "sgd" or tuple(steps) == CONTENDERS
+        gradients: list[torch.Tensor] = []
+        make = gpu_step.make_gradients
+        monkeypatch.setattr(
+            gpu_step, "make_gradients", lambda *what: gradients.extend(make(*what)) or gradients
+        )
+        stages = gpu_step.CASES[case]
+        steps = gpu_step.make_contenders(Deferred(gpu_step.Turn), contest, [(7,)], stages)
+    assert rule != "sgd" or case != "step" or tuple(steps) == CONTENDERS
+    assert (gpu_step.TORCHS_SCALER in steps) == ("unscale" in stages)
+    assert any("graph" in name for name in steps) == ("unscale" not in stages)
+    originals = [gradient.clone() for gradient in gradients]
     for _ in range(5):
         for step in steps.values():
+            torch._foreach_copy_(gradients, originals)
             step()
     assert len(made) == len(steps)
     assert all(p.abs().min() > 0 for p in made)
@@ -249,7 +260,8 @@ def test_copy_moves_as_many_bytes_as_the_step(gpu_step: ModuleType, monkeypatch)
     monkeypatch.setattr(torch, "zeros", lambda size, **options: sizes.append(size) or zeros(size, **options))
     gpu_step.make_copy(torch.device("cpu"), 100 * gpu_step.RULES["sgd"].bytes_per_element)()
     assert 2 * sizes[0] == 100 * (3 + 2) * 4  # p, g, m are read, p and m written
-    assert gpu_step.RULES["adamw"].bytes_per_element == (4 + 3) * 4
+    assert gpu_step.bytes_per_element(gpu_step.RULES["adamw"], ()) == (4 + 3) * 4
+    assert gpu_step.bytes_per_element(gpu_step.RULES["adamw"], ("clip", "average")) == 40
 
 
 def test_a_set_that_does_not_fit_is_left_out(gpu_step: ModuleType, monkeypatch, capsys):
@@ -261,7 +273,7 @@ def test_a_set_that_does_not_fit_is_left_out(gpu_step: ModuleType, monkeypatch, 
         return measure(device, rule, shapes, *rest)
 
     monkeypatch.setattr(gpu_step, "measure", measure_small)
-    found = gpu_step.run(Host(gpu_step.Turn), "sgd", {"big": [(11,)], "small": [(2,)]}, 0.0, 3)
+    found = gpu_step.run(Host(gpu_step.Turn), "sgd", "step", {"big": [(11,)], "small": [(2,)]}, 0.0, 3)
     assert [result["set"] for result in found] == ["small"]
     assert "big: does not fit" in capsys.readouterr().out
 
@@ -276,5 +288,5 @@ def test_without_a_gpu_no_number_is_reported(gpu_step: ModuleType, monkeypatch, 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
 def test_gpu_benchmark_runs_on_a_gpu(gpu_step: ModuleType):
-    (found,) = gpu_step.run(gpu_step.Gpu(), "sgd", {"small": [(64,)] * 10}, seconds=0.0, fewest=4)
+    (found,) = gpu_step.run(gpu_step.Gpu(), "sgd", "step", {"small": [(64,)] * 10}, seconds=0.0, fewest=4)
     assert set(found["times"]) >= set(CONTENDERS) - {"apex"}

@@ -84,7 +84,7 @@ def test_a_stage_that_goes_wrong_costs_the_others_nothing(tmp_path: Path, capsys
 def test_stages_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         on_gpu.main(["--stages", "x"])
-    assert "--stages must be among a, b, c, d, e, f, g, h, got 'x'" in capsys.readouterr().err
+    assert "--stages must be among a, b, c, d, e, f, g, h, i, got 'x'" in capsys.readouterr().err
 
 
 def settings(out: Path) -> Settings:
@@ -135,10 +135,15 @@ def test_a_profile_is_read(tmp_path: Path):
     assert read_profile(settings(tmp_path), made).problems == ["==ERROR== ERR_NVGPUCTRPERM - no permission"]
 
 
+CASES = [["step", "a"], ["clip", "a"]]
 NOTHING = [
     ("d-speed", read_speed, None, "it wrote no report"),
-    ("d-speed", read_speed, {"sets": ["a", "b"], "results": [{"set": "a"}]}, "not measured: b"),
-    ("d-speed", read_speed, {"sets": ["a"], "results": []}, "nothing was measured"),
+    (
+        *("d-speed", read_speed),
+        {"cases": CASES, "results": [{"rule": "sgd", "case": "step", "set": "a"}]},
+        "not measured: sgd, clip, a",
+    ),
+    ("d-speed", read_speed, {"cases": CASES, "results": []}, "nothing was measured"),
     ("g-training", read_report, None, "it wrote no report"),
     ("e-tests", read_junit, None, "it wrote no report"),
 ]

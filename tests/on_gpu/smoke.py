@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,6 +31,7 @@ TYPES = (
     torch.complex64,
     torch.complex128,
 )
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 CYCLE: dict[str, Any] = {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "mode": "triangular2"}
 
@@ -49,10 +51,34 @@ def clipping(model: Model) -> FusedOptimizer:
     return fastlr.FusedAdamW(model, lr=fastlr.Triangular2(0.01, 0.1, 3), max_grad_norm=1.0)
 
 
+def everything(model: Model) -> FusedOptimizer:
+    """Every stage that float32 parameters can have, with a schedule where one may be."""
+    return fastlr.FusedAdamW(
+        model,
+        lr=fastlr.Triangular2(0.01, 0.1, 3),
+        max_grad_norm=1.0,
+        max_grad_value=0.5,
+        ema_decay=fastlr.LinearRamp(0.5, 0.99, 20),
+        ema_warmup=True,
+        cautious=True,
+        weight_decay=0.05,
+    )
+
+
 MAKES: dict[str, Make] = {
     "FusedCyclicSGD": cyclic,
     "FusedCyclicAdamW": counting,
     "FusedAdamW, clipping": clipping,
+    "FusedAdamW, all stages": everything,
+}
+# Of half types.
+HALF: dict[str, dict[str, Any]] = {
+    "master weights": {"master_weights": True},
+    "master weights, all stages": {
+        **{"master_weights": True, "max_grad_norm": 1.0, "max_grad_value": 0.5, "ema_decay": 0.9},
+        **{"cautious": True, "weight_decay": 0.05},
+    },
+    "stochastic rounding": {"stochastic_rounding": True, "rounding_seed": 7, "max_grad_norm": 1.0},
 }
 
 
@@ -226,16 +252,16 @@ def check_ages(device: Device, rule: Rule) -> None:
         assert len(ages) > 2, ages
 
 
-def check_cycle(device: Device, make: Make) -> None:
-    pair = Pair(device, make)
+def check_cycle(device: Device, make: Make, dtype: torch.dtype = torch.float32) -> None:
+    pair = Pair(device, make, dtype)
     for step in range(14):
         pair.step(step)
     pair.compare()
 
 
-def check_graph(device: Device, make: Make) -> None:
+def check_graph(device: Device, make: Make, dtype: torch.dtype = torch.float32) -> None:
     """Three steps before the capture, then replays."""
-    pair = Pair(device, make)
+    pair = Pair(device, make, dtype)
     pair.gradients(0)
     replay = device.capture(pair.optimizer.step)
     for _ in range(100):
@@ -369,6 +395,14 @@ def main() -> int:
             check(f"{name}, {count} tensors", check_many_tensors, make, count)
     for dtype in types:
         check(f"the gradients' norm, {str(dtype)[6:]}", check_norm, cyclic, dtype)
+    for (name, options_of_case), dtype in itertools.product(HALF.items(), HALF_TYPES):
+        if dtype is torch.bfloat16 or "stochastic_rounding" not in options_of_case:
+            make = functools.partial(
+                fastlr.FusedAdamW, lr=fastlr.Triangular2(0.01, 0.1, 3), **options_of_case
+            )
+            for function in (check_cycle, check_graph):
+                told = "a cycle" if function is check_cycle else "a CUDA graph"
+                check(f"{name}, {str(dtype)[6:]}, {told}", function, make, dtype)
     check("the same schedule from a later clock", check_same_schedule_later)
     return made.finish()
 

@@ -146,6 +146,10 @@ TESTS = (
     "test_master_weights.py",
     "test_stochastic_rounding.py",
     "test_whole_update.py",
+    "test_scale_lr.py",
+    "test_epoch_clock.py",
+    "test_written_schedules.py",
+    "test_with_torch.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
     "test_examples.py",
@@ -207,9 +211,11 @@ SANITIZED = 99  # compute-sanitizer's exit status where it has found something
 def read_speed(settings: Settings, stage: Stage) -> Found:
     found = read_report(settings, stage)
     figures = found.details.get("figures", {})
-    measured = {result["set"] for result in figures.get("results", [])}
-    if left_out := [name for name in figures.get("sets", []) if name not in measured]:
-        found.problems.append(f"not measured: {', '.join(left_out)}")
+    measured = {(result["rule"], result["case"], result["set"]) for result in figures.get("results", [])}
+    rules = {rule for rule, *_ in measured}
+    asked = [(rule, *case) for case in figures.get("cases", []) for rule in rules]
+    if left_out := [", ".join(each) for each in asked if each not in measured]:
+        found.problems.append(f"not measured: {'; '.join(left_out)}")
     if not measured:
         found.problems.append("nothing was measured")
     return found
@@ -295,5 +301,6 @@ STAGES = [
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     ),
     Stage("g-training", 240, program("training"), read_report, needs_build=True),
+    Stage("i-sharded", 120, program("sharding"), read_report, needs_build=True),
     Stage("h-profile", 60, profiler, read_profile, needs_build=True),
 ]
