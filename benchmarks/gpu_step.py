@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from gpu import Gpu, Turn
 from models import PARAMETER_SETS, Shape
-from pipeline import CASES, TORCHS_SCALER, make_fastlr, make_gradients, make_torch
+from pipeline import CASES, TORCHS_SCALER, make_fastlr, make_torch
 from rounds import in_turn, summary
 from rules import CYCLE, RULES, Rule, Step, cycled
 from step import LARGE
@@ -37,6 +37,9 @@ import fastlr
 from fastlr._files import write_text
 
 COPY = "copy"
+# All contenders share the gradients, which torch's pieces write. With this scale they stay as they are, once
+# clipped: numbers that end at zero would take other ways through divisions and roots.
+SCALE = 1.0
 
 
 class Device(Protocol):
@@ -84,8 +87,7 @@ def bytes_per_element(rule: Rule, stages: Sequence[str]) -> int:
 def make_contenders(
     device: Device, rule: Rule, shapes: list[Shape], stages: Sequence[str] = ()
 ) -> dict[str, Step]:
-    # All share them. What torch's pieces write into them in turn changes their values, and no kernel's time.
-    gradients = make_gradients(shapes, stages, device.device)
+    gradients = [torch.randn(shape, device=device.device) for shape in shapes]
 
     def model() -> list[torch.nn.Parameter]:
         parameters = [torch.nn.Parameter(torch.randn(shape, device=device.device)) for shape in shapes]
@@ -94,7 +96,7 @@ def make_contenders(
         return parameters
 
     def ours(scaler: type[torch.amp.GradScaler] = fastlr.GradScaler) -> Step:
-        return make_fastlr(rule, model(), stages, scaler)
+        return make_fastlr(rule, model(), stages, scaler, SCALE)
 
     steps = {"fastlr": ours()}
     if "unscale" in stages:
@@ -103,7 +105,7 @@ def make_contenders(
         steps["fastlr, graph"] = device.capture(ours())
     for form in ("fused", "foreach"):
         if form in rule.forms:
-            steps[f"torch {form}"] = make_torch(rule, model(), stages, rule.forms[form])
+            steps[f"torch {form}"] = make_torch(rule, model(), stages, rule.forms[form], scale=SCALE)
     if rule.captured is not None and "unscale" not in stages:
         name = f"torch {next(iter(rule.captured))}, graph"
         steps[name] = make_torch(rule, model(), stages, rule.captured, made=device.capture)

@@ -66,24 +66,19 @@ CONTENDERS = ("fastlr", TORCHS_SCALER, "torch fused", "torch foreach", COMPILED)
 Parameters = list[torch.nn.Parameter]
 
 
-def make_scaler(kind: type[torch.amp.GradScaler], device: torch.device) -> torch.amp.GradScaler:
+def make_scaler(kind: type[torch.amp.GradScaler], device: torch.device, scale: float) -> torch.amp.GradScaler:
     """Whose scale stays as it is."""
-    scaler = kind(device.type, init_scale=SCALE, growth_interval=2**31 - 1)
+    scaler = kind(device.type, init_scale=scale, growth_interval=2**31 - 1)
     scaler.scale(torch.zeros((), device=device))  # sets it up
     return scaler
 
 
-def make_gradients(
-    shapes: Sequence[tuple[int, ...]], stages: Sequence[str], device: torch.device | None = None
-) -> list[torch.Tensor]:
-    gradients = [torch.randn(shape, device=device) for shape in shapes]
-    if "unscale" in stages:
-        torch._foreach_mul_(gradients, SCALE)
-    return gradients
-
-
 def make_fastlr(
-    rule: Rule, parameters: Parameters, stages: Sequence[str], scaler_kind: type[torch.amp.GradScaler]
+    rule: Rule,
+    parameters: Parameters,
+    stages: Sequence[str],
+    scaler_kind: type[torch.amp.GradScaler],
+    scale: float = SCALE,
 ) -> Step:
     options: dict[str, Any] = {}
     if "clip" in stages:
@@ -95,7 +90,7 @@ def make_fastlr(
     optimizer = rule.optimizer(parameters, **options)
     if "unscale" not in stages:
         return optimizer.step
-    scaler = make_scaler(scaler_kind, parameters[0].device)
+    scaler = make_scaler(scaler_kind, parameters[0].device, scale)
 
     def update() -> None:
         scaler.step(optimizer)
@@ -111,6 +106,7 @@ def make_torch(
     form: dict[str, bool],
     *,
     made: Callable[[Step], Step] | None = None,
+    scale: float = SCALE,
 ) -> Step:
     """
     Args:
@@ -142,7 +138,7 @@ def make_torch(
         average()
 
     together = all_pieces if made is None else made(all_pieces)
-    scaler = make_scaler(torch.amp.GradScaler, device)
+    scaler = make_scaler(torch.amp.GradScaler, device, scale)
 
     def update() -> None:
         if not unscales:
@@ -168,7 +164,9 @@ def make_contenders(
     rule: Rule, shapes: Sequence[tuple[int, ...]], stages: Sequence[str], *, compiled: bool = True
 ) -> tuple[list[torch.Tensor], dict[str, Parameters], dict[str, Step]]:
     """The gradients, which all share, and each contender's parameters and update."""
-    gradients = make_gradients(shapes, stages)
+    gradients = [torch.randn(shape) for shape in shapes]
+    if "unscale" in stages:
+        torch._foreach_mul_(gradients, SCALE)
     models: dict[str, Parameters] = {}
     updates: dict[str, Step] = {}
     start = [torch.randn(shape) for shape in shapes]

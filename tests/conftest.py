@@ -69,6 +69,12 @@ def is_pointless(item: pytest.Item) -> bool:
     return parameters.get("threads", 1) > 1 and backend != "cpu"
 
 
+def needs_what_was_not_asked_for(item: pytest.Item) -> bool:
+    """On a machine with a GPU the emulated CUDA, which compiles for minutes, shows nothing."""
+    chosen = item.config.getoption("--backend")
+    return chosen == ["cuda"] and "emulated" in getattr(item, "fixturenames", ())
+
+
 def repeats_with_another_seed(item: pytest.Item) -> bool:
     """Each test on the emulated CUDA has one order that counts, drawn by its name, so that all are in use."""
     parameters = parameters_of(item)
@@ -81,8 +87,9 @@ def repeats_with_another_seed(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.hook.pytest_deselected(items=[item for item in items if is_pointless(item)])
-    items[:] = [item for item in items if not is_pointless(item)]
+    left_out = {item for item in items if is_pointless(item) or needs_what_was_not_asked_for(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
     for item in items:
         if repeats_with_another_seed(item):
             item.add_marker(pytest.mark.repetition)

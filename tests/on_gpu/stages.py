@@ -171,6 +171,7 @@ def pytest(settings: Settings, stage: Stage) -> list[str]:
     return [
         *(settings.python, "-m", "pytest", "-q", "-x" if settings.small else "--maxfail=60", *plugins),
         *("--backend", settings.backend, f"--junitxml={stage.file(settings, '.junit.xml')}"),
+        *("-p", "on_gpu.failures", f"--failures={stage.file(settings, '.failures.log')}"),
         *("-W", "ignore:The given buffer is not writable", *tests),
     ]
 
