@@ -13,6 +13,18 @@ from fastlr import _distributed
 from fastlr._distributed import local, locals_of
 
 
+def as_copied(to: torch.Tensor, of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as PyTorch's copy of many tensors takes them on devices too.
+
+    There it knows no complex numbers of halves, and makes one NaN of all that halves of one type have.
+    """
+    if to.is_complex() and of.is_complex():
+        to, of = torch.view_as_real(to), torch.view_as_real(of)
+    if to.dtype is of.dtype and to.dtype.itemsize == 2:
+        to, of = to.view(torch.int16), of.view(torch.int16)
+    return to, of
+
+
 class Runtime:
     """What native code calls; it holds nothing.
 
@@ -90,7 +102,8 @@ class Runtime:
             return
         # Not under no_grad(), which Ctrl-C may keep from being left.
         to, of = ([tensor.detach() for tensor in locals_of(these)] for these in (tensors, originals))
-        torch._foreach_copy_(to, of)
+        pairs = [as_copied(*pair) for pair in zip(to, of, strict=True)]
+        torch._foreach_copy_([tensor for tensor, _ in pairs], [original for _, original in pairs])
 
     @staticmethod
     def gradient_like(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -100,10 +100,11 @@ def test_step_for_step_as_torchs(
     assert_same_run(rule, (same, others), (fused, ours))
 
 
-@with_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_halves(dtype: torch.dtype) -> None:
+def test_halves(dtype: torch.dtype, backend: str) -> None:
     """float16's own overflow is what a scale is lowered for."""
+    if backend == "cuda" and dtype is torch.bfloat16:
+        pytest.skip("torch's GradScaler takes no bfloat16 there")
     ours, others = (parameters([(300,), (5,)], dtype) for _ in range(2))
     pairs = [
         (scaler_of(fastlr.GradScaler, 65536.0), fastlr.FusedAdamW(ours, state_dtype=torch.float32)),

@@ -527,7 +527,7 @@ def test_what_a_user_keeps_beside_the_state_is_loaded() -> None:
     saved = through_file(optimizer.state_dict())
     other_model, other = stepped(RULES["Adam"])
     other.load_state_dict(saved)
-    assert torch.equal(other.state[other_model[0]]["average"].detach().cpu(), torch.full((9,), 0.5))
+    assert torch.equal(other.state[other_model[0]]["average"].detach(), torch.full((9,), 0.5))
 
 
 # -- state that torch's optimizer makes in its constructor -------------------------------------------

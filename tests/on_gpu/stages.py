@@ -149,7 +149,6 @@ TESTS = (
     "test_scale_lr.py",
     "test_epoch_clock.py",
     "test_written_schedules.py",
-    "test_with_torch.py",
     "test_batch_noise_scale.py",
     "test_benchmarks.py",
     "test_examples.py",
@@ -158,6 +157,7 @@ TESTS = (
 EXPLAINED = re.compile(
     "needs two CUDA devices|the CPU's kernels have (SIMD levels|threads)|launches do not wait for each other"
     "|a device's memory is not read before a step|torch's optimizer has no such implementation"
+    "|torch's GradScaler takes no bfloat16 there"
 )
 
 
