@@ -33,8 +33,9 @@ def is_result(path: Path) -> bool:
     """Whether a folder's d-speed.json was measured on a GPU, and wholly."""
     found = json.loads(path.read_text())
     figures = found.get("figures", {})
-    measured = {result["set"] for result in figures.get("results", [])}
-    return found["status"] == "passed" and figures.get("backend") == "cuda" and measured > {"GPT-2 small"}
+    measured = {(result["case"], result["set"]) for result in figures.get("results", [])}
+    wholly = {("step", "GPT-2 small"), ("whole", "GPT-2 small")}
+    return found["status"] == "passed" and figures.get("backend") == "cuda" and measured > wholly
 
 
 def machine(folder: Path) -> str:
@@ -42,38 +43,54 @@ def machine(folder: Path) -> str:
     return f"{found['gpu']}, PyTorch {found['torch']}, Python {found['python']}"
 
 
-def rows(folder: Path) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Each rule's sets with their contenders' times."""
-    results = stage(folder, "d-speed")["figures"]["results"]
-    return [(f"{RULES[r['rule']].theirs.__name__}, {r['set']}", r["times"]) for r in results]
+def rows(folder: Path) -> list[tuple[str, str, dict[str, dict[str, float]]]]:
+    """What is updated, each rule's sets, and their contenders' times."""
+    results = sorted(
+        stage(folder, "d-speed")["figures"]["results"], key=lambda r: list(RULES).index(r["rule"])
+    )
+    return [(r["case"], f"{RULES[r['rule']].theirs.__name__}, {r['set']}", r["times"]) for r in results]
 
 
 def microseconds(us: float) -> str:
     return f"{us:.1f} µs" if us < 100 else f"{us:,.0f} µs"
 
 
+# What the cases of the summary are called.
+SUMMARY = {
+    "step": "step and schedule",
+    "clip, average": "clipping by norm, step, average of the weights, schedule",
+    "whole": "the same with a GradScaler, which no graph can have",
+}
+CAPTURED = ("fastlr, graph", "torch fused, graph")
+
+
 def summary(folder: Path) -> str:
-    """Eager steps and captured ones beside torch's fastest of the same kind."""
+    """Eager steps and captured ones beside torch's of the same kind, of SGD and AdamW."""
     lines = [
         f"On an {machine(folder)}: medians of a whole step and their ratios, all in turn in one run.",
-        "",
-        "| parameters | fastlr | torch fused + CyclicLR | | fastlr, CUDA graph | torch fused, CUDA graph | |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for name, times in rows(folder):
-        if "in one tensor" in name:
-            continue
-        us = {contender: times[contender]["us"] for contender in times}
-        cells = [name]
-        for ours, theirs in (("fastlr", "torch fused"), ("fastlr, graph", "torch fused, graph")):
-            cells += [microseconds(us[ours]), microseconds(us[theirs]), f"{us[theirs] / us[ours]:.2f}x"]
-        lines.append(f"| {' | '.join(cells)} |")
+    for case, told in SUMMARY.items():
+        lines += [
+            "",
+            f"| {told} | fastlr | torch fused | | fastlr, CUDA graph | torch fused, CUDA graph | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for of_case, name, times in rows(folder):
+            if of_case != case or "in one tensor" in name:
+                continue
+            us = {contender: times[contender]["us"] for contender in times}
+            cells = [name]
+            for ours, theirs in (("fastlr", "torch fused"), CAPTURED):
+                measured = ours in us
+                cells += [microseconds(us[ours]), microseconds(us[theirs])] if measured else ["", ""]
+                cells.append(f"{us[theirs] / us[ours]:.2f}x" if measured else "")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def everything(folder: Path) -> str:
     """All contenders, and what the other stages said."""
-    contenders = list(dict.fromkeys(name for _, times in rows(folder) for name in times))
+    contenders = list(dict.fromkeys(name for *_, times in rows(folder) for name in times))
     lines = [
         f"### {machine(folder)}",
         "",
@@ -84,13 +101,14 @@ def everything(folder: Path) -> str:
         f"| parameters | {' | '.join(contenders)} | graph beside the copy |",
         "|---" * (len(contenders) + 2) + "|",
     ]
-    for name, times in rows(folder):
+    for case, name, times in rows(folder):
         cells = [
             f"{times[c]['us']:,.1f} ({times[c]['host_us']:,.1f})" if c in times else "" for c in contenders
         ]
         # A captured step and the copy, both without the host.
-        share = f"{times['copy']['us'] / times['fastlr, graph']['us']:.0%}" if "copy" in times else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+        both = "copy" in times and "fastlr, graph" in times
+        share = f"{times['copy']['us'] / times['fastlr, graph']['us']:.0%}" if both else ""
+        lines.append(f"| {case}: {name} | {' | '.join(cells)} | {share} |")
     lines += ["", "| stage | | seconds | |", "|---|---|---|---|"]
     for row in json.loads((folder / "summary.json").read_text()):
         if row["stage"] != "d-speed":
