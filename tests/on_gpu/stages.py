@@ -167,7 +167,7 @@ def pytest(settings: Settings, stage: Stage) -> list[str]:
     # Tests that need files of the repository only are not asked; plug-ins of the machine may warn.
     plugins = ["-p", "no:cacheprovider"] if settings.backend == "cuda" else []
     if importlib.util.find_spec("xdist") is not None and settings.backend == "cuda":
-        plugins += ["-p", "xdist", "-n", "6"]
+        plugins += ["-p", "xdist", "-n", "12"]
     return [
         *(settings.python, "-m", "pytest", "-q", "-x" if settings.small else "--maxfail=60", *plugins),
         *("--backend", settings.backend, f"--junitxml={stage.file(settings, '.junit.xml')}"),
