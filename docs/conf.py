@@ -1,0 +1,103 @@
+"""How Sphinx makes the manual of these pages: `make docs`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fastlr
+
+ROOT = Path(__file__).parent.parent
+
+project = "fastlr"
+author = copyright = "The fastlr developers"
+version = release = fastlr.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+
+# Pages are Markdown as GitHub shows it; headings are what links with a # go to.
+myst_heading_anchors = 4
+# What the command line's blocks are written in, and tables of figures, are not Python.
+highlight_language = "text"
+
+# In the order of the source, which is that of their importance.
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# Frameworks are not needed to read what their adapters take.
+autodoc_mock_imports = ["lightning", "mmengine", "pytorch_lightning", "transformers"]
+for _name, _contents in {
+    "fastai": {},
+    "fastai.callback": {},
+    "fastai.callback.core": {"Callback": type("Callback", (), {})},
+    # With a number that is reckoned with.
+    "fastai.callback.schedule": {"ParamScheduler": type("", (), {"order": 0}), "LRFinder": type("", (), {})},
+}.items():
+    sys.modules[_name] = ModuleType(_name)
+    vars(sys.modules[_name]).update(_contents)
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Raises (at the fit)", "Raises")]
+python_maximum_signature_line_length = 80
+
+html_theme = "furo"
+html_title = f"fastlr {version}"
+html_copy_source = False
+html_show_sphinx = False
+
+# A name of fastlr that leads nowhere is an error. Those of others have no page here.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!fastlr\b).*"),
+    (r"py:class", r"fastlr\.(\w+\.)*_\w+\.\w+"),  # in signatures: private modules
+    (r"py:class", r"fastlr\.batch_growth\.(sampler\.(MicroBatch|Step)|updates\.Update)"),
+    (r"py:class", r"fastlr\.optim\.cyclic\.FoundBounds"),
+]
+# Files whose text is a page, too.
+WHOLE_FILES = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+
+
+def read_page(_app: Any, page: str, source: list[str]) -> None:
+    """Links to what is in the repository and not in the manual become its path."""
+    place = f"{page}.md"
+    if page in WHOLE_FILES:
+        place = f"../{WHOLE_FILES[page]}"
+        source[0] = (ROOT / WHOLE_FILES[page]).read_text("utf-8")
+
+    def link(found: re.Match[str]) -> str:
+        text, path, heading = found.groups()
+        target = Path(os.path.normpath(ROOT / "docs" / Path(place).parent / path))
+        if target.is_relative_to(ROOT / "docs"):
+            there = os.path.relpath(target, ROOT / "docs" / Path(page).parent)
+            return f"[{text}]({Path(there).as_posix()}{heading})"
+        name = target.relative_to(ROOT).as_posix()
+        return text if name in text else f"{text} (`{name}`)"
+
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)([^)\s]*)\)", link, source[0])
+
+
+def list_options(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Makes lists of a module's indented ``name: text``, as ``Args`` have them."""
+    if what == "module":
+        for i, line in enumerate(lines):
+            item = re.fullmatch(r"    (\w+): (.*)", line)
+            lines[i] = f"    - ``{item[1]}``: {item[2]}" if item else re.sub(r"^ {8}(?! )", " " * 6, line)
+
+
+def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
+    """What is public both as ``fastlr.X`` and as ``fastlr.schedules.X`` stands on a page as the first."""
+    short = re.sub(r"^fastlr\.(?:optim|schedules|batch_growth|range_test)\.", "fastlr.", node["reftarget"])
+    if node.get("refdomain") != "py" or short == node["reftarget"]:
+        return None
+    python = env.get_domain("py")
+    document = node.get("refdoc", "")
+    return python.resolve_xref(env, document, app.builder, node["reftype"], short, node, contnode)
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", read_page)
+    app.connect("autodoc-process-docstring", list_options, priority=400)  # before napoleon
+    app.connect("missing-reference", find_again)
