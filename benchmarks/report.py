@@ -2,7 +2,7 @@
 
     python benchmarks/report.py [--write]
 
-Figures are those of benchmarks/results/step.json and of benchmarks/results/gpu. With --write the tables between
+Figures are those of benchmarks/results/step.json and benchmarks/results/gpu. With --write the tables between
 the marks of both files are written anew; without, they are printed.
 """
 
