@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sphinx.ext.napoleon import GoogleDocstring
+
 import fastlr
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,8 @@ napoleon_custom_sections = [("Raises (at the fit)", "Raises")]
 python_maximum_signature_line_length = 80
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"fastlr {version}"
 html_copy_source = False
 html_show_sphinx = False
@@ -79,12 +83,16 @@ def read_page(_app: Any, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)([^)\s]*)\)", link, source[0])
 
 
-def list_options(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Makes lists of a module's indented ``name: text``, as ``Args`` have them."""
+def read_docstring(app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Before napoleon has it."""
     if what == "module":
+        # Indented "name: text" is a list there, as Args are elsewhere.
         for i, line in enumerate(lines):
             item = re.fullmatch(r"    (\w+): (.*)", line)
-            lines[i] = f"    - ``{item[1]}``: {item[2]}" if item else re.sub(r"^ {8}(?! )", " " * 6, line)
+            lines[i] = f"- ``{item[1]}``: {item[2]}" if item else re.sub(r"^ {8}(?! )", "  ", line)
+    elif what in ("attribute", "property"):
+        # What stands before a colon in their first line would be taken for a type.
+        lines[:] = ["", *GoogleDocstring(lines, app.config, app, "method").lines()]
 
 
 def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
@@ -99,5 +107,5 @@ def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 def setup(app: Any) -> None:
     app.connect("source-read", read_page)
-    app.connect("autodoc-process-docstring", list_options, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", read_docstring, priority=400)
     app.connect("missing-reference", find_again)

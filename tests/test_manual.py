@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from pages import DOCS, GUIDES
@@ -104,3 +110,74 @@ def test_the_blocks_of_every_page_are_run() -> None:
 
 def test_the_readme_is_a_page() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+# -- the site ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason="the extra docs is not installed")
+    made = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    # Not where the sources are: fastlr is what is installed.
+    built = subprocess.run(
+        [*command, "-d", made / "doctrees", DOCS, made / "html"], cwd=made, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return made / "html"
+
+
+def attributes(name: str, text: str) -> list[str]:
+    return [html.unescape(found) for found in re.findall(rf'\b{name}="([^"]*)"', text)]
+
+
+def test_links_of_the_site_lead_somewhere(site: Path) -> None:
+    texts = {page: page.read_text("utf-8") for page in site.rglob("*.html")}
+    places = {page: set(attributes("id", text)) for page, text in texts.items()}
+    broken, followed = [], 0
+    for page, text in texts.items():
+        for link in attributes("href", text) + attributes("src", text):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, place = link.partition("#")
+            target = (page.parent / unquote(path.split("?")[0])).resolve() if path else page
+            followed += 1
+            there = target.is_file() and (
+                not place or target not in places or unquote(place) in places[target]
+            )
+            if not there:
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert broken == []
+    assert followed > 1000
+
+
+def told_by_the_browser(browser: str, pages: list[Path], folder: Path) -> list[str]:
+    """What pages write on the console, all open at once."""
+    frames = folder / "frames.html"
+    frames.write_text("".join(f'<iframe src="{page.as_uri()}"></iframe>\n' for page in pages), "utf-8")
+    options = ["--headless", "--disable-gpu", "--no-sandbox", "--allow-file-access-from-files"]
+    options += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+    ]
+    ran = subprocess.run(
+        [browser, *options, "--dump-dom", frames.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "iframe" in ran.stdout, ran.stderr
+    return [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_site_writes_nothing_on_a_browsers_console(site: Path, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None or os.name == "nt":
+        pytest.skip("there is no Chromium")
+    bad = tmp_path / "bad.html"
+    bad.write_text("<script>undefinedFunction()</script>", "utf-8")
+    pages = sorted(page for page in site.rglob("*.html") if "_modules" not in page.parts)
+    (only,) = told_by_the_browser(browser, [pages[0], bad], tmp_path)
+    assert "undefinedFunction" in only
+    assert told_by_the_browser(browser, pages, tmp_path) == []
