@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -83,23 +84,27 @@ def read_page(_app: Any, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)([^)\s]*)\)", link, source[0])
 
 
-def read_docstring(app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Before napoleon has it."""
+def list_options(_app: Any, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Makes lists of a module's indented ``name: text``, as ``Args`` have them."""
     if what == "module":
-        # Indented "name: text" is a list there, as Args are elsewhere.
         for i, line in enumerate(lines):
             item = re.fullmatch(r"    (\w+): (.*)", line)
             lines[i] = f"- ``{item[1]}``: {item[2]}" if item else re.sub(r"^ {8}(?! )", "  ", line)
-    elif what in ("attribute", "property"):
-        # What stands before a colon in their first line would be taken for a type.
-        lines[:] = ["", *GoogleDocstring(lines, app.config, app, "method").lines()]
+
+
+def read_property(app: Any, what: str, _name: str, obj: Any, _options: Any, lines: list[str]) -> None:
+    """Reads a property again, of which napoleon takes what is before a colon in its first line for a type."""
+    if what == "property":
+        lines[:] = [*GoogleDocstring(inspect.getdoc(obj) or "", app.config, app, "method").lines(), ""]
 
 
 def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
-    """What is public both as ``fastlr.X`` and as ``fastlr.schedules.X`` stands on a page as the first."""
-    short = re.sub(r"^fastlr\.(?:optim|schedules|batch_growth|range_test)\.", "fastlr.", node["reftarget"])
-    if node.get("refdomain") != "py" or short == node["reftarget"]:
+    """What is public as ``fastlr.X`` is named as ``fastlr.schedules.X`` and as ``X``, too."""
+    if node.get("refdomain") != "py":
         return None
+    short = re.sub(
+        r"^(fastlr\.((optim|schedules|batch_growth|range_test)\.)?)?", "fastlr.", node["reftarget"]
+    )
     python = env.get_domain("py")
     document = node.get("refdoc", "")
     return python.resolve_xref(env, document, app.builder, node["reftype"], short, node, contnode)
@@ -107,5 +112,6 @@ def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 def setup(app: Any) -> None:
     app.connect("source-read", read_page)
-    app.connect("autodoc-process-docstring", read_docstring, priority=400)
+    app.connect("autodoc-process-docstring", list_options, priority=400)  # before napoleon, which has 500
+    app.connect("autodoc-process-docstring", read_property, priority=600)
     app.connect("missing-reference", find_again)

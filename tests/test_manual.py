@@ -127,7 +127,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "-d", made / "doctrees", DOCS, made / "html"], cwd=made, capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
-    return made / "html"
+    return (made / "html").resolve()
 
 
 def attributes(name: str, text: str) -> list[str]:
