@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.ext.napoleon import GoogleDocstring
 
 import fastlr
@@ -110,7 +112,30 @@ def find_again(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     return python.resolve_xref(env, document, app.builder, node["reftype"], short, node, contnode)
 
 
+def link_names(_app: Any, doctree: nodes.document) -> None:
+    """Has names of fastlr that stand as code in the manual's text lead to the reference."""
+    page = Path(doctree["source"])
+    if page.suffix != ".md" or page.stem in WHOLE_FILES:
+        return
+    for literal in list(doctree.findall(nodes.literal)):
+        found = re.fullmatch(
+            r"(fastlr(?:\.[A-Za-z]\w*)+|[A-Z]\w+)(\(.*\))?", literal.astext(), flags=re.DOTALL
+        )
+        if (
+            not found
+            or literal.get("classes")
+            or isinstance(literal.parent, (addnodes.pending_xref, nodes.reference))
+        ):
+            continue
+        if found[1].startswith("fastlr.") or found[1] in fastlr.__all__:
+            name = found[1] if found[1].startswith("fastlr.") else f"fastlr.{found[1]}"
+            link = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=name, refwarn=True)
+            literal.replace_self(link)
+            link += literal
+
+
 def setup(app: Any) -> None:
+    app.connect("doctree-read", link_names)
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", list_options, priority=400)  # before napoleon, which has 500
     app.connect("autodoc-process-docstring", read_property, priority=600)

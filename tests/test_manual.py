@@ -65,6 +65,33 @@ def test_every_public_name_stands_in_the_reference_and_nothing_else() -> None:
     assert modules <= set(entries)
 
 
+def exists(name: str) -> bool:
+    """Whether there is ``fastlr.a.b``; modules that frameworks are needed for are read, not imported."""
+    if found := re.fullmatch(r"fastlr\.integrations\.([a-z]+)(?:\.(\w+).*)?", name):
+        file = INTEGRATIONS / f"{found[1]}.py"
+        return file.exists() and (found[2] is None or found[2] in public_names(file))
+    thing: object = fastlr
+    for part in name.split(".")[1:]:
+        if not hasattr(thing, part):
+            return False
+        thing = getattr(thing, part)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_pages_name_exists(page: Path) -> None:
+    text = re.sub(r"https?:\S+|[\w/]*/fastlr\S*", "", page.read_text("utf-8"))
+    names = set(re.findall(r"\bfastlr(?:\.[A-Za-z]\w*)+", text))
+    assert {name for name in names if not exists(name)} == set()
+
+
+def test_names_that_do_not_exist_are_found() -> None:
+    assert exists("fastlr.FusedSGD.set_schedule")
+    assert exists("fastlr.integrations.fastai.Schedules")
+    for name in ("fastlr.FusedSDG", "fastlr.integrations.fastai.Schedule", "fastlr.integrations.caffe"):
+        assert not exists(name)
+
+
 def anchors(page: Path) -> set[str]:
     """What links to a page's headings go to, as GitHub and the site have it."""
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
