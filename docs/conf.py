@@ -22,7 +22,15 @@ project = "fastlr"
 author = copyright = "The fastlr developers"
 version = release = fastlr.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
+
+exclude_patterns = ["gallery"]  # made of it: made/gallery
 
 # Pages are Markdown as GitHub shows it; headings are what links with a # go to.
 myst_heading_anchors = 4
@@ -54,6 +62,20 @@ html_css_files = ["wide.css"]
 html_title = f"fastlr {version}"
 html_copy_source = False
 html_show_sphinx = False
+
+sys.path.insert(0, str(ROOT / "docs"))  # for gallery_figures
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "made/gallery",
+    "image_scrapers": ("gallery_figures.scrape",),
+    "reset_modules": (),
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,
+    "copyfile_regex": "",
+}
 
 # A name of fastlr that leads nowhere is an error. Those of others have no page here.
 nitpicky = True

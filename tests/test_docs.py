@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -102,6 +103,15 @@ def test_guides_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
 def test_guides_have_examples(page: str) -> None:
     assert any(name.startswith(f"{page}, ") for name in guides_examples())
+
+
+@pytest.mark.parametrize("script", sorted((DOCS / "gallery").glob("*.py")), ids=lambda script: script.stem)
+def test_gallery_draws(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.chdir(tmp_path)
+    rng = torch.get_rng_state()
+    runpy.run_path(str(script))["figure"].savefig("drawn.png")
+    torch.set_rng_state(rng)
 
 
 def test_the_memory_that_the_page_names_is_taken_up() -> None:
