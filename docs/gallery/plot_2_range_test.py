@@ -2,8 +2,8 @@
 The range test
 ==============
 
-The rate rises with every update until training breaks down. What the curve says are the bounds of a cyclic rate, and
-the model is afterwards what it was before.
+The rate rises with every update until training breaks down. What the curve says are the bounds of a
+cyclic rate, and the model is afterwards what it was before.
 """
 
 import math

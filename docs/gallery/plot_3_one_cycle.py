@@ -2,7 +2,8 @@
 One cycle
 =========
 
-``one_cycle`` makes a pair: the rate rises and falls, the momentum goes against it. The optimizer's step moves both.
+``one_cycle`` makes a pair: the rate rises and falls, the momentum goes against it. The optimizer's step
+moves both.
 """
 
 import math

@@ -2,8 +2,8 @@
 Growing the batch
 =================
 
-A plan turns a schedule whose rate falls into batches that grow: the noise of the gradient goes the same way, in fewer
-updates.
+A plan turns a schedule whose rate falls into batches that grow: the noise of the gradient goes the same way,
+in fewer updates.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import fastlr
 
 falling = fastlr.MultiStep(0.05, [4, 8, 10], 0.2, unit="epoch")
-common = dict(batch_size=8, dataset_size=1600, epochs=12, momentum=0.9, max_batch_size=200)
+common = {"batch_size": 8, "dataset_size": 1600, "epochs": 12, "momentum": 0.9, "max_batch_size": 200}
 plan = fastlr.BatchPlan.from_schedule(falling, **common)
 print(plan)
 figure = plan.plot()
