@@ -75,6 +75,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 1e9,
     "write_computation_times": False,
     "copyfile_regex": "",
+    "within_subsection_order": "FileNameSortKey",
 }
 
 # A name of fastlr that leads nowhere is an error. Those of others have no page here.
