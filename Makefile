@@ -87,4 +87,4 @@ gpu:
 	  $(if $(SMALL),--small)
 
 clean:
-	rm -rf $(VENV) build dist report
+	rm -rf $(VENV) build dist report docs/made

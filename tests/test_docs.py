@@ -135,3 +135,22 @@ def test_what_no_gpu_has_shown_is_not_measured(monkeypatch: pytest.MonkeyPatch, 
     rows = [row for row in report.beside_torch().splitlines() if "make gpu" in row]
     assert len(rows) == len(report.ON_GPU)
     assert all("a GPU | not measured | not measured |" in row for row in rows)
+
+
+def test_the_readme_tells_what_the_other_benchmarks_found() -> None:
+    readme, guide = README.read_text("utf-8"), (DOCS / "range_test.md").read_text("utf-8")
+    results = (README.parent / "benchmarks" / "results" / "range_test.md").read_text("utf-8")
+    best = re.findall(
+        r"^\| ([\w-]+) \| (range test|by hand, .*the best of these) \|.* (\S+ %) \|$", results, re.M
+    )
+    assert [(data, how.split(",")[0]) for data, how, _ in best] == [
+        (data, how) for data in ("digits", "fashion-mnist") for how in ("range test", "by hand")
+    ]
+    for _, _, accuracy in best:
+        assert accuracy in readme
+        assert accuracy in guide
+    verdicts = re.findall(
+        r"^\| .* \| (holds|holds partly|does not hold) \|$", (DOCS / "claims.md").read_text("utf-8"), re.M
+    )
+    assert (len(verdicts), verdicts.count("holds"), verdicts.count("holds partly")) == (7, 1, 6)
+    assert "of seven | holds in full: one; partly: six" in readme
