@@ -62,6 +62,7 @@ lint: $(VENV)/installed-$(EXTRAS)
 
 # The manual, as a site in build/html.
 docs: $(VENV)/installed-docs
+	rm -rf docs/made
 	$(BIN)/sphinx-build -W --keep-going --fresh-env -d build/doctrees -b html docs build/html
 
 bench: $(VENV)/installed-test

@@ -85,6 +85,17 @@ def test_what_pages_name_exists(page: Path) -> None:
     assert {name for name in names if not exists(name)} == set()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_tests_that_pages_name_exist(page: Path) -> None:
+    named = re.findall(
+        r"\b(?<!/)((?:benchmarks|csrc|docs|examples|fastlr|tests)/[\w./-]+?\.\w+)(?:::(\w+))?`",
+        page.read_text("utf-8"),
+    )
+    for file, test in named:
+        assert (ROOT / file).exists(), file
+        assert not test or f"\ndef {test}(" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+
+
 def test_names_that_do_not_exist_are_found() -> None:
     assert exists("fastlr.FusedSGD.set_schedule")
     assert exists("fastlr.integrations.fastai.Schedules")
