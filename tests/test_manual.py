@@ -20,6 +20,10 @@ import fastlr
 
 ROOT = DOCS.parent
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+# Other files whose links are followed.
+LINKING = [
+    ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "csrc/cuda/README.md")
+]
 PACKAGES = ("fastlr", "fastlr.optim", "fastlr.schedules", "fastlr.batch_growth", "fastlr.plotting")
 INTEGRATIONS = Path(fastlr.__file__).parent / "integrations"
 
@@ -115,7 +119,7 @@ def links(page: Path) -> list[str]:
     return re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES + LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, heading = link.partition("#")
