@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make test-frameworks`,
-# `make fuzz`, `make soak`, `make lint`, `make bench`, `make claims`; `make gpu` takes what the machine has.
+# `make fuzz`, `make soak`, `make lint`, `make docs`, `make bench`, `make claims`; `make gpu` takes what the machine has.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test test-rest test-all test-frameworks fuzz soak lint bench claims gpu clean
+.PHONY: demo test test-rest test-all test-frameworks fuzz soak lint docs bench claims gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -60,6 +60,11 @@ lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# The manual, as a site in build/html.
+docs: $(VENV)/installed-docs
+	rm -rf docs/made
+	$(BIN)/sphinx-build -W --keep-going --fresh-env -d build/doctrees -b html docs build/html
+
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results
 	$(BIN)/python benchmarks/grad_norm.py
@@ -83,4 +88,4 @@ gpu:
 	  $(if $(SMALL),--small)
 
 clean:
-	rm -rf $(VENV) build dist report
+	rm -rf $(VENV) build dist report docs/made

@@ -1,4 +1,4 @@
-"""What `make gpu` measured on each GPU, as the tables of the README and of benchmarks/README.md.
+"""What `make gpu` measured on each GPU, as the tables of docs/performance.md and of benchmarks/README.md.
 
     python benchmarks/gpu_report.py [--write]
 
@@ -17,7 +17,7 @@ from rules import RULES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu"
-FILES = {"summary": HERE.parent / "README.md", "all": HERE / "README.md"}
+FILES = {"summary": HERE.parent / "docs" / "performance.md", "all": HERE / "README.md"}
 MARKS = ("<!-- gpu results: begin -->", "<!-- gpu results: end -->")
 NOT_MEASURED = "GPU: not measured. `make gpu` on a machine with one measures it."
 

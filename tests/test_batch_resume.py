@@ -17,8 +17,8 @@ import torch
 
 import fastlr
 
-# As the README's example: what is saved is all that it takes. The samples are augmented at random in worker
-# processes, and the model has dropout.
+# As the example of docs/growing.md: what is saved is all that it takes. The samples are augmented at random
+# in worker processes, and the model has dropout.
 PROGRAM = """
     import json, os, random, sys, time
 
@@ -119,7 +119,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
 
 
-# -- the README's recipe -----------------------------------------------------------------------------------
+# -- the guide's recipe ------------------------------------------------------------------------------------
 
 N, EPOCHS = 26, 3
 X = torch.randn(N, 5, generator=torch.Generator().manual_seed(1))
@@ -134,7 +134,7 @@ MODELS: dict[str, Callable[[], list[torch.nn.Module]]] = {
 
 
 class Run:
-    """All that the README's example makes and saves."""
+    """All that the guide's example makes and saves."""
 
     def __init__(self, layers: str, tail: str, workers: int, seed: int) -> None:
         # Updates of 4 samples lie across the first epoch's end, updates of 12 across the second's.
@@ -194,7 +194,7 @@ class Run:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("tail", ["carry", "keep", "drop"])
 @pytest.mark.parametrize("layers", MODELS)
-def test_the_readmes_recipe_resumes_to_the_bit(layers: str, tail: str, workers: int) -> None:
+def test_the_guides_recipe_resumes_to_the_bit(layers: str, tail: str, workers: int) -> None:
     torch.set_num_threads(1)
     whole = Run(layers, tail, workers, seed=0)
     after_epochs, after_updates, epochs = whole.train()

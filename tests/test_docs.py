@@ -1,4 +1,4 @@
-"""Every example in a docstring and in the README runs and says what it prints."""
+"""Every example in a docstring, in the README and in the guides runs and says what it prints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import memory_table
 import pytest
 import torch
 import torchvision_without_cuda  # noqa: F401  # which frameworks import
+from pages import DOCS, GUIDES, blocks_of
 
 import fastlr
 from fastlr.optim._groups import OF_ALL_GROUPS, StepOptions
@@ -71,12 +73,18 @@ def test_every_optimizer_says_where_its_other_options_are(optimizer: type[fastlr
     assert ":mod:`fastlr.optim`" in optimizer.__doc__
 
 
-def readme_examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def guides_examples() -> dict[str, str]:
+    """The blocks of the README and the guides, by page and first line."""
+    pages = {"README.md": README, **{page: DOCS / page for page in GUIDES}}
+    return {
+        f"{name}, {number}, {block.splitlines()[0][:40]}": block
+        for name, page in pages.items()
+        for number, block in enumerate(blocks_of(page))
+    }
 
 
-@pytest.mark.parametrize("example", readme_examples(), ids=lambda e: e.split("\n")[0][:40])
-def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", guides_examples().values(), ids=guides_examples().keys())
+def test_guides_examples(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block runs by itself, with a model, a loss and a loader as any reader has them."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(4, 3)
@@ -89,21 +97,60 @@ def test_readme_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
         "torch": torch,
         "fastlr": fastlr,
     }
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "a guide", "exec"), names)
 
 
-def test_readme_has_examples() -> None:
-    assert len(readme_examples()) >= 4
+@pytest.mark.parametrize("page", ["README.md", *GUIDES])
+def test_guides_have_examples(page: str) -> None:
+    assert any(name.startswith(f"{page}, ") for name in guides_examples())
+
+
+@pytest.mark.parametrize("script", sorted((DOCS / "gallery").glob("*.py")), ids=lambda script: script.stem)
+def test_gallery_draws(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.chdir(tmp_path)
+    rng = torch.get_rng_state()
+    runpy.run_path(str(script))["figure"].savefig("drawn.png")
+    torch.set_rng_state(rng)
 
 
 def test_the_memory_that_the_page_names_is_taken_up() -> None:
     assert memory_table.in_page() == memory_table.table(), "python memory_table.py writes it anew"
 
 
-def test_gpu_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["gpu_report", "report"])
+def test_figures_are_those_of_the_results(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(README.parent / "benchmarks")
-    gpu_report = importlib.import_module("gpu_report")
-    for name, table in gpu_report.tables().items():
-        assert gpu_report.between_marks(gpu_report.FILES[name].read_text()) == table
+    report = importlib.import_module(script)
+    for name, table in report.tables().items():
+        written = report.between_marks(report.FILES[name].read_text("utf-8"))
+        assert written == table, f"python benchmarks/{script}.py --write"
+
+
+def test_what_no_gpu_has_shown_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    gpu_report, report = (importlib.import_module(name) for name in ("gpu_report", "report"))
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
     assert set(gpu_report.tables().values()) == {gpu_report.NOT_MEASURED}
+    rows = [row for row in report.beside_torch().splitlines() if "make gpu" in row]
+    assert len(rows) == len(report.ON_GPU)
+    assert all("a GPU | not measured | not measured |" in row for row in rows)
+
+
+def test_the_readme_tells_what_the_other_benchmarks_found() -> None:
+    readme, guide = README.read_text("utf-8"), (DOCS / "range_test.md").read_text("utf-8")
+    results = (README.parent / "benchmarks" / "results" / "range_test.md").read_text("utf-8")
+    best = re.findall(
+        r"^\| ([\w-]+) \| (range test|by hand, .*the best of these) \|.* (\S+ %) \|$", results, re.M
+    )
+    assert [(data, how.split(",")[0]) for data, how, _ in best] == [
+        (data, how) for data in ("digits", "fashion-mnist") for how in ("range test", "by hand")
+    ]
+    for _, _, accuracy in best:
+        assert accuracy in readme
+        assert accuracy in guide
+    verdicts = re.findall(
+        r"^\| .* \| (holds|holds partly|does not hold) \|$", (DOCS / "claims.md").read_text("utf-8"), re.M
+    )
+    assert (len(verdicts), verdicts.count("holds"), verdicts.count("holds partly")) == (7, 1, 6)
+    assert "of seven | holds in full: one; partly: six" in readme

@@ -181,8 +181,9 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
         decay_base: let exp_range's lower bound decline too, as in Smith's paper.
         lr: for frameworks that insist on giving one: a number in [base_lr, max_lr], which changes nothing.
         momentum: fixed momentum; not with cycle_momentum.
-        dampening, weight_decay, nesterov, maximize, decoupled_weight_decay, state_dtype, momentum_dtype,
-            foreach, fused, capturable, differentiable: as for :class:`FusedSGD`.
+        dampening, weight_decay, nesterov, maximize: as for :class:`FusedSGD`.
+        decoupled_weight_decay, state_dtype, momentum_dtype: as for :class:`FusedSGD`.
+        foreach, fused, capturable, differentiable: as for :class:`FusedSGD`.
         step_options: what every optimizer takes (clipping, averages): the list is in :mod:`fastlr.optim`.
 
     Raises:

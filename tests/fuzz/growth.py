@@ -207,7 +207,7 @@ class NoiseScale:
 
 
 class Run:
-    """One rank's training, with all that the README's example saves."""
+    """One rank's training, with all that the example of docs/growing.md saves."""
 
     def __init__(self, case: Case, rank: int = 0, seed: int = 0) -> None:
         torch.manual_seed(seed)

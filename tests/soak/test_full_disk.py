@@ -27,7 +27,7 @@ optimizer.step()
 
 
 def checkpoint():
-    # As in the README.
+    # As in docs/growing.md.
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{path}.new")
     os.replace(f"{path}.new", path)
 

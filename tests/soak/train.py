@@ -1,4 +1,4 @@
-"""A training as the README shows it, which goes on from its checkpoint where there is one.
+"""A training as docs/growing.md shows it, which goes on from its checkpoint where there is one.
 
 Run by test_kills.py: ``train.py folder cyclic|plan|adamw workers``.
 """

@@ -1,0 +1,176 @@
+"""What `step.py` and `make gpu` measured, as the tables of the README and of docs/performance.md.
+
+    python benchmarks/report.py [--write]
+
+Figures are those of benchmarks/results/step.json and benchmarks/results/gpu. With --write the tables between
+the marks of both files are written anew; without, they are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_report
+from rules import FORMS, RULES
+
+HERE = Path(__file__).parent
+STEP = HERE / "results" / "step.json"
+FILES = {"beside torch": HERE.parent / "README.md", "steps": HERE.parent / "docs" / "performance.md"}
+MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+THREADS = 2
+
+# What the README shows: steps on a CPU where either is ahead, and on a GPU, eager and captured.
+ON_CPU = (
+    ("sgd", "161 tensors of 64"),
+    ("sgd", "ResNet-50"),
+    ("adamw", "GPT-2 small"),
+    ("adagrad", "GPT-2 small"),
+    ("rmsprop", "ResNet-50"),
+)
+STEP_ALONE, WHOLE = "step", "clip, average"  # cases of pipeline.py
+ON_GPU = (
+    (STEP_ALONE, "adamw", "GPT-2 small"),
+    (STEP_ALONE, "adamw", "ResNet-50"),
+    (STEP_ALONE, "rmsprop", "ResNet-50"),
+    (WHOLE, "adamw", "GPT-2 small"),
+    (WHOLE, "adamw", "161 tensors of 64"),
+)
+
+
+class Beside(NamedTuple):
+    """A step's time, and torch's fastest form of it: microseconds, and the ratio of their rounds.
+
+    Attributes:
+        limit: what a loop with the same reads and writes and no arithmetic takes, as a part of the step's
+            time; None where memory decides nothing.
+    """
+
+    ours: float
+    theirs: float
+    ratio: float
+    form: str
+    limit: float | None
+
+
+def beside(result: dict[str, Any]) -> Beside:
+    times = result["times"]
+    form = min((name for name in FORMS if name in times), key=lambda name: times[name]["ratio"])
+    limit = times["traffic"]["ratio"] if "traffic" in times else None
+    return Beside(times["fastlr"]["us"], times[form]["us"], times[form]["ratio"], form, limit)
+
+
+def measured() -> dict[tuple[str, str, str], Beside]:
+    """By rule, parameters, and whether gradients are warm or fresh."""
+    results = json.loads(STEP.read_text("utf-8"))["results"]
+    return {(r["rule"], r["set"], r["gradients"]): beside(r) for r in results if r["threads"] == THREADS}
+
+
+def time_of(us: float) -> str:
+    if us < 1000:
+        return f"{us:.0f} µs"
+    return f"{us / 1000:.{2 if us < 10_000 else 1}f} ms"
+
+
+def on_gpu() -> tuple[str, dict[tuple[str, str, str], dict[str, dict[str, float]]]]:
+    """The first GPU that there are results of, and its times by case, rule and parameters."""
+    for path in sorted(gpu_report.RESULTS.glob("*/d-speed.json")):
+        if gpu_report.is_result(path):
+            figures = json.loads(path.read_text("utf-8"))["figures"]
+            return figures["gpu"], {(r["case"], r["rule"], r["set"]): r["times"] for r in figures["results"]}
+    return "a GPU", {}
+
+
+def beside_torch() -> str:
+    """The README's table."""
+    steps, (gpu, on_it) = measured(), on_gpu()
+    lines = ["| a step of | fastlr | torch, its fastest form | made by |", "|---|---|---|---|"]
+    for rule, name in ON_CPU:
+        found = steps[rule, name, "warm"]
+        lines.append(
+            f"| {RULES[rule].theirs.__name__}, {name}, two cores | {time_of(found.ours)} | "
+            f"{time_of(found.theirs)} ({found.form}), {found.ratio:.2f}x | [`step.py`](benchmarks/step.py) |"
+        )
+    for form, in_words in (("", gpu), (", graph", f"{gpu}, CUDA graph")):
+        for case, rule, name in ON_GPU:
+            times = on_it.get((case, rule, name), {})
+            cells = ["not measured", "not measured"]
+            if f"fastlr{form}" in times:
+                ours, theirs = (times[f"{who}{form}"]["us"] for who in ("fastlr", "torch fused"))
+                cells = [time_of(ours), f"{time_of(theirs)} (fused), {theirs / ours:.2f}x"]
+            elif form:
+                continue
+            of = RULES[rule].theirs.__name__ + (", clipping and average" if case == WHOLE else "")
+            title = f"{of}, {name}, {in_words}"
+            lines.append(f"| {title} | {' | '.join(cells)} | [`make gpu`](benchmarks/gpu_step.py) |")
+    return "\n".join(lines)
+
+
+def steps() -> str:
+    """SGD's step with its times, and every rule's ratio."""
+    found, machine = measured(), json.loads(STEP.read_text("utf-8"))
+    sets = list(dict.fromkeys(name for _, name, _ in found))
+    rules = list(dict.fromkeys(rule for rule, _, _ in found))
+    lines = [
+        f"On two cores of an {machine['processor']} with PyTorch {machine['torch']}, SGD:",
+        "",
+        "| parameters | fastlr | torch fused + CyclicLR | warm | fresh gradients |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sets:
+        warm, fresh = found["sgd", name, "warm"], found["sgd", name, "fresh"]
+        lines.append(
+            f"| {name} | {time_of(warm.ours)} | {time_of(warm.theirs)} | {warm.ratio:.2f}x | "
+            f"{fresh.ratio:.2f}x |"
+        )
+    for gradients in ("warm", "fresh"):
+        lines += [
+            "",
+            f"Every rule over {gradients} gradients: how many times longer the fastest form of torch's takes "
+            "that there is, fused or not.",
+            "",
+            f"| parameters | {' | '.join(RULES[rule].theirs.__name__ for rule in rules)} |",
+            "|---" * (len(rules) + 1) + "|",
+        ]
+        lines += [
+            f"| {name} | {' | '.join(f'{found[rule, name, gradients].ratio:.2f}x' for rule in rules)} |"
+            for name in sets
+        ]
+    limits = {name: [found[rule, name, "warm"].limit for rule in rules] for name in sets}
+    lines += ["", "The limit, over warm gradients, as a part of fastlr's time:", ""]
+    lines += [f"| parameters | {' | '.join(RULES[rule].theirs.__name__ for rule in rules)} |"]
+    lines += ["|---" * (len(rules) + 1) + "|"]
+    lines += [
+        f"| {name} | {' | '.join(f'{limit:.0%}' for limit in those if limit is not None)} |"
+        for name, those in limits.items()
+        if None not in those
+    ]
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """What belongs between the marks of each of FILES."""
+    return {"beside torch": beside_torch(), "steps": steps()}
+
+
+def between_marks(text: str) -> str:
+    return text.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into both files, instead of printing")
+    arguments = parser.parse_args()
+    for name, table in tables().items():
+        if not arguments.write:
+            print(table, end="\n\n")
+            continue
+        before, rest = FILES[name].read_text("utf-8").split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        FILES[name].write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
