@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fastlr._checks import describe, file_name
+from fastlr._extras import extra
 from fastlr._files import replacing
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def require(name: str, value: object, attribute: str, kind: str) -> None:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, ...]:
     """A figure and its axes, row by row; those of a column share the x axis."""
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, sharex="col", squeeze=False).flatten()

@@ -36,6 +36,16 @@ class ScheduleCurve(Protocol):
         """The values at ``start, start + 1, ..., stop - 1``."""
 
 
+def shown_steps(schedules: Mapping[str, ScheduleCurve], steps: int | None) -> int:
+    """How many clock units to show of schedules, of which some end; None: all of the longest, and its end."""
+    if steps is None:
+        ends = [s.duration for s in schedules.values() if s.duration is not None]
+        if not ends:
+            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
+        steps = max(ends) + 1
+    return count("steps", steps)
+
+
 def plot_schedules(
     schedules: Mapping[str, ScheduleCurve],
     steps: int | None = None,
@@ -53,8 +63,6 @@ def plot_schedules(
         ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
         TypeError: an argument is of the wrong kind.
     """
-    from matplotlib.ticker import MaxNLocator
-
     if not isinstance(schedules, Mapping):
         raise TypeError(f"schedules must be a dict of names and schedules, got {type(schedules).__name__}")
     for name, schedule in schedules.items():
@@ -62,14 +70,10 @@ def plot_schedules(
     units = {schedule.unit for schedule in schedules.values()}
     if len(units) != 1:
         raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
-    if steps is None:
-        ends = [s.duration for s in schedules.values() if s.duration is not None]
-        if not ends:
-            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
-        steps = max(ends) + 1
-    steps = count("steps", steps)
-
+    steps = shown_steps(schedules, steps)
     figure, axes = new_figure(7.2, 3.6)
+    from matplotlib.ticker import MaxNLocator
+
     for i, (name, schedule) in enumerate(schedules.items()):
         values = schedule.values(0, steps if schedule.last is None else min(steps, schedule.last + 1))
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": name, "linewidth": 1.8}
