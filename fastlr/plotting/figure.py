@@ -30,9 +30,9 @@ def require(name: str, value: object, attribute: str, kind: str) -> None:
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, ...]:
     """A figure and its axes, row by row; those of a column share the x axis."""
     with extra("plot"):
-        from matplotlib.figure import Figure
+        from fastlr.plotting.picture import Picture
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    figure = Picture(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, sharex="col", squeeze=False).flatten()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
