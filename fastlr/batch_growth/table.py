@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from fastlr._notebook import html_table
+from fastlr._tables import html_table
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.phase import Phase
 from fastlr.batch_growth.updates import Tail, Updates

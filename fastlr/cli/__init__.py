@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import fastlr
 from fastlr._checks import texts
 from fastlr._extras import MissingExtra, extra
+from fastlr._tables import aligned
 from fastlr.bench.rules import RULES
 from fastlr.cli import range_test, schedule
-from fastlr.cli.output import add_command, add_json, aligned, print_json
+from fastlr.cli.output import add_command, add_json, print_json
 
 __all__ = ["main"]
 

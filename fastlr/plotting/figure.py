@@ -12,6 +12,7 @@ from fastlr._extras import extra
 from fastlr._files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -19,6 +20,9 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 # Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#6b7280"
+
+# Inches: narrower pictures, as for a phone or a column of a paper, have their legends above the axes.
+NARROW = 6.0
 
 
 def require(name: str, value: object, attribute: str, kind: str) -> None:
@@ -41,6 +45,15 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         axes.set_axisbelow(True)
         axes.tick_params(color=GREY)
     return (figure, *panels)
+
+
+def add_legend(axes: Axes, width: float) -> None:
+    """What the lines are: beside the axes, where the figure is wide enough, or else above them."""
+    if width < NARROW:
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2}
+    else:
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)}
+    axes.legend(frameon=False, fontsize=9, **place)
 
 
 def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

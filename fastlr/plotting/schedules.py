@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastlr._checks import count
-from fastlr.plotting.figure import COLORS, Array, new_figure, require, saved
+from fastlr._checks import count, real
+from fastlr.plotting.figure import COLORS, NARROW, Array, new_figure, require, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +50,8 @@ def plot_schedules(
     schedules: Mapping[str, ScheduleCurve],
     steps: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    *,
+    width: float = 7.2,
 ) -> Figure:
     """Draws schedules over their clock, one line each.
 
@@ -58,6 +60,7 @@ def plot_schedules(
         steps: clock units to draw, >= 1; None: up to where the last of them ends. A line ends with its
             schedule.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
+        width: of the picture, in inches, > 0.
 
     Raises:
         ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
@@ -71,7 +74,7 @@ def plot_schedules(
     if len(units) != 1:
         raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
     steps = shown_steps(schedules, steps)
-    figure, axes = new_figure(7.2, 3.6)
+    figure, axes = new_figure(real("width", width, above=True), 3.6)
     from matplotlib.ticker import MaxNLocator
 
     for i, (name, schedule) in enumerate(schedules.items()):
@@ -84,12 +87,14 @@ def plot_schedules(
     axes.set_xlabel(f"{units.pop()}s")
     quantities = {schedule.quantity for schedule in schedules.values()}
     axes.set_ylabel(quantities.pop() if len(quantities) == 1 else "learning rate")
-    axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=-0.015 * axes.get_ylim()[1])  # a line at zero is seen whole
+    axes.xaxis.set_major_locator(MaxNLocator(9 if width >= NARROW else 5, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(schedules) > 1:
-        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(schedules), 4))
+        figure.legend(
+            frameon=False, loc="outside upper center", ncols=min(len(schedules), 4 if width >= NARROW else 2)
+        )
     else:
         axes.set_title(next(iter(schedules)), loc="left")
     return saved(figure, path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastlr import plotting
 from fastlr._checks import choice, items, real, text, texts, vector
-from fastlr._notebook import html_table
+from fastlr._tables import html_table
 from fastlr.range_test import files
 from fastlr.range_test.curve import Array
 from fastlr.range_test.reading import READINGS, Curve, Reading, Sweep, intervals, of_repeats

@@ -17,7 +17,7 @@ import torch
 
 from fastlr import _core, plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
-from fastlr._notebook import html_table
+from fastlr._tables import html_table
 from fastlr.schedules._segment import Native, Segment, turning_points
 
 if TYPE_CHECKING:

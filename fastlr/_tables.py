@@ -1,4 +1,4 @@
-"""Tables as a notebook shows them."""
+"""Rows of text as a table: in columns, and as a notebook shows it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 _CELL_CHARACTERS = 100  # a cell of more is cut: a schedule may hold thousands of values
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns.
+
+    >>> print(aligned([["a", "lr"], ["long", "0.1"]]))
+    a     lr
+    long  0.1
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def html_table(
