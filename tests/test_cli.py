@@ -289,7 +289,7 @@ def test_a_range_test_of_ones_own_is_run_and_kept(capsys, factories, factory):
 
 def test_options_of_the_range_test_are_passed_on(capsys, factories):
     options = "--start-lr 0.001 --end-lr 0.5 --num-steps 40 --sweep linear --staircase 2 --repeats 2"
-    options += " --accumulate 2 --val-every 2 --val-batches 1 --backup host --no-progress"
+    options += " --diverge-factor 9 --accumulate 2 --val-every 2 --val-batches 1 --backup host --no-progress"
     run(capsys, "range-test", "jobs.made:learns", *options.split())
     found = fastlr.RangeTestResult.from_json("report/range_test.json")
     assert (found.lrs[0], len(found.repeats), found.sweep) == (0.001, 2, "linear")
@@ -543,6 +543,19 @@ def test_every_example_of_the_help_can_be_given():
             if not example.endswith("--help"):
                 parsed += bool(cli.parser().parse_args(example.split()).command)
     assert parsed >= 15
+
+
+def test_every_argument_has_a_help():
+    def check(parser):
+        for action in parser._actions:
+            if hasattr(action.choices, "values"):
+                for command in action.choices.values():
+                    check(command)
+            else:
+                assert action.help, (parser.prog, action.dest)
+                assert "``" not in action.help
+
+    check(cli.parser())
 
 
 def test_the_help_says_what_the_exit_codes_are(capsys):

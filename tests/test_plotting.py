@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -262,6 +263,18 @@ def test_accuracies_that_are_all_the_same_are_drawn():
         axes.figure.canvas.draw()
         low, high = axes.get_ylim()
         assert low < 100 * accuracy < high
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, np.nan])
+def test_a_picture_has_a_width(width):
+    plots = [
+        partial(plotting.plot_range_test, RESULTS["loss"]),
+        partial(plotting.plot_schedules, {"a": fastlr.Constant(1.0)}, 10),
+        partial(plotting.plot_accuracy, [1, 2], {"a": [[0.1, 0.2]]}),
+    ]
+    for plot in plots:
+        with pytest.raises(ValueError, match="width must be"):
+            plot(width=width)
 
 
 def test_a_schedule_that_is_zero_is_seen():

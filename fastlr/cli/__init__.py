@@ -79,7 +79,12 @@ def parser() -> argparse.ArgumentParser:
         ],
         command=_demo,
     )
-    demo.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
+    demo.add_argument(
+        "--data",
+        choices=("digits", "fashion-mnist"),
+        default="digits",
+        help="what to train on (default: %(default)s)",
+    )
     demo.add_argument("--data-path", metavar="DIR", help="folder of Fashion-MNIST's four idx files")
     demo.add_argument("--out", metavar="DIR", default="report", help="where to write (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each policy (default: 5)")
@@ -106,7 +111,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--seconds", type=float, default=30.0, metavar="X", help="for all of it (default: %(default)g)"
     )
-    bench.add_argument("--rules", nargs="+", choices=list(RULES), default=["sgd", "adamw"])
+    bench.add_argument(
+        "--rules",
+        nargs="+",
+        choices=list(RULES),
+        default=["sgd", "adamw"],
+        metavar="RULE",
+        help=f"of {', '.join(RULES)} (default: sgd adamw)",
+    )
     bench.add_argument("--threads", type=int, metavar="N", help="of fastlr and torch (default: torch's)")
     add_json(bench)
 
@@ -133,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
         ],
         command=_completion,
     )
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="whose script to print")
     return made
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +45,19 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if text.startswith("examples:"):
             return super()._fill_text(text, width, indent)
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+def plain(text: str) -> str:
+    """Docstring markup as plain text on one line."""
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
+    return " ".join(text.split())
+
+
+def argument_helps(docstring: str | None) -> dict[str, str]:
+    """What the ``Args`` section of a docstring says about each argument, for argparse."""
+    section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.cleandoc(docstring or ""), re.MULTILINE)
+    found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section[1] if section else "", re.MULTILINE)
+    return {name: plain(text).replace("%", "%%") for name, text in found}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

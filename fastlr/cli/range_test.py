@@ -19,7 +19,22 @@ import fastlr
 from fastlr._checks import file_name
 from fastlr._extras import extra
 from fastlr._files import write_text
-from fastlr.cli.output import add_command, add_json, print_json
+from fastlr.cli.output import add_command, add_json, argument_helps, print_json
+
+# range_test's arguments that can be given as one word or number.
+_OPTIONS: dict[str, type] = {
+    "start_lr": float,
+    "end_lr": float,
+    "num_steps": int,
+    "sweep": str,
+    "staircase": int,
+    "val_every": int,
+    "val_batches": int,
+    "accumulate": int,
+    "repeats": int,
+    "diverge_factor": float,
+    "backup": str,
+}
 
 
 def add(commands: Any) -> None:
@@ -48,15 +63,23 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="report", help="where to write (default: %(default)s)"
     )
-    options = {"start-lr": float, "end-lr": float, "num-steps": int, "sweep": str, "staircase": int}
-    options |= {"val-every": int, "val-batches": int, "accumulate": int, "repeats": int, "backup": str}
-    for name, kind in options.items():
-        help_text = "as range_test's argument; goes before what the function says"
-        metavar = {int: "N", float: "X", str: "WORD"}[kind]
-        parser.add_argument(
-            f"--{name}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help_text
+    helps = argument_helps(fastlr.range_test.__doc__)
+    options = parser.add_argument_group("options of the range test", "They go before what the function says.")
+    for name, kind in _OPTIONS.items():
+        options.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            metavar={int: "N", float: "X", str: "WORD"}[kind],
+            default=argparse.SUPPRESS,
+            help=helps[name],
         )
-    parser.add_argument("--no-progress", dest="progress", action="store_false", default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--no-progress",
+        dest="progress",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="say nothing on the way",
+    )
     add_json(parser)
 
 

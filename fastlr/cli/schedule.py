@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fastlr
 from fastlr._extras import extra
-from fastlr.cli.output import add_command, add_json, print_json
+from fastlr.cli.output import add_command, add_json, argument_helps, plain, print_json
 from fastlr.plotting.schedules import shown_steps
 
 # What is drawn in the terminal: so many rows, each of a stretch that is looked at in so many places.
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     )
     policies = parser.add_subparsers(required=True, metavar="POLICY")
     for name, kind in _policies().items():
-        text = _plain((inspect.getdoc(kind) or "").split("\n\n")[0])
+        text = plain((inspect.getdoc(kind) or "").split("\n\n")[0])
         summary = text.split(". ")[0].rstrip(".:").replace("%", "%%")
         _add_policy(policies.add_parser(name, help=summary, description=text), kind)
 
@@ -63,14 +63,11 @@ def _policies() -> dict[str, type[fastlr.Schedule]]:
     return found
 
 
-def _plain(text: str) -> str:
-    """Docstring markup as plain text on one line."""
-    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
-    return " ".join(text.split())
-
-
 def _add_policy(parser: argparse.ArgumentParser, kind: type[fastlr.Schedule]) -> None:
-    hints, helps = get_type_hints(kind), _field_helps(kind)
+    hints = get_type_hints(kind)
+    helps: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        helps |= argument_helps(base.__doc__)
     fields = sorted(dataclasses.fields(kind), key=lambda field: bool(field.kw_only))
     for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -80,7 +77,7 @@ def _add_policy(parser: argparse.ArgumentParser, kind: type[fastlr.Schedule]) ->
             dest=field.name,
             required=required,
             default=argparse.SUPPRESS,
-            help=(_plain(helps.get(field.name, "")) + note).replace("%", "%%"),
+            help=helps.get(field.name, "") + note,
             **_option(hints[field.name]),
         )
     if "steps" not in (field.name for field in fields):
@@ -103,16 +100,6 @@ def _option(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": "store_true"}
     return {"type": hint, "metavar": "N" if hint is int else "X"}
-
-
-def _field_helps(kind: type) -> dict[str, str]:
-    """What the ``Args`` sections of a class and its bases say about each field."""
-    helps: dict[str, str] = {}
-    for base in kind.__mro__:
-        section = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.cleandoc(base.__doc__ or ""), re.MULTILINE)
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section[1] if section else "", re.M):
-            helps.setdefault(name, text)
-    return helps
 
 
 def _schedule(arguments: argparse.Namespace) -> None:
