@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pickle
 import platform
 import re
@@ -491,6 +492,7 @@ def test_the_doctor_knows_the_extras_packages(monkeypatch):
 def small_bench(monkeypatch):
     monkeypatch.setattr(bench, "PARAMETER_SETS", {"tiny": [(3, 2), (5,)], "tinier": [(2,)]})
     monkeypatch.setattr(bench, "SETS", ("tiny", "tinier"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
 
 
 def test_the_bench_has_a_row_for_each_update(capsys, small_bench):
@@ -524,6 +526,17 @@ def test_the_benchs_json_says_what_was_measured(capsys, small_bench):
     assert (first["parameters"], first["tensors"], first["elements"]) == ("tiny", 2, 11)
     assert list(first["times"]) == ["fastlr", "torch fused", "torch foreach"]
     assert all(t["us"] > 0 and t["ratio"] > 0 and t["rounds"] == 5 for t in first["times"].values())
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.9, False), (1.1, True), (None, False)])
+def test_the_bench_says_when_the_machine_is_busy(capsys, small_bench, monkeypatch, load, busy):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    if load is None:
+        monkeypatch.delattr(os, "getloadavg", raising=False)
+    else:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    _, out, _ = run(capsys, "bench", "--seconds", 0, "--rules", "rmsprop")
+    assert ("busy before this began (load 1.1 on 4 cores)" in out) == busy
 
 
 # -- help and completion --------------------------------------------------------------------------------
@@ -574,19 +587,19 @@ def test_completion_knows_commands_and_options(capsys, shell):
         assert word in out
 
 
-def test_bash_completes(capsys):
+def test_bash_completes(capsys, tmp_path):
+    """Commands, and the files that a command takes."""
     pytest.importorskip("shtab", reason="completion is shtab's")
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("there is no bash")
+    (tmp_path / "train.py").touch()
     _, script, _ = run(capsys, "completion", "bash")
     (function,) = re.findall(r"^complete .*-F (\S+) fastlr$", script, re.MULTILINE)
-    words = "fastlr schedule triang"
-    script += (
-        f"\nCOMP_WORDS=({words}); COMP_CWORD=2; COMP_LINE='{words}'; {function}; echo \"${{COMPREPLY[@]}}\""
-    )
-    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["triangular", "triangular2"]
+    for words in ("fastlr schedule triang", "fastlr range-test tra"):
+        script += f"\nCOMP_WORDS=({words}); COMP_CWORD=2; {function}; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.splitlines() == ["triangular triangular2", "train.py"]
 
 
 def test_version(capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,7 +58,8 @@ class Report:
     """What was measured.
 
     Attributes:
-        machine: what it was measured on, and with.
+        machine: what it was measured on, and with; ``load``: of the last minute before, None where the
+            system does not say it.
         rows: one for each rule, update and set of parameters.
     """
 
@@ -76,6 +78,16 @@ class Report:
                 cells.append("none" if found is None else f"{found['us']:,.1f}{ratio}")
             table.append(cells)
         return table
+
+    def busy(self) -> str | None:
+        """What else the processor had to do, in words; None: little, or there is no telling."""
+        load, cores = self.machine["load"], os.cpu_count() or 1
+        if load is None or load < cores / 4:
+            return None
+        return (
+            f"The machine was busy before this began (load {load:.1f} on {cores} cores): threads that wait "
+            "for each other are hit hardest, so measure again when it is not."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain numbers, strings, lists and dicts."""
@@ -104,6 +116,7 @@ def run(
     """
     seconds, progress = real("seconds", seconds), flag("progress", progress)
     rules = [choice("rules", rule, RULES) for rule in items("rules", rules)]
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     before = torch.get_num_threads()
     threads = count("threads", before if threads is None else threads)
     rows: list[Row] = []
@@ -123,6 +136,7 @@ def run(
     machine = {
         "processor": processor(),
         "threads": threads,
+        "load": load,
         "simd_level": info["simd_level"],
         "torch": torch.__version__,
         "fastlr": fastlr.__version__,

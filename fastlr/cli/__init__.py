@@ -7,6 +7,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import fastlr
 from fastlr._checks import texts
@@ -177,6 +178,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.machine.items()))
     print("microseconds an update with its schedule; in brackets: times fastlr's\n")
     print(aligned(report.table()))
+    if (busy := report.busy()) is not None:
+        print(f"\n{busy}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -196,4 +199,16 @@ def _completion(arguments: argparse.Namespace) -> None:
     with extra("cli"):
         import shtab  # type: ignore[import-not-found,unused-ignore]  # not everywhere that mypy runs
 
-    print(shtab.complete(parser(), arguments.shell))
+    made = parser()
+    _complete_paths(made, {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "WHERE:FUNCTION": shtab.FILE})
+    print(shtab.complete(made, arguments.shell))
+
+
+def _complete_paths(parser: argparse.ArgumentParser, kinds: dict[str, Any]) -> None:
+    """Tells shtab, which asks each argument for it, what kind of path an argument is."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_paths(command, kinds)
+        elif isinstance(action.metavar, str) and action.metavar in kinds:
+            action.complete = kinds[action.metavar]  # type: ignore[attr-defined]
