@@ -62,8 +62,10 @@ SimdLevel& chosen_level() {
 }
 
 // Below this many elements a step is shorter than waking the other threads takes (a few
-// microseconds).
+// microseconds). Where tensors are so small on average, most of a step is finding them, which one
+// thread does: the others would only wait, and keep what they updated in caches of their own.
 constexpr int64_t kSerialElements = 16384;
+constexpr int64_t kSerialMean = 256;
 
 // NOTE: [after a fork]
 // A forked process has the data of its parent's OpenMP threads and not the threads: GCC's runtime
@@ -83,14 +85,16 @@ bool has_openmp() {
 }
 
 // Calls share(part, parts) for each part, on a thread of its own each. elements: how much work it
-// is.
+// is, in so many tensors.
 template <typename Share>
-void in_parallel(int64_t elements, int threads, Share share) {
+void in_parallel(int64_t elements, size_t tensors, int threads, Share share) {
   const auto run_share = [&](int part, int parts) {
     const DefaultFloatEnvironment environment;
     share(part, parts);
   };
-  const bool alone = threads <= 1 || elements < kSerialElements || in_forked_process;
+  const bool small =
+      elements < kSerialElements || elements < kSerialMean * static_cast<int64_t>(tensors);
+  const bool alone = threads <= 1 || small || in_forked_process;
   if (alone || !has_openmp()) return run_share(0, 1);
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
@@ -148,7 +152,7 @@ double sum_over_chunks(const std::vector<TensorRef>& tensors,
                        Visit visit) {
   std::vector<double>& sums = memory.sums;
   const int64_t total = elements_of(tensors);
-  in_parallel(total, threads, [&](int part, int parts) {
+  in_parallel(total, tensors.size(), threads, [&](int part, int parts) {
     for_each_chunk(tensors, total, part, parts, kChunkElements, [&](const Chunk& share) {
       const TensorRef& tensor = tensors[share.tensor];
       const StridedLayout* const layout = layout_of(tensor, layouts);
@@ -181,7 +185,7 @@ ChunkSums::ChunkSums(const std::vector<TensorRef>& tensors) {
 void step_cpu(const HostStep& step, int threads, bool in_order) {
   const int64_t total = elements_of(step.tensors);
   const ChunkKernel kernel = chosen_level().kernels[step.rule.index];
-  in_parallel(total, in_order ? 1 : threads, [&](int part, int parts) {
+  in_parallel(total, step.tensors.size(), in_order ? 1 : threads, [&](int part, int parts) {
     for_each_chunk(step.tensors, total, part, parts, kGrain, [&](const Chunk& chunk) {
       const TensorRef& tensor = step.tensors[chunk.tensor];
       kernel(tensor, layout_of(tensor, step.layouts), step.scalars[step.scalars_of[chunk.tensor]],
