@@ -268,6 +268,11 @@ class OneCycleMomentum(_OneCycleBase):
     """The momentum that goes with :class:`OneCycle`: ``max_momentum`` down to ``base_momentum`` while the
     rate rises, and back. See :func:`one_cycle`.
 
+    Args:
+        base_momentum: while the rate is at its peak, >= 0; an optimizer's stays below 1.
+        max_momentum: at either end, >= base_momentum.
+        total_steps, pct_start, anneal_strategy, three_phase: as for :class:`OneCycle`.
+
     >>> schedule = OneCycleMomentum(0.85, 0.95, total_steps=101, pct_start=0.1)
     >>> schedule(0), round(schedule(9), 3), schedule(100)
     (0.95, 0.85, 0.95)
@@ -319,7 +324,12 @@ def one_cycle(
     base_momentum: float = 0.85,
     max_momentum: float = 0.95,
 ) -> tuple[OneCycle, OneCycleMomentum]:
-    """The one-cycle policy's pair of schedules, ``(lr, momentum)``. Arguments as ``OneCycleLR``'s.
+    """The one-cycle policy's pair of schedules, ``(lr, momentum)``, with ``OneCycleLR``'s defaults.
+
+    Args:
+        max_lr, total_steps, pct_start, anneal_strategy, div_factor, final_div_factor, three_phase: as for
+            :class:`OneCycle`. ``OneCycleLR``'s ``epochs`` times ``steps_per_epoch`` are total_steps.
+        base_momentum, max_momentum: as for :class:`OneCycleMomentum`.
 
     >>> lr, momentum = one_cycle(max_lr=0.4, total_steps=9000)
     >>> momentum(0), momentum(8999)
