@@ -17,6 +17,7 @@ import pytest
 from pages import DOCS, GUIDES
 
 import fastlr
+from fastlr import cli
 
 ROOT = DOCS.parent
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -98,6 +99,27 @@ def test_files_and_tests_that_pages_name_exist(page: Path) -> None:
     for file, test in named:
         assert (ROOT / file).exists(), file
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+
+
+def code_of(page: Path) -> str:
+    """What stands as code on a page, a line each: in a sentence, or indented."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    return "\n".join(re.findall(r"^    (.*)$", text, flags=re.MULTILINE) + re.findall(r"`([^`]+)`", text))
+
+
+@pytest.mark.parametrize("page", PAGES + LINKING[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_pages_name_exist(page: Path) -> None:
+    """Targets of make, extras, and what the command fastlr does."""
+    code = code_of(page)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"^make ([a-z][\w-]*)", code, flags=re.MULTILINE)) <= set(targets)
+    project = (ROOT / "pyproject.toml").read_text("utf-8").partition("[project.optional-dependencies]\n")[2]
+    extras = re.findall(r"^([\w-]+) = \[", project.partition("\n[")[0], flags=re.MULTILINE)
+    assert set(re.findall(r"'?(?:\.|fastlr)\[([\w,]+)\]", code)) <= set(extras)
+    for command in set(re.findall(r"^fastlr ([a-z][\w-]*)", code, flags=re.MULTILINE)):
+        with pytest.raises(SystemExit) as left:
+            cli.main([command, "--help"])
+        assert left.value.code == 0, command
 
 
 def test_names_that_do_not_exist_are_found() -> None:
