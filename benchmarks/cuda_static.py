@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from models import gpt2_small, resnet50
+from fastlr.bench.models import gpt2_small, resnet50
 
 ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 REGISTERS = 65_536  # of a multiprocessor, in every architecture from 7.5 to 12.0

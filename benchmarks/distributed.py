@@ -15,11 +15,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from rounds import in_turn, summary, timed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastlr
+from fastlr.bench.rounds import in_turn, summary, timed
 
 MAX_NORM = 1.0
 

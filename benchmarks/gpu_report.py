@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rules import RULES
+from fastlr.bench.rules import RULES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu"

@@ -27,14 +27,14 @@ from typing import Any, Protocol
 
 import torch
 from gpu import Gpu, Turn
-from models import PARAMETER_SETS, Shape
-from pipeline import CASES, TORCHS_SCALER, make_fastlr, make_torch
-from rounds import in_turn, summary
-from rules import CYCLE, RULES, Rule, Step, cycled
 from step import LARGE
 
 import fastlr
 from fastlr._files import write_text
+from fastlr.bench.models import PARAMETER_SETS, Shape
+from fastlr.bench.rounds import in_turn, summary
+from fastlr.bench.rules import CYCLE, RULES, Rule, Step, cycled
+from fastlr.bench.updates import CASES, TORCHS_SCALER, make_fastlr, make_torch
 
 COPY = "copy"
 # All contenders share the gradients, which torch's pieces write. With this scale they stay as they are, once

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from models import PARAMETER_SETS
-from rounds import in_turn, summary, timed
 
 import fastlr
+from fastlr.bench.models import PARAMETER_SETS
+from fastlr.bench.rounds import in_turn, summary, timed
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

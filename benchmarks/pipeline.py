@@ -26,166 +26,23 @@ import itertools
 import json
 import logging
 import math
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import PARAMETER_SETS
-from rounds import in_turn, summary
-from rules import CYCLE, RULES, Rule, Step
-from step import BOUND, LARGE, draw_bars, make_traffic, processor
+from step import BOUND, LARGE, draw_bars, make_traffic
 
 import fastlr
+from fastlr._build import processor
 from fastlr._files import write_text
+from fastlr.bench.models import PARAMETER_SETS
+from fastlr.bench.rounds import in_turn, summary
+from fastlr.bench.rules import RULES, Rule
+from fastlr.bench.updates import CASES, CONTENDERS, make_contenders, turns
 
-MAX_NORM = 1.0  # far below the norm of every set: all gradients are clipped
-MAX_VALUE = 1.0  # of gradients about as large
-EMA_DECAY = 0.999
-SCALE = 1024.0
-
-# What an update is made of beside the step and its schedule.
-CASES: dict[str, tuple[str, ...]] = {
-    "step": (),
-    "unscale": ("unscale",),
-    "clip by value": ("value",),
-    "clip": ("clip",),
-    "average": ("average",),
-    "clip, average": ("clip", "average"),
-    "whole": ("unscale", "clip", "average"),
-}
 MOST_COMPILED = 200  # tensors
-COMPILED = "torch.compile"
-TORCHS_SCALER = "fastlr, torch's scaler"
-CONTENDERS = ("fastlr", TORCHS_SCALER, "torch fused", "torch foreach", COMPILED)
-
-Parameters = list[torch.nn.Parameter]
-
-
-def make_scaler(kind: type[torch.amp.GradScaler], device: torch.device, scale: float) -> torch.amp.GradScaler:
-    """Whose scale stays as it is."""
-    scaler = kind(device.type, init_scale=scale, growth_interval=2**31 - 1)
-    scaler.scale(torch.zeros((), device=device))  # sets it up
-    return scaler
-
-
-def make_fastlr(
-    rule: Rule,
-    parameters: Parameters,
-    stages: Sequence[str],
-    scaler_kind: type[torch.amp.GradScaler],
-    scale: float = SCALE,
-) -> Step:
-    options: dict[str, Any] = {}
-    if "clip" in stages:
-        options["max_grad_norm"] = MAX_NORM
-    if "value" in stages:
-        options["max_grad_value"] = MAX_VALUE
-    if "average" in stages:
-        options["ema_decay"] = EMA_DECAY
-    optimizer = rule.optimizer(parameters, **options)
-    if "unscale" not in stages:
-        return optimizer.step
-    scaler = make_scaler(scaler_kind, parameters[0].device, scale)
-
-    def update() -> None:
-        scaler.step(optimizer)
-        scaler.update()
-
-    return update
-
-
-def make_torch(
-    rule: Rule,
-    parameters: Parameters,
-    stages: Sequence[str],
-    form: dict[str, bool],
-    *,
-    made: Callable[[Step], Step] | None = None,
-    scale: float = SCALE,
-) -> Step:
-    """
-    Args:
-        made: compiles or captures clipping, step and average.
-    """
-    # A rate that is a number would be compiled anew for every value, and captured with its present one.
-    device = parameters[0].device
-    lr = CYCLE["base_lr"] if made is None else torch.tensor(CYCLE["base_lr"], device=device)
-    optimizer = rule.theirs(parameters, lr=lr, **rule.options, **form)  # type: ignore[call-arg]
-    schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
-    averages = [p.detach().clone() for p in parameters]
-    kinds = ("unscale", "value", "clip", "average")
-    unscales, clips_values, clips, averages_weights = (stage in stages for stage in kinds)
-
-    def clip() -> None:
-        if clips_values:
-            torch.nn.utils.clip_grad_value_(parameters, MAX_VALUE, foreach=True)
-        if clips:
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
-
-    def average() -> None:
-        if averages_weights:
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, parameters, 1.0 - EMA_DECAY)
-
-    def all_pieces() -> None:
-        clip()
-        optimizer.step()
-        average()
-
-    together = all_pieces if made is None else made(all_pieces)
-    scaler = make_scaler(torch.amp.GradScaler, device, scale)
-
-    def update() -> None:
-        if not unscales:
-            together()
-        elif made is not None:
-            scaler.unscale_(optimizer)
-            if not any(found.item() for found in scaler._found_inf_per_device(optimizer).values()):
-                together()
-            scaler.update()
-        else:
-            if clips or clips_values:
-                scaler.unscale_(optimizer)
-                clip()
-            scaler.step(optimizer)
-            scaler.update()
-            average()
-        schedule.step()
-
-    return update
-
-
-def make_contenders(
-    rule: Rule, shapes: Sequence[tuple[int, ...]], stages: Sequence[str], *, compiled: bool = True
-) -> tuple[list[torch.Tensor], dict[str, Parameters], dict[str, Step]]:
-    """The gradients, which all share, and each contender's parameters and update."""
-    gradients = [torch.randn(shape) for shape in shapes]
-    if "unscale" in stages:
-        torch._foreach_mul_(gradients, SCALE)
-    models: dict[str, Parameters] = {}
-    updates: dict[str, Step] = {}
-    start = [torch.randn(shape) for shape in shapes]
-    kinds = [name for name in CONTENDERS if name != TORCHS_SCALER or "unscale" in stages]
-    for name in kinds:
-        form = name.removeprefix("torch ")
-        if (name == "torch fused" and not rule.has_fused) or (name == COMPILED and not compiled):
-            continue
-        parameters = models[name] = [torch.nn.Parameter(p.clone()) for p in start]
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        if name.startswith("fastlr"):
-            scaler = torch.amp.GradScaler if name == TORCHS_SCALER else fastlr.GradScaler
-            updates[name] = make_fastlr(rule, parameters, stages, scaler)
-        elif name == COMPILED:
-            updates[name] = make_torch(rule, parameters, stages, {}, made=torch.compile)
-        else:
-            updates[name] = make_torch(rule, parameters, stages, rule.forms[form])
-    return gradients, models, updates
 
 
 def measure(
@@ -206,27 +63,15 @@ def measure(
     elements = sum(math.prod(shape) for shape in shapes)
     compiled = compiled and len(shapes) <= MOST_COMPILED
     gradients, _, updates = make_contenders(rule, shapes, stages, compiled=compiled)
-    originals = [gradient.clone() for gradient in gradients]
     if elements >= BOUND:
         slots = rule.slots + ("average" in stages)
         norm_first = "unscale" in stages or "clip" in stages
         updates["limit"] = make_traffic(elements, slots, threads, folder, norm_first=norm_first)
-    repeats = 4 if elements < LARGE else 1
-
-    def turn(contender: str) -> float:
-        durations = []
-        for _ in range(repeats):
-            torch._foreach_copy_(gradients, originals)
-            begin = time.perf_counter()
-            updates[contender]()
-            durations.append(time.perf_counter() - begin)
-        return statistics.median(durations[repeats > 1 :])
-
-    turns = {contender: partial(turn, contender) for contender in updates}
+    measured = turns(gradients, updates, repeats=4 if elements < LARGE else 1)
     for _ in range(3):  # the compiler looks at an update without state, then at one with it
-        for warm_up in turns.values():
+        for warm_up in measured.values():
             warm_up()
-    return summary(in_turn(turns, seconds))
+    return summary(in_turn(measured, seconds))
 
 
 def print_row(name: str, times: dict[str, dict[str, float]]) -> None:

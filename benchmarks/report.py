@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_report
-from rules import FORMS, RULES
+
+from fastlr.bench.rules import FORMS, RULES
 
 HERE = Path(__file__).parent
 STEP = HERE / "results" / "step.json"

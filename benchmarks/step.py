@@ -17,7 +17,6 @@ import ctypes
 import itertools
 import json
 import math
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -27,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import PARAMETER_SETS
-from rounds import in_turn, summary
-from rules import FORMS, RULES, Rule, Step
 
 import fastlr
+from fastlr._build import processor
 from fastlr._files import write_text
+from fastlr.bench.models import PARAMETER_SETS
+from fastlr.bench.rounds import in_turn, summary
+from fastlr.bench.rules import FORMS, RULES, Rule, Step
 from fastlr.plotting import save
 
 LARGE = 5_000_000  # elements; from here on they lie in main memory
@@ -105,14 +105,6 @@ def measure(
         return statistics.median(durations[repeats > 1 :])
 
     return summary(in_turn({contender: partial(turn, contender) for contender in steps}, seconds))
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 def print_row(name: str, result: dict[str, dict[str, float]]) -> None:

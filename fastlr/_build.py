@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,3 +53,12 @@ def tell_of_missing_cuda(parameters: Iterable[torch.Tensor]) -> None:
         f"{info['cuda_status']}. {_core.CUDA_REMEDY}",
         stacklevel=2,
     )
+
+
+def processor() -> str:
+    """The processor's name, as far as the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

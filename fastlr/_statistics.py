@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Literal
 
+from fastlr._extras import extra
+
 CONFIDENCE = 0.95
 
 Outcome = Literal["above", "below", "a tie", "one run"]
@@ -45,7 +47,7 @@ class Comparison:
 
 
 def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """a against b, where the runs of one seed differ in the policy only.
+    """a against b, where the runs of one seed differ in the policy only. Needs SciPy.
 
     >>> compared([3.0, 4.0, 5.0], [1.0, 2.5, 2.5]).outcome
     'above'
@@ -58,7 +60,8 @@ def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
         return Comparison(gap)
     if len(set(differences)) == 1:  # without a spread Student's t has no interval
         return Comparison(gap, gap, gap)
-    from scipy import stats  # type: ignore[import-untyped]
+    with extra("demo"):
+        from scipy import stats  # type: ignore[import-untyped]
 
     low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, loc=gap, scale=stats.sem(differences))
     return Comparison(gap, float(low), float(high))

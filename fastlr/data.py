@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastlr._checks import choice, count, file_name, within
+from fastlr._extras import extra
 
 __all__ = ["Batches", "Dataset", "load"]
 
@@ -160,12 +161,8 @@ Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def _digits() -> Arrays:
-    try:
+    with extra("demo"):
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the digits come with scikit-learn: pip install 'fastlr[demo]'", name=error.name
-        ) from error
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32)
     y = torch.tensor(labels, dtype=torch.int64)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import html
+import io
 import math
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import TYPE_CHECKING
 
 import torch
 
 import fastlr
 from fastlr import _checks, _training, data, plotting
 from fastlr._checks import choice, file_name, flag
+from fastlr._extras import extra
 from fastlr._files import write_text
 from fastlr._progress import progress as shown_progress
 from fastlr._statistics import compared, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Outcome", "Report", "run"]
 
@@ -28,6 +34,8 @@ _MOMENTUM = 0.9
 _DECAY, _FIXED = "step decay", "fixed"
 _CYCLES = 4
 _POINTS = 30  # of the accuracy curves
+_NEVER = "not reached"
+_PHONE = 4.2  # inches of a picture, in which its text is as large as a phone's
 
 TABLE_NOTE = (
     "The target is what the best fixed rate has at its end, on average. Updates: the median over the runs of "
@@ -48,6 +56,16 @@ class _Task:
 
 
 _TASKS = {"digits": _Task(32, 8, 1500, 0.2), "fashion-mnist": _Task(64, 64, 2000, 0.0)}
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A picture of the page, and what it is shown as on a phone; both as data URLs."""
+
+    title: str
+    caption: str
+    wide: str
+    narrow: str
 
 
 @dataclass(frozen=True)
@@ -107,15 +125,15 @@ class Report:
             for run in outcome.accuracies
         ]
 
-    def _typical_updates(self, outcome: Outcome) -> str:
+    def updates_in_words(self, outcome: Outcome) -> str:
         """The median of all runs, those that never get there counted as the slowest."""
         updates = sorted(math.inf if n is None else n for n in self.updates_to_target(outcome))
-        return f"{median(updates):,.0f}" if median(updates) < math.inf else "not reached"
+        return f"{median(updates):,.0f}" if median(updates) < math.inf else _NEVER
 
     def verdict(self) -> list[str]:
         """The cyclic policy against the best fixed rate and the best step decay, in words."""
         cyclic, decay, fixed = self.compared
-        updates = ", ".join(f"{o.name}: {self._typical_updates(o)}" for o in (cyclic, fixed, decay))
+        updates = ", ".join(f"{o.name}: {self.updates_in_words(o)}" for o in (cyclic, fixed, decay))
         return [
             f"Final accuracy: {_comparison(cyclic, fixed)}.",
             f"Final accuracy: {_comparison(cyclic, decay)}.",
@@ -128,10 +146,10 @@ class Report:
         rows = [["policy", "learning rate", target, "final accuracy", "seconds"]]
         for outcome in self.outcomes:
             reached = sum(n is not None for n in self.updates_to_target(outcome))
-            when = self._typical_updates(outcome)
+            when = self.updates_in_words(outcome)
             if 0 < reached < len(outcome.accuracies):
                 runs = f"{reached} of {len(outcome.accuracies)} runs"
-                when = f"only in {runs}" if when == "not reached" else f"{when} ({runs})"
+                when = f"only in {runs}" if when == _NEVER else f"{when} ({runs})"
             rows.append([outcome.name, outcome.rates, when, spread(outcome.finals), f"{outcome.seconds:.2f}"])
         return rows
 
@@ -165,6 +183,10 @@ def run(
     task = _TASKS[name]
     updates = _checks.count("updates", task.updates if updates is None else updates, 40)
     seeds, progress = _checks.count("seeds", seeds), flag("progress", progress)
+    with extra("demo"):  # missed before the training, not after it
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import scipy  # type: ignore[import-untyped]  # noqa: F401
     folder = Path(file_name("out", out))
     folder.mkdir(parents=True, exist_ok=True)
     with _training.one_thread(), shown_progress(progress) as stage:
@@ -191,19 +213,7 @@ def run(
     names = ("range_test.png", "schedules.png", "accuracy.png", "index.html")
     files = tuple(folder / file for file in names)
     report = Report(found, range_test_seconds, measured_at, tuple(outcomes), files)
-    shown = [outcome.name for outcome in report.compared]
-    range_picture, schedule_picture, accuracy_picture, page = report.files
-    found.plot(range_picture)
-    plotting.plot_schedules(
-        {p.name: p.schedule for p in policies if p.name in shown}, updates, schedule_picture
-    )
-    plotting.plot_accuracy(
-        measured_at,
-        {o.name: o.accuracies for o in outcomes if o.name in shown},
-        accuracy_picture,
-        target=report.target,
-    )
-    write_text(page, _page(report, name, task, updates, seeds))
+    write_text(report.files[-1], _page(report, _draw(report, policies), name, task))
     return report
 
 
@@ -296,87 +306,78 @@ def _comparison(a: Outcome, b: Outcome) -> str:
     return f"{a.name} ended {found.outcome} {b.name} ({found.interval()})"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fastlr demo: {name}</title>
-<style>
-body {{ font: 16px/1.55 system-ui, sans-serif; color: #1f2937; }}
-body {{ max-width: 56rem; margin: 2.5rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; margin-bottom: 0.2rem; }}
-h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
-.lead {{ color: #6b7280; margin-top: 0; }}
-.verdict {{ border-left: 4px solid #0072b2; background: #f3f8fc; padding: 0.7rem 1rem; }}
-.verdict p {{ margin: 0.2rem 0; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: 0.35rem 0.6rem; border-bottom: 1px solid #e5e7eb; }}
-th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
-th {{ border-bottom: 2px solid #9ca3af; font-weight: 600; }}
-tr.cyclic td {{ font-weight: 600; }}
-figure {{ margin: 1rem 0; }}
-img {{ max-width: 100%; height: auto; }}
-figcaption {{ color: #4b5563; font-size: 0.92rem; }}
-</style>
-</head>
-<body>
-<h1>fastlr demo: {name}</h1>
-<p class="lead">{lead}</p>
-<div class="verdict">{verdict}</div>
-<h2>What each policy reached</h2>
-{table}
-<p>{table_note}</p>
-{figures}
-<h2>Setting</h2>
-<p>{setting}</p>
-</body>
-</html>
-"""
+def _draw(report: Report, policies: list[_Policy]) -> list[_Figure]:
+    """Saves the pictures, and keeps each once more as wide as a phone."""
+    shown = [outcome.name for outcome in report.compared]
+    schedules = {p.name: p.schedule for p in policies if p.name in shown}
+    accuracies = {o.name: o.accuracies for o in report.outcomes if o.name in shown}
+    runs = len(report.outcomes[0].accuracies)
+    bands = f"Mean over {runs} runs; the bands are one standard deviation wide to either side. "
+    drawn: list[tuple[str, str, Callable[..., Figure]]] = [
+        (
+            "The range test",
+            "The rate rises with every update. max_lr is where the validation accuracy stops improving, "
+            "base_lr a tenth of it; triangular2 cycles in the shaded range.",
+            partial(plotting.plot_range_test, report.found),
+        ),
+        (
+            "The schedules",
+            "What the optimizer's step evaluates; no scheduler object is involved.",
+            partial(plotting.plot_schedules, schedules, report.measured_at[-1]),
+        ),
+        (
+            "Accuracy against updates",
+            f"{bands if runs > 1 else ''}The best fixed rate and the best step decay are shown. The axis is "
+            "stretched towards 100 %, where policies differ.",
+            partial(plotting.plot_accuracy, report.measured_at, accuracies, target=report.target),
+        ),
+    ]
+    figures = []
+    for (title, caption, draw), path in zip(drawn, report.files, strict=False):
+        draw(path=path)
+        narrow = io.BytesIO()
+        draw(width=_PHONE).savefig(narrow, format="png", bbox_inches="tight")
+        figures.append(_Figure(title, caption, _data_url(path.read_bytes()), _data_url(narrow.getvalue())))
+    return figures
 
 
-def _page(report: Report, name: str, task: _Task, updates: int, seeds: int) -> str:
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(png).decode()}"
+
+
+def _page(report: Report, figures: list[_Figure], name: str, task: _Task) -> str:
     """The report as one page that needs no other file."""
+    import jinja2
+
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastlr"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     headings, *rows = report.table()
-    cells = [
-        "<tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in headings) + "</tr>",
-        *(
-            f"<tr{' class=cyclic' if i == 0 else ''}>"
-            + "".join(f"<td>{html.escape(text)}</td>" for text in row)
-            + "</tr>"
-            for i, row in enumerate(rows)
-        ),
-    ]
-    found, runs = report.found, f"{seeds} run{'s' if seeds > 1 else ''}"
-    captions = {
-        "The range test": "The rate rises with every update. max_lr is where the validation accuracy stops "
-        "improving, base_lr a tenth of it; triangular2 cycles in the shaded range.",
-        "The schedules": "What the optimizer's step evaluates; no scheduler object is involved.",
-        "Accuracy against updates": f"Mean over {runs}; the bands are one standard deviation wide to either "
-        "side. The best fixed rate and the best step decay are shown. The picture leaves out the climb from "
-        "chance.",
+    seeds, updates = len(report.outcomes[0].accuracies), report.measured_at[-1]
+    noise = f", with {task.label_noise:.0%} of the training labels drawn anew at random"
+    return pages.get_template("demo.html").render(
+        report=report,
+        name=name,
+        runs=f"{seeds} run{'s' if seeds > 1 else ''}",
+        tiles=[_tile(report, outcome) for outcome in report.compared],
+        headings=headings,
+        rows=rows,
+        table_note=TABLE_NOTE,
+        figures=figures,
+        setting=f"{name}{noise if task.label_noise else ''}; a network with one hidden layer of "
+        f"{task.hidden} units, batches of {task.batch_size}, {updates:,} updates, momentum {_MOMENTUM}. The "
+        f"range test took {len(report.found.lrs)} updates and {report.range_test_seconds:.1f} s, and "
+        "validated on a sixth of the training set. "
+        f"fastlr {fastlr.__version__}, PyTorch {torch.__version__}, one thread.",
+    )
+
+
+def _tile(report: Report, outcome: Outcome) -> dict[str, str]:
+    """What a policy reached, and when, as shown at the head of the page."""
+    when = report.updates_in_words(outcome)
+    when = when if when == _NEVER else f"after {when} updates"
+    return {
+        "name": outcome.name,
+        "accuracy": spread(outcome.finals),
+        "note": f"{100 * report.target:.1f} % {when}",
     }
-    figures = [
-        f'<h2>{title}</h2>\n<figure><img alt="{title}" src="data:image/png;base64,'
-        f'{b64encode(path.read_bytes()).decode()}">\n<figcaption>{caption}</figcaption></figure>'
-        for (title, caption), path in zip(captions.items(), report.files[:3], strict=True)
-    ]
-    noise = (
-        f", with {task.label_noise:.0%} of the training labels drawn anew at random"
-        if task.label_noise
-        else ""
-    )
-    return _PAGE.format(
-        name=html.escape(name),
-        lead=f"From a range test to a trained model: {len(report.outcomes)} policies, {runs} of each.",
-        verdict="".join(f"<p>{html.escape(sentence)}</p>" for sentence in report.verdict()),
-        table="<table>\n" + "\n".join(cells) + "\n</table>",
-        table_note=html.escape(TABLE_NOTE),
-        figures="\n".join(figures),
-        setting=html.escape(
-            f"{name}{noise}; a network with one hidden layer of {task.hidden} units, batches of "
-            f"{task.batch_size}, {updates:,} updates, momentum {_MOMENTUM}. The range test took "
-            f"{len(found.lrs)} updates and {report.range_test_seconds:.1f} s, and validated on a sixth of "
-            f"the training set. fastlr {fastlr.__version__}, PyTorch {torch.__version__}, one thread."
-        ),
-    )

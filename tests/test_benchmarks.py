@@ -15,6 +15,8 @@ import pytest
 import torch
 from native import toolchain
 
+from fastlr.bench import rounds, rules, updates
+
 
 @pytest.fixture(scope="module")
 def load() -> Iterator[Callable[[str], ModuleType]]:
@@ -27,7 +29,7 @@ def load() -> Iterator[Callable[[str], ModuleType]]:
 # -- rounds --------------------------------------------------------------------------------------
 
 
-def test_contenders_take_turns(load: Callable[[str], ModuleType]):
+def test_contenders_take_turns():
     order: list[str] = []
 
     def turn(name: str) -> Callable[[], int]:
@@ -37,13 +39,13 @@ def test_contenders_take_turns(load: Callable[[str], ModuleType]):
 
         return run
 
-    measured = load("rounds").in_turn({name: turn(name) for name in "abc"}, seconds=0.0, fewest=4)
+    measured = rounds.in_turn({name: turn(name) for name in "abc"}, seconds=0.0, fewest=4)
     assert "".join(order) == "bcacababcbca"
     assert measured == {"a": [7, 12], "b": [8, 10], "c": [9, 11]}
 
 
-def test_summary_compares_within_a_round(load: Callable[[str], ModuleType]):
-    found = load("rounds").summary({"fastlr": [1e-6, 2e-6, 4e-6], "other": [3e-6, 2e-6, 8e-6]})
+def test_summary_compares_within_a_round():
+    found = rounds.summary({"fastlr": [1e-6, 2e-6, 4e-6], "other": [3e-6, 2e-6, 8e-6]})
     assert found["fastlr"] == pytest.approx({"us": 2.0, "ratio": 1.0, "rounds": 3})
     assert found["other"] == pytest.approx({"us": 3.0, "ratio": 2.0, "rounds": 3})
 
@@ -102,19 +104,19 @@ def pipeline(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
 def test_every_contender_makes_the_same_updates(pipeline: ModuleType, rule: str):
-    contest = pipeline.RULES[rule]
-    for stages in pipeline.CASES.values():
-        gradients, models, updates = pipeline.make_contenders(contest, [(7, 3), (5,)], stages)
-        assert list(updates) == [
+    contest = rules.RULES[rule]
+    for stages in updates.CASES.values():
+        gradients, models, steps = updates.make_contenders(contest, [(7, 3), (5,)], stages)
+        assert list(steps) == [
             name
-            for name in pipeline.CONTENDERS
-            if (name != pipeline.TORCHS_SCALER or "unscale" in stages)
+            for name in updates.CONTENDERS
+            if (name != updates.TORCHS_SCALER or "unscale" in stages)
             and (name != "torch fused" or contest.has_fused)
         ]
         originals = [gradient.clone() for gradient in gradients]
         start = models["fastlr"][0].detach().clone()
         for _ in range(5):
-            for update in updates.values():
+            for update in steps.values():
                 torch._foreach_copy_(gradients, originals)
                 update()
         assert not torch.equal(models["fastlr"][0], start)
@@ -130,14 +132,14 @@ def test_the_whole_update_is_measured(pipeline: ModuleType, monkeypatch: pytest.
     given = ["--rules", "sgd", "rmsprop", "--sets", "tiny", "--threads", "1", "--seconds", "0"]
     monkeypatch.setattr("sys.argv", ["pipeline.py", *given, "--compile", "clip", "--out", str(tmp_path)])
     pipeline.main()
-    cases = pipeline.CASES
+    cases = updates.CASES
     results = json.loads((tmp_path / "pipeline.json").read_text())["results"]
     assert [(r["rule"], r["case"]) for r in results] == [(k, c) for k in ("sgd", "rmsprop") for c in cases]
     for result in results:
         names = {"fastlr", "torch foreach", "limit"}
         names |= {"torch fused"} if result["rule"] == "sgd" else set()
-        names |= {pipeline.TORCHS_SCALER} if "unscale" in cases[result["case"]] else set()
-        names |= {pipeline.COMPILED} if result["case"] == "clip" else set()
+        names |= {updates.TORCHS_SCALER} if "unscale" in cases[result["case"]] else set()
+        names |= {updates.COMPILED} if result["case"] == "clip" else set()
         assert set(result["times"]) == names
         assert all(found["us"] > 0 for found in result["times"].values())
     ((sets, bars, *_),) = drawn

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pickle
+import platform
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import fastlr
-from fastlr import cli
+from fastlr import bench, cli, doctor
 
 
 def run(capsys, *arguments):
@@ -107,13 +115,71 @@ def test_a_policy_is_drawn(capsys, tmp_path, policy, options):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_policy_is_drawn_in_the_terminal(capsys, monkeypatch):
+    """A row for each stretch, its bar as long as the highest value there."""
+    pytest.importorskip("rich", reason="bars are rich's")
+    monkeypatch.setenv("COLUMNS", "90")
+    code, out, err = run(capsys, "schedule", "triangular", *TRIANGULAR, "--steps", 240)
+    assert (code, err) == (0, "")
+    title, heading, *rows = out.splitlines()
+    assert title.strip() == "Triangular: learning rate, 240 updates"
+    assert heading.split() == ["updates", "from", "lowest", "highest"]
+    schedule = fastlr.Triangular(0.0, 0.8, 60)
+    assert len(rows) == 24
+    bars = []
+    for row, start in zip(rows, range(0, 240, 10), strict=True):
+        cells = row.split()
+        values = schedule.values(start, start + 10)
+        assert cells[0] == str(start)
+        assert [float(cell) for cell in cells[1:3]] == pytest.approx([values.min(), values.max()], rel=1e-3)
+        bars.append((values.max(), len(cells[3])))
+    longest = max(length for _, length in bars)
+    assert longest > 40
+    assert all(abs(length - longest * value / 0.8) <= 1 for value, length in bars)
+
+
+TRIANGULAR = ["--base", "0", "--max", "0.8", "--step-size-up", "60"]
+
+
+@pytest.mark.parametrize(
+    ("line", "rows"),
+    [
+        ("cosine --start 0.1 --end 0 --steps 5", 6),
+        ("constant --value 0 --steps 3", 3),
+        ("cosine --start 0.1 --end 0 --steps 9000000000000000000", 24),
+    ],
+)
+def test_short_level_and_long_schedules_are_drawn_in_the_terminal(capsys, line, rows):
+    pytest.importorskip("rich", reason="bars are rich's")
+    code, out, err = run(capsys, "schedule", *line.split())
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2 + rows
+
+
+def test_a_policys_json_is_read_back(capsys):
+    schedule = fastlr.Cosine(0.1, 0.0, 4)
+    line = ["schedule", "cosine", "--start", 0.1, "--end", 0, "--steps", 4, "--json"]
+    code, out, err = run(capsys, *line)
+    read = json.loads(out)
+    assert (code, err) == (0, "")
+    assert fastlr.Schedule.from_dict(read["schedule"]) == schedule
+    assert (read["quantity"], read["duration"]) == ("learning rate", 4)
+    assert (read["clocks"], read["values"]) == ([0, 1, 2, 3, 4], schedule.values(0, 5).tolist())
+    _, out, _ = run(capsys, *line, "--at", 3, 1)
+    assert (json.loads(out)["clocks"], json.loads(out)["values"]) == ([3, 1], [schedule(3), schedule(1)])
+
+
 ERRORS = {
     "out of range": ("schedule triangular --base 0.1 --max 0.01 --step-size-up 5 --at 0", 1, "max must be"),
     "negative clock": ("schedule constant --value 1 --at -1", 1, "clock must be"),
     "no end": ("schedule constant --value 1 --out {}/a.png", 1, "no end"),
     "unknown format": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/a.docx", 1, "docx"),
     "no such folder": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/b/a.png", 1, "No such file"),
-    "neither picture nor values": ("schedule constant --value 1", 2, "give --out FILE"),
+    "no end in the terminal": ("schedule constant --value 1", 1, "no end"),
+    "no end in JSON": ("schedule constant --value 1 --json", 1, "no end"),
+    "unknown rule": ("bench --rules lion", 2, "lion"),
+    "no thread": ("bench --threads 0", 1, "threads must be an integer >= 1, got 0"),
+    "unknown shell": ("completion cmd", 2, "cmd"),
     "missing option": ("schedule constant --at 0", 2, "--value"),
     "unknown option": ("schedule constant --value 1 --gamma 2 --at 0", 2, "--gamma"),
     "unknown policy": ("schedule sawtooth --at 0", 2, "sawtooth"),
@@ -140,7 +206,7 @@ def test_errors_are_said_and_set_the_exit_code(capsys, tmp_path, line, code, mes
 
 
 def test_the_demo_prints_table_verdict_and_report(capsys, tmp_path):
-    for package in ("matplotlib", "rich", "sklearn"):
+    for package in ("jinja2", "matplotlib", "scipy", "sklearn"):
         pytest.importorskip(package, reason=f"the demo needs {package}")
     code, out, _ = run(capsys, "demo", "--out", tmp_path / "report", "--seeds", 2, "--updates", 40)
     assert code == 0
@@ -198,10 +264,14 @@ def factories(tmp_path, monkeypatch):
     (tmp_path / "jobs" / "__init__.py").write_text("")
     (tmp_path / "jobs" / "made.py").write_text(FACTORIES)
     (tmp_path / "jobs" / "needy.py").write_text("import no_such_package")
+    (tmp_path / "jobs" / "notes.txt").write_text("def job(): ...")
+    (tmp_path / "jobs" / "random.py").write_text("def job(): ...")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in [name for name in sys.modules if name.split(".")[0] == "jobs"]:
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ("helper", "jobs", "made", "my-train")
+    ]:
         del sys.modules[name]
 
 
@@ -220,7 +290,7 @@ def test_a_range_test_of_ones_own_is_run_and_kept(capsys, factories, factory):
 
 def test_options_of_the_range_test_are_passed_on(capsys, factories):
     options = "--start-lr 0.001 --end-lr 0.5 --num-steps 40 --sweep linear --staircase 2 --repeats 2"
-    options += " --accumulate 2 --val-every 2 --val-batches 1 --backup host --no-progress"
+    options += " --diverge-factor 9 --accumulate 2 --val-every 2 --val-batches 1 --backup host --no-progress"
     run(capsys, "range-test", "jobs.made:learns", *options.split())
     found = fastlr.RangeTestResult.from_json("report/range_test.json")
     assert (found.lrs[0], len(found.repeats), found.sweep) == (0.001, 2, "linear")
@@ -238,7 +308,15 @@ def test_without_an_answer_the_report_is_written_and_the_exit_code_is_1(capsys, 
 
 
 RANGE_TEST_ERRORS = {
-    "no colon": ("jobs.made", "must be given as package.module:function, got 'jobs.made'"),
+    "no colon": (
+        "jobs.made",
+        "must be given as package.module:function or ./file.py:function, got 'jobs.made'",
+    ),
+    "no function's name": ("jobs.made:", "must be given as package.module:function or ./file.py:function"),
+    "no file": ("jobs/missing.py:job", "No such file or directory: 'jobs/missing.py'"),
+    "no Python file": ("jobs/notes.txt:job", "notes.txt is no Python file"),
+    "no function in the file": ("jobs/made.py:missing", "jobs/made.py has no function missing"),
+    "a file called as a module": ("jobs/random.py:job", "rename the file"),
     "no module": ("jobs.missing:job", "there is no module jobs.missing"),
     "no package": ("nowhere.at.all:job", "there is no module nowhere"),
     "no function": ("jobs.made:missing", "jobs.made has no function missing"),
@@ -267,20 +345,71 @@ def test_a_range_test_that_cannot_be_run_says_why(capsys, factories, line, messa
     assert not (factories / "report").exists()
 
 
-def test_a_package_that_the_factory_misses_is_its_own_affair(capsys, factories):
+@pytest.mark.parametrize("where", ["jobs.needy", "jobs/needy.py"])
+def test_a_package_that_the_factory_misses_is_its_own_affair(capsys, factories, where):
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        run(capsys, "range-test", "jobs.needy:job")
+        run(capsys, "range-test", f"{where}:job")
+    assert "needy" not in sys.modules
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
-def test_a_missing_package_is_named_with_its_remedy(capsys, tmp_path, monkeypatch, package):
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+IN_A_FILE = """
+import helper
+
+class Kept:
+    pass
+
+def setup():
+    return helper.as_dict()
+
+if __name__ == "__main__":
+    raise SystemExit("the script itself was run")
+"""
+
+
+def test_the_factory_may_stand_in_a_file(capsys, factories):
+    """With what lies beside it, as if it were run; JSON says the same as the report."""
+    folder = factories / "elsewhere"
+    folder.mkdir()
+    (folder / "my-train.py").write_text(IN_A_FILE)
+    (folder / "helper.py").write_text(FACTORIES)
+    line = ["range-test", "elsewhere/my-train.py:setup", "--num-steps", 150, "--no-progress", "--json"]
+    code, out, err = run(capsys, *line)
+    assert (code, err) == (0, "")
+    assert json.loads(out) == fastlr.RangeTestResult.from_json("report/range_test.json").to_dict()
+    # A loader's worker finds what it is sent by the name of its module.
+    module = sys.modules["my-train"]
+    assert isinstance(pickle.loads(pickle.dumps(module.Kept())), module.Kept)
+    assert importlib.util.find_spec("my-train").origin == str(folder / "my-train.py")
+    _, again, _ = run(capsys, *line)
+    assert json.loads(again) == json.loads(out)
+    assert sys.modules["my-train"] is module
+
+
+MISSING = {
+    "jinja2": ("demo --seeds 1 --updates 40 --out {}", "jinja2", "demo"),
+    "matplotlib": ("demo --seeds 1 --updates 40 --out {}", "matplotlib", "demo"),
+    "scipy": ("demo --seeds 2 --updates 40 --out {}", "scipy", "demo"),
+    "sklearn": ("demo --seeds 1 --updates 40 --out {}", "scikit-learn", "demo"),
+    "rich": ("schedule cosine --start 1 --end 0 --steps 9", "rich", "cli"),
+    "matplotlib, plot": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/a.png", "matplotlib", "plot"),
+    "shtab": ("completion bash", "shtab", "cli"),
+}
+
+
+@pytest.mark.parametrize(("package", "case"), MISSING.items(), ids=MISSING.keys())
+def test_a_missing_package_is_named_with_its_remedy(capsys, tmp_path, monkeypatch, package, case):
+    line, name, extra = case
+    if line.startswith("demo"):
+        for needed in {"jinja2", "matplotlib", "scipy", "sklearn"} - {package}:
+            pytest.importorskip(needed, reason=f"the demo needs {needed}")
+    package = package.split(",")[0]
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "fastlr.plotting.picture", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    code, _, err = run(capsys, "demo", "--out", tmp_path, "--seeds", 1, "--updates", 40)
-    assert code == 1
-    assert package.replace("sklearn", "scikit-learn") in err
-    assert "pip install 'fastlr[demo]'" in err
+    code, _, err = run(capsys, *line.format(tmp_path).split())
+    assert code == 1  # and no run was made in vain
+    assert err == f"fastlr: error: {name} is not installed; pip install 'fastlr[{extra}]' brings it\n"
 
 
 def test_an_interruption_is_no_traceback(capsys, monkeypatch):
@@ -295,12 +424,182 @@ def test_an_interruption_is_no_traceback(capsys, monkeypatch):
 def test_doctor_prints_what_build_info_knows(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    lines = out.splitlines()
-    assert len(lines) == len(fastlr.build_info())
+    lines = [" ".join(line.split()) for line in out.splitlines()]
     for key, value in fastlr.build_info().items():
-        (line,) = [line for line in lines if line.startswith(key.replace("_", " ") + "  ")]
-        for part in value if isinstance(value, list) else [value]:
-            assert str(part) in line
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        assert (
+            f"torch version {text}" if key == "torch" else f"fastlr {key.replace('_', ' ')} {text}"
+        ) in lines
+    assert f"machine python {platform.python_implementation()} {platform.python_version()}" in lines
+
+
+def test_doctors_json_says_the_same(capsys):
+    _, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    info = fastlr.build_info()
+    assert report["torch"]["version"] == info.pop("torch")
+    assert report["fastlr"] == info
+
+
+# What build_info() says, the GPUs that there are, and what is then told.
+DOCTORS = {
+    "all in use": ({}, ["a GPU"], []),
+    "no CUDA": ({"cuda": False}, [], ["CUDA kernels: no nvcc; there is no GPU that PyTorch could use here"]),
+    "no CUDA for a GPU": ({"cuda": False}, ["a GPU"], ["CUDA kernels: no nvcc"]),
+    "no GPU": ({}, [], ["CUDA kernels: PyTorch finds no GPU (driver's CUDA: 13.0)"]),
+    "slower code": ({"simd_level": "old"}, ["a GPU"], ["SIMD level new: old was asked for"]),
+    "no OpenMP": ({"openmp_runtime": None}, ["a GPU"], ["threads: PyTorch loaded no OpenMP runtime"]),
+    "idle cores": ({"threads": 1}, ["a GPU"], ["threads: PyTorch has 1 for 2 cores"]),
+    "no DLPack": (
+        {"tensor_access": "data_ptr()"},
+        ["a GPU"],
+        ["DLPack exchange API: PyTorch has it from 2.10"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("info", "devices", "said"), DOCTORS.values(), ids=DOCTORS.keys())
+def test_the_doctor_says_what_is_not_in_use_and_why(capsys, monkeypatch, info, devices, said):
+    whole = {"version": "1", "torch": "2", "cuda": True, "cuda_status": "no nvcc", "cuda_driver": "13.0"}
+    whole |= {"simd_levels": ["old", "new"], "simd_level": "new", "openmp_runtime": "a.so", "threads": 2}
+    whole |= {"tensor_access": "DLPack exchange API", **info}
+    monkeypatch.setattr(fastlr, "build_info", lambda: whole)
+    monkeypatch.setattr(doctor, "_devices", lambda: devices)
+    monkeypatch.setattr(doctor, "_cores", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    _, out, _ = run(capsys, "doctor")
+    told = [line[2:] for line in out.splitlines() if line.startswith("- ")]
+    assert len(told) == len(said)
+    assert all(line.startswith(start) for line, start in zip(told, said, strict=True))
+    assert ("everything that could be used is in use" in out) == (not said)
+
+
+def test_the_doctor_knows_the_extras_packages(monkeypatch):
+    lines = ["torch>=2.6", 'rich>=13; extra == "demo"', "no_such [x]>1 ; extra == 'plot'"]
+    lines += ["pytest>=8; extra == 'test'", 'fastlr[demo]; extra == "test"']
+    monkeypatch.setattr(doctor, "requires", lambda name: lines)
+    installed = importlib.metadata.version
+    monkeypatch.setattr(doctor, "version", lambda name: "1" if name == "rich" else installed(name))
+    report = doctor.examined()
+    assert report["packages"] == {"no_such": None, "rich": "1"}
+    assert ["packages", "no_such", "not installed"] in doctor.table(report)
+
+
+# -- bench ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_bench(monkeypatch):
+    monkeypatch.setattr(bench, "PARAMETER_SETS", {"tiny": [(3, 2), (5,)], "tinier": [(2,)]})
+    monkeypatch.setattr(bench, "SETS", ("tiny", "tinier"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+
+
+def test_the_bench_has_a_row_for_each_update(capsys, small_bench):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    code, out, err = run(capsys, "bench", "--seconds", 0, "--threads", 1, "--rules", "sgd", "rmsprop")
+    assert code == 0
+    assert err.splitlines()[0].startswith("sgd, 4 runs")
+    assert "threads 1" in out.splitlines()[0]
+    heading, *rows = [re.split(r"  +", line) for line in out.splitlines()[3:]]
+    assert heading == ["rule", "update", "parameters", "fastlr", "torch fused", "torch foreach"]
+    assert [tuple(row[:3]) for row in rows] == [
+        (rule, update, name)
+        for rule in ("sgd", "rmsprop")
+        for update in ("step", "clip, step, average")
+        for name in ("tiny", "tinier")
+    ]
+    for row in rows:
+        assert float(row[3].replace(",", "")) > 0
+        assert (row[4] == "none") == (row[0] == "rmsprop")
+        assert re.fullmatch(r"[\d,.]+ \(\d+\.\d\dx\)", row[5])
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_benchs_json_says_what_was_measured(capsys, small_bench):
+    code, out, _ = run(capsys, "bench", "--seconds", 0, "--rules", "sgd", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["machine"]["fastlr"] == fastlr.__version__
+    first = report["rows"][0]
+    assert (first["parameters"], first["tensors"], first["elements"]) == ("tiny", 2, 11)
+    assert list(first["times"]) == ["fastlr", "torch fused", "torch foreach"]
+    assert all(t["us"] > 0 and t["ratio"] > 0 and t["rounds"] == 5 for t in first["times"].values())
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.9, False), (1.1, True), (None, False)])
+def test_the_bench_says_when_the_machine_is_busy(capsys, small_bench, monkeypatch, load, busy):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    if load is None:
+        monkeypatch.delattr(os, "getloadavg", raising=False)
+    else:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    _, out, _ = run(capsys, "bench", "--seconds", 0, "--rules", "rmsprop")
+    assert ("busy before this began (load 1.1 on 4 cores)" in out) == busy
+
+
+# -- help and completion --------------------------------------------------------------------------------
+
+
+def commands_of(parser):
+    (found,) = [action.choices for action in parser._actions if hasattr(action.choices, "values")]
+    return found
+
+
+def test_every_example_of_the_help_can_be_given():
+    parsed = 0
+    for name, command in commands_of(cli.parser()).items():
+        examples = re.findall(r"^  (?:eval \"\$\()?fastlr ([^)>\n]*)", command.epilog, re.MULTILINE)
+        assert examples, name
+        for example in examples:
+            if not example.endswith("--help"):
+                parsed += bool(cli.parser().parse_args(example.split()).command)
+    assert parsed >= 15
+
+
+def test_every_argument_has_a_help():
+    def check(parser):
+        for action in parser._actions:
+            if hasattr(action.choices, "values"):
+                for command in action.choices.values():
+                    check(command)
+            else:
+                assert action.help, (parser.prog, action.dest)
+                assert "``" not in action.help
+
+    check(cli.parser())
+
+
+def test_the_help_says_what_the_exit_codes_are(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    codes = out.split("exit codes:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  (\d+) ", codes, re.MULTILINE) == ["0", "1", "2", "130"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(capsys, shell):
+    pytest.importorskip("shtab", reason="completion is shtab's")
+    code, out, _ = run(capsys, "completion", shell)
+    assert code == 0
+    for word in ("range-test", "triangular2", "num-steps", "step-size-up"):
+        assert word in out
+
+
+def test_bash_completes(capsys, tmp_path):
+    """Commands, and the files that a command takes."""
+    pytest.importorskip("shtab", reason="completion is shtab's")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    (tmp_path / "train.py").touch()
+    _, script, _ = run(capsys, "completion", "bash")
+    (function,) = re.findall(r"^complete .*-F (\S+) fastlr$", script, re.MULTILINE)
+    for words in ("fastlr schedule triang", "fastlr range-test tra"):
+        script += f"\nCOMP_WORDS=({words}); COMP_CWORD=2; {function}; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.splitlines() == ["triangular triangular2", "train.py"]
 
 
 def test_version(capsys):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from statistics import mean, median
 
@@ -13,7 +16,7 @@ import torch
 import fastlr
 from fastlr import demo
 
-for package in ("matplotlib", "rich", "scipy", "sklearn"):
+for package in ("jinja2", "matplotlib", "rich", "scipy", "sklearn"):
     pytest.importorskip(package, reason=f"the demo needs {package}")
 
 SEEDS, UPDATES = 2, 60
@@ -31,13 +34,13 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.pictures, self.references, self.open = [], [], [], []
+        self.rows, self.pictures, self.narrow, self.references, self.open = [], [], [], [], []
         self.text = ""
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -45,7 +48,8 @@ class Page(HTMLParser):
             self.rows[-1].append("")
         for name, value in attrs:
             if name in ("src", "href", "action", "data", "srcset"):
-                (self.pictures if tag == "img" else self.references).append(value)
+                lists = {"img": self.pictures, "source": self.narrow}
+                lists.get(tag, self.references).append(value)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -75,16 +79,55 @@ def test_the_page_needs_no_other_file(report):
     assert "url(" not in text
     assert "@import" not in text
     prefix = "data:image/png;base64,"
-    assert all(picture.startswith(prefix) for picture in page.pictures)
+    assert all(picture.startswith(prefix) for picture in page.pictures + page.narrow)
     contents = [base64.b64decode(picture.removeprefix(prefix)) for picture in page.pictures]
     assert contents == [path.read_bytes() for path in report.files[:3]]
+    assert len(set(page.narrow)) == 3
+    for wide, narrow in zip(contents, page.narrow, strict=True):
+        drawn = base64.b64decode(narrow.removeprefix(prefix))
+        widths = [int.from_bytes(png[16:20], "big") for png in (drawn, wide)]
+        assert 600 < widths[0] < 750 < 1000 < widths[1]
 
 
 def test_the_page_holds_table_and_verdict(report):
-    page = Page(report.files[-1].read_text(encoding="utf-8"))
-    assert page.rows == report.table()
+    page = Page(report.files[-1].read_text(encoding="utf-8").replace("\u00a0", " "))
+    rows = report.table()
+    assert page.rows == rows
     for sentence in report.verdict():
         assert sentence in page.text
+    for outcome in report.compared:
+        (accuracy,) = (row[3] for row in rows if row[0] == outcome.name)
+        assert f"{outcome.name}{accuracy}" in page.text
+
+
+def test_the_page_fits_a_phone_and_a_desk(report, tmp_path):
+    """In a browser nothing is wider than the window, and the pictures are those for it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("there is no Chromium to show the page")
+    measure = """<script>onload = () => {
+      const shown = [...document.images].map(image => image.currentSrc === image.src ? "wide" : "narrow");
+      document.title = [document.documentElement.scrollWidth, ...shown].join(" ");
+    }</script></body>"""
+    text = report.files[-1].read_text(encoding="utf-8").replace("</body>", measure)
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [
+        "--window-size=1300,900",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    for width, kind in ((390, "narrow"), (1200, "wide")):
+        # Chromium makes no window as narrow as a phone: a frame in it is.
+        frame = f'<iframe src="page.html" style="border: 0; width: {width}px; height: 800px"></iframe>'
+        show = "<script>onload = () => { document.title = frames[0].document.title }</script>"
+        (tmp_path / "frame.html").write_text(f"<title></title><body>{frame}{show}</body>")
+        address = str(tmp_path / "frame.html")
+        done = subprocess.run([*command, address], capture_output=True, text=True, timeout=60)
+        found = re.search("<title>([^<]*)", done.stdout)
+        assert found, done.stderr
+        assert found[1].split() == [str(width), *[kind] * 3]
 
 
 def test_the_table_is_complete_and_says_what_the_runs_say(report):

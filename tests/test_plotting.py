@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -95,8 +96,8 @@ def test_without_an_answer_the_picture_says_why():
     result = RESULTS["no answer"]
     figure = result.plot()
     assert not figure.axes[0].patches
-    assert result.reason in figure.texts[0].get_text()
-    assert RESULTS["stopped"].stopped in RESULTS["stopped"].plot().texts[0].get_text()
+    assert result.reason in figure.texts[-1].get_text()
+    assert RESULTS["stopped"].stopped in RESULTS["stopped"].plot().texts[-1].get_text()
 
 
 def test_another_metric_is_named_and_not_scaled():
@@ -111,6 +112,40 @@ def test_a_loss_that_explodes_does_not_hide_the_rest():
     low, high = fastlr.RangeTestResult(LRS, losses).plot().axes[0].get_ylim()
     assert low < BOWL.min()
     assert BOWL[0] < high < 10 * BOWL[0]
+
+
+def within(axes, line):
+    """Whether no part of a line is cut off by the limits of its axes."""
+    ends = zip((line.get_xdata(), line.get_ydata()), (axes.get_xlim(), axes.get_ylim()), strict=True)
+    return all(np.nanmin(data) > low and np.nanmax(data) < high for data, (low, high) in ends)
+
+
+@pytest.mark.parametrize("width", [4.2, 8.6])
+@pytest.mark.parametrize("name", ["loss", "loss and accuracy", "linear", "stopped", "repeats"])
+def test_no_line_of_a_range_test_is_cut(name, width):
+    figure = plotting.plot_range_test(RESULTS[name], width=width)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        smooth = [line for line in axes.lines if line.get_label() == "smoothed"]
+        assert [within(axes, line) for line in smooth] == [True]
+
+
+def test_a_loss_that_rises_again_is_seen_to_its_end():
+    losses = np.where(LRS > 0.1, 2.5 * BOWL[0], BOWL)
+    axes = fastlr.RangeTestResult(LRS, losses).plot().axes[0]
+    assert within(axes, axes.lines[1])
+
+
+@pytest.mark.parametrize("width", [4.2, 8.6])
+def test_legends_stand_where_there_is_room(width):
+    figure = plotting.plot_range_test(RESULTS["loss and accuracy"], width=width)
+    figure.canvas.draw()
+    assert figure.get_figwidth() == width
+    for axes in figure.axes:
+        legend, panel = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert (legend.x0 > panel.x1) == (width > 6)
+        assert (legend.y0 >= panel.y1) == (width < 6)
+        assert panel.width > 0.55 * figure.bbox.width
 
 
 SCHEDULES = {
@@ -203,6 +238,48 @@ def test_accuracy_bands_are_one_standard_deviation():
     np.testing.assert_allclose([at_20.min(), at_20.max()], [80, 88])
     assert texts(figure) == ["a", "b", "target 90.0 %"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("updates", "test accuracy (%)")
+
+
+@pytest.mark.parametrize("width", [4.2, 7.2])
+def test_no_accuracy_is_cut(width):
+    """From the climb at the start to the very best."""
+    runs = np.array([[0.0, 0.08, 0.80, 0.97, 1.0], [0.0, 0.12, 0.84, 0.99, 1.0]])
+    axes = plotting.plot_accuracy([1, 2, 3, 4, 5], {"a": runs}, target=0.95, width=width).axes[0]
+    assert all(within(axes, line) for line in axes.lines[:1])
+    low, high = axes.get_ylim()
+    assert -25 < low < 0
+    assert 100 < high < 100.2
+    ticks = axes.get_yticks()
+    assert ticks.min() >= low
+    assert ticks.max() <= high
+    # Half of the errors take as much of the axis, wherever they are.
+    places = axes.transData.transform([[1, y] for y in (60, 80, 90, 95)])[:, 1]
+    np.testing.assert_allclose(np.diff(places), np.diff(places)[0], rtol=0.05)
+
+
+def test_accuracies_that_are_all_the_same_are_drawn():
+    for accuracy in (0.0, 0.9, 1.0):
+        axes = plotting.plot_accuracy([1, 2], {"a": [[accuracy, accuracy]]}).axes[0]
+        axes.figure.canvas.draw()
+        low, high = axes.get_ylim()
+        assert low < 100 * accuracy < high
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, np.nan])
+def test_a_picture_has_a_width(width):
+    plots = [
+        partial(plotting.plot_range_test, RESULTS["loss"]),
+        partial(plotting.plot_schedules, {"a": fastlr.Constant(1.0)}, 10),
+        partial(plotting.plot_accuracy, [1, 2], {"a": [[0.1, 0.2]]}),
+    ]
+    for plot in plots:
+        with pytest.raises(ValueError, match="width must be"):
+            plot(width=width)
+
+
+def test_a_schedule_that_is_zero_is_seen():
+    axes = fastlr.Cosine(0.1, 0.0, 100).plot().axes[0]
+    assert within(axes, axes.lines[0])
 
 
 def test_pyplot_and_the_display_stay_out_of_it(tmp_path):

@@ -44,9 +44,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
     sources = {
         PurePosixPath(path.relative_to(toolchain.ROOT).as_posix())
         for path in (toolchain.ROOT / "fastlr").rglob("*")
-        if path.suffix in (".py", ".pyi", ".typed")
+        if path.suffix in (".html", ".py", ".pyi", ".typed")
     }
-    assert {PurePosixPath("fastlr/py.typed"), PurePosixPath("fastlr/_core.pyi")} <= sources
+    assert {PurePosixPath(f"fastlr/{n}") for n in ("py.typed", "_core.pyi", "templates/demo.html")} <= sources
     compiled = [n for n in names if n.suffix == ".so"]
     assert len(compiled) == 1, compiled
     assert compiled[0].match("fastlr/_core*.so")

@@ -31,9 +31,9 @@ from benchmarks.claims.tasks import (
     task_of,
     with_seeds,
 )
-from benchmarks.models import PARAMETER_SETS
-from benchmarks.rounds import in_turn, summary
 from fastlr._statistics import spread
+from fastlr.bench.models import PARAMETER_SETS
+from fastlr.bench.rounds import in_turn, summary
 from fastlr.plotting import save
 from fastlr.plotting.figure import COLORS, GREY, new_figure
 

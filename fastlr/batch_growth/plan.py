@@ -19,7 +19,7 @@ from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.growth import BatchScale, grown_phases
 from fastlr.batch_growth.phase import Phase
 from fastlr.batch_growth.scaling import SCALINGS, Scaling, noise_scale
-from fastlr.batch_growth.table import table
+from fastlr.batch_growth.table import as_html, as_text
 from fastlr.batch_growth.updates import TAILS, Tail, Update, Updates
 from fastlr.schedules import Constant, Schedule
 
@@ -473,7 +473,11 @@ class BatchPlan:
 
     def __str__(self) -> str:
         """The phases as a table."""
-        return table(self)
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The same table, as a notebook shows it."""
+        return as_html(self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws batch size, rate and noise scale over the epochs. Needs matplotlib.

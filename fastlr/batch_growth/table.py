@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from fastlr._tables import html_table
 from fastlr.batch_growth.division import divide
 from fastlr.batch_growth.phase import Phase
 from fastlr.batch_growth.updates import Tail, Updates
@@ -46,34 +47,52 @@ class Plan(Protocol):
     def total_updates(self) -> int: ...
 
 
-def table(plan: Plan) -> str:
-    shown = _folded(plan.phases) if len(plan.phases) > _ROWS else plan.phases
-    rows = [_row(plan, phase) for phase in shown]
-    hidden = len(rows) - _ROWS
-    if hidden > 0:
-        rows[_ROWS // 2 : -_ROWS // 2] = [("...",) + ("",) * (len(_HEADINGS) - 1)]
-    totals = ("total", f"{plan.total_samples:,}", "", "", "", "", "", f"{plan.total_updates:,}")
-    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, totals, strict=True)]
+class _Table(NamedTuple):
+    title: str
+    rows: list[tuple[str, ...]]  # the last: the totals
+    notes: list[str]
+
+
+def as_text(plan: Plan) -> str:
+    """The table in aligned columns."""
+    title, rows, notes = _table(plan)
+    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
     rule = "-" * len(line(_HEADINGS))
+    *phases, totals = map(line, rows)
+    return "\n".join([title, "", line(_HEADINGS), rule, *phases, rule, totals, *notes])
+
+
+def as_html(plan: Plan) -> str:
+    """The table as a notebook shows it."""
+    title, rows, notes = _table(plan)
+    return html_table(title, rows, _HEADINGS, notes)
+
+
+def _table(plan: Plan) -> _Table:
+    shown = _folded(plan.phases) if len(plan.phases) > _ROWS else plan.phases
+    rows = [_row(plan, phase) for phase in shown]
+    hidden = len(rows) - _ROWS
+    notes = []
+    if hidden > 0:
+        rows[_ROWS // 2 : -_ROWS // 2] = [("...",) + ("",) * (len(_HEADINGS) - 1)]
+        notes.append(f"{hidden:,} of {len(shown):,} batch sizes are not shown.")
+    rows.append(("total", f"{plan.total_samples:,}", "", "", "", "", "", f"{plan.total_updates:,}"))
     kind = plan.mode if plan.scaling == "linear" else f"{plan.mode}, {plan.scaling} scaling"
     each = "" if plan.sequence_length is None else f" of {plan.sequence_length:,} tokens"
     title = (
         f"Batch plan ({kind}): {plan.epochs:,} epochs of {plan.dataset_size:,} samples{each}, "
         f'tail="{plan.tail}"'
     )
-    lines = [title, "", line(_HEADINGS), rule, *(line(row) for row in rows), rule, line(totals)]
-    if hidden > 0:
-        lines.append(f"{hidden:,} of {len(shown):,} batch sizes are not shown.")
     first = plan.batch_sizes[0]
     fixed = Updates((0,), (first,), plan.dataset_size, plan.epochs, plan.tail).total
     if fixed > 1.05 * plan.total_updates:
         times = fixed / plan.total_updates
-        lines.append(f"With batches of {first:,} throughout: {fixed:,} updates, {times:.2g} times as many.")
-    return "\n".join(lines)
+        notes.append(f"With batches of {first:,} throughout: {fixed:,} updates, {times:.2g} times as many.")
+    return _Table(title, rows, notes)
 
 
 def _folded(phases: Iterable[Phase]) -> list[Phase]:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fastlr._checks import describe, file_name
+from fastlr._extras import extra
 from fastlr._files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -18,6 +20,9 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 # Told apart by readers who see red and green alike (Okabe and Ito's colours, darkest first).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#6b7280"
+
+# Inches: narrower pictures, as for a phone or a column of a paper, have their legends above the axes.
+NARROW = 6.0
 
 
 def require(name: str, value: object, attribute: str, kind: str) -> None:
@@ -28,9 +33,10 @@ def require(name: str, value: object, attribute: str, kind: str) -> None:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, ...]:
     """A figure and its axes, row by row; those of a column share the x axis."""
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from fastlr.plotting.picture import Picture
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    figure = Picture(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, sharex="col", squeeze=False).flatten()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -39,6 +45,15 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         axes.set_axisbelow(True)
         axes.tick_params(color=GREY)
     return (figure, *panels)
+
+
+def add_legend(axes: Axes, width: float) -> None:
+    """What the lines are: beside the axes, where the figure is wide enough, or else above them."""
+    if width < NARROW:
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2}
+    else:
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02)}
+    axes.legend(frameon=False, fontsize=9, **place)
 
 
 def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fastlr.plotting.figure import COLORS, GREY, Array, new_figure, require, saved
+from fastlr._checks import real
+from fastlr.plotting.figure import COLORS, GREY, NARROW, Array, add_legend, new_figure, require, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,9 @@ class SweptCurves(Protocol):
         """The best that each of them reached."""
 
 
-def plot_range_test(result: SweptCurve, path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_range_test(
+    result: SweptCurve, path: str | os.PathLike[str] | None = None, *, width: float = 8.6
+) -> Figure:
     """Draws a range test: what was measured, the smooth curve, and what was read from it.
 
     The loss stands above, the accuracy (where it was measured) below; the range between the bounds is
@@ -78,18 +81,21 @@ def plot_range_test(result: SweptCurve, path: str | os.PathLike[str] | None = No
     Args:
         result: the range test's.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
+        width: of the picture, in inches, > 0; from below 6 on its legends stand above the axes.
     """
     require("result", result, "smoothed_losses", "a RangeTestResult")
     with_accuracies = result.accuracies is not None
-    figure, *panels = new_figure(8.6, 5.4 if with_accuracies else 3.6, rows=2 if with_accuracies else 1)
+    width = real("width", width, above=True)
+    height = (2.7 if width >= NARROW else 3.3) * (1 + with_accuracies) + 0.9 * (not with_accuracies)
+    figure, *panels = new_figure(width, height, rows=2 if with_accuracies else 1)
     losses = panels[0]
-    losses.set_title("Learning-rate range test", loc="left")
+    figure.suptitle("Learning-rate range test", x=0.01, ha="left")
     losses.set_ylabel("training loss")
     dots = f"median of {len(result.repeats)} repeats" if result.repeats else "each update"
     losses.plot(result.lrs, result.losses, ".", color=COLORS[0], alpha=0.35, label=dots, **DOTS)
     losses.plot(result.lrs, result.smoothed_losses, color=COLORS[0], label="smoothed", linewidth=2)
     _band(losses, result.lrs, [(r.lrs, r.smoothed_losses) for r in result.repeats], COLORS[0])
-    _limit_to_start(losses, result.losses)
+    _limit_to_start(losses, result.losses, result.smoothed_losses)
     for name, marker in (("valley", "D"), ("minimum", "o")):
         _mark(losses, result, name, marker, result.smoothed_losses)
     if result.accuracies is None or result.smoothed_accuracies is None:
@@ -119,9 +125,8 @@ def plot_range_test(result: SweptCurve, path: str | os.PathLike[str] | None = No
             axes.axvspan(result.base_lr, result.max_lr, color=COLORS[2], alpha=0.13, linewidth=0, zorder=0)
             axes.axvline(result.base_lr, color=COLORS[2], linewidth=1.2)
             axes.axvline(result.max_lr, color=COLORS[2], linewidth=1.2, label=text)
-        if len(result.lrs) > 1:
-            axes.set_xlim(result.lrs[0], result.lrs[-1])
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+        axes.margins(x=0.01)
+        add_legend(axes, width)
     panels[-1].set_xlabel(_rate_label(result))
     notes = [note for note in (result.stopped, result.reason) if note]
     figure.text(0.01, -0.01, "; ".join(notes), fontsize=9, color=GREY, va="top", wrap=True)
@@ -162,7 +167,7 @@ def plot_range_test_grid(grid: SweptCurves, path: str | os.PathLike[str] | None 
     if first.sweep == "exponential":
         panels[0].set_xscale("log")
     panels[-1].set_xlabel(_rate_label(first))
-    panels[0].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+    add_legend(panels[0], figure.get_figwidth())
     return saved(figure, path)
 
 
@@ -189,10 +194,13 @@ def _band(axes: Axes, lrs: Array, curves: Sequence[tuple[Array, Array]], color: 
     axes.fill_between(lrs[there], low, high, color=color, alpha=0.2, linewidth=0, label="repeats")
 
 
-def _limit_to_start(axes: Axes, losses: Array) -> None:
-    """Leaves out of sight how far the loss rose after training broke down."""
+def _limit_to_start(axes: Axes, losses: Array, smooth: Array) -> None:
+    """Leaves out of sight how far the loss rose after training broke down, but not the smooth line."""
     if len(losses) == 0:
         return
     low, start = float(losses.min()), float(np.median(losses[: max(3, len(losses) // 10)]))
     room = (start - low) or abs(start) or 1.0
-    axes.set_ylim(low - 0.06 * room, min(float(losses.max()), start + 0.7 * room) + 0.06 * room)
+    # A line that ends some hundred times as high would hide all the rest.
+    line = min(float(np.nanmax(smooth, initial=low)), start + 3 * room)
+    high = max(line, min(float(losses.max()), start + 0.7 * room))
+    axes.set_ylim(low - 0.06 * room, high + 0.06 * room)

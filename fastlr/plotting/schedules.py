@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastlr._checks import count
-from fastlr.plotting.figure import COLORS, Array, new_figure, require, saved
+from fastlr._checks import count, real
+from fastlr.plotting.figure import COLORS, NARROW, Array, new_figure, require, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +36,22 @@ class ScheduleCurve(Protocol):
         """The values at ``start, start + 1, ..., stop - 1``."""
 
 
+def shown_steps(schedules: Mapping[str, ScheduleCurve], steps: int | None) -> int:
+    """How many clock units to show of schedules, of which some end; None: all of the longest, and its end."""
+    if steps is None:
+        ends = [s.duration for s in schedules.values() if s.duration is not None]
+        if not ends:
+            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
+        steps = max(ends) + 1
+    return count("steps", steps)
+
+
 def plot_schedules(
     schedules: Mapping[str, ScheduleCurve],
     steps: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    *,
+    width: float = 7.2,
 ) -> Figure:
     """Draws schedules over their clock, one line each.
 
@@ -48,13 +60,12 @@ def plot_schedules(
         steps: clock units to draw, >= 1; None: up to where the last of them ends. A line ends with its
             schedule.
         path: where to save the picture, in the format of the suffix; None: it is not saved.
+        width: of the picture, in inches, > 0.
 
     Raises:
         ValueError: nothing to draw, units differ, or ``steps`` is None and none of them has an end.
         TypeError: an argument is of the wrong kind.
     """
-    from matplotlib.ticker import MaxNLocator
-
     if not isinstance(schedules, Mapping):
         raise TypeError(f"schedules must be a dict of names and schedules, got {type(schedules).__name__}")
     for name, schedule in schedules.items():
@@ -62,14 +73,10 @@ def plot_schedules(
     units = {schedule.unit for schedule in schedules.values()}
     if len(units) != 1:
         raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
-    if steps is None:
-        ends = [s.duration for s in schedules.values() if s.duration is not None]
-        if not ends:
-            raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
-        steps = max(ends) + 1
-    steps = count("steps", steps)
+    steps = shown_steps(schedules, steps)
+    figure, axes = new_figure(real("width", width, above=True), 3.6)
+    from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(7.2, 3.6)
     for i, (name, schedule) in enumerate(schedules.items()):
         values = schedule.values(0, steps if schedule.last is None else min(steps, schedule.last + 1))
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": name, "linewidth": 1.8}
@@ -80,12 +87,14 @@ def plot_schedules(
     axes.set_xlabel(f"{units.pop()}s")
     quantities = {schedule.quantity for schedule in schedules.values()}
     axes.set_ylabel(quantities.pop() if len(quantities) == 1 else "learning rate")
-    axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=-0.015 * axes.get_ylim()[1])  # a line at zero is seen whole
+    axes.xaxis.set_major_locator(MaxNLocator(9 if width >= NARROW else 5, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if len(schedules) > 1:
-        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(schedules), 4))
+        figure.legend(
+            frameon=False, loc="outside upper center", ncols=min(len(schedules), 4 if width >= NARROW else 2)
+        )
     else:
         axes.set_title(next(iter(schedules)), loc="left")
     return saved(figure, path)

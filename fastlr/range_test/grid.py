@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from fastlr import _core, plotting
 from fastlr._checks import count, describe, items, real
 from fastlr._files import replacing
+from fastlr._tables import aligned, html_table
 from fastlr.optim import FusedOptimizer
 from fastlr.range_test.result import RangeTestResult
 from fastlr.range_test.snapshot import same_random_numbers, undone
@@ -111,12 +112,12 @@ class RangeTestGrid:
 
     def summary(self) -> str:
         """The table in aligned columns."""
-        rows = self.table()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        return aligned(self.table())
+
+    def _repr_html_(self) -> str:
+        """The table, as a notebook shows it."""
+        headings, *rows = self.table()
+        return html_table(f"range tests of {len(self)} settings", rows, headings)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the smooth curves of all tests in one picture. Needs matplotlib.

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastlr import plotting
 from fastlr._checks import choice, items, real, text, texts, vector
+from fastlr._tables import html_table
 from fastlr.range_test import files
 from fastlr.range_test.curve import Array
 from fastlr.range_test.reading import READINGS, Curve, Reading, Sweep, intervals, of_repeats
@@ -330,26 +331,44 @@ class RangeTestResult:
         valley    0.013
         minimum   0.098
         """
+        rates = [f"{name:8}  {text}" for name, text in self._rates()]
+        return "\n".join([self._title(), *self._why_none(), *rates, *self._remarks()])
+
+    def _title(self) -> str:
         span = f" from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if len(self.lrs) else ""
         repeats = f", {len(self.repeats)} repeats" if self.repeats else ""
-        lines = [f"range test: {len(self.lrs)} rates{span}, {self.sweep}{repeats}"]
-        if self.reason is not None:
-            lines.append(f"no bounds: {self.reason}")
+        return f"range test: {len(self.lrs)} rates{span}, {self.sweep}{repeats}"
+
+    def _rates(self) -> list[tuple[str, str]]:
+        """Each rate that was read, by its name, and what is known of its neighbourhood."""
+        found = []
         for name in READINGS:
             if (rate := getattr(self, name)) is None:
                 continue
-            line = f"{name:8}  {rate:.2g}"
+            text = f"{rate:.2g}"
             if name in self.intervals:
-                line += " [{:.2g}, {:.2g}]".format(*self.intervals[name])
+                text += " [{:.2g}, {:.2g}]".format(*self.intervals[name])
             if name == "steepest" and self.steepest_region is not None:
-                line += ", region {:.2g} to {:.2g}".format(*self.steepest_region)
-            lines.append(line)
+                text += ", region {:.2g} to {:.2g}".format(*self.steepest_region)
+            found.append((name, text))
+        return found
+
+    def _why_none(self) -> list[str]:
+        return [] if self.reason is None else [f"no bounds: {self.reason}"]
+
+    def _remarks(self) -> list[str]:
+        """What else there is to say, a sentence each."""
+        said = []
         if self.max_lr is not None and self.group_bounds:
             pairs = "; ".join(f"{low:.2g} to {high:.2g}" for low, high in self.bounds())
-            lines.append(f"bounds of each group: {pairs}")
+            said.append(f"bounds of each group: {pairs}")
         if self.stopped is not None:
-            lines.append(f"stopped early: {self.stopped}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+            said.append(f"stopped early: {self.stopped}")
+        return [*said, *(f"note: {note}" for note in self.notes)]
+
+    def _repr_html_(self) -> str:
+        """What :meth:`summary` says, as a notebook shows it."""
+        return html_table(self._title(), self._rates(), notes=[*self._why_none(), *self._remarks()])
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draws the curves and what was read from them. Needs matplotlib.

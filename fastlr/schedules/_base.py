@@ -17,6 +17,7 @@ import torch
 
 from fastlr import _core, plotting
 from fastlr._checks import ENDLESS, choice, count, describe, items, real
+from fastlr._tables import html_table
 from fastlr.schedules._segment import Native, Segment, turning_points
 
 if TYPE_CHECKING:
@@ -149,6 +150,16 @@ class Schedule(ABC):
         Returns the figure; with ``path`` it is saved as well, in the format of the suffix.
         """
         return plotting.plot_schedules({type(self).__name__: self}, steps, path)
+
+    def _repr_html_(self) -> str:
+        """Its arguments and some of its values, as a notebook shows them."""
+        arguments = [(f.name, repr(getattr(self, f.name))) for f in dataclasses.fields(self)]
+        last = self.last
+        clocks = (0,) if last is None else sorted({last * quarter // 4 for quarter in range(5)})
+        values = [(f"at {self.unit} {clock:,}", f"{self._native.value(clock):.6g}") for clock in clocks]
+        if last is None:
+            values.append(("at most", f"{self.peak:.6g}"))
+        return html_table(f"{type(self).__name__}: {self.quantity}", [*arguments, *values])
 
     def then(self, after: Schedule, at: int | None = None) -> Schedule:
         """This schedule up to clock ``at`` (default: its duration), from there on ``after`` from its zero.

@@ -24,6 +24,7 @@ class Tabulated(Schedule):
         source: ``f(t) -> float`` for t = 0 .. steps - 1, or a sequence, array or 1-d tensor of values.
             All values are finite and >= 0.
         steps: how many values to take, >= 1; may be left out for an array.
+        table: the values, in place of a source.
 
     >>> Tabulated(lambda t: 0.1 / (1 + t), steps=3).values(0, 3).tolist()
     [0.1, 0.05, 0.03333333333333333]

@@ -269,9 +269,12 @@ class OneCycleMomentum(_OneCycleBase):
     rate rises, and back. See :func:`one_cycle`.
 
     Args:
-        base_momentum: while the rate is at its peak, >= 0; an optimizer's stays below 1.
-        max_momentum: at either end, >= base_momentum.
-        total_steps, pct_start, anneal_strategy, three_phase: as for :class:`OneCycle`.
+        base_momentum: where the rate is highest, >= 0; an optimizer's momentum stays below 1.
+        max_momentum: at both ends, >= base_momentum.
+        total_steps: updates in all, >= 1; the last is number ``total_steps - 1``.
+        pct_start: part of them in which the rate rises, in [0, 1].
+        anneal_strategy: ``"cos"`` or ``"linear"``.
+        three_phase: back at max_momentum as soon as it fell, and held from there (pct_start <= 0.5).
 
     >>> schedule = OneCycleMomentum(0.85, 0.95, total_steps=101, pct_start=0.1)
     >>> schedule(0), round(schedule(9), 3), schedule(100)

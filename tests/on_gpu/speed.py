@@ -7,7 +7,8 @@ import sys
 
 import gpu_step
 import torch
-from models import PARAMETER_SETS
+
+from fastlr.bench.models import PARAMETER_SETS
 
 from . import report
 from .device import open_device

@@ -11,8 +11,12 @@ import torch
 import fastlr
 
 Step = Callable[[], object]
-CYCLE = {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
-FORMS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+CYCLE: dict[str, Any] = {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
+FORMS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "for-loop": {"foreach": False},
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,10 @@ class Rule:
     slots: int
     options: dict[str, Any] = field(default_factory=dict)
     has_fused: bool = True
-    captured: dict[str, bool] | None = None
+    captured: dict[str, Any] | None = None
 
     @property
-    def forms(self) -> dict[str, dict[str, bool]]:
+    def forms(self) -> dict[str, dict[str, Any]]:
         return {name: form for name, form in FORMS.items() if name != "fused" or self.has_fused}
 
     @property
@@ -50,7 +54,7 @@ class Rule:
     def make_fastlr(self, parameters: list[torch.nn.Parameter]) -> Step:
         return self.optimizer(parameters).step
 
-    def make_torch(self, parameters: list[torch.nn.Parameter], form: dict[str, bool]) -> Step:
+    def make_torch(self, parameters: list[torch.nn.Parameter], form: dict[str, Any]) -> Step:
         return cycled(self.theirs(parameters, lr=CYCLE["base_lr"], **self.options, **form))  # type: ignore[call-arg]
 
 
