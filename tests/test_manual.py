@@ -7,6 +7,7 @@ import html
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,23 @@ def test_commands_that_pages_name_exist(page: Path) -> None:
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
         assert left.value.code == 0, command
+
+
+RUN = sorted(
+    {
+        line
+        for page in PAGES
+        for line in re.findall(r"^    fastlr ((?:schedule|doctor) .*)$", page.read_text("utf-8"), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", RUN)
+def test_commands_run_as_they_are_written(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "--out" in line:
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)) == 0
 
 
 def test_names_that_do_not_exist_are_found() -> None:
