@@ -1,4 +1,4 @@
-"""Learning-rate schedules, range test and fused SGD for PyTorch, in one native step."""
+"""Learning-rate schedules, range test and fused optimizers for PyTorch, in one native step."""
 
 from __future__ import annotations
 

@@ -153,6 +153,13 @@ def expected_kernels(cuda_static: ModuleType, rules: tuple[str, ...]) -> set:
     return others | steps | norms
 
 
+def test_the_page_counts_the_kernels(cuda_static: ModuleType):
+    kernels = expected_kernels(cuda_static, tuple(RULES))
+    page = (toolchain.CSRC / "cuda" / "README.md").read_text("utf-8")
+    steps = sum(kernel.name == "step_kernel" for kernel in kernels)
+    assert f"There are {len(kernels)} kernels: of each of the six rules {steps // len(RULES)}" in page
+
+
 # -- registers and local memory ------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import re
 import runpy
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import memory_table
 import pytest
@@ -103,6 +104,51 @@ def test_guides_examples(example: str, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("page", ["README.md", *GUIDES])
 def test_guides_have_examples(page: str) -> None:
     assert any(name.startswith(f"{page}, ") for name in guides_examples())
+
+
+def table_rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under that heading's row."""
+    lines = (DOCS / page).read_text("utf-8").splitlines()
+    begin = lines.index(heading) + 2
+    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin:end]]
+
+
+def test_options_in_the_table_of_policies_do_what_they_say() -> None:
+    """Whole calls are made, and what are arguments is given to an optimizer."""
+    tried = 0
+    for _, cell in table_rows("policies.md", "| in a paper or a course | here |"):
+        for code in re.findall(r"`([^`]+)`", cell):
+            if code.startswith("lr, momentum = ") or re.fullmatch(r"fastlr\.\w+\(.*\)", code):
+                if "..." not in code and "model" not in code and "schedule" not in code:
+                    exec(code, {"fastlr": fastlr})
+                    tried += 1
+            elif re.match(r"\w+=", code):
+                arguments = eval(f"dict({code})", {"fastlr": fastlr})
+                kind: Any = fastlr.FusedSGD
+                if {"mode", "gamma", "interpolation"} & set(arguments):
+                    kind, arguments = fastlr.FusedCyclicSGD, arguments | {"base_lr": 0.001, "max_lr": 0.006}
+                if "cautious" in arguments:
+                    kind = fastlr.FusedAdamW
+                kind(torch.nn.Linear(4, 3).parameters(), **arguments)
+                tried += 1
+    assert tried >= 18
+
+
+def test_plans_in_the_table_have_these_updates() -> None:
+    schedule = fastlr.MultiStep(0.1, [60, 120, 160], 0.2, unit="epoch")
+    rows = table_rows("growing.md", "| plan for this schedule | options | updates | the paper reports |")
+    for _, options, updates, _ in rows:
+        plan = fastlr.BatchPlan.from_schedule(
+            schedule,
+            batch_size=128,
+            dataset_size=50_000,
+            epochs=200,
+            momentum=0.9,
+            **eval(f"dict({options.replace('`', '')})"),
+        )
+        assert f"{plan.total_updates:,}" == updates
+    assert len(rows) == 5
 
 
 @pytest.mark.parametrize("script", sorted((DOCS / "gallery").glob("*.py")), ids=lambda script: script.stem)

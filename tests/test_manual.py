@@ -7,6 +7,7 @@ import html
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from pages import DOCS, GUIDES
 
 import fastlr
+from fastlr import cli
 
 ROOT = DOCS.parent
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -98,6 +100,45 @@ def test_files_and_tests_that_pages_name_exist(page: Path) -> None:
     for file, test in named:
         assert (ROOT / file).exists(), file
         assert not test or f"\ndef {test}(" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+
+
+def code_of(page: Path) -> str:
+    """What stands as code on a page, a line each: in a sentence, or indented."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    return "\n".join(re.findall(r"^    (.*)$", text, flags=re.MULTILINE) + re.findall(r"`([^`]+)`", text))
+
+
+@pytest.mark.parametrize("page", PAGES + LINKING[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_pages_name_exist(page: Path) -> None:
+    """Targets of make, extras, and what the command fastlr does."""
+    code = code_of(page)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"^make ([a-z][\w-]*)", code, flags=re.MULTILINE)) <= set(targets)
+    project = (ROOT / "pyproject.toml").read_text("utf-8").partition("[project.optional-dependencies]\n")[2]
+    extras = re.findall(r"^([\w-]+) = \[", project.partition("\n[")[0], flags=re.MULTILINE)
+    named = re.findall(r"(?:\.|fastlr)\[([\w,-]+)\]", code)
+    assert {extra for several in named for extra in several.split(",")} <= set(extras)
+    for command in set(re.findall(r"^fastlr ([a-z][\w-]*)", code, flags=re.MULTILINE)):
+        with pytest.raises(SystemExit) as left:
+            cli.main([command, "--help"])
+        assert left.value.code == 0, command
+
+
+RUN = sorted(
+    {
+        line
+        for page in PAGES
+        for line in re.findall(r"^    fastlr ((?:schedule|doctor) .*)$", page.read_text("utf-8"), re.M)
+    }
+)
+
+
+@pytest.mark.parametrize("line", RUN)
+def test_commands_run_as_they_are_written(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    pytest.importorskip("rich", reason="drawings in the terminal need rich")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)) == 0
 
 
 def test_names_that_do_not_exist_are_found() -> None:

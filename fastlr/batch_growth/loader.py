@@ -65,7 +65,7 @@ class GrowingLoader:
     Args:
         dataset: map-style with ``plan.dataset_size`` samples, or iterable.
         plan: which batch size holds where.
-        micro_batch_size: most samples that a rank takes at once; None: the plan's.
+        micro_batch_size: most samples that a rank takes at once, >= 1; None: the plan's.
         seed: of the order and of the samples' randomness, >= 0.
         shuffle: None: True for map-style data sets. Iterable ones shuffle themselves.
         count: ``count(data)``: how much of what the loss averages over there is in a micro-batch, such as
@@ -74,7 +74,7 @@ class GrowingLoader:
             ``unit="token"`` is told them, unless the plan has a ``sequence_length``. None: samples.
         drop_last: True: the plan with ``tail="drop"``.
         rank: of this process; None: from ``torch.distributed`` where it is initialised, or else 0.
-        world_size: number of ranks; None: the same, or else 1.
+        world_size: number of ranks, >= 1; given with ``rank`` or not at all. None: the same, or else 1.
         seed_samples: False: leave the generators alone, which saves some 30 microseconds a sample. A data
             set's ``__getitems__`` is then used where there is one.
         collate_fn: list of samples to data; None: PyTorch's.

@@ -54,10 +54,10 @@ class BatchPlan:
         epochs: >= 1.
         tail: see above.
         mode: where the plan is from; shown by ``print``.
-        micro_batch_size: the most samples that a rank takes at once; None: its share of any batch. Shown
-            by ``print``, and what a loader takes unless told otherwise; plans that differ in nothing
+        micro_batch_size: the most samples that a rank takes at once, >= 1; None: its share of any batch.
+            Shown by ``print``, and what a loader takes unless told otherwise; plans that differ in nothing
             else are equal.
-        ranks: processes that share a batch; as ``micro_batch_size``.
+        ranks: processes that share a batch, >= 1; as ``micro_batch_size``.
         scaling: how rate and batch go together: ``"linear"`` for SGD, ``"sqrt"`` for adaptive rules such as
             Adam. Says what :meth:`noise_scale` is.
         sequence_length: tokens of each sample, >= 1: then the schedules count tokens. None: samples.

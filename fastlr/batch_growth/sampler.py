@@ -68,11 +68,11 @@ class GrowingBatchSampler:
 
     Args:
         plan: which batch size holds where.
-        micro_batch_size: most samples that a rank takes at once; None: the plan's.
+        micro_batch_size: most samples that a rank takes at once, >= 1; None: the plan's.
         seed: of the order, >= 0.
         shuffle: False: each epoch in the data set's own order.
         rank: of this process; None: from ``torch.distributed`` where it is initialised, or else 0.
-        world_size: number of ranks; None: the same, or else 1.
+        world_size: number of ranks, >= 1; given with ``rank`` or not at all. None: the same, or else 1.
 
     Raises:
         ValueError: a batch of the plan cannot be shared between the ranks or cut into equal

@@ -535,7 +535,7 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
 
     @property
     def last_step_skipped(self) -> bool:
-        """Whether the last :meth:`step` changed nothing because GradScaler found an inf or NaN.
+        """Whether the last :meth:`step` changed nothing: GradScaler, or the norm, found an inf or NaN.
 
         Asks the device as :meth:`sync` does.
         """

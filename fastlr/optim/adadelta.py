@@ -23,7 +23,8 @@ class FusedAdadelta(FusedOptimizer):
 
     Args:
         params: as for :class:`FusedAdam`.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens). In the paper it is 1.
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens). In the paper
+            it is 1.
         rho: decay of the averages, in [0, 1], or a schedule that stays there.
         eps: added under both roots, >= 0.
         weight_decay: L2 penalty, >= 0, or a schedule.

@@ -22,7 +22,7 @@ class FusedAdagrad(FusedOptimizer):
     Args:
         params: as for :class:`FusedAdam`. Unlike torch's, the state of a parameter is made at its first
             update (a ``state_dict`` has that of all), and gradients are dense.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens).
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         lr_decay: >= 0.
         weight_decay: L2 penalty, >= 0, or a schedule.
         initial_accumulator_value: where the sums of squares begin, >= 0.

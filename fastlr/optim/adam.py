@@ -32,7 +32,7 @@ class FusedAdam(FusedOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer: dense
             tensors of float16, bfloat16, float32, float64 or a complex type, of any shape and strides.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens).
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         betas: decay of the averages of gradients and of their squares, each in [0, 1), or a schedule that
             stays there. Bias correction takes the present ones, as torch's does: ``1 - beta ** t``.
         eps: added to the root, >= 0.

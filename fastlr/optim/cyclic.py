@@ -99,7 +99,7 @@ class CyclicOptimizer(FusedOptimizer):
         Args:
             params: as for the class; of a model as it was tested.
             found: the range test's result.
-            step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
+            step_size_up: updates from base_lr to max_lr, >= 0; two to ten epochs are usual.
             mode: as for the class.
             options: its other arguments.
 
@@ -170,13 +170,13 @@ class FusedCyclicSGD(CyclicOptimizer, FusedSGD):
             A number as ``lr``, which groups that another optimizer has used bring, is an error.
         base_lr: lower bound of the cycles, >= 0; a list, tuple or array gives one for each group.
         max_lr: upper bound, >= base_lr; or one for each group.
-        step_size_up: updates from base_lr to max_lr; two to ten epochs are usual.
-        step_size_down: updates back; default: as step_size_up.
+        step_size_up: updates from base_lr to max_lr, >= 0; two to ten epochs are usual.
+        step_size_down: updates back, >= 0; default: as step_size_up. Both together are at least 1.
         mode: ``"triangular"``, ``"triangular2"`` (height halved after each cycle) or ``"exp_range"``
             (height times ``gamma ** updates``).
         gamma: of exp_range only, > 0.
         cycle_momentum: cycle the momentum against the rate. Off unless given (PyTorch: on).
-        base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
+        base_momentum, max_momentum: its bounds in [0, 1), 0.8 and 0.9 unless given; only with it.
         interpolation: shape of the cycle, see :class:`fastlr.Triangular`.
         decay_base: let exp_range's lower bound decline too, as in Smith's paper.
         lr: for frameworks that insist on giving one: a number in [base_lr, max_lr], which changes nothing.
@@ -276,7 +276,7 @@ class FusedCyclicAdam(CyclicOptimizer, FusedAdam):
         params, base_lr, max_lr, step_size_up, step_size_down, mode, gamma, interpolation, decay_base, lr: as
             for :class:`FusedCyclicSGD`.
         cycle_momentum: cycle beta1 against the rate, as CyclicLR does with Adam. Off unless given.
-        base_momentum, max_momentum: its bounds (0.8 and 0.9 unless given); only with cycle_momentum.
+        base_momentum, max_momentum: its bounds in [0, 1), 0.8 and 0.9 unless given; only with it.
         betas: fixed ones; with cycle_momentum the first is cycled, and only 0.9 or max_momentum may stand
             there.
         weight_decay: as for :class:`FusedAdam`, or, in :class:`FusedCyclicAdamW`, :class:`FusedAdamW`; None:

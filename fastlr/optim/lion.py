@@ -25,7 +25,7 @@ class FusedLion(FusedOptimizer):
 
     Args:
         params: as for :class:`FusedAdam`.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens).
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         betas: decay of the average in the update, and of the average that is kept, each in [0, 1), or a
             schedule that stays there. :meth:`set_schedule` takes ``beta1`` and ``beta2`` alone, too.
         weight_decay: decoupled, >= 0, or a schedule.

@@ -24,7 +24,7 @@ class FusedRMSprop(FusedOptimizer):
 
     Args:
         params: as for :class:`FusedAdam`.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens).
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         alpha: decay of the averages, in [0, 1], or a schedule that stays there.
         eps: added to the root, >= 0.
         weight_decay: L2 penalty, >= 0, or a schedule.

@@ -31,9 +31,9 @@ class FusedSGD(FusedOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer: dense
             tensors of float16, bfloat16, float32, float64 or a complex type, of any shape and strides.
-        lr: learning rate, >= 0, or a schedule (clocked in updates, samples or tokens).
+        lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         momentum: in [0, 1), or a schedule that stays there.
-        dampening: of the gradient that enters the buffer.
+        dampening: of the gradient that enters the buffer; any finite number.
         weight_decay: L2 penalty, or what decays decoupled; >= 0, or a schedule.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.

@@ -112,7 +112,7 @@ def range_test(
             over the samples (with step_fn over the batches). None: the part of the samples whose largest
             output (of a model's own ``logits``) is their target class (their ``labels``). Needs a val_loader.
         val_every: updates between validations, >= 1.
-        val_batches: how many batches to validate on, the same ones each time, kept in memory; None: all.
+        val_batches: batches to validate on, >= 1, the same ones each time, kept in memory; None: all.
         accumulate: batches whose gradients make up one update, >= 1. The loss is their mean.
         autocast: a dtype to compute losses and metrics in where PyTorch deems it safe; True: the device's
             usual one; None or False: no autocast.

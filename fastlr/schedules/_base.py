@@ -164,6 +164,10 @@ class Schedule(ABC):
     def then(self, after: Schedule, at: int | None = None) -> Schedule:
         """This schedule up to clock ``at`` (default: its duration), from there on ``after`` from its zero.
 
+        Args:
+            after: of the same unit.
+            at: clock units, >= 1; needed where this schedule has no end.
+
         >>> from fastlr import Constant, LinearRamp
         >>> LinearRamp(0.0, 1.0, 4).then(Constant(1.0)).values(2, 6).tolist()
         [0.5, 0.75, 1.0, 1.0]
@@ -187,6 +191,9 @@ class Schedule(ABC):
 
         This is what calling a torch scheduler's ``step()`` once after each epoch does, as long as every
         epoch has so many updates that are applied; ``opt.advance_epoch()`` needs to know no number.
+
+        Args:
+            updates_per_epoch: >= 1.
 
         >>> from fastlr import StepDecay
         >>> per_epoch = StepDecay(0.1, every=30, gamma=0.5, unit="epoch")

@@ -269,7 +269,7 @@ class OneCycleMomentum(_OneCycleBase):
     rate rises, and back. See :func:`one_cycle`.
 
     Args:
-        base_momentum: where the rate is highest, >= 0.
+        base_momentum: where the rate is highest, >= 0; an optimizer's momentum stays below 1.
         max_momentum: at both ends, >= base_momentum.
         total_steps: updates in all, >= 1; the last is number ``total_steps - 1``.
         pct_start: part of them in which the rate rises, in [0, 1].
@@ -327,7 +327,12 @@ def one_cycle(
     base_momentum: float = 0.85,
     max_momentum: float = 0.95,
 ) -> tuple[OneCycle, OneCycleMomentum]:
-    """The one-cycle policy's pair of schedules, ``(lr, momentum)``. Arguments as ``OneCycleLR``'s.
+    """The one-cycle policy's pair of schedules, ``(lr, momentum)``, with ``OneCycleLR``'s defaults.
+
+    Args:
+        max_lr, total_steps, pct_start, anneal_strategy, div_factor, final_div_factor, three_phase: as for
+            :class:`OneCycle`. ``OneCycleLR``'s ``epochs`` times ``steps_per_epoch`` are total_steps.
+        base_momentum, max_momentum: as for :class:`OneCycleMomentum`.
 
     >>> lr, momentum = one_cycle(max_lr=0.4, total_steps=9000)
     >>> momentum(0), momentum(8999)
