@@ -1137,6 +1137,6 @@ def test_the_page_about_moving_says_what_happens() -> None:
         "fastlr": fastlr,
     }
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:  # the last one goes on with the one before it
+    assert len(blocks) == 7
+    for block in blocks:  # the last ones go on with the one before them
         exec(compile(block, page.name, "exec"), names)

@@ -334,6 +334,28 @@ CASES: dict[str, Case] = {
         two_rates(0.05, 0.4),
     ),
     "lambda of tens": Case(lambda o: S.LambdaLR(o, lambda tick: tick // 10), 25, None, 0),
+    # At the edge of what torch takes, beside its tests.
+    "linear of no length": Case(linear(0.3, 0), ours=lambda lr: Constant(lr * 0.3)),
+    "polynomial of no length": Case(lambda o: S.PolynomialLR(o, 0), ours=Constant),
+    "milestones at zero and before": Case(
+        multi_step(0, 0, -1, 3), ours=lambda lr: MultiStep(lr, [0, 0, 3], 0.1)
+    ),
+    "milestones before zero": Case(multi_step(-5, -1), ours=Constant),
+    "exponential that grows": Case(exponential(1.3), ours=lambda lr: fastlr.Exponential(lr, 1.3)),
+    "exponential that ends at once": Case(exponential(0.0)),
+    "steps of a negative length": Case(step(-3)),
+    "cosine of a negative length": Case(cosine(-5), tolerance=1e-11),
+    "cosine of one tick": Case(cosine(1, 0.0), tolerance=1e-11),
+    "sequence that begins with its second": Case(
+        sequence(constant(0.5), step(3), milestones=[0]), ours=lambda lr: StepDecay(lr, 3, 0.1)
+    ),
+    "sequence with a part of no length": Case(
+        sequence(constant(0.5), step(3), exponential(0.9), milestones=[4, 4]),
+        ours=lambda lr: Constant(lr / 2).then(fastlr.Exponential(lr, 0.9), at=4),
+    ),
+    "cycles of half a tick": Case(
+        lambda o: S.CyclicLR(o, 0.01, 0.1, 0.5, 0.25, cycle_momentum=False), tolerance=0
+    ),
     # CosineAnnealingWarmRestarts
     **{
         f"restarts, {mult}-fold": Case(
@@ -457,6 +479,21 @@ def test_an_epoch_that_is_told_over_and_over(make: Make) -> None:
     check_goes_on(*told(make, [2.0] * 10), 8)
     check_goes_on(*told(make, [0, 1, 2, 3, 4]), 8)
     check_goes_on(*told(make, [7, 3, 0]), 8)
+
+
+def test_an_epoch_before_the_first_is_refused() -> None:
+    for make in (
+        step(3),
+        linear(0.5, 4),
+        cosine(10),
+        lambda o: S.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    ):
+        for epoch in (-1, -2):
+            optimizer, scheduler = told(make, [epoch])
+            with pytest.raises(
+                ValueError, match=f"stands at {epoch}, before its first tick.* scheduler.step"
+            ):
+                fastlr.fuse(optimizer, scheduler, updates_per_tick=1, horizon=20)
 
 
 def test_restarts_that_are_told_epochs() -> None:

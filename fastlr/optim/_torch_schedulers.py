@@ -73,6 +73,11 @@ def follow(
         for each in every(scheduler):
             _check(each, optimizer)
         now = _position(scheduler)
+        if now < 0:
+            raise ValueError(
+                f"the {type(scheduler).__name__} stands at {now}, before its first tick; call "
+                "scheduler.step(epoch) with the epoch, >= 0, that the run is in"
+            )
         end = None
         if horizon is not None:
             end = last_tick(horizon, updates_per_tick, now, type(scheduler).__name__)
