@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from fastlr.optim._groups import CLOCKS, RuleOptions, check_owner, clock_of, nam
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
+# Numbers from which on a list is worth being shared.
+_LONG = 100
+
 
 def pack(
     own_groups: list[dict[str, Any]],
@@ -22,16 +26,35 @@ def pack(
     state_dict: dict[str, Any],
 ) -> None:
     """Makes a state_dict of plain values, with the state that torch's of the same rule has."""
+    tables: dict[bytes, list[float]] = {}
     for own, group in zip(own_groups, state_dict["param_groups"], strict=True):
         rule_state.in_file(state_dict["state"], dict(zip(group["params"], own["params"], strict=True)), own)
         group |= options.plain(group)
         for key, value in group.items():
             if isinstance(value, Schedule):
-                group[key] = value.to_dict()
+                group[key] = _sharing(value.to_dict(), tables)
             elif isinstance(value, torch.dtype):
                 group[key] = str(value).removeprefix("torch.")
             else:
                 group[key] = plain(value)  # somebody may have written NumPy's into the group
+
+
+def _sharing(value: Any, tables: dict[bytes, list[float]]) -> Any:
+    """What a schedule's to_dict() returned, where tables that are the same are one list.
+
+    torch.save() writes an object once, however often it stands in a file, and a table may have a value for
+    each update of the run, in each of many groups.
+
+    Args:
+        tables: those met before, by their bits.
+    """
+    if isinstance(value, dict):
+        return {key: _sharing(each, tables) for key, each in value.items()}
+    if not isinstance(value, list):
+        return value
+    if len(value) > _LONG and all(type(each) is float for each in value):
+        return tables.setdefault(array("d", value).tobytes(), value)
+    return [_sharing(each, tables) for each in value]
 
 
 class Loaded(NamedTuple):

@@ -309,7 +309,12 @@ class _Reader:
         steps = self._last_tick(s, zero, until) - zero
         if (function, steps) not in self._factors:  # which groups often have in common
             self._factors[function, steps] = [function(tick) for tick in range(steps)]
-        return self._tabulated([float(base * factor) for factor in self._factors[function, steps]], zero)
+        factors = self._factors[function, steps]
+        bases = {float(each) for each in s.base_lrs}
+        # So that groups with rates of their own have one table in common, which a file holds once.
+        if len(bases) > 1 and all(type(each) is float and 0.0 <= base * each < math.inf for each in factors):
+            return _Part(Tabulated(factors, unit=self._unit) * base, zero)
+        return self._tabulated([float(base * factor) for factor in factors], zero)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
         zero = at - tick
