@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import io
 import math
@@ -12,6 +13,7 @@ import re
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -483,7 +485,8 @@ def test_all_that_a_group_holds_comes_along_and_the_old_pair_stays_as_it_was() -
     fused.step()
     assert calls == ["hook"]
     assert all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(weights(fused), held, strict=True))
-    after = (optimizer.state_dict(), scheduler.state_dict())
+    with pytest.warns(UserWarning, match=r"state_dict\(\) of a .* it says what was then; ask that one"):
+        after = (optimizer.state_dict(), scheduler.state_dict())
     assert pickle.dumps(after[1]) == pickle.dumps(before[1])
     assert after[0]["param_groups"] == before[0]["param_groups"]
     for key, entry in before[0]["state"].items():
@@ -506,7 +509,9 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     with pytest.raises(RuntimeError, match="SGD that fastlr"):
         torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
     for each in (scheduler, *inner):
-        with pytest.raises(RuntimeError, match="whose own step\\(\\) moves the schedule; leave the call out"):
+        with pytest.raises(
+            RuntimeError, match="leave the call out, as its own step\\(\\) moves the schedule"
+        ):
             each.step()
     with pytest.raises(ValueError, match=r"the SGD was given to fastlr.fuse\(\) before"):
         fastlr.fuse(optimizer)
@@ -523,6 +528,78 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     with pytest.raises(ValueError, match="the FusedSGD was given to torch before"):
         fused.to_torch()
     assert fastlr.fuse(*again, updates_per_tick=1).clock().updates == 1
+
+
+def test_what_would_change_an_old_pair_raises_and_what_it_says_is_of_then() -> None:
+    optimizer = sgd()
+    scheduler = S.SequentialLR(optimizer, [S.LinearLR(optimizer), S.StepLR(optimizer, 3)], [5])
+    Pair(optimizer, scheduler).run(0, 2)
+    files = optimizer.state_dict(), scheduler.state_dict()
+    new = {"params": [torch.nn.Parameter(torch.zeros(2))]}
+    fused = fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
+        ("load_state_dict", lambda o: o.load_state_dict(files[0])),
+        ("add_param_group", lambda o: o.add_param_group(new)),
+        ("register_step_pre_hook", lambda o: o.register_step_pre_hook(print)),
+        ("register_step_post_hook", lambda o: o.register_step_post_hook(print)),
+    ]
+    for name, change in changes:
+        message = rf"{name}\(\) of a SGD that .* a FusedSGD; call {name}\(\) of that one"
+        with pytest.raises(RuntimeError, match=message):
+            change(optimizer)
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) of a SequentialLR .* load_torch\(\)"):
+        scheduler.load_state_dict(files[1])
+    S.StepLR(optimizer, 3)  # wraps the step, which goes on to raise
+    with pytest.raises(RuntimeError, match="SGD that"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"the SGD was given to fastlr.fuse\(\) before"):
+        fastlr.fuse(optimizer)
+    for read, name in ((scheduler.get_last_lr, "get_last_lr"), (scheduler.state_dict, "state_dict")):
+        with pytest.warns(UserWarning, match=rf"{name}\(\) of a SequentialLR that .* it says what was then"):
+            read()
+    set_gradients(optimizer, 2)
+    optimizer.zero_grad()  # of parameters that are the new one's, too
+    assert all(p.grad is None for group in fused.param_groups for p in group["params"])
+
+    again, _ = run(fused, 3).to_torch()
+    changes += [
+        ("set_schedule", lambda o: o.set_schedule(lr=0.1)),
+        ("scale_lr", lambda o: o.scale_lr(0.1)),
+        ("set_clock", lambda o: o.set_clock(updates=3)),
+        ("advance_samples", lambda o: o.advance_samples(3)),
+        ("advance_tokens", lambda o: o.advance_tokens(3)),
+        ("advance_epoch", lambda o: o.advance_epoch()),
+        ("handed_over", lambda o: o.handed_over().__enter__()),
+        ("load_torch", lambda o: o.load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)),
+    ]
+    for name, change in changes:
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) of a FusedSGD that to_torch\(\) has turned"):
+            change(fused)
+    set_gradients(again, 2)
+    fused.zero_grad()
+    assert all(p.grad is None for group in again.param_groups for p in group["params"])
+    assert (fused.clock().updates, len(fused.param_groups)) == (5, 2)
+
+
+def test_an_old_pair_is_gone_with_the_last_who_knows_it() -> None:
+    """And its state, which is as large as the new one's."""
+    Pair(sgd(), None).run(0, 1)  # what Python makes at a first call knows its caller
+    optimizer = sgd()
+    pair = Pair(optimizer, S.StepLR(optimizer, 3)).run(0, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        fused = fastlr.fuse(*pair, updates_per_tick=1)
+        old = [weakref.ref(each) for each in pair]
+        del optimizer, pair
+        assert [each() for each in old] == [None, None]
+        last = weakref.ref(fused)
+        again = fused.to_torch()
+        del fused
+        assert last() is None
+        assert len(again) == 2
+    finally:
+        gc.enable()
 
 
 def test_a_scheduler_whose_class_takes_no_heirs_leaves_the_optimizer_as_it_was() -> None:
@@ -1033,7 +1110,8 @@ def test_options_of_torchs_step_and_copies() -> None:
     optimizer, _ = fused.to_torch(foreach=True)
     assert optimizer.param_groups[0]["foreach"] is True
     Pair(optimizer, None).run(3, 5)
-    after = fused.state_dict()["state"]
+    with pytest.warns(UserWarning, match=r"FusedAdam that to_torch\(\) has turned .* what was then"):
+        after = fused.state_dict()["state"]
     for key, entry in state["state"].items():
         assert all(torch.equal(value, after[key][name]) for name, value in entry.items())
 

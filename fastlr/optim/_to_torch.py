@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
-from fastlr.optim._replaced import is_replaced, refuse_steps
+from fastlr.optim._replaced import CHANGES, is_replaced, replace
 from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
 from fastlr.schedules import Constant, PerEpoch, Scaled, Schedule
 
@@ -28,6 +28,11 @@ _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "adadelta": torch.optim.Adadelta,
 }
+# What changes a fused optimizer, and torch's do not have.
+_OURS = (
+    *("set_schedule", "scale_lr", "handed_over", "load_torch"),
+    *("set_clock", "advance_samples", "advance_tokens", "advance_epoch"),
+)
 # What of stages alone changes nothing.
 _IDLE_ALONE = ("ema_warmup", "ema_dtype", "rounding_seed")
 _REMEDIES = {
@@ -61,11 +66,11 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
             group.update(kept)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
             each._last_lr = [group["lr"] for group in optimizer.param_groups]
-    refuse_steps(
-        fused,
-        f"to_torch() has turned into a torch.optim.{kind.__name__}; call step() of that one, or give it to "
-        "fastlr.fuse()",
-    )
+    instead = {name: f"call {name}() of that one, or give it to fastlr.fuse()" for name in CHANGES}
+    instead |= {
+        name: f"give that one to fastlr.fuse(), and call {name}() of what it returns" for name in _OURS
+    }
+    replace(fused, f"to_torch() has turned into a torch.optim.{kind.__name__}", instead, ("state_dict",))
     return optimizer, scheduler
 
 

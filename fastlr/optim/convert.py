@@ -12,7 +12,7 @@ import torch
 from fastlr._checks import describe
 from fastlr.optim._base import FusedOptimizer
 from fastlr.optim._from_torch import driven_by, kept_by, plain
-from fastlr.optim._replaced import is_replaced, refuse_steps
+from fastlr.optim._replaced import CHANGES, is_replaced, replace
 from fastlr.optim._scheduler_tables import every
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
@@ -30,6 +30,14 @@ _FUSED: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adadelta: FusedAdadelta,
 }
 
+# What would change a scheduler, and what to do in place of each.
+_STEPS = "leave the call out, as its own step() moves the schedule"
+_OF_SCHEDULERS = {
+    "step": _STEPS,
+    "step_update": _STEPS,
+    "load_state_dict": "its own state_dict() has the schedule; files of torch's go to its load_torch()",
+}
+
 
 def fuse(
     optimizer: torch.optim.Optimizer,
@@ -42,7 +50,7 @@ def fuse(
 
     It updates the same parameters, and has copies of all else: groups with their names, rates and options,
     state, step hooks, and the scheduler's position as its clock. A later ``step()`` of the old optimizer or
-    scheduler raises. Call it between two updates, after ``scheduler.step()`` where that was due.
+    scheduler raises, as does what else would change them. Call it between two updates, after ``scheduler.step()`` where that was due.
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or ``Adadelta``.
@@ -80,8 +88,9 @@ def fuse(
     fused = _copied(optimizer, kind, driven, kept_by(scheduler))
     new = f"fastlr.fuse() has turned into a {kind.__name__}"
     for each in [] if scheduler is None else every(scheduler):
-        refuse_steps(each, f"{new}, whose own step() moves the schedule; leave the call out")
-    refuse_steps(optimizer, f"{new}; call step() of that one")  # last: a scheduler's class may object
+        replace(each, new, _OF_SCHEDULERS, ("state_dict", "get_last_lr") if each is scheduler else ())
+    # Last, as a scheduler's class may object.
+    replace(optimizer, new, {name: f"call {name}() of that one" for name in CHANGES}, ("state_dict",))
     return fused
 
 
