@@ -49,7 +49,8 @@ def replace(old: Any, what_happened: str, instead: Mapping[str, str], reads: tup
     kind, was = type(old), f"of a {type(old).__name__} that {what_happened}"
     there = {name: remedy for name, remedy in instead.items() if hasattr(kind, name)}
     refused = {name: _Refused(f"{name}() {was}; {remedy}") for name, remedy in there.items()}
-    told = {name: f"{name}() {was}: it says what was then; ask that one" for name in reads}
+    there_too = [name for name in reads if hasattr(kind, name)]  # timm's schedulers tell no rates
+    told = {name: f"{name}() {was}: it says what was then; ask that one" for name in there_too}
     if isinstance(old, torch.optim.Optimizer):
         alive = weakref.ref(old)
         for name, method in refused.items():

@@ -50,7 +50,8 @@ def fuse(
 
     It updates the same parameters, and has copies of all else: groups with their names, rates and options,
     state, step hooks, and the scheduler's position as its clock. A later ``step()`` of the old optimizer or
-    scheduler raises, as does what else would change them. Call it between two updates, after ``scheduler.step()`` where that was due.
+    scheduler raises, as does what else would change them. Call it between two updates, after
+    ``scheduler.step()`` where that was due.
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or ``Adadelta``.
