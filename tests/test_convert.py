@@ -904,8 +904,48 @@ def test_timms_schedulers_that_are_refused(timm: Any) -> None:
         fastlr.fuse(optimizer, by_update, updates_per_tick=1)
     steps = timm.StepLRScheduler(optimizer, 5, 0.5)
     Pair(optimizer, Timms(steps, 1, [])).run(0, 7)
-    with pytest.raises(ValueError, match=r"keeps no count, and the present rate, 0.05, is that of 5 epochs"):
+    message = (
+        r"keeps no count, and the present rate, 0\.05, is that of 5 epochs of the run, 5 to 9; say which, "
+        r"scheduler\.last_epoch = \.\.\."
+    )
+    with pytest.raises(ValueError, match=message):
         fastlr.fuse(optimizer, steps, updates_per_tick=1, horizon=30)
+    optimizer.param_groups[0]["lr"] = 0.07
+    with pytest.raises(ValueError, match=r"0\.07, is that of no one of the run's epochs; fuse the optimizer"):
+        fastlr.fuse(optimizer, steps, updates_per_tick=1, horizon=30)
+
+
+@pytest.mark.parametrize("in_epochs", [True, False])
+def test_a_scheduler_of_timms_between_two_drops_is_told_where_it_is(timm: Any, in_epochs: bool) -> None:
+    ticks = 3 if in_epochs else 1
+    makes: list[Make] = [
+        lambda o: timm.StepLRScheduler(o, 5, 0.5, warmup_t=2, t_in_epochs=in_epochs),
+        lambda o: timm.MultiStepLRScheduler(o, [6, 11, 20], 0.5, t_in_epochs=in_epochs),
+    ]
+    for make in makes:
+        for now in (8, 9, 12, 17):
+            optimizer = sgd()
+            scheduler = make(optimizer)
+            told = Timms(scheduler, ticks, [])
+            Pair(optimizer, told).run(0, now * ticks, ticks)
+            went_on, told = copy.deepcopy((optimizer, told))
+            files = optimizer.state_dict(), scheduler.state_dict()
+            for wrong, what in ((now + 7, "but the present one is"), (40, "none, as the horizon ends at 40")):
+                scheduler.last_epoch = wrong
+                with pytest.raises(ValueError, match=f"last_epoch of the .* is {wrong}, .*{what}"):
+                    fastlr.fuse(optimizer, scheduler, updates_per_tick=ticks, horizon=40 * ticks)
+            scheduler.last_epoch = now
+            loaded = fastlr.FusedSGD(groups())
+            how: Any = {"updates_per_tick": ticks, "horizon": 40 * ticks}
+            loaded.load_torch(files[0], {**files[1], "last_epoch": now}, scheduler=type(scheduler), **how)
+            fused = fastlr.fuse(optimizer, scheduler, **how)
+            assert loaded.clock() == fused.clock() == (now * ticks, 0)
+            for update in range(now * ticks, 35 * ticks):
+                assert rates(fused) == rates(went_on) == rates(loaded)
+                Pair(went_on, told).step(update, ticks)
+                Pair(fused, None).step(update)
+                Pair(loaded, None).step(update)
+            assert all(map(torch.equal, weights(fused), weights(went_on)))
 
 
 # -- and back ----------------------------------------------------------------------------------------------
