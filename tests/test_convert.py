@@ -1084,6 +1084,85 @@ def test_other_options_that_schedules_drive_are_driven_in_torch_too() -> None:
     ) is (S.OneCycleLR)
 
 
+def driven(fused: fastlr.FusedOptimizer) -> list[dict[str, Any]]:
+    """What drives the options of each group."""
+    kinds = ("_schedule", "_start")
+    return [
+        {key: value for key, value in group.items() if key.endswith(kinds)} for group in fused.param_groups
+    ]
+
+
+OF_EPOCHS: dict[str, fastlr.Schedule] = {
+    "lr": fastlr.TimeBased(0.1, 0.1, unit="epoch"),
+    "weight_decay": fastlr.LinearRamp(0.1, 0.5, 20, unit="epoch"),
+}
+RETURNED: dict[str, Callable[[], fastlr.FusedOptimizer]] = {
+    "adamw": lambda: fastlr.FusedAdamW(
+        parameters(),
+        lr=fastlr.Cosine(0.1, 0.0, 50) * 0.5,
+        betas=(fastlr.Cosine(0.8, 0.9, 29), fastlr.LinearRamp(0.9, 0.99, 40)),
+        weight_decay=fastlr.StepDecay(0.4, 6, 0.5),
+    ),
+    "sgd": lambda: fastlr.FusedSGD(parameters(), lr=0.1, weight_decay=fastlr.LinearRamp(0.1, 0.5, 20)),
+    "rmsprop": lambda: fastlr.FusedRMSprop(parameters(), lr=0.1, alpha=fastlr.LinearRamp(0.9, 0.99, 20)),
+    "adadelta": lambda: fastlr.FusedAdadelta(parameters(), lr=0.1, rho=fastlr.LinearRamp(0.8, 0.9, 20)),
+    "groups": lambda: fastlr.FusedSGD(
+        [
+            {"params": parameters()[:1], "lr": fastlr.TimeBased(0.1, 0.1)},
+            {"params": parameters()[1:], "lr": fastlr.StepDecay(0.2, 3, 0.5)},
+        ]
+    ),
+    "epochs": lambda: fastlr.FusedAdamW(
+        parameters(), **{name: each.in_updates(3) for name, each in OF_EPOCHS.items()}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+@pytest.mark.parametrize("name", RETURNED)
+def test_schedules_that_torch_has_no_scheduler_for_come_back_as_they_were(name: str) -> None:
+    tick = 3 if name == "epochs" else 1
+    for before, between in ((0, 0), (6, 0), (3, 9)):
+        fused = run(RETURNED[name](), before)
+        went_on = copy.deepcopy(fused)
+        pair = Pair(*fused.to_torch())
+        copied = Pair(*copy.deepcopy((pair.optimizer, pair.scheduler)))
+        held = [{k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups]
+        copied.run(0, 2 * tick, tick)
+        assert held == [
+            {k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups
+        ]
+        pair.run(before, before + between, tick)
+        again = fastlr.fuse(*pair, updates_per_tick=tick)
+        Pair(went_on, None).run(before, before + between)
+        expected = driven(went_on)
+        for group in expected:  # a rate that stays is one that a scheduler says
+            group["lr_schedule"] = group["lr_schedule"] or fastlr.Constant(0.1)
+        assert driven(again) == expected
+        assert again.clock() == went_on.clock()
+        assert rates(again) == rates(went_on)
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_such_schedulers_are_tabulated_where_their_ticks_have_become_others() -> None:
+    fused = run(fastlr.FusedAdamW(parameters(), **OF_EPOCHS), 2)
+    fused.advance_epoch()
+    fused.advance_epoch()
+    pair = Pair(*fused.to_torch())
+    assert pair.scheduler.last_epoch == 2
+    with pytest.raises(ValueError, match="horizon must be given with ValuesLR"):
+        fastlr.fuse(*pair, updates_per_tick=1)
+    held = [{k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups]
+    again = fastlr.fuse(*pair, updates_per_tick=1, horizon=30)
+    assert held == [
+        {k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups
+    ]
+    for update in range(2, 20):
+        group = again.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == tuple(each(update) for each in OF_EPOCHS.values())
+        run(again, 1)
+
+
 def test_without_schedules_there_is_no_scheduler() -> None:
     pair = check_back(run(fastlr.FusedRMSprop(parameters(), lr=0.01, momentum=0.9), 3), 5)
     assert pair.scheduler is None

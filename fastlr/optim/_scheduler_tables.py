@@ -81,14 +81,15 @@ class Simulation:
 
 
 def numbers_of(group: dict[str, Any]) -> dict[str, float]:
-    """What schedulers write into a group, by the names of options."""
+    """What schedulers, and those that to_torch() makes, write into a group, by the names of options."""
     found = {"lr": float(group["lr"])}
     if -1e-12 * float(group.get("initial_lr", 0.0)) <= found["lr"] < 0.0:
         found["lr"] = 0.0  # which torch's sums miss by their rounding
-    if "betas" in group:
-        found["beta1"] = float(group["betas"][0])
-    if "momentum" in group:
-        found["momentum"] = float(group["momentum"])
+    for name in ("momentum", "weight_decay", "alpha", "rho"):
+        if name in group:
+            found[name] = float(group[name])
+    for place, value in enumerate(group.get("betas", ()), 1):
+        found[f"beta{place}"] = float(value)
     return found
 
 

@@ -15,8 +15,19 @@ from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
 from fastlr.optim._replaced import CHANGES, is_replaced, replace
-from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
-from fastlr.schedules import Constant, PerEpoch, Scaled, Schedule
+from fastlr.optim._schedules_to_torch import (
+    Driven,
+    NoCounterpart,
+    Other,
+    Source,
+    ValuesLR,
+    by_tick,
+    move,
+    one,
+    scheduler_of,
+    values_of,
+)
+from fastlr.schedules import Constant, Schedule
 
 # The schedules that drive a group's options, by their names, and where their zeros are.
 _Followed: TypeAlias = dict[str, tuple[Schedule, int]]
@@ -175,21 +186,11 @@ def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def _per_tick(schedule: Schedule) -> tuple[int, Schedule]:
-    """How long a schedule holds each value, and the schedule of these."""
-    if isinstance(schedule, Scaled) and isinstance(schedule.schedule, PerEpoch):
-        held, inner = _per_tick(schedule.schedule)
-        return held, inner * schedule.factor
-    if isinstance(schedule, PerEpoch):
-        return schedule.updates_per_epoch, schedule.schedule
-    return 1, schedule
-
-
 def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Followed], clock: int) -> Any:
     """Torch's scheduler where the schedules' clock stands; what it has written into the groups is to be
     overwritten."""
     every = [each for group in followed for each in group.values()]
-    ticks = {_per_tick(each)[0] for each, _ in every}
+    ticks = {by_tick(each)[0] for each, _ in every}
     tick = ticks.pop() if len(ticks) == 1 else 1
     zeros = {zero for _, zero in every}
     try:
@@ -197,7 +198,7 @@ def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Fol
             raise NoCounterpart
         driven = []
         for own, group in zip(fused.param_groups, followed, strict=True):
-            inner = {name: _per_tick(each)[1] for name, (each, _) in group.items()}
+            inner = {name: by_tick(each)[1] for name, (each, _) in group.items()}
             lr = inner.get("lr", Constant(own["lr"]))
             driven.append(Driven(lr, inner.get("momentum", inner.get("beta1"))))
         return scheduler_of(optimizer, driven, (clock - zeros.pop()) // tick)
@@ -223,31 +224,21 @@ def _of_values(
     zeros = {zero for group in followed for _, zero in group.values()}
     origin = zeros.pop() if len(zeros) == 1 else 0
 
-    def values(schedule: Schedule, zero: int) -> Callable[[int], float]:
-        return lambda epoch: schedule._native.value(max(origin + epoch * tick - zero, 0))
-
     rates: list[Callable[[int], float]] = []
-    others = []
+    others: list[list[Other]] = []
     for group, found in zip(optimizer.param_groups, followed, strict=True):
         if "lr" in found:
             group["lr"] = 1.0
-            rates.append(values(*found["lr"]))
-        else:
-            rates.append(_one)
         group["initial_lr"] = group["lr"]
-        others += [
-            (group, fused._options.named(name), values(*each)) for name, each in found.items() if name != "lr"
-        ]
-
-    def write(epoch: int) -> None:
-        for group, option, at in others:
-            assert option is not None  # it is one that a schedule drives
-            group.update(fused._options.entry(group, option, at(epoch)))
-
-    scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
+        of_options = {
+            name: values_of(Source(schedule, zero - origin, tick)) for name, (schedule, zero) in found.items()
+        }
+        rates.append(of_options.pop("lr", one))
+        others.append([])
+        for name, values in of_options.items():
+            option = fused._options.named(name)
+            key, place = (name, None) if option.tuple is None else (option.tuple, option.place)
+            others[-1].append(Other(name, key, place, values))
+    scheduler = ValuesLR(optimizer, rates, others) if any(others) else LambdaLR(optimizer, rates)
     move(scheduler, (clock - origin) // tick)
     return scheduler
-
-
-def _one(epoch: int) -> float:
-    return 1.0
