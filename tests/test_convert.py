@@ -1223,6 +1223,26 @@ def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:
     assert check_back(fused, 5).scheduler._schedulers[0].T_max == 9
 
 
+def test_what_steps_take_whatever_its_type_goes_to_torch_as_its_own_kind() -> None:
+    fused = run(fastlr.FusedAdam([{"params": [p]} for p in parameters()], lr=0.1), 3)
+    group, other = fused.param_groups
+    group["lr"], group["betas"] = torch.tensor(0.25, dtype=torch.float64), [torch.tensor(0.5), 0.75]
+    (p,) = other["params"]
+    fused.state[p] = dict.fromkeys(fused.state[p])  # as if it had none
+    assert list(fused.state_dict()["state"]) == [0]
+    plain = torch.optim.Adam([{"params": [p]} for p in parameters()])
+    plain.load_state_dict(fused.state_dict())
+    went_on = run(copy.deepcopy(fused), 2)
+    pair = Pair(*fused.to_torch()).run(0, 2)
+    for ours, theirs in zip(weights(went_on), weights(pair.optimizer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    moved = [(group["lr"], group["betas"]) for group in pair.optimizer.param_groups]
+    assert moved == [(0.25, (0.5, 0.75)), (0.1, (0.9, 0.999))]
+    assert all(type(value) is float for lr, betas in moved for value in (lr, *betas))
+    pair.optimizer.param_groups[0]["betas"] = [torch.tensor(0.5), 0.75]
+    assert fastlr.fuse(pair.optimizer).param_groups[0]["betas"] == (0.5, 0.75)
+
+
 def test_options_of_torchs_step_and_copies() -> None:
     fused = run(fastlr.FusedAdam(parameters(), lr=0.1, amsgrad=True), 3)
     state = copy.deepcopy(fused.state_dict())

@@ -62,7 +62,7 @@ def plain(values: dict[str, Any], options: Container[str], leave_out: Iterable[s
 def _number(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
-    return tuple(map(_number, value)) if isinstance(value, tuple) else value
+    return tuple(map(_number, value)) if isinstance(value, (tuple, list)) else value
 
 
 def driven_by(

@@ -160,7 +160,8 @@ def _optimizer(
         params: list[Any] = list(group["params"])
         if "param_names" in group:
             params = list(zip(group["param_names"], params, strict=True))
-        kept = {name: value for name, value in group.items() if name in defaults or name not in own}
+        plain = fused._options.plain(group)  # whatever somebody has written
+        kept = {name: value for name, value in plain.items() if name in defaults or name not in own}
         groups.append({**copy.deepcopy(kept), "params": params})
     optimizer = kind(groups, **{**defaults, **options})
     saved = fused.state_dict()["state"]
