@@ -620,6 +620,10 @@ def test_a_scheduler_that_is_not_given_is_missed() -> None:
     with pytest.warns(UserWarning, match="the SGD has a scheduler, which was not given"):
         fused = fastlr.fuse(optimizer)
     assert fused.param_groups[0]["lr_schedule"] is None
+    optimizer = sgd()
+    optimizer.param_groups[1]["initial_lr"] = 0.02  # as timm's leave it, and nothing else
+    with pytest.warns(UserWarning, match="the SGD has a scheduler, which was not given"):
+        fastlr.fuse(optimizer)
 
 
 def test_the_schedules_are_those_that_one_would_write() -> None:
@@ -776,6 +780,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     "wrapped": (lambda: Pair(Wrapper(sgd()), None), "got Wrapper; where .* wraps one, pass the optimizer in"),
     "no optimizer": (lambda: Pair(torch.nn.Linear(1, 1), None), "must be one of torch.optim .Adadelta"),
     "fused": (lambda: Pair(fastlr.FusedSGD(groups()), None), "FusedSGD, which is fused; give it schedules"),
+    "several": (lambda: paired(lambda o: [S.StepLR(o, 3)]), "of several .* make one, ChainedScheduler"),
     "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got 3"),
 }
 

@@ -748,6 +748,14 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
                 UserWarning,
                 stacklevel=2,
             )
+        if loaded is not None and loaded.overruled:
+            warnings.warn(
+                f"the file was changed, and what a schedule owns it says: {'; '.join(loaded.overruled)}. "
+                "set_schedule(lr=...) takes such a value back; where torch's optimizer has gone on with the "
+                "file, set_clock(updates=...) tells how far.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _unpack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         self.__dict__.pop("_loaded", None)

@@ -64,11 +64,13 @@ class Loaded(NamedTuple):
         state_dict: with groups that are complete, checked and live again, and without the rule's state.
         states: the rule's state, in the types that the groups keep it in.
         clockless: the schedules that go on beside a file without a clock, in words.
+        overruled: the values that stand in a file beside schedules of its own which say others, in words.
     """
 
     state_dict: dict[str, Any]
     states: States
     clockless: list[str]
+    overruled: list[str]
 
 
 def unpack(
@@ -146,8 +148,16 @@ def unpack(
         states = {p: entry for p, entry in states.items() if not rule_state.is_new(entry)}
         for group in groups:
             group["fresh"] = False
-    found = [group["lr"] for group in groups]
+    found = [{o.name: options.value(group, o) for o in options.scheduled} for group in groups]
     plan.publish(groups)  # what schedules own follows from the clock, not from the file
+    overruled = [
+        f"{option.name} of parameter group {place} is {found[place][option.name]!r}, and the schedule says "
+        f"{options.value(group, option)!r}"
+        for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True))
+        for option in options.scheduled
+        if saved.get(f"{option.name}_schedule") is not None
+        and _differ(found[place][option.name], options.value(group, option))
+    ]
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         for option in options.scheduled:
             name = option.name
@@ -158,9 +168,14 @@ def unpack(
                 f"the {name} schedule of parameter group {place} goes on at "
                 f"{name_of_clock(schedule)}={group[clock]} with "
                 f"{options.value(group, option)!r}"
-                + (f" (the file's last {name} is {found[place]!r})" if name == "lr" else "")
+                + (f" (the file's last {name} is {found[place]['lr']!r})" if name == "lr" else "")
             )
-    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless)
+    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless, overruled)
+
+
+def _differ(a: float | None, b: float | None) -> bool:
+    """By more than another machine's rounding. None: an option that may be that was given none."""
+    return a is not None and b is not None and abs(a - b) > 1e-9 * max(abs(a), abs(b))
 
 
 def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:

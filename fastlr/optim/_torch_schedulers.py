@@ -105,9 +105,12 @@ def _check(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
             "averages in the step"
         )
     if not isinstance(scheduler, lr_scheduler.LRScheduler):
+        remedy = "where a framework wraps one, pass the scheduler inside"
+        if isinstance(scheduler, (list, tuple)):
+            remedy = "of several that the loop steps in turn make one, ChainedScheduler(several, optimizer)"
         raise TypeError(
-            f"scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got "
-            f"{describe(scheduler)}; where a framework wraps one, pass the scheduler inside"
+            "scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got "
+            f"{describe(scheduler)}; {remedy}"
         )
     _check_pair(scheduler, optimizer)
     kind = torch_kind(scheduler)

@@ -78,7 +78,8 @@ def fuse(
     StepDecay(unit='epoch', start=0.1, every=30, gamma=0.5)
     """
     kind = _kind_of(optimizer)
-    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    left = any("initial_lr" in group for group in optimizer.param_groups)  # by timm's alone, too
+    if scheduler is None and (left or hasattr(optimizer.step, "_wrapped_by_lr_sched")):
         warnings.warn(
             f"the {type(optimizer).__name__} has a scheduler, which was not given: its rates stay as they "
             "are. Pass it, fuse(optimizer, scheduler, updates_per_tick=...), to take it over.",
