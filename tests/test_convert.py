@@ -1329,11 +1329,29 @@ def test_what_is_wrong_with_torchs_files_is_said_and_changes_nothing() -> None:
         ValueError, match=r"must have this optimizer's parameter groups, of \[2\] .* got groups of \[1, 1\]"
     ):
         fastlr.FusedSGD(parameters()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
-    for kind, missing in ((S.MultiStepLR, "milestones"), (S.CyclicLR, "_scale_fn_custom")):
+    for kind in (S.MultiStepLR, S.CyclicLR, S.ExponentialLR, S.ReduceLROnPlateau):
+        with pytest.raises(ValueError, match=f"that of a {kind.__name__}, but has step_size; got the keys"):
+            loaded.load_torch(*files, scheduler=kind, updates_per_tick=1)
+    with pytest.raises(ValueError, match="that of a ExponentialLR, but has step_size"):
+        loaded.load_torch(*files, scheduler=lambda o: S.ExponentialLR(o, 0.9), updates_per_tick=1)
+    half = {"base_lrs": [0.1, 0.02], "last_epoch": 3}
+    for kind, missing in ((S.StepLR, "step_size"), (S.CyclicLR, "_scale_fn_custom")):
         with pytest.raises(
             ValueError, match=f"that of a {kind.__name__}, but has no {missing}; got the keys"
         ):
-            loaded.load_torch(*files, scheduler=kind, updates_per_tick=1)
+            loaded.load_torch(files[0], half, scheduler=kind, updates_per_tick=1)
+    with pytest.raises(TypeError, match="a function that returns a scheduler, but returned None"):
+        loaded.load_torch(*files, scheduler=lambda o: None, updates_per_tick=1)
+    two = sequence([S.ConstantLR, lambda o: S.ExponentialLR(o, 0.9)], [3])
+    three = sequence([S.ConstantLR, lambda o: S.ExponentialLR(o, 0.9), lambda o: S.StepLR(o, 2)], [3, 6])
+    with pytest.raises(ValueError, match="of a SequentialLR of 2 schedulers, got one of 3"):
+        loaded.load_torch(files[0], three(sgd()).state_dict(), scheduler=two, updates_per_tick=1)
+    turned = sequence([lambda o: S.StepLR(o, 2), S.ConstantLR], [3])
+    with pytest.raises(ValueError, match="that of a StepLR, but has factor"):
+        loaded.load_torch(files[0], two(sgd()).state_dict(), scheduler=turned, updates_per_tick=1)
+    adam = torch.optim.Adam(groups()).state_dict()
+    with pytest.raises(ValueError, match=r"of a torch\.optim\.SGD, but parameter group 0 has no momentum"):
+        loaded.load_torch(adam, files[1], scheduler=S.StepLR, updates_per_tick=1)
     with pytest.raises(ValueError, match="FusedLion has no counterpart"):
         fastlr.FusedLion(groups()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
     assert loaded.state_dict() == before
