@@ -717,6 +717,15 @@ class OwnStep(torch.optim.SGD):
         return super().step(closure)
 
 
+class OwnZeroGrad(torch.optim.AdamW):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=False)
+
+
+class OfNothingElse(torch.optim.SGD):
+    """With other defaults, say."""
+
+
 class Wrapper(torch.optim.Optimizer):
     """As accelerate's."""
 
@@ -761,6 +770,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     ),
     "swa": (lambda: paired(lambda o: swa_utils.SWALR(o, 0.05)), "SWALR leaves its rate.*fastlr.LinearRamp"),
     "own step": (lambda: Pair(OwnStep(groups(), lr=0.1), None), "OwnStep has a step.* hook"),
+    "own zero_grad": (lambda: Pair(OwnZeroGrad(groups()), None), "OwnZeroGrad has a zero_grad.* of its own"),
     "own scheduler step": (lambda: paired(lambda o: OwnSchedulerStep(o, 3)), "OwnSchedulerStep has a step"),
     "of another": (lambda: Pair(sgd(), S.StepLR(sgd(), 3)), "StepLR is of another optimizer, a SGD"),
     "sparse": (with_sparse_gradient, "gradient of parameter 0 of group 0, shape .4, 2., is sparse"),
@@ -1215,6 +1225,27 @@ def test_what_torch_cannot_do_is_refused_and_changes_nothing(what: str) -> None:
     with pytest.raises(ValueError, match=message):
         fused.to_torch()
     run(fused, 1)
+
+
+def test_classes_that_do_something_else_are_not_given_to_torch() -> None:
+    class Clipping(fastlr.FusedSGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Saving(fastlr.FusedAdamW):
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict()
+
+    class Same(fastlr.FusedCyclicSGD):
+        """With other defaults, say."""
+
+    for made, method in ((Clipping(parameters(), lr=0.1), "step"), (Saving(parameters()), "state_dict")):
+        with pytest.raises(ValueError, match=rf"has a {method}\(\) of its own, .* make a fastlr\.Fused"):
+            made.to_torch()
+        run(made, 1)
+    pair = check_back(Same(parameters(), base_lr=0.1, max_lr=0.2, step_size_up=4), 5)
+    assert type(pair.optimizer) is torch.optim.SGD
+    assert type(fastlr.fuse(OfNothingElse(groups(), lr=0.1))) is fastlr.FusedSGD
 
 
 def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:

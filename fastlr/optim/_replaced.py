@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -79,3 +80,16 @@ def _reading(
 def is_replaced(old: Any) -> bool:
     """Whether another one has taken its place."""
     return getattr(old.step, "replaced", False)
+
+
+def own_method(optimizer: torch.optim.Optimizer, kind: type) -> str | None:
+    """A method by which an optimizer does something else than its known class, and nobody else would.
+
+    Args:
+        kind: that class, whose methods do what is expected.
+    """
+    step: Any = getattr(optimizer.step, "__func__", optimizer.step)  # which schedulers wrap
+    if inspect.unwrap(step) is not inspect.unwrap(kind.step):  # type: ignore[attr-defined]
+        return "step"
+    others = ("zero_grad", "add_param_group", "state_dict", "load_state_dict")
+    return next((name for name in others if getattr(type(optimizer), name) is not getattr(kind, name)), None)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
-from fastlr.optim._replaced import CHANGES, is_replaced, replace
+from fastlr.optim._replaced import CHANGES, is_replaced, own_method, replace
 from fastlr.optim._schedules_to_torch import (
     Driven,
     NoCounterpart,
@@ -60,6 +60,12 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
     if is_replaced(fused):
         raise ValueError(f"the {name} was given to torch before; go on with what to_torch() returned then")
     fused._refuse_handed_over("to_torch()")
+    ours = next(kind for kind in type(fused).__mro__ if kind.__module__.startswith("fastlr.optim."))
+    if method := own_method(fused, ours):
+        raise ValueError(
+            f"{name} has a {method}() of its own, which torch's optimizer would not do; make a fastlr."
+            f"{ours.__name__} of its groups, load its state_dict() there, and move that"
+        )
     given = {option: flag(option, value) for option, value in options.items() if value is not None}
     clock = fused.sync()
     fused._check_owned()

@@ -12,7 +12,7 @@ import torch
 from fastlr._checks import describe
 from fastlr.optim._base import FusedOptimizer
 from fastlr.optim._from_torch import driven_by, kept_by, plain
-from fastlr.optim._replaced import CHANGES, is_replaced, replace
+from fastlr.optim._replaced import CHANGES, is_replaced, own_method, replace
 from fastlr.optim._scheduler_tables import every
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
@@ -114,11 +114,10 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
         raise TypeError(f"optimizer must be one of torch.optim's {known}, got {name}; keep that one")
     if is_replaced(optimizer):
         raise ValueError(f"the {name} was given to fastlr.fuse() before; go on with what that returned")
-    own = inspect.unwrap(getattr(optimizer.step, "__func__", optimizer.step))
-    if own is not inspect.unwrap(torch_kind.step):
+    if method := own_method(optimizer, torch_kind):
         raise ValueError(
-            f"{name} has a step() of its own, which fastlr.{_FUSED[torch_kind].__name__} would not do; pass "
-            f"a plain torch.optim.{torch_kind.__name__}, and what the step does besides give to a hook "
+            f"{name} has a {method}() of its own, which fastlr.{_FUSED[torch_kind].__name__} would not do; "
+            f"pass a plain torch.optim.{torch_kind.__name__}, and what a step does besides give to a hook "
             "(register_step_pre_hook, register_step_post_hook)"
         )
     for place, group in enumerate(optimizer.param_groups):
