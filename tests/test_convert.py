@@ -1178,6 +1178,46 @@ def test_such_schedulers_are_tabulated_where_their_ticks_have_become_others() ->
         run(again, 1)
 
 
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_staircases_that_begin_at_other_updates_keep_their_steps() -> None:
+    stairs = fastlr.StepDecay(0.1, 1, 0.5, unit="epoch").in_updates(3)
+    for begins, tick, zero in ((5, 1, 0), (6, 3, 0), (0, 3, 0)):
+        a, b = parameters()
+        fused = fastlr.FusedSGD([{"params": [a], "lr": stairs}, {"params": [b], "lr": 0.1}])
+        run(fused, begins).set_schedule(lr=0.7 * stairs, group=1)
+        run(fused, 2)
+        pair = check_back(copy.deepcopy(fused), 1 if tick > 1 else 12)
+        assert pair.scheduler.last_epoch == (begins + 2 - zero) // tick + (1 if tick > 1 else 12)
+    a, b = parameters()
+    fused = fastlr.FusedSGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.1}])
+    run(fused, 4).set_schedule(lr=stairs, group=0)
+    run(fused, 3).set_schedule(lr=0.7 * stairs, group=1)
+    went_on = run(fused, 3)  # a tick of both begins here, which is at neither multiple of 3
+    pair = Pair(*copy.deepcopy(went_on).to_torch())
+    for update in range(9):
+        assert rates(pair.optimizer) == rates(went_on)
+        run(went_on, 1)
+        pair.step(update, 3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_nesterov_beside_a_momentum_that_begins_at_0_goes_both_ways() -> None:
+    rise = fastlr.Triangular(0.0, 0.9, 4)
+    fused = fastlr.FusedSGD(parameters(), lr=fastlr.Triangular(0.9, 1.0, 4), momentum=0.9, nesterov=True)
+    fused.set_schedule(momentum=rise)
+    assert fused.param_groups[0]["momentum"] == 0.0
+    optimizer, scheduler = copy.deepcopy(fused).to_torch()
+    assert optimizer.defaults["nesterov"]
+    assert optimizer.param_groups[0]["nesterov"]
+    again = fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    assert again.param_groups[0]["nesterov"]
+    assert again.defaults["nesterov"]
+    assert driven(again) == driven(fused)
+    check_back(run(again, 3), 9)
+    made = fastlr.FusedSGD(parameters(), lr=0.1, momentum=rise, nesterov=True)
+    check_back(made, 9)
+
+
 def test_without_schedules_there_is_no_scheduler() -> None:
     pair = check_back(run(fastlr.FusedRMSprop(parameters(), lr=0.01, momentum=0.9), 3), 5)
     assert pair.scheduler is None

@@ -169,7 +169,12 @@ def _optimizer(
         plain = fused._options.plain(group)  # whatever somebody has written
         kept = {name: value for name, value in plain.items() if name in defaults or name not in own}
         groups.append({**copy.deepcopy(kept), "params": params})
-    optimizer = kind(groups, **{**defaults, **options})
+    given = {**defaults, **options}
+    if idle := defaults.get("nesterov") and not defaults["momentum"] > 0.0:  # which its constructor refuses
+        given["nesterov"] = False
+    optimizer = kind(groups, **given)
+    if idle:
+        optimizer.defaults["nesterov"] = True
     saved = fused.state_dict()["state"]
     state = {key: {name: _cloned(each) for name, each in entry.items()} for key, entry in saved.items()}
     if not any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups):
@@ -229,7 +234,9 @@ def _of_values(
 ) -> Any:
     """A scheduler that gives schedules' values."""
     zeros = {zero for group in followed for _, zero in group.values()}
-    origin = zeros.pop() if len(zeros) == 1 else 0
+    if len({zero % tick for zero in zeros}) > 1:  # no tick is one of all schedules
+        tick = 1
+    origin = min(zeros) if tick > 1 or len(zeros) == 1 else 0
 
     rates: list[Callable[[int], float]] = []
     others: list[list[Other]] = []

@@ -337,7 +337,7 @@ class _Reader:
     def _sourced(self, function: Callable[[int], float], zero: int) -> _Part:
         """What to_torch() has made a function of. Raises NoFormula where a tick is something else here."""
         schedule, start, held = source_of(function) or Source(Constant(0.0), 0, 0)
-        tick, per_tick = by_tick(schedule)
+        tick, per_tick = (1, schedule) if held == 1 else by_tick(schedule)
         if tick != held or per_tick.unit != self._unit or start % held:
             raise NoFormula
         return _Part(per_tick, zero + start // held)

@@ -153,9 +153,13 @@ def _copied(
     for group in optimizer.param_groups:
         names = group.get("param_names")
         params = list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
-        groups.append({**plain(group, options, {*left, "params", "param_names"}), "params": params})
+        # Beside a momentum that is 0 now a step takes nesterov, and a constructor does not.
+        later = {*left, "params", "param_names", "nesterov"}
+        groups.append({**plain(group, options, later), "params": params})
     others = {name for name in options if name not in arguments}
-    fused: FusedOptimizer = kind(groups, **plain(options, options, others))
+    fused: FusedOptimizer = kind(groups, **plain(options, options, {*others, "nesterov"}))
+    if "nesterov" in options:
+        fused.defaults["nesterov"] = options["nesterov"]
     saved = optimizer.state_dict()
     of_rule = {*fused._rule_state.slots, "step"}  # which loading copies
     state = {

@@ -15,6 +15,7 @@ import pytest
 
 import fastlr
 from fastlr import Schedule
+from fastlr.schedules import PerEpoch, Scaled
 from fuzz.memory import same_bits
 
 if TYPE_CHECKING:
@@ -94,10 +95,14 @@ def move_to_torch_and_back(run: Run) -> None:
         )
         return
     run.note(f"to torch{how} and back by {type(pair[1]).__name__}")
-    horizon = run.updates + 2 * _AHEAD
-    given = {} if pair[1] is None else {"updates_per_tick": 1, "horizon": horizon}
+    tick, zero = ticks_of(run)
+    horizon = run.updates + 2 * _AHEAD + tick
+    given = {} if pair[1] is None else {"updates_per_tick": tick, "horizon": horizon}
     expected = [{name: ahead(run, owner) for name, owner in group.owners.items()} for group in run.groups]
     again = fastlr.fuse(*pair, **given)
+    if tick > 1:  # it may be in the middle of one
+        assert again.clock().updates == (run.updates - zero) // tick * tick
+        again.set_clock(updates=run.updates - zero)
     taken_over(run, again)
     for group, values in zip(run.groups, expected, strict=True):
         for name, before in values.items():
@@ -109,6 +114,20 @@ def move_to_torch_and_back(run: Run) -> None:
         for name, value in entry.items():
             assert same_bits(value, found[key][name]), name
     run.moved += 1
+
+
+def ticks_of(run: Run) -> tuple[int, int]:
+    """How many updates there are to a tick of torch's scheduler, and where its first one begins."""
+    driven = [owner for group in run.groups for owner in group.owners.values() if isinstance(owner, tuple)]
+    held = {_held(schedule) for schedule, _ in driven}
+    if len(held) == 1 and len({start % max(held) for _, start in driven}) == 1:
+        return max(held), min(start for _, start in driven)
+    return 1, 0
+
+
+def _held(schedule: Schedule) -> int:
+    inner = schedule.schedule if isinstance(schedule, Scaled) else schedule
+    return inner.updates_per_epoch if isinstance(inner, PerEpoch) else 1
 
 
 def ahead(run: Run, owner: Any) -> list[float]:
