@@ -198,6 +198,10 @@ def test_a_number_that_was_written_into_a_file_is_not_passed_over_in_silence() -
     with pytest.warns(UserWarning, match=message):
         loaded.load_state_dict(file)
     assert loaded.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    loaded.param_groups[0]["lr"] = 0.7  # which the next step refuses
+    made().load_state_dict(loaded.state_dict())
+    assert loaded.param_groups[0]["lr"] == 0.7
+    loaded.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
     with loaded.handed_over():  # whose numbers no file holds
         loaded.param_groups[0]["lr"] = 0.7
         file = loaded.state_dict()

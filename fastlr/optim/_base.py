@@ -702,6 +702,10 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         own_groups = self._in_charge()
+        if own_groups is self.param_groups and self._parts is not ZERO:
+            # What a schedule owns it says in a file, whoever has written another number just now.
+            own_groups = [dict(group) for group in own_groups]
+            self._plan.publish(own_groups)
         if own_groups is not self.param_groups:
             for group, own in zip(state_dict["param_groups"], own_groups, strict=True):
                 group.update({key: value for key, value in own.items() if key != "params"})
