@@ -5,6 +5,7 @@ What is the same for every rule is in ``test_rules_checkpoint.py``."""
 from __future__ import annotations
 
 import copy
+import io
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -154,6 +155,33 @@ def test_loading_does_not_change_the_file_and_failing_changes_nothing() -> None:
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizer.load_state_dict(wrong_size)
     assert str(optimizer.state_dict()) == str(kept)
+
+
+@pytest.mark.parametrize("tick", [1, 5])
+@pytest.mark.parametrize("share", [1.0, 0.65])
+def test_a_table_that_groups_have_in_common_stands_in_a_file_once(share: float, tick: int) -> None:
+    def size_of(groups: int) -> tuple[int, fastlr.FusedOptimizer, dict[str, Any]]:
+        given = [{"params": parameters([(2,)]), "lr": 0.1 * share**place} for place in range(groups)]
+        made = torch.optim.SGD(given)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda t: 1 / (1 + t / 1000))
+        fused = fastlr.fuse(made, scheduler, updates_per_tick=tick, horizon=20_000 * tick)
+        file = io.BytesIO()
+        torch.save(fused.state_dict(), file)
+        return file.tell(), fused, through_file(fused.state_dict())
+
+    (one, _, _), (several, fused, saved) = size_of(1), size_of(8)
+    assert several < one + 8000 < 200_000
+    apart = copy.deepcopy(saved)
+    for place, group in enumerate(apart["param_groups"]):  # as an older version wrote it
+        group["lr_schedule"] = fused.param_groups[place]["lr_schedule"].to_dict()
+    for file in (saved, apart):
+        loaded = fastlr.FusedSGD([{"params": parameters([(2,)])} for _ in range(8)])
+        loaded.load_state_dict(file)
+        for ours, theirs in zip(loaded.param_groups, fused.param_groups, strict=True):
+            assert ours["lr_schedule"] == theirs["lr_schedule"]
+        again = io.BytesIO()
+        torch.save(loaded.state_dict(), again)
+        assert again.tell() == several
 
 
 def test_state_dict_hooks_see_the_file_and_the_loaded_optimizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import io
 import math
@@ -12,6 +13,7 @@ import re
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -483,7 +485,8 @@ def test_all_that_a_group_holds_comes_along_and_the_old_pair_stays_as_it_was() -
     fused.step()
     assert calls == ["hook"]
     assert all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(weights(fused), held, strict=True))
-    after = (optimizer.state_dict(), scheduler.state_dict())
+    with pytest.warns(UserWarning, match=r"state_dict\(\) of a .* it says what was then; ask that one"):
+        after = (optimizer.state_dict(), scheduler.state_dict())
     assert pickle.dumps(after[1]) == pickle.dumps(before[1])
     assert after[0]["param_groups"] == before[0]["param_groups"]
     for key, entry in before[0]["state"].items():
@@ -506,7 +509,9 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     with pytest.raises(RuntimeError, match="SGD that fastlr"):
         torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
     for each in (scheduler, *inner):
-        with pytest.raises(RuntimeError, match="whose own step\\(\\) moves the schedule; leave the call out"):
+        with pytest.raises(
+            RuntimeError, match="leave the call out, as its own step\\(\\) moves the schedule"
+        ):
             each.step()
     with pytest.raises(ValueError, match=r"the SGD was given to fastlr.fuse\(\) before"):
         fastlr.fuse(optimizer)
@@ -523,6 +528,78 @@ def test_steps_that_are_left_over_raise_and_say_what_happened() -> None:
     with pytest.raises(ValueError, match="the FusedSGD was given to torch before"):
         fused.to_torch()
     assert fastlr.fuse(*again, updates_per_tick=1).clock().updates == 1
+
+
+def test_what_would_change_an_old_pair_raises_and_what_it_says_is_of_then() -> None:
+    optimizer = sgd()
+    scheduler = S.SequentialLR(optimizer, [S.LinearLR(optimizer), S.StepLR(optimizer, 3)], [5])
+    Pair(optimizer, scheduler).run(0, 2)
+    files = optimizer.state_dict(), scheduler.state_dict()
+    new = {"params": [torch.nn.Parameter(torch.zeros(2))]}
+    fused = fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    changes: list[tuple[str, Callable[[Any], Any]]] = [
+        ("load_state_dict", lambda o: o.load_state_dict(files[0])),
+        ("add_param_group", lambda o: o.add_param_group(new)),
+        ("register_step_pre_hook", lambda o: o.register_step_pre_hook(print)),
+        ("register_step_post_hook", lambda o: o.register_step_post_hook(print)),
+    ]
+    for name, change in changes:
+        message = rf"{name}\(\) of a SGD that .* a FusedSGD; call {name}\(\) of that one"
+        with pytest.raises(RuntimeError, match=message):
+            change(optimizer)
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) of a SequentialLR .* load_torch\(\)"):
+        scheduler.load_state_dict(files[1])
+    S.StepLR(optimizer, 3)  # wraps the step, which goes on to raise
+    with pytest.raises(RuntimeError, match="SGD that"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"the SGD was given to fastlr.fuse\(\) before"):
+        fastlr.fuse(optimizer)
+    for read, name in ((scheduler.get_last_lr, "get_last_lr"), (scheduler.state_dict, "state_dict")):
+        with pytest.warns(UserWarning, match=rf"{name}\(\) of a SequentialLR that .* it says what was then"):
+            read()
+    set_gradients(optimizer, 2)
+    optimizer.zero_grad()  # of parameters that are the new one's, too
+    assert all(p.grad is None for group in fused.param_groups for p in group["params"])
+
+    again, _ = run(fused, 3).to_torch()
+    changes += [
+        ("set_schedule", lambda o: o.set_schedule(lr=0.1)),
+        ("scale_lr", lambda o: o.scale_lr(0.1)),
+        ("set_clock", lambda o: o.set_clock(updates=3)),
+        ("advance_samples", lambda o: o.advance_samples(3)),
+        ("advance_tokens", lambda o: o.advance_tokens(3)),
+        ("advance_epoch", lambda o: o.advance_epoch()),
+        ("handed_over", lambda o: o.handed_over().__enter__()),
+        ("load_torch", lambda o: o.load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)),
+    ]
+    for name, change in changes:
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) of a FusedSGD that to_torch\(\) has turned"):
+            change(fused)
+    set_gradients(again, 2)
+    fused.zero_grad()
+    assert all(p.grad is None for group in again.param_groups for p in group["params"])
+    assert (fused.clock().updates, len(fused.param_groups)) == (5, 2)
+
+
+def test_an_old_pair_is_gone_with_the_last_who_knows_it() -> None:
+    """And its state, which is as large as the new one's."""
+    Pair(sgd(), None).run(0, 1)  # what Python makes at a first call knows its caller
+    optimizer = sgd()
+    pair = Pair(optimizer, S.StepLR(optimizer, 3)).run(0, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        fused = fastlr.fuse(*pair, updates_per_tick=1)
+        old = [weakref.ref(each) for each in pair]
+        del optimizer, pair
+        assert [each() for each in old] == [None, None]
+        last = weakref.ref(fused)
+        again = fused.to_torch()
+        del fused
+        assert last() is None
+        assert len(again) == 2
+    finally:
+        gc.enable()
 
 
 def test_a_scheduler_whose_class_takes_no_heirs_leaves_the_optimizer_as_it_was() -> None:
@@ -543,6 +620,10 @@ def test_a_scheduler_that_is_not_given_is_missed() -> None:
     with pytest.warns(UserWarning, match="the SGD has a scheduler, which was not given"):
         fused = fastlr.fuse(optimizer)
     assert fused.param_groups[0]["lr_schedule"] is None
+    optimizer = sgd()
+    optimizer.param_groups[1]["initial_lr"] = 0.02  # as timm's leave it, and nothing else
+    with pytest.warns(UserWarning, match="the SGD has a scheduler, which was not given"):
+        fastlr.fuse(optimizer)
 
 
 def test_the_schedules_are_those_that_one_would_write() -> None:
@@ -636,6 +717,15 @@ class OwnStep(torch.optim.SGD):
         return super().step(closure)
 
 
+class OwnZeroGrad(torch.optim.AdamW):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=False)
+
+
+class OfNothingElse(torch.optim.SGD):
+    """With other defaults, say."""
+
+
 class Wrapper(torch.optim.Optimizer):
     """As accelerate's."""
 
@@ -680,6 +770,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     ),
     "swa": (lambda: paired(lambda o: swa_utils.SWALR(o, 0.05)), "SWALR leaves its rate.*fastlr.LinearRamp"),
     "own step": (lambda: Pair(OwnStep(groups(), lr=0.1), None), "OwnStep has a step.* hook"),
+    "own zero_grad": (lambda: Pair(OwnZeroGrad(groups()), None), "OwnZeroGrad has a zero_grad.* of its own"),
     "own scheduler step": (lambda: paired(lambda o: OwnSchedulerStep(o, 3)), "OwnSchedulerStep has a step"),
     "of another": (lambda: Pair(sgd(), S.StepLR(sgd(), 3)), "StepLR is of another optimizer, a SGD"),
     "sparse": (with_sparse_gradient, "gradient of parameter 0 of group 0, shape .4, 2., is sparse"),
@@ -699,6 +790,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     "wrapped": (lambda: Pair(Wrapper(sgd()), None), "got Wrapper; where .* wraps one, pass the optimizer in"),
     "no optimizer": (lambda: Pair(torch.nn.Linear(1, 1), None), "must be one of torch.optim .Adadelta"),
     "fused": (lambda: Pair(fastlr.FusedSGD(groups()), None), "FusedSGD, which is fused; give it schedules"),
+    "several": (lambda: paired(lambda o: [S.StepLR(o, 3)]), "of several .* make one, ChainedScheduler"),
     "no scheduler": (lambda: Pair(sgd(), 3), "scheduler must be one of torch.optim.lr_scheduler.* got 3"),
 }
 
@@ -827,8 +919,48 @@ def test_timms_schedulers_that_are_refused(timm: Any) -> None:
         fastlr.fuse(optimizer, by_update, updates_per_tick=1)
     steps = timm.StepLRScheduler(optimizer, 5, 0.5)
     Pair(optimizer, Timms(steps, 1, [])).run(0, 7)
-    with pytest.raises(ValueError, match=r"keeps no count, and the present rate, 0.05, is that of 5 epochs"):
+    message = (
+        r"keeps no count, and the present rate, 0\.05, is that of 5 epochs of the run, 5 to 9; say which, "
+        r"scheduler\.last_epoch = \.\.\."
+    )
+    with pytest.raises(ValueError, match=message):
         fastlr.fuse(optimizer, steps, updates_per_tick=1, horizon=30)
+    optimizer.param_groups[0]["lr"] = 0.07
+    with pytest.raises(ValueError, match=r"0\.07, is that of no one of the run's epochs; fuse the optimizer"):
+        fastlr.fuse(optimizer, steps, updates_per_tick=1, horizon=30)
+
+
+@pytest.mark.parametrize("in_epochs", [True, False])
+def test_a_scheduler_of_timms_between_two_drops_is_told_where_it_is(timm: Any, in_epochs: bool) -> None:
+    ticks = 3 if in_epochs else 1
+    makes: list[Make] = [
+        lambda o: timm.StepLRScheduler(o, 5, 0.5, warmup_t=2, t_in_epochs=in_epochs),
+        lambda o: timm.MultiStepLRScheduler(o, [6, 11, 20], 0.5, t_in_epochs=in_epochs),
+    ]
+    for make in makes:
+        for now in (8, 9, 12, 17):
+            optimizer = sgd()
+            scheduler = make(optimizer)
+            told = Timms(scheduler, ticks, [])
+            Pair(optimizer, told).run(0, now * ticks, ticks)
+            went_on, told = copy.deepcopy((optimizer, told))
+            files = optimizer.state_dict(), scheduler.state_dict()
+            for wrong, what in ((now + 7, "but the present one is"), (40, "none, as the horizon ends at 40")):
+                scheduler.last_epoch = wrong
+                with pytest.raises(ValueError, match=f"last_epoch of the .* is {wrong}, .*{what}"):
+                    fastlr.fuse(optimizer, scheduler, updates_per_tick=ticks, horizon=40 * ticks)
+            scheduler.last_epoch = now
+            loaded = fastlr.FusedSGD(groups())
+            how: Any = {"updates_per_tick": ticks, "horizon": 40 * ticks}
+            loaded.load_torch(files[0], {**files[1], "last_epoch": now}, scheduler=type(scheduler), **how)
+            fused = fastlr.fuse(optimizer, scheduler, **how)
+            assert loaded.clock() == fused.clock() == (now * ticks, 0)
+            for update in range(now * ticks, 35 * ticks):
+                assert rates(fused) == rates(went_on) == rates(loaded)
+                Pair(went_on, told).step(update, ticks)
+                Pair(fused, None).step(update)
+                Pair(loaded, None).step(update)
+            assert all(map(torch.equal, weights(fused), weights(went_on)))
 
 
 # -- and back ----------------------------------------------------------------------------------------------
@@ -967,6 +1099,125 @@ def test_other_options_that_schedules_drive_are_driven_in_torch_too() -> None:
     ) is (S.OneCycleLR)
 
 
+def driven(fused: fastlr.FusedOptimizer) -> list[dict[str, Any]]:
+    """What drives the options of each group."""
+    kinds = ("_schedule", "_start")
+    return [
+        {key: value for key, value in group.items() if key.endswith(kinds)} for group in fused.param_groups
+    ]
+
+
+OF_EPOCHS: dict[str, fastlr.Schedule] = {
+    "lr": fastlr.TimeBased(0.1, 0.1, unit="epoch"),
+    "weight_decay": fastlr.LinearRamp(0.1, 0.5, 20, unit="epoch"),
+}
+RETURNED: dict[str, Callable[[], fastlr.FusedOptimizer]] = {
+    "adamw": lambda: fastlr.FusedAdamW(
+        parameters(),
+        lr=fastlr.Cosine(0.1, 0.0, 50) * 0.5,
+        betas=(fastlr.Cosine(0.8, 0.9, 29), fastlr.LinearRamp(0.9, 0.99, 40)),
+        weight_decay=fastlr.StepDecay(0.4, 6, 0.5),
+    ),
+    "sgd": lambda: fastlr.FusedSGD(parameters(), lr=0.1, weight_decay=fastlr.LinearRamp(0.1, 0.5, 20)),
+    "rmsprop": lambda: fastlr.FusedRMSprop(parameters(), lr=0.1, alpha=fastlr.LinearRamp(0.9, 0.99, 20)),
+    "adadelta": lambda: fastlr.FusedAdadelta(parameters(), lr=0.1, rho=fastlr.LinearRamp(0.8, 0.9, 20)),
+    "groups": lambda: fastlr.FusedSGD(
+        [
+            {"params": parameters()[:1], "lr": fastlr.TimeBased(0.1, 0.1)},
+            {"params": parameters()[1:], "lr": fastlr.StepDecay(0.2, 3, 0.5)},
+        ]
+    ),
+    "epochs": lambda: fastlr.FusedAdamW(
+        parameters(), **{name: each.in_updates(3) for name, each in OF_EPOCHS.items()}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+@pytest.mark.parametrize("name", RETURNED)
+def test_schedules_that_torch_has_no_scheduler_for_come_back_as_they_were(name: str) -> None:
+    tick = 3 if name == "epochs" else 1
+    for before, between in ((0, 0), (6, 0), (3, 9)):
+        fused = run(RETURNED[name](), before)
+        went_on = copy.deepcopy(fused)
+        pair = Pair(*fused.to_torch())
+        copied = Pair(*copy.deepcopy((pair.optimizer, pair.scheduler)))
+        held = [{k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups]
+        copied.run(0, 2 * tick, tick)
+        assert held == [
+            {k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups
+        ]
+        pair.run(before, before + between, tick)
+        again = fastlr.fuse(*pair, updates_per_tick=tick)
+        Pair(went_on, None).run(before, before + between)
+        expected = driven(went_on)
+        for group in expected:  # a rate that stays is one that a scheduler says
+            group["lr_schedule"] = group["lr_schedule"] or fastlr.Constant(0.1)
+        assert driven(again) == expected
+        assert again.clock() == went_on.clock()
+        assert rates(again) == rates(went_on)
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_such_schedulers_are_tabulated_where_their_ticks_have_become_others() -> None:
+    fused = run(fastlr.FusedAdamW(parameters(), **OF_EPOCHS), 2)
+    fused.advance_epoch()
+    fused.advance_epoch()
+    pair = Pair(*fused.to_torch())
+    assert pair.scheduler.last_epoch == 2
+    with pytest.raises(ValueError, match="horizon must be given with ValuesLR"):
+        fastlr.fuse(*pair, updates_per_tick=1)
+    held = [{k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups]
+    again = fastlr.fuse(*pair, updates_per_tick=1, horizon=30)
+    assert held == [
+        {k: v for k, v in group.items() if k != "params"} for group in pair.optimizer.param_groups
+    ]
+    for update in range(2, 20):
+        group = again.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == tuple(each(update) for each in OF_EPOCHS.values())
+        run(again, 1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_staircases_that_begin_at_other_updates_keep_their_steps() -> None:
+    stairs = fastlr.StepDecay(0.1, 1, 0.5, unit="epoch").in_updates(3)
+    for begins, tick, zero in ((5, 1, 0), (6, 3, 0), (0, 3, 0)):
+        a, b = parameters()
+        fused = fastlr.FusedSGD([{"params": [a], "lr": stairs}, {"params": [b], "lr": 0.1}])
+        run(fused, begins).set_schedule(lr=0.7 * stairs, group=1)
+        run(fused, 2)
+        pair = check_back(copy.deepcopy(fused), 1 if tick > 1 else 12)
+        assert pair.scheduler.last_epoch == (begins + 2 - zero) // tick + (1 if tick > 1 else 12)
+    a, b = parameters()
+    fused = fastlr.FusedSGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.1}])
+    run(fused, 4).set_schedule(lr=stairs, group=0)
+    run(fused, 3).set_schedule(lr=0.7 * stairs, group=1)
+    went_on = run(fused, 3)  # a tick of both begins here, which is at neither multiple of 3
+    pair = Pair(*copy.deepcopy(went_on).to_torch())
+    for update in range(9):
+        assert rates(pair.optimizer) == rates(went_on)
+        run(went_on, 1)
+        pair.step(update, 3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
+def test_nesterov_beside_a_momentum_that_begins_at_0_goes_both_ways() -> None:
+    rise = fastlr.Triangular(0.0, 0.9, 4)
+    fused = fastlr.FusedSGD(parameters(), lr=fastlr.Triangular(0.9, 1.0, 4), momentum=0.9, nesterov=True)
+    fused.set_schedule(momentum=rise)
+    assert fused.param_groups[0]["momentum"] == 0.0
+    optimizer, scheduler = copy.deepcopy(fused).to_torch()
+    assert optimizer.defaults["nesterov"]
+    assert optimizer.param_groups[0]["nesterov"]
+    again = fastlr.fuse(optimizer, scheduler, updates_per_tick=1)
+    assert again.param_groups[0]["nesterov"]
+    assert again.defaults["nesterov"]
+    assert driven(again) == driven(fused)
+    check_back(run(again, 3), 9)
+    made = fastlr.FusedSGD(parameters(), lr=0.1, momentum=rise, nesterov=True)
+    check_back(made, 9)
+
+
 def test_without_schedules_there_is_no_scheduler() -> None:
     pair = check_back(run(fastlr.FusedRMSprop(parameters(), lr=0.01, momentum=0.9), 3), 5)
     assert pair.scheduler is None
@@ -1016,6 +1267,27 @@ def test_what_torch_cannot_do_is_refused_and_changes_nothing(what: str) -> None:
     run(fused, 1)
 
 
+def test_classes_that_do_something_else_are_not_given_to_torch() -> None:
+    class Clipping(fastlr.FusedSGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Saving(fastlr.FusedAdamW):
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict()
+
+    class Same(fastlr.FusedCyclicSGD):
+        """With other defaults, say."""
+
+    for made, method in ((Clipping(parameters(), lr=0.1), "step"), (Saving(parameters()), "state_dict")):
+        with pytest.raises(ValueError, match=rf"has a {method}\(\) of its own, .* make a fastlr\.Fused"):
+            made.to_torch()
+        run(made, 1)
+    pair = check_back(Same(parameters(), base_lr=0.1, max_lr=0.2, step_size_up=4), 5)
+    assert type(pair.optimizer) is torch.optim.SGD
+    assert type(fastlr.fuse(OfNothingElse(groups(), lr=0.1))) is fastlr.FusedSGD
+
+
 def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:
     fused = fastlr.FusedSGD(parameters(), lr=fastlr.Cosine(0.1, 0.0, 9))
     with fused.handed_over(), pytest.raises(RuntimeError, match=r"to_torch\(\) was called while the options"):
@@ -1027,13 +1299,34 @@ def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:
     assert check_back(fused, 5).scheduler._schedulers[0].T_max == 9
 
 
+def test_what_steps_take_whatever_its_type_goes_to_torch_as_its_own_kind() -> None:
+    fused = run(fastlr.FusedAdam([{"params": [p]} for p in parameters()], lr=0.1), 3)
+    group, other = fused.param_groups
+    group["lr"], group["betas"] = torch.tensor(0.25, dtype=torch.float64), [torch.tensor(0.5), 0.75]
+    (p,) = other["params"]
+    fused.state[p] = dict.fromkeys(fused.state[p])  # as if it had none
+    assert list(fused.state_dict()["state"]) == [0]
+    plain = torch.optim.Adam([{"params": [p]} for p in parameters()])
+    plain.load_state_dict(fused.state_dict())
+    went_on = run(copy.deepcopy(fused), 2)
+    pair = Pair(*fused.to_torch()).run(0, 2)
+    for ours, theirs in zip(weights(went_on), weights(pair.optimizer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    moved = [(group["lr"], group["betas"]) for group in pair.optimizer.param_groups]
+    assert moved == [(0.25, (0.5, 0.75)), (0.1, (0.9, 0.999))]
+    assert all(type(value) is float for lr, betas in moved for value in (lr, *betas))
+    pair.optimizer.param_groups[0]["betas"] = [torch.tensor(0.5), 0.75]
+    assert fastlr.fuse(pair.optimizer).param_groups[0]["betas"] == (0.5, 0.75)
+
+
 def test_options_of_torchs_step_and_copies() -> None:
     fused = run(fastlr.FusedAdam(parameters(), lr=0.1, amsgrad=True), 3)
     state = copy.deepcopy(fused.state_dict())
     optimizer, _ = fused.to_torch(foreach=True)
     assert optimizer.param_groups[0]["foreach"] is True
     Pair(optimizer, None).run(3, 5)
-    after = fused.state_dict()["state"]
+    with pytest.warns(UserWarning, match=r"FusedAdam that to_torch\(\) has turned .* what was then"):
+        after = fused.state_dict()["state"]
     for key, entry in state["state"].items():
         assert all(torch.equal(value, after[key][name]) for name, value in entry.items())
 
@@ -1107,11 +1400,29 @@ def test_what_is_wrong_with_torchs_files_is_said_and_changes_nothing() -> None:
         ValueError, match=r"must have this optimizer's parameter groups, of \[2\] .* got groups of \[1, 1\]"
     ):
         fastlr.FusedSGD(parameters()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
-    for kind, missing in ((S.MultiStepLR, "milestones"), (S.CyclicLR, "_scale_fn_custom")):
+    for kind in (S.MultiStepLR, S.CyclicLR, S.ExponentialLR, S.ReduceLROnPlateau):
+        with pytest.raises(ValueError, match=f"that of a {kind.__name__}, but has step_size; got the keys"):
+            loaded.load_torch(*files, scheduler=kind, updates_per_tick=1)
+    with pytest.raises(ValueError, match="that of a ExponentialLR, but has step_size"):
+        loaded.load_torch(*files, scheduler=lambda o: S.ExponentialLR(o, 0.9), updates_per_tick=1)
+    half = {"base_lrs": [0.1, 0.02], "last_epoch": 3}
+    for kind, missing in ((S.StepLR, "step_size"), (S.CyclicLR, "_scale_fn_custom")):
         with pytest.raises(
             ValueError, match=f"that of a {kind.__name__}, but has no {missing}; got the keys"
         ):
-            loaded.load_torch(*files, scheduler=kind, updates_per_tick=1)
+            loaded.load_torch(files[0], half, scheduler=kind, updates_per_tick=1)
+    with pytest.raises(TypeError, match="a function that returns a scheduler, but returned None"):
+        loaded.load_torch(*files, scheduler=lambda o: None, updates_per_tick=1)
+    two = sequence([S.ConstantLR, lambda o: S.ExponentialLR(o, 0.9)], [3])
+    three = sequence([S.ConstantLR, lambda o: S.ExponentialLR(o, 0.9), lambda o: S.StepLR(o, 2)], [3, 6])
+    with pytest.raises(ValueError, match="of a SequentialLR of 2 schedulers, got one of 3"):
+        loaded.load_torch(files[0], three(sgd()).state_dict(), scheduler=two, updates_per_tick=1)
+    turned = sequence([lambda o: S.StepLR(o, 2), S.ConstantLR], [3])
+    with pytest.raises(ValueError, match="that of a StepLR, but has factor"):
+        loaded.load_torch(files[0], two(sgd()).state_dict(), scheduler=turned, updates_per_tick=1)
+    adam = torch.optim.Adam(groups()).state_dict()
+    with pytest.raises(ValueError, match=r"of a torch\.optim\.SGD, but parameter group 0 has no momentum"):
+        loaded.load_torch(adam, files[1], scheduler=S.StepLR, updates_per_tick=1)
     with pytest.raises(ValueError, match="FusedLion has no counterpart"):
         fastlr.FusedLion(groups()).load_torch(*files, scheduler=S.StepLR, updates_per_tick=1)
     assert loaded.state_dict() == before
@@ -1137,6 +1448,6 @@ def test_the_page_about_moving_says_what_happens() -> None:
         "fastlr": fastlr,
     }
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:  # the last one goes on with the one before it
+    assert len(blocks) == 7
+    for block in blocks:  # the last ones go on with the one before them
         exec(compile(block, page.name, "exec"), names)

@@ -208,20 +208,58 @@ def test_a_distributed_checkpoint_of_torchs_optimizer_is_read(tmp_path: Path, ru
 
 
 @with_rules
-def test_a_flat_state_of_torchs_optimizer_is_read_over_the_own_one(rule: Rule):
+@pytest.mark.parametrize("back", [False, True], ids=["from-torch", "to-torch"])
+def test_a_flat_state_of_another_optimizer_is_read_over_the_own_one(rule: Rule, back: bool):
     """torch's helper asks it for every key that the optimizer's groups have, and that it has not."""
     model = make_model()
-    reference = rule.make_torch(model.parameters(), **rule.full)
-    train(model, reference, 4)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, reference, options=OPTIONS["flat"]))
+    first, other = (rule.make, rule.make_torch) if back else (rule.make_torch, rule.make)
+    opt = first(model.parameters(), **rule.full)
+    train(model, opt, 4)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=OPTIONS["flat"]))
     carried_model = copy.deepcopy(model)
-    carried = rule.make(carried_model.parameters(), **rule.full)
+    carried = other(carried_model.parameters(), **rule.full)
     own = get_optimizer_state_dict(carried_model, carried, options=OPTIONS["flat"])
+    with pytest.raises(KeyError, match="param_groups"):
+        set_optimizer_state_dict(carried_model, carried, saved, options=OPTIONS["flat"])
     set_optimizer_state_dict(carried_model, carried, {**own, **saved}, options=OPTIONS["flat"])
-    train(model, reference, 3, start=4)
+    train(model, opt, 3, start=4)
     train(carried_model, carried, 3, start=4)
     models = list(model.parameters()), list(carried_model.parameters())
-    assert_same_rules_run(rule, (reference, models[0]), (carried, models[1]))
+    assert_same_rules_run(rule, (opt, models[0]), (carried, models[1]))
+
+
+def test_files_of_the_distributed_helpers_bring_torchs_schedule():
+    """By names, and flat through torch's own optimizer."""
+
+    def pair(model: torch.nn.Module) -> tuple[Any, Any]:
+        opt = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+        return opt, torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
+
+    model = make_model()
+    opt, scheduler = pair(model)
+    for update in range(5):
+        train(model, opt, 1, start=update)
+        scheduler.step()
+    for flat in (False, True):
+        options = OPTIONS["flat" if flat else "plain"]
+        saved = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+        carried_model = copy.deepcopy(model)
+        if flat:
+            theirs = pair(carried_model)
+            set_optimizer_state_dict(carried_model, theirs[0], saved, options=options)
+            theirs[1].load_state_dict(scheduler.state_dict())
+            carried = fastlr.fuse(*theirs, updates_per_tick=1)
+        else:
+            carried = fastlr.FusedSGD(carried_model.parameters())
+            kind = type(scheduler)
+            carried.load_torch(saved, scheduler.state_dict(), scheduler=kind, updates_per_tick=1)
+        assert carried.param_groups[0]["lr_schedule"] == fastlr.StepDecay(0.25, 2, 0.5)
+        went_on, went_on_opt, went_on_scheduler = copy.deepcopy((model, opt, scheduler))
+        for update in range(5, 9):
+            train(went_on, went_on_opt, 1, start=update)
+            went_on_scheduler.step()
+            train(carried_model, carried, 1, start=update)
+        assert_same(carried_model.parameters(), went_on.parameters())
 
 
 def test_a_flat_state_of_version_0_1_is_read_over_the_own_one():

@@ -755,13 +755,56 @@ def test_hydra_takes_a_list_of_bounds() -> None:
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parent.parent / "docs" / "frameworks" / "lightning.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "Trainer", functools.partial(trainer, tmp_path, logger=Logger()))
     dataset = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.arange(64) % 3)
     names = {"dataset": dataset, "loader": torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True)}
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("when", ["at its end", "at its validation", "in its middle"])
+def test_epochs_of_the_page_go_on_from_a_file(tmp_path: Path, when: str) -> None:
+    """Also where it was written before an epoch's end; and accumulation does not divide one."""
+    page = Path(__file__).parent.parent / "docs" / "frameworks" / "lightning.md"
+    (block,) = re.findall(
+        r"```python\n(class PerEpoch.*?)\n\n\ntrainer = ", page.read_text("utf-8"), flags=re.DOTALL
+    )
+    names: dict[str, Any] = {"fastlr": fastlr, "Classifier": Validated}
+    exec(compile(block, page.name, "exec"), names)
+    seen: list[tuple[int, float]] = []
+
+    class Seen(lightning.Callback):  # type: ignore[misc,name-defined]
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append((trainer.current_epoch, optimizer.param_groups[0]["lr"]))
+
+    how = {"save_on_train_epoch_end": when == "at its end"}
+    if when == "in its middle":
+        how = {"every_n_train_steps": 1}
+
+    def fitted(ckpt_path: Any = None) -> Any:
+        made = trainer(
+            tmp_path,
+            max_epochs=4,
+            callbacks=[Seen(), saving(tmp_path, **how)],
+            accumulate_grad_batches=4,
+            enable_checkpointing=True,
+            num_sanity_val_steps=0,
+        )
+        module = names["PerEpoch"]()
+        made.fit(module, loader(), loader(), ckpt_path=ckpt_path)
+        return module, made
+
+    whole = fitted()
+    assert seen == [(epoch, 0.1 * 0.5**epoch) for epoch in range(4) for _ in range(2)]
+    seen.clear()
+    first = sorted(tmp_path.glob("epoch=1*.ckpt"))[0]
+    left = [1, 2, 2, 3, 3] if when == "in its middle" else [2, 2, 3, 3]
+    resumed = fitted(first)
+    assert seen == [(epoch, 0.1 * 0.5**epoch) for epoch in left]
+    assert resumed[1].optimizers[0].clock() == whole[1].optimizers[0].clock()
 
 
 # -- two processes ---------------------------------------------------------------------------------

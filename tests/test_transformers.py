@@ -480,3 +480,8 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer.clock() == (30, 30 * words)
     assert optimizer.clock().tokens == trainer.state.num_input_tokens_seen
     assert rates(trainer) == [schedule((update - 1) * words) for update in (10, 20, 30)]
+    epochs, updates = names["by_epochs"][0], len(trainer.get_train_dataloader())
+    assert epochs.clock() == (3 * updates, 3)
+    assert epochs.param_groups[0]["lr"] == 1e-3 * 0.5**3
+    file = torch.load(tmp_path / "epochs" / f"checkpoint-{2 * updates}" / "optimizer.pt", weights_only=True)
+    assert {(group["clock_unit"], group["samples"]) for group in file["param_groups"]} == {("epoch", 2)}

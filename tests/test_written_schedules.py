@@ -175,3 +175,43 @@ def test_bounds_of_groups_take_what_holds_numbers(kind: Any, form: str) -> None:
 def test_a_bound_may_be_an_array_of_no_dimension() -> None:
     opt = fastlr.FusedCyclicSGD([weight()], np.float32(0.125), np.array(0.5), 4)
     assert opt.param_groups[0]["lr_schedule"] == fastlr.Triangular(0.125, 0.5, 4)
+
+
+def test_a_number_that_was_written_into_a_file_is_not_passed_over_in_silence() -> None:
+    def made() -> fastlr.FusedAdamW:
+        betas = (fastlr.LinearRamp(0.5, 0.9, 10), 0.99)
+        return fastlr.FusedAdamW([torch.zeros(2)], lr=fastlr.Cosine(0.1, 0.0, 10), betas=betas)
+
+    optimizer = made()
+    optimizer.set_clock(updates=4)
+    file = optimizer.state_dict()
+    made().load_state_dict(file)
+    file["param_groups"][0]["lr"] *= 1.0 + 1e-12  # as another machine rounds
+    made().load_state_dict(file)
+    file["param_groups"][0] |= {"lr": 0.5, "betas": (0.6, 0.99)}
+    message = (
+        r"lr of parameter group 0 is 0\.5, and the schedule says 0\.0654.*; "
+        r"beta1 of parameter group 0 is 0\.6, and the schedule says 0\.66.*\. "
+        r"set_schedule\(lr=\.\.\.\) takes such a value back"
+    )
+    loaded = made()
+    with pytest.warns(UserWarning, match=message):
+        loaded.load_state_dict(file)
+    assert loaded.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    loaded.param_groups[0]["lr"] = 0.7  # which the next step refuses
+    made().load_state_dict(loaded.state_dict())
+    assert loaded.param_groups[0]["lr"] == 0.7
+    loaded.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+    with loaded.handed_over():  # whose numbers no file holds
+        loaded.param_groups[0]["lr"] = 0.7
+        file = loaded.state_dict()
+    made().load_state_dict(file)
+
+
+def test_a_scheduler_for_frameworks_tells_the_rate_of_a_written_schedule() -> None:
+    optimizer = fastlr.FusedSGD([torch.zeros(2)], lr=0.1)
+    scheduler = fastlr.integrations.ReadOnlyScheduler(optimizer)
+    optimizer.param_groups[0]["lr"] = fastlr.LinearRamp(0.2, 0.4, 10)
+    assert scheduler.get_lr() == [0.2]
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.2]

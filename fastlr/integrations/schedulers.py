@@ -11,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from fastlr._checks import count, describe, real
+from fastlr.schedules import Schedule
 
 
 class ReadOnlyScheduler(LRScheduler):
@@ -63,7 +64,10 @@ class ReadOnlyScheduler(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """The rate that each group's next update will use."""
-        rates = (group["lr"] for group in self._optimizer.param_groups)
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if any(isinstance(rate, Schedule) for rate in rates):  # which somebody has written there
+            self._optimizer.sync()  # type: ignore[attr-defined]
+            rates = [group["lr"] for group in self._optimizer.param_groups]
         return [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:

@@ -702,6 +702,10 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
 
     def _pack(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         own_groups = self._in_charge()
+        if own_groups is self.param_groups and self._parts is not ZERO:
+            # What a schedule owns it says in a file, whoever has written another number just now.
+            own_groups = [dict(group) for group in own_groups]
+            self._plan.publish(own_groups)
         if own_groups is not self.param_groups:
             for group, own in zip(state_dict["param_groups"], own_groups, strict=True):
                 group.update({key: value for key, value in own.items() if key != "params"})
@@ -745,6 +749,14 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
                 f"the file has no clock, as it is another optimizer's: {'; '.join(loaded.clockless)}. "
                 "If its run was elsewhere, say how far: optimizer.set_clock(updates=..., "
                 f"{self.param_groups[0]['clock_unit']}s=...).",
+                UserWarning,
+                stacklevel=2,
+            )
+        if loaded is not None and loaded.overruled:
+            warnings.warn(
+                f"the file was changed, and what a schedule owns it says: {'; '.join(loaded.overruled)}. "
+                "set_schedule(lr=...) takes such a value back; where torch's optimizer has gone on with the "
+                "file, set_clock(updates=...) tells how far.",
                 UserWarning,
                 stacklevel=2,
             )

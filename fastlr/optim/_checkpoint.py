@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from fastlr.optim._groups import CLOCKS, RuleOptions, check_owner, clock_of, nam
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
+# Numbers from which on a list is worth being shared.
+_LONG = 100
+
 
 def pack(
     own_groups: list[dict[str, Any]],
@@ -22,16 +26,35 @@ def pack(
     state_dict: dict[str, Any],
 ) -> None:
     """Makes a state_dict of plain values, with the state that torch's of the same rule has."""
+    tables: dict[bytes, list[float]] = {}
     for own, group in zip(own_groups, state_dict["param_groups"], strict=True):
         rule_state.in_file(state_dict["state"], dict(zip(group["params"], own["params"], strict=True)), own)
         group |= options.plain(group)
         for key, value in group.items():
             if isinstance(value, Schedule):
-                group[key] = value.to_dict()
+                group[key] = _sharing(value.to_dict(), tables)
             elif isinstance(value, torch.dtype):
                 group[key] = str(value).removeprefix("torch.")
             else:
                 group[key] = plain(value)  # somebody may have written NumPy's into the group
+
+
+def _sharing(value: Any, tables: dict[bytes, list[float]]) -> Any:
+    """What a schedule's to_dict() returned, where tables that are the same are one list.
+
+    torch.save() writes an object once, however often it stands in a file, and a table may have a value for
+    each update of the run, in each of many groups.
+
+    Args:
+        tables: those met before, by their bits.
+    """
+    if isinstance(value, dict):
+        return {key: _sharing(each, tables) for key, each in value.items()}
+    if not isinstance(value, list):
+        return value
+    if len(value) > _LONG and all(type(each) is float for each in value):
+        return tables.setdefault(array("d", value).tobytes(), value)
+    return [_sharing(each, tables) for each in value]
 
 
 class Loaded(NamedTuple):
@@ -41,11 +64,13 @@ class Loaded(NamedTuple):
         state_dict: with groups that are complete, checked and live again, and without the rule's state.
         states: the rule's state, in the types that the groups keep it in.
         clockless: the schedules that go on beside a file without a clock, in words.
+        overruled: the values that stand in a file beside schedules of its own which say others, in words.
     """
 
     state_dict: dict[str, Any]
     states: States
     clockless: list[str]
+    overruled: list[str]
 
 
 def unpack(
@@ -123,8 +148,16 @@ def unpack(
         states = {p: entry for p, entry in states.items() if not rule_state.is_new(entry)}
         for group in groups:
             group["fresh"] = False
-    found = [group["lr"] for group in groups]
+    found = [{o.name: options.value(group, o) for o in options.scheduled} for group in groups]
     plan.publish(groups)  # what schedules own follows from the clock, not from the file
+    overruled = [
+        f"{option.name} of parameter group {place} is {found[place][option.name]!r}, and the schedule says "
+        f"{options.value(group, option)!r}"
+        for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True))
+        for option in options.scheduled
+        if saved.get(f"{option.name}_schedule") is not None
+        and _differ(found[place][option.name], options.value(group, option))
+    ]
     for place, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         for option in options.scheduled:
             name = option.name
@@ -135,9 +168,14 @@ def unpack(
                 f"the {name} schedule of parameter group {place} goes on at "
                 f"{name_of_clock(schedule)}={group[clock]} with "
                 f"{options.value(group, option)!r}"
-                + (f" (the file's last {name} is {found[place]!r})" if name == "lr" else "")
+                + (f" (the file's last {name} is {found[place]['lr']!r})" if name == "lr" else "")
             )
-    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless)
+    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless, overruled)
+
+
+def _differ(a: float | None, b: float | None) -> bool:
+    """By more than another machine's rounding. None: an option that may be that was given none."""
+    return a is not None and b is not None and abs(a - b) > 1e-9 * max(abs(a), abs(b))
 
 
 def _check_form(state_dict: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CyclicLR,
@@ -18,6 +20,7 @@ from torch.optim.lr_scheduler import (
 
 from fastlr._checks import count, describe
 from fastlr.optim._groups import REFUSED_OPTIONS
+from fastlr.optim._scheduler_formulas import Schedules, value
 from fastlr.optim._scheduler_tables import every, numbers_of
 from fastlr.optim._torch_schedulers import follow
 
@@ -54,15 +57,15 @@ def plain(values: dict[str, Any], options: Container[str], leave_out: Iterable[s
         leave_out: what else.
     """
     gone = {*REFUSED_OPTIONS, *leave_out}
-    found = {name: copy.deepcopy(value) for name, value in values.items() if name not in gone}
-    numbers = {name: _number(value) for name, value in found.items() if name in options}
+    found = {name: copy.deepcopy(held) for name, held in values.items() if name not in gone}
+    numbers = {name: _number(held) for name, held in found.items() if name in options}
     return {**found, **numbers, "lr": numbers_of(values)["lr"]}
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    return tuple(map(_number, value)) if isinstance(value, tuple) else value
+def _number(held: Any) -> Any:
+    if isinstance(held, torch.Tensor) and held.numel() == 1:
+        return held.item()
+    return tuple(map(_number, held)) if isinstance(held, (tuple, list)) else held
 
 
 def driven_by(
@@ -85,9 +88,23 @@ def driven_by(
             "updates": now * tick,
             "samples": 0,
             **{f"{name}_schedule": schedule for name, schedule in schedules.items()},
+            **_said(group, schedules, now * tick),
         }
-        for schedules in groups
+        for group, schedules in zip(optimizer.param_groups, groups, strict=True)
     ]
+
+
+def _said(group: dict[str, Any], schedules: Schedules, clock: int) -> dict[str, Any]:
+    """A group's entries with what schedules say, from which torch's numbers differ by their rounding."""
+    said: dict[str, Any] = {}
+    for name, schedule in schedules.items():
+        if name not in ("beta1", "beta2"):
+            said[name] = value(schedule, clock)
+            continue
+        betas = list(said.get("betas", _number(group["betas"])))
+        betas[name == "beta2"] = value(schedule, clock)
+        said["betas"] = tuple(betas)
+    return said
 
 
 def from_checkpoints(
@@ -123,7 +140,9 @@ def from_checkpoints(
         )
     # All of the file's optimizer but its parameters: a scheduler looks at groups alone.
     beside = kind([{"params": [torch.zeros(1) for _ in range(size)]} for size in sizes[0]])
+    _check_rule(kind, beside, optimizer_state["param_groups"])
     made = _made(scheduler, beside)
+    _check_scheduler(made, scheduler_state)
     beside.load_state_dict({"state": {}, "param_groups": copy.deepcopy(optimizer_state["param_groups"])})
     beside.state.update(dict.fromkeys(optimizer_state["state"]))  # how timm's are told to have begun
     try:
@@ -155,6 +174,53 @@ def _check_file(name: str, value: Any, kinds: dict[str, type]) -> None:
         raise ValueError(
             f"{name} must be what state_dict() of torch's returned{held and ', with '}{held}, got {got}"
         )
+
+
+# What torch's optimizers have come to have (Adagrad its eps), which older files have not.
+_LATER = {"maximize", "decoupled_weight_decay", "eps", *REFUSED_OPTIONS}
+
+
+def _check_rule(kind: Any, beside: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where a file is of another optimizer than its state, if it has any, would show."""
+    for place, group in enumerate(groups):
+        if missing := [name for name in beside.defaults if name not in group and name not in _LATER]:
+            raise ValueError(
+                f"optimizer_state must be that of a torch.optim.{kind.__name__}, but parameter group {place} "
+                f"has no {missing[0]}; got the keys {list(group)}"
+            )
+
+
+def _arguments(kind: type) -> set[str]:
+    """Of a scheduler's class, those that its file has under their names."""
+    made: Any = kind.__init__  # type: ignore[misc]
+    return {*inspect.signature(made).parameters} - {"self", "optimizer", "last_epoch", "verbose"}
+
+
+def _check_scheduler(made: Any, state: dict[str, Any]) -> None:
+    """Raises for a file of another scheduler, which has what this one does not know.
+
+    What it has not shows when it is loaded.
+    """
+    if not hasattr(made, "load_state_dict"):
+        raise TypeError(
+            f"scheduler must be a function that returns a scheduler, but returned {describe(made)}"
+        )
+    kinds = [kind for kind in vars(lr_scheduler).values() if isinstance(kind, type)]
+    known = set().union(*(_arguments(kind) for kind in kinds if issubclass(kind, lr_scheduler.LRScheduler)))
+    own = vars(made).keys() | set().union(*(_arguments(kind) for kind in type(made).__mro__))
+    if strange := [name for name in state if name in known and name not in own]:
+        raise ValueError(
+            f"scheduler_state must be that of a {type(made).__name__}, but has {strange[0]}; got the keys "
+            f"{list(state)}"
+        )
+    inner, states = getattr(made, "_schedulers", []), state.get("_schedulers", [])
+    if len(inner) != len(states):
+        raise ValueError(
+            f"scheduler_state must be that of a {type(made).__name__} of {len(inner)} schedulers, got one of "
+            f"{len(states)}"
+        )
+    for each, its_state in zip(inner, states, strict=True):
+        _check_scheduler(each, its_state)
 
 
 def _made(scheduler: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer) -> Any:

@@ -21,7 +21,8 @@ class Moving:
     ) -> tuple[torch.optim.Optimizer, Any]:
         """Torch's optimizer and scheduler that go on where this one stands: the way back from :func:`fuse`.
 
-        They update the same parameters, and have copies of all else. A later step of this optimizer raises.
+        They update the same parameters, and have copies of all else. A later step of this optimizer raises,
+        as does what else would change it.
 
         Args:
             foreach, fused, capturable: how torch's step is made, as its class takes them; None: as it likes.

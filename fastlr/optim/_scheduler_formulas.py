@@ -230,7 +230,7 @@ def _one_cycle(s: Any, group: dict[str, Any], unit: TickUnit) -> Schedules:
     how: Any = {
         "total_steps": total,
         "pct_start": _first_that(lambda part: float(part * total) - 1 == first, (first + 1) / total),
-        "anneal_strategy": s._anneal_func_type,
+        "anneal_strategy": _strategy_of(s),
         "three_phase": len(s._schedule_phases) == 3,
         "unit": unit,
     }
@@ -241,6 +241,18 @@ def _one_cycle(s: Any, group: dict[str, Any], unit: TickUnit) -> Schedules:
         low, high = float(group["base_momentum"]), float(group["max_momentum"])
         found[momentum_of(s)] = OneCycleMomentum(low, high, **how)
     return found
+
+
+def _strategy_of(s: Any) -> str:
+    """How a OneCycleLR anneals; in files of PyTorch before 2.1 a function says it."""
+    name: str | None = getattr(s, "_anneal_func_type", None)
+    if name is not None:
+        return name
+    kind = lr_scheduler.OneCycleLR
+    for name, function in (("cos", kind._annealing_cos), ("linear", kind._annealing_linear)):
+        if s.anneal_func == function:
+            return name
+    raise NoFormula
 
 
 def momentum_of(s: Any) -> str:

@@ -81,14 +81,15 @@ class Simulation:
 
 
 def numbers_of(group: dict[str, Any]) -> dict[str, float]:
-    """What schedulers write into a group, by the names of options."""
+    """What schedulers, and those that to_torch() makes, write into a group, by the names of options."""
     found = {"lr": float(group["lr"])}
     if -1e-12 * float(group.get("initial_lr", 0.0)) <= found["lr"] < 0.0:
         found["lr"] = 0.0  # which torch's sums miss by their rounding
-    if "betas" in group:
-        found["beta1"] = float(group["betas"][0])
-    if "momentum" in group:
-        found["momentum"] = float(group["momentum"])
+    for name in ("momentum", "weight_decay", "alpha", "rho"):
+        if name in group:
+            found[name] = float(group[name])
+    for place, value in enumerate(group.get("betas", ()), 1):
+        found[f"beta{place}"] = float(value)
     return found
 
 
@@ -119,12 +120,13 @@ def timm_tables(
 ) -> tuple[int, list[list[float]]]:
     """Where a scheduler of timm's stands, and the rates of each group over the run.
 
-    Timm's are asked for a tick and keep none: where they stand is where the groups have their present rates.
+    Timm's are asked for a tick and keep none: where they stand is where the groups have their present rates,
+    and of several such ticks the one that somebody has given the scheduler as ``last_epoch``.
 
     Raises:
         ValueError: that is at several ticks, or at none.
     """
-    name = type(scheduler).__name__
+    name, ticks = type(scheduler).__name__, "epochs" if scheduler.t_in_epochs else "updates"
     copied = copy_beside(scheduler, optimizer)
     rows = []
     for tick in range(last_tick(horizon, updates_per_tick, 0, name)):
@@ -138,11 +140,34 @@ def timm_tables(
     if present == first and not optimizer.state:  # nobody has told it a tick, and its first may differ
         rows[0] = first
     places = [tick for tick, row in enumerate(rows) if row == present]
-    if len(places) != 1 and (optimizer.state or 0 not in places):
+    where = getattr(scheduler, "last_epoch", None)  # somebody has said it, in torch's word
+    if where is not None:
+        where = count("last_epoch", where, 0)
+        if where not in places:
+            rate = f"{rows[where][0]!r}" if where < len(rows) else f"none, as the horizon ends at {len(rows)}"
+            raise ValueError(
+                f"last_epoch of the {name} is {where}, and its rate there {rate}, but the present one is "
+                f"{present[0]!r}; give it the number that step() was last called with"
+            )
+    elif len(places) != 1 and (optimizer.state or 0 not in places):
+        remedy = "say which, scheduler.last_epoch = ..., and call this again"
+        if not places:
+            remedy = (
+                "fuse the optimizer alone, call set_schedule(lr=fastlr.Tabulated(rate_of_update, steps), "
+                'start="zero") and set_clock(updates=...)'
+            )
         raise ValueError(
-            f"{name} keeps no count, and the present rate, {present[0]!r}, is that of {len(places) or 'no'} "
-            f"{'epochs' if scheduler.t_in_epochs else 'updates'} of the run; fuse the optimizer alone, call "
-            'set_schedule(lr=fastlr.Tabulated(rate_of_update, steps), start="zero") and '
-            "set_clock(updates=...)"
+            f"{name} keeps no count, and the present rate, {present[0]!r}, is that of "
+            f"{_some(places, ticks)}; {remedy}"
         )
-    return places[0], [list(column) for column in zip(*rows, strict=True)]
+    now = places[0] if where is None else where
+    return now, [list(column) for column in zip(*rows, strict=True)]
+
+
+def _some(places: list[int], ticks: str) -> str:
+    """Ticks in words."""
+    if not places:
+        return f"no one of the run's {ticks}"
+    if places[-1] - places[0] == len(places) - 1:
+        return f"{len(places)} {ticks} of the run, {places[0]} to {places[-1]}"
+    return f"{len(places)} {ticks} of the run, from {places[0]} on"

@@ -23,7 +23,9 @@ from fastlr.schedules import (
     MultiStep,
     OneCycle,
     OneCycleMomentum,
+    PerEpoch,
     Polynomial,
+    Scaled,
     Schedule,
     StepDecay,
     Triangular,
@@ -101,6 +103,16 @@ def scheduler_of(optimizer: torch.optim.Optimizer, driven: list[Driven], tick: i
         move(scheduler, last - begins[i])
     sequence.last_epoch = tick
     return sequence
+
+
+def by_tick(schedule: Schedule) -> tuple[int, Schedule]:
+    """How long a schedule holds each value, and the schedule of these."""
+    if isinstance(schedule, Scaled) and isinstance(schedule.schedule, PerEpoch):
+        held, inner = by_tick(schedule.schedule)
+        return held, inner * schedule.factor
+    if isinstance(schedule, PerEpoch):
+        return schedule.updates_per_epoch, schedule.schedule
+    return 1, schedule
 
 
 def move(scheduler: Any, tick: int) -> None:
@@ -233,27 +245,86 @@ def _with_momentum(lr: Schedule, momentum: Schedule) -> _Spec:
 # -- what torch has no scheduler for -----------------------------------------------------------------------
 
 
+class Source(NamedTuple):
+    """What a function of a tick gives the values of.
+
+    Attributes:
+        schedule: which.
+        zero: the clock at which that has its zero, where the tick's is at 0.
+        held: clock units to a tick.
+    """
+
+    schedule: Schedule
+    zero: int
+    held: int
+
+
+def values_of(source: Source) -> Callable[[int], float]:
+    """A function for a LambdaLR. ``source`` is kept as its attribute, by which :func:`source_of` finds it."""
+    schedule, zero, held = source
+
+    def value(tick: int) -> float:
+        return schedule._native.value(max(tick * held - zero, 0))
+
+    value.source = source  # type: ignore[attr-defined]  # of a function, whose state no state_dict() holds
+    return value
+
+
+def source_of(function: Any) -> Source | None:
+    """What :func:`values_of` made a function of."""
+    found = getattr(function, "source", None)
+    return found if isinstance(found, Source) else None
+
+
+def one(tick: int) -> float:
+    """The factor of a rate that stays."""
+    return 1.0
+
+
+class Other(NamedTuple):
+    """What drives an option of a group besides the rate.
+
+    Attributes:
+        name: the option's.
+        key: under which the group holds it.
+        place: of it in the tuple that stands there; None: it stands there alone.
+        values: its values at a tick.
+    """
+
+    name: str
+    key: str
+    place: int | None
+    values: Callable[[int], float]
+
+
 class ValuesLR(lr_scheduler.LambdaLR):
     """LambdaLR that drives other options of the groups as well, as CyclicLR does with momentum.
 
     Args:
-        write: is called with the tick, and writes them.
+        others: what, for each group.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         lr_lambda: list[Callable[[int], float]],
-        write: Callable[[int], None],
+        others: list[list[Other]],
     ) -> None:
-        self._write = write
+        self.others = others
         super().__init__(optimizer, lr_lambda)
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """The rates; the other options are written at once."""
-        self._write(self.last_epoch)
+        for group, others in zip(self.optimizer.param_groups, self.others, strict=True):
+            for other in others:
+                value: Any = other.values(self.last_epoch)
+                if other.place is not None:
+                    values = list(group[other.key])
+                    values[other.place] = value
+                    value = tuple(values)
+                group[other.key] = value
         return super().get_lr()
 
     def state_dict(self) -> dict[str, Any]:
         """As LambdaLR's: what the functions do is not in it."""
-        return {name: value for name, value in super().state_dict().items() if name != "_write"}
+        return {name: value for name, value in super().state_dict().items() if name != "others"}

@@ -174,6 +174,14 @@ class RuleState:
             parameters: those of one group, by their keys in it.
             group: theirs.
         """
+        for key in parameters:  # what somebody has taken out by a None, which torch's would not load
+            entry = state.get(key, {})
+            if gone := {
+                name for name in (*self.slots, *self.stage_slots, STEP) if entry.get(name, 0) is None
+            }:
+                state[key] = {name: value for name, value in entry.items() if name not in gone}
+                if not state[key]:
+                    del state[key]
         if self._starts_with_state:
             for key, parameter in parameters.items():
                 if not state.get(key):

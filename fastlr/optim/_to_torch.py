@@ -14,9 +14,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
 from fastlr.optim._groups import STAGE_DEFAULTS
-from fastlr.optim._replaced import is_replaced, refuse_steps
-from fastlr.optim._schedules_to_torch import Driven, NoCounterpart, ValuesLR, move, scheduler_of
-from fastlr.schedules import Constant, PerEpoch, Scaled, Schedule
+from fastlr.optim._replaced import CHANGES, is_replaced, own_method, replace
+from fastlr.optim._schedules_to_torch import (
+    Driven,
+    NoCounterpart,
+    Other,
+    Source,
+    ValuesLR,
+    by_tick,
+    move,
+    one,
+    scheduler_of,
+    values_of,
+)
+from fastlr.schedules import Constant, Schedule
 
 # The schedules that drive a group's options, by their names, and where their zeros are.
 _Followed: TypeAlias = dict[str, tuple[Schedule, int]]
@@ -28,6 +39,11 @@ _TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "adadelta": torch.optim.Adadelta,
 }
+# What changes a fused optimizer, and torch's do not have.
+_OURS = (
+    *("set_schedule", "scale_lr", "handed_over", "load_torch"),
+    *("set_clock", "advance_samples", "advance_tokens", "advance_epoch"),
+)
 # What of stages alone changes nothing.
 _IDLE_ALONE = ("ema_warmup", "ema_dtype", "rounding_seed")
 _REMEDIES = {
@@ -44,6 +60,12 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
     if is_replaced(fused):
         raise ValueError(f"the {name} was given to torch before; go on with what to_torch() returned then")
     fused._refuse_handed_over("to_torch()")
+    ours = next(kind for kind in type(fused).__mro__ if kind.__module__.startswith("fastlr.optim."))
+    if method := own_method(fused, ours):
+        raise ValueError(
+            f"{name} has a {method}() of its own, which torch's optimizer would not do; make a fastlr."
+            f"{ours.__name__} of its groups, load its state_dict() there, and move that"
+        )
     given = {option: flag(option, value) for option, value in options.items() if value is not None}
     clock = fused.sync()
     fused._check_owned()
@@ -61,11 +83,11 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
             group.update(kept)
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
             each._last_lr = [group["lr"] for group in optimizer.param_groups]
-    refuse_steps(
-        fused,
-        f"to_torch() has turned into a torch.optim.{kind.__name__}; call step() of that one, or give it to "
-        "fastlr.fuse()",
-    )
+    instead = {name: f"call {name}() of that one, or give it to fastlr.fuse()" for name in CHANGES}
+    instead |= {
+        name: f"give that one to fastlr.fuse(), and call {name}() of what it returns" for name in _OURS
+    }
+    replace(fused, f"to_torch() has turned into a torch.optim.{kind.__name__}", instead, ("state_dict",))
     return optimizer, scheduler
 
 
@@ -144,9 +166,15 @@ def _optimizer(
         params: list[Any] = list(group["params"])
         if "param_names" in group:
             params = list(zip(group["param_names"], params, strict=True))
-        kept = {name: value for name, value in group.items() if name in defaults or name not in own}
+        plain = fused._options.plain(group)  # whatever somebody has written
+        kept = {name: value for name, value in plain.items() if name in defaults or name not in own}
         groups.append({**copy.deepcopy(kept), "params": params})
-    optimizer = kind(groups, **{**defaults, **options})
+    given = {**defaults, **options}
+    if idle := defaults.get("nesterov") and not defaults["momentum"] > 0.0:  # which its constructor refuses
+        given["nesterov"] = False
+    optimizer = kind(groups, **given)
+    if idle:
+        optimizer.defaults["nesterov"] = True
     saved = fused.state_dict()["state"]
     state = {key: {name: _cloned(each) for name, each in entry.items()} for key, entry in saved.items()}
     if not any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups):
@@ -170,21 +198,11 @@ def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def _per_tick(schedule: Schedule) -> tuple[int, Schedule]:
-    """How long a schedule holds each value, and the schedule of these."""
-    if isinstance(schedule, Scaled) and isinstance(schedule.schedule, PerEpoch):
-        held, inner = _per_tick(schedule.schedule)
-        return held, inner * schedule.factor
-    if isinstance(schedule, PerEpoch):
-        return schedule.updates_per_epoch, schedule.schedule
-    return 1, schedule
-
-
 def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Followed], clock: int) -> Any:
     """Torch's scheduler where the schedules' clock stands; what it has written into the groups is to be
     overwritten."""
     every = [each for group in followed for each in group.values()]
-    ticks = {_per_tick(each)[0] for each, _ in every}
+    ticks = {by_tick(each)[0] for each, _ in every}
     tick = ticks.pop() if len(ticks) == 1 else 1
     zeros = {zero for _, zero in every}
     try:
@@ -192,7 +210,7 @@ def _scheduler(fused: Any, optimizer: torch.optim.Optimizer, followed: list[_Fol
             raise NoCounterpart
         driven = []
         for own, group in zip(fused.param_groups, followed, strict=True):
-            inner = {name: _per_tick(each)[1] for name, (each, _) in group.items()}
+            inner = {name: by_tick(each)[1] for name, (each, _) in group.items()}
             lr = inner.get("lr", Constant(own["lr"]))
             driven.append(Driven(lr, inner.get("momentum", inner.get("beta1"))))
         return scheduler_of(optimizer, driven, (clock - zeros.pop()) // tick)
@@ -216,33 +234,25 @@ def _of_values(
 ) -> Any:
     """A scheduler that gives schedules' values."""
     zeros = {zero for group in followed for _, zero in group.values()}
-    origin = zeros.pop() if len(zeros) == 1 else 0
-
-    def values(schedule: Schedule, zero: int) -> Callable[[int], float]:
-        return lambda epoch: schedule._native.value(max(origin + epoch * tick - zero, 0))
+    if len({zero % tick for zero in zeros}) > 1:  # no tick is one of all schedules
+        tick = 1
+    origin = min(zeros) if tick > 1 or len(zeros) == 1 else 0
 
     rates: list[Callable[[int], float]] = []
-    others = []
+    others: list[list[Other]] = []
     for group, found in zip(optimizer.param_groups, followed, strict=True):
         if "lr" in found:
             group["lr"] = 1.0
-            rates.append(values(*found["lr"]))
-        else:
-            rates.append(_one)
         group["initial_lr"] = group["lr"]
-        others += [
-            (group, fused._options.named(name), values(*each)) for name, each in found.items() if name != "lr"
-        ]
-
-    def write(epoch: int) -> None:
-        for group, option, at in others:
-            assert option is not None  # it is one that a schedule drives
-            group.update(fused._options.entry(group, option, at(epoch)))
-
-    scheduler = ValuesLR(optimizer, rates, write) if others else LambdaLR(optimizer, rates)
+        of_options = {
+            name: values_of(Source(schedule, zero - origin, tick)) for name, (schedule, zero) in found.items()
+        }
+        rates.append(of_options.pop("lr", one))
+        others.append([])
+        for name, values in of_options.items():
+            option = fused._options.named(name)
+            key, place = (name, None) if option.tuple is None else (option.tuple, option.place)
+            others[-1].append(Other(name, key, place, values))
+    scheduler = ValuesLR(optimizer, rates, others) if any(others) else LambdaLR(optimizer, rates)
     move(scheduler, (clock - origin) // tick)
     return scheduler
-
-
-def _one(epoch: int) -> float:
-    return 1.0

@@ -34,6 +34,7 @@ from fastlr.optim._scheduler_tables import (
     numbers_of,
     timm_tables,
 )
+from fastlr.optim._schedules_to_torch import Source, ValuesLR, by_tick, one, source_of
 from fastlr.schedules import Constant, Schedule, Shifted, Tabulated
 
 # NOTE: [where a scheduler stands]
@@ -73,6 +74,11 @@ def follow(
         for each in every(scheduler):
             _check(each, optimizer)
         now = _position(scheduler)
+        if now < 0:
+            raise ValueError(
+                f"the {type(scheduler).__name__} stands at {now}, before its first tick; call "
+                "scheduler.step(epoch) with the epoch, >= 0, that the run is in"
+            )
         end = None
         if horizon is not None:
             end = last_tick(horizon, updates_per_tick, now, type(scheduler).__name__)
@@ -99,9 +105,12 @@ def _check(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
             "averages in the step"
         )
     if not isinstance(scheduler, lr_scheduler.LRScheduler):
+        remedy = "where a framework wraps one, pass the scheduler inside"
+        if isinstance(scheduler, (list, tuple)):
+            remedy = "of several that the loop steps in turn make one, ChainedScheduler(several, optimizer)"
         raise TypeError(
-            f"scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got "
-            f"{describe(scheduler)}; where a framework wraps one, pass the scheduler inside"
+            "scheduler must be one of torch.optim.lr_scheduler or timm.scheduler, got "
+            f"{describe(scheduler)}; {remedy}"
         )
     _check_pair(scheduler, optimizer)
     kind = torch_kind(scheduler)
@@ -265,6 +274,10 @@ class _Reader:
     ) -> _Parts:
         """The same of one that is not made of several; raises NoFormula where only copies of it know."""
         zero = at - tick
+        if type(s) is ValuesLR:
+            parts = {other.name: self._sourced(other.values, zero) for other in s.others[place]}
+            parts["lr"] = self._lambda(s, place, zero, until)
+            return parts
         if formula_of(s) is lr_scheduler.LambdaLR:
             return {"lr": self._lambda(s, place, zero, until)}
         found = by_formula(s, place, tick, rate, self._unit)
@@ -283,7 +296,10 @@ class _Reader:
     def _table(self, s: Any, place: int, at: int, until: int | None) -> _Parts:
         stop = self._last_tick(s, at, until)
         cycled = {momentum_of(each) for each in every(s) if getattr(each, "cycle_momentum", False)}
-        return {name: self._simulated(place, name, at, stop) for name in ("lr", *cycled)}
+        for each in every(s):
+            if isinstance(each, ValuesLR):
+                cycled |= {other.name for other in each.others[place]}
+        return {name: self._simulated(place, name, at, stop) for name in ("lr", *sorted(cycled))}
 
     def _simulated(self, place: int, option: str, start: int, stop: int) -> _Part:
         return self._tabulated(self._simulation.values(place, option, start, stop), start)
@@ -299,12 +315,32 @@ class _Reader:
 
     def _lambda(self, s: Any, place: int, zero: int, until: int | None) -> _Part:
         base, function = float(s.base_lrs[place]), s.lr_lambdas[place]
+        if function is one:
+            return _Part(self._constant(base), zero)
+        if base == 1.0 and source_of(function) is not None:
+            try:
+                return self._sourced(function, zero)
+            except NoFormula:  # of other ticks, so that it is as any function
+                pass
         if not is_function(function):  # a call may change it
             raise NoFormula
         steps = self._last_tick(s, zero, until) - zero
         if (function, steps) not in self._factors:  # which groups often have in common
             self._factors[function, steps] = [function(tick) for tick in range(steps)]
-        return self._tabulated([float(base * factor) for factor in self._factors[function, steps]], zero)
+        factors = self._factors[function, steps]
+        bases = {float(each) for each in s.base_lrs}
+        # So that groups with rates of their own have one table in common, which a file holds once.
+        if len(bases) > 1 and all(type(each) is float and 0.0 <= base * each < math.inf for each in factors):
+            return _Part(Tabulated(factors, unit=self._unit) * base, zero)
+        return self._tabulated([float(base * factor) for factor in factors], zero)
+
+    def _sourced(self, function: Callable[[int], float], zero: int) -> _Part:
+        """What to_torch() has made a function of. Raises NoFormula where a tick is something else here."""
+        schedule, start, held = source_of(function) or Source(Constant(0.0), 0, 0)
+        tick, per_tick = (1, schedule) if held == 1 else by_tick(schedule)
+        if tick != held or per_tick.unit != self._unit or start % held:
+            raise NoFormula
+        return _Part(per_tick, zero + start // held)
 
     def _sequential(self, s: Any, place: int, at: int, tick: int, rate: float, until: int | None) -> _Parts:
         zero = at - tick

@@ -12,7 +12,7 @@ import torch
 from fastlr._checks import describe
 from fastlr.optim._base import FusedOptimizer
 from fastlr.optim._from_torch import driven_by, kept_by, plain
-from fastlr.optim._replaced import is_replaced, refuse_steps
+from fastlr.optim._replaced import CHANGES, is_replaced, own_method, replace
 from fastlr.optim._scheduler_tables import every
 from fastlr.optim.adadelta import FusedAdadelta
 from fastlr.optim.adagrad import FusedAdagrad
@@ -30,6 +30,14 @@ _FUSED: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.Adadelta: FusedAdadelta,
 }
 
+# What would change a scheduler, and what to do in place of each.
+_STEPS = "leave the call out, as its own step() moves the schedule"
+_OF_SCHEDULERS = {
+    "step": _STEPS,
+    "step_update": _STEPS,
+    "load_state_dict": "its own state_dict() has the schedule; files of torch's go to its load_torch()",
+}
+
 
 def fuse(
     optimizer: torch.optim.Optimizer,
@@ -42,7 +50,8 @@ def fuse(
 
     It updates the same parameters, and has copies of all else: groups with their names, rates and options,
     state, step hooks, and the scheduler's position as its clock. A later ``step()`` of the old optimizer or
-    scheduler raises. Call it between two updates, after ``scheduler.step()`` where that was due.
+    scheduler raises, as does what else would change them. Call it between two updates, after
+    ``scheduler.step()`` where that was due.
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or ``Adadelta``.
@@ -69,7 +78,8 @@ def fuse(
     StepDecay(unit='epoch', start=0.1, every=30, gamma=0.5)
     """
     kind = _kind_of(optimizer)
-    if scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    left = any("initial_lr" in group for group in optimizer.param_groups)  # by timm's alone, too
+    if scheduler is None and (left or hasattr(optimizer.step, "_wrapped_by_lr_sched")):
         warnings.warn(
             f"the {type(optimizer).__name__} has a scheduler, which was not given: its rates stay as they "
             "are. Pass it, fuse(optimizer, scheduler, updates_per_tick=...), to take it over.",
@@ -80,8 +90,9 @@ def fuse(
     fused = _copied(optimizer, kind, driven, kept_by(scheduler))
     new = f"fastlr.fuse() has turned into a {kind.__name__}"
     for each in [] if scheduler is None else every(scheduler):
-        refuse_steps(each, f"{new}, whose own step() moves the schedule; leave the call out")
-    refuse_steps(optimizer, f"{new}; call step() of that one")  # last: a scheduler's class may object
+        replace(each, new, _OF_SCHEDULERS, ("state_dict", "get_last_lr") if each is scheduler else ())
+    # Last, as a scheduler's class may object.
+    replace(optimizer, new, {name: f"call {name}() of that one" for name in CHANGES}, ("state_dict",))
     return fused
 
 
@@ -103,11 +114,10 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
         raise TypeError(f"optimizer must be one of torch.optim's {known}, got {name}; keep that one")
     if is_replaced(optimizer):
         raise ValueError(f"the {name} was given to fastlr.fuse() before; go on with what that returned")
-    own = inspect.unwrap(getattr(optimizer.step, "__func__", optimizer.step))
-    if own is not inspect.unwrap(torch_kind.step):
+    if method := own_method(optimizer, torch_kind):
         raise ValueError(
-            f"{name} has a step() of its own, which fastlr.{_FUSED[torch_kind].__name__} would not do; pass "
-            f"a plain torch.optim.{torch_kind.__name__}, and what the step does besides give to a hook "
+            f"{name} has a {method}() of its own, which fastlr.{_FUSED[torch_kind].__name__} would not do; "
+            f"pass a plain torch.optim.{torch_kind.__name__}, and what a step does besides give to a hook "
             "(register_step_pre_hook, register_step_post_hook)"
         )
     for place, group in enumerate(optimizer.param_groups):
@@ -143,9 +153,13 @@ def _copied(
     for group in optimizer.param_groups:
         names = group.get("param_names")
         params = list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
-        groups.append({**plain(group, options, {*left, "params", "param_names"}), "params": params})
+        # Beside a momentum that is 0 now a step takes nesterov, and a constructor does not.
+        later = {*left, "params", "param_names", "nesterov"}
+        groups.append({**plain(group, options, later), "params": params})
     others = {name for name in options if name not in arguments}
-    fused: FusedOptimizer = kind(groups, **plain(options, options, others))
+    fused: FusedOptimizer = kind(groups, **plain(options, options, {*others, "nesterov"}))
+    if "nesterov" in options:
+        fused.defaults["nesterov"] = options["nesterov"]
     saved = optimizer.state_dict()
     of_rule = {*fused._rule_state.slots, "step"}  # which loading copies
     state = {

@@ -27,7 +27,7 @@ from rule_table import taking_exact_roots
 
 import fastlr
 from fastlr import Schedule
-from fuzz import schedules, stage_actions, stages
+from fuzz import moves, schedules, stage_actions, stages
 from fuzz.memory import (
     DTYPES,
     EXACT,
@@ -124,6 +124,10 @@ class Run:
     def __init__(self, seed: int, backend: str = "cpu") -> None:
         self.rng, self.rule, self.backend = Random(f"steps {seed}"), rule_of(seed), backend
         self.stage_rng = Random(f"stages {seed}")
+        self.move_rng = Random(f"moves {seed}")
+        self.moves, self.moved = self.move_rng.random() < 0.3, 0  # whether it has torch's options alone
+        # What its optimizers count beside updates.
+        self.second = "update" if self.moves else self.move_rng.choice(["sample", "sample", "epoch"])
         self.scalers = Scalers(self.stage_rng)
         self.log: list[str] = []
         self.updates = self.samples = self.steps = 0
@@ -180,12 +184,15 @@ class Run:
         pairs = [pair for _ in range(rng.choice([1, 2, 3, 5])) for pair in self.new_pairs()]
         options = {name: drawn(rng) for name, drawn in self.rule.options.items()}
         slot_type = rng.choice([None, None, torch.float32])
+        if self.moves:
+            slot_type = None
         group = Group(pairs, {**options, SLOT_TYPE: slot_type})
         self.set_owners(group)
         return group
 
     def set_owners(self, group: Group) -> None:
-        group.averaging, group.staging = stages.averaging(self), stages.staging(self, group)
+        if not self.moves:
+            group.averaging, group.staging = stages.averaging(self), stages.staging(self, group)
         group.owners = {name: self.new_owner(top, self.clock) for name, top in self.rule.scheduled.items()}
         if self.cyclic:
             group.words, cycled = self.words()
@@ -243,6 +250,7 @@ class Run:
             return rng.choice([0.0, rng.uniform(0, top), rng.uniform(0, top), top])
         while True:
             unit = rng.choice(["update", "update", "sample"])
+            unit = self.second if unit == "sample" else unit
             try:
                 drawn = schedules.draw(rng, unit, top, depth=rng.choice([0, 1, 3])).schedule
                 drawn(0)
@@ -254,7 +262,7 @@ class Run:
                 return drawn, start(drawn)
 
     def clock(self, schedule: Schedule) -> int:
-        return self.samples if schedule.unit == "sample" else self.updates
+        return self.updates if schedule.unit == "update" else self.samples
 
     def value(self, owner: Any) -> float:
         """What the next step uses."""
@@ -268,7 +276,7 @@ class Run:
         made = [group.given(self.rule) for group in groups]
         kind = self.rule.cyclic if self.cyclic else self.rule.fused
         assert kind is not None
-        self.limits = Limits.drawn(self.stage_rng)
+        self.limits = Limits(None, "skip") if self.moves else Limits.drawn(self.stage_rng)
         arguments = inspect.signature(kind).parameters.keys()
         arguments |= Averaging().given().keys() | Staging().given().keys()
         if len(made) == 1 and self.rng.random() < 0.5 and made[0].keys() <= arguments:
@@ -362,7 +370,7 @@ class Run:
         raises = nonfinite and scaler is None and limits.nonfinite == "raise"
         by = "" if scaler is None else " by fastlr.GradScaler"
         self.note(f"step{by}, found_inf={found}, grad_scale={scale}" + nonfinite * ", nonfinite")
-        consumed = rng.choice([0, 0, 1, 32])
+        consumed = rng.choice([0, 0, 1, 32]) * (self.second != "epoch")
         told = self.told(consumed, found, scale if scaler is None else None)
         with told, refused(RuntimeError, "the gradients' norm") if raises else nullcontext():
             self.take_step(scaler)
@@ -392,8 +400,12 @@ class Run:
         self.samples += consumed
         if rng.random() < 0.4:
             more = rng.choice([0, 1, 32])
-            self.optimizer.advance_samples(more)
-            self.samples += more
+            if self.second != "epoch":
+                self.optimizer.advance_samples(more)
+                self.samples += more
+            elif more:
+                self.optimizer.advance_epoch()
+                self.samples += 1
 
     @contextmanager
     def told(self, consumed: int, found: float | None, scale: float | None) -> Iterator[None]:
@@ -634,7 +646,8 @@ class Run:
 
     def set_clock(self) -> None:
         owners = [o for group in self.groups for o in group.all_owners().values() if isinstance(o, tuple)]
-        at = {"updates": self.updates, "samples": self.samples}
+        second = "epochs" if self.second == "epoch" else "samples"
+        at = {"updates": self.updates, second: self.samples}
         for unit in self.rng.sample(list(at), self.rng.choice([1, 2])):
             at[unit] = self.rng.choice([0, self.rng.randrange(60), self.rng.randrange(10**6)])
         self.note(f"set_clock({at})")
@@ -643,7 +656,7 @@ class Run:
                 self.optimizer.set_clock(**at)
             return
         self.optimizer.set_clock(**at)
-        self.updates, self.samples = at["updates"], at["samples"]
+        self.updates, self.samples = at["updates"], at[second]
 
     def add_group(self) -> None:
         if len(self.groups) > 3:
@@ -767,6 +780,8 @@ class Run:
         for other in others:
             other.options = {name: drawn(self.rng) for name, drawn in self.rule.options.items()}
             other.options[SLOT_TYPE] = self.rng.choice([None, torch.float32])
+            if self.moves:
+                other.options[SLOT_TYPE] = None
             self.set_owners(other)
         into = self.build(others)
         if self.rng.random() < 0.3:
@@ -997,8 +1012,11 @@ class Run:
             action = self.rng.choice(self.ACTIONS)
             action(self)
             self.check()
-            if self.stage_rng.random() < 0.6:
+            if self.stage_rng.random() < 0.6 and not self.moves:
                 self.stage_rng.choice(stage_actions.ACTIONS)(self)
+                self.check()
+            if self.move_rng.random() < 0.4:
+                self.move_rng.choice(moves.MOVES if self.moves else moves.ACTIONS)(self)
                 self.check()
 
 

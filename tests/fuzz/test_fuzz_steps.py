@@ -40,3 +40,10 @@ def test_the_options_of_every_optimizer_are_of_many_kinds() -> None:
     bounds = {drawn.max_grad_value for drawn in stagings}
     assert {bound is None for bound in bounds} == {False, True}
     assert len({drawn.rounding_seed for drawn in stagings}) > 3
+
+
+def test_runs_move_to_torch_and_back() -> None:
+    runs = [run for run in map(Run, range(30)) if run.moves]
+    for run in runs:
+        run.go()
+    assert sum(run.moved for run in runs) > 5
