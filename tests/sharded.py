@@ -152,6 +152,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:  # PyTorch 2.6's gloo does not know it
         return whole(tensor.float()).to(tensor.dtype)
+    if tensor.is_complex():  # nor these
+        shape, stride = (*tensor.shape, 2), (*(2 * n for n in tensor.stride()), 1)
+        parts = torch.view_as_real(tensor.to_local().detach().contiguous())
+        reals = DTensor.from_local(parts, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
+        return torch.view_as_complex(whole(reals).contiguous())
     if tensor.device.type != "cpu":  # gloo gathers nothing from there
         parts, mesh = tensor.to_local().cpu(), of_cpus(tensor.device_mesh)
         tensor = DTensor.from_local(
