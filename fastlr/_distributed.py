@@ -7,6 +7,7 @@ in ``csrc/tensors.h``. Nothing here imports ``torch.distributed`` before there i
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -170,10 +171,23 @@ def cut_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
     if from_parts:
         return redistributed(value, like)
-    from torch.distributed.tensor import distribute_tensor
+    return own_part(value.detach().to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.detach().to(like.device), mesh, placements, src_data_rank=None)
+
+def own_part(whole: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
+    """A process's part, as a DTensor, of what all processes have the same of; asks none of them."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    # PyTorch 2.6 would have the first process send everybody's.
+    shape, first = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    part = whole[tuple(slice(a, a + n) for a, n in zip(first, shape, strict=True))]
+    part = part.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def reshard(modules: Iterable[object]) -> None:

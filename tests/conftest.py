@@ -195,7 +195,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cuda":
         torch.set_default_device("cuda")
     yield request.param
-    torch.set_default_device(None)
+    if request.param == "cuda":
+        torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -130,6 +130,10 @@ def _describe(thing):
         return [*thing], children
     if isinstance(thing, torch.Generator):
         return _digest(thing.get_state().numpy().tobytes()), children
+    if isinstance(thing, np.random.Generator):
+        return None, [*children, (".bit_generator", thing.bit_generator)]
+    if isinstance(thing, np.random.BitGenerator):  # with what NumPy 1 does not store
+        return _pickled(thing), [*children, (".seed_seq", thing.seed_seq)]
     if isinstance(thing, (io.BytesIO, io.StringIO)):
         return (thing.getvalue(), thing.tell()), children
     if isinstance(thing, io.IOBase):

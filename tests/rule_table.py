@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -149,6 +150,11 @@ ADAM = {
 }
 DRIVES_ADAM: dict[str, fastlr.Schedule] = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "weight_decay": DECAY}
 
+# Adam of PyTorch 2.6 has AdamW's decay nowhere but in AdamW.
+ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
+DECOUPLED = {"decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1}} if ADAM_DECOUPLES else {}
+NOT_DECOUPLED = "this PyTorch's Adam has no decoupled_weight_decay"
+
 RULES = {
     "SGD": Rule(
         fastlr.FusedSGD, SGD, reference.sgd, 0.05,
@@ -168,7 +174,7 @@ RULES = {
         {"amsgrad": True, "weight_decay": 0.1},
         {
             **ADAM,
-            "decoupled": {"decoupled_weight_decay": True, "weight_decay": 0.1},
+            **DECOUPLED,
             "eps-of-0": {"eps": 0.0},
         },
         DRIVES_ADAM,

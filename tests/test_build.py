@@ -114,6 +114,45 @@ def test_the_extension_shows_no_cuda_to_the_process():
     assert not [name for name in names if re.match("_*cu(da)?[A-Z_]|__cuda|__fatbin", name)]
 
 
+# What compilers are called by CMake, and how each is told not to contract.
+COMPILERS = {
+    "gcc": ("GNU", "GNU", "-ffp-contract=off"),
+    "clang": ("Clang", "GNU", "-ffp-contract=off"),
+    "apple": ("AppleClang", "GNU", "-ffp-contract=off"),
+    "clang-cl": ("Clang", "MSVC", "/clang:-ffp-contract=off"),
+}
+
+
+def flags_of(folder: Path, compiler: str, words: str) -> str:
+    script = folder / "flags.cmake"
+    script.write_text(
+        f'set(CMAKE_CXX_COMPILER_ID "{compiler}")\nset(CMAKE_CXX_COMPILER_FRONTEND_VARIANT "{words}")\n'
+        f'include("{toolchain.ROOT / "cmake" / "compiler.cmake"}")\n'
+        'message(STATUS "[${fastlr_flags} ${fastlr_hidden}]")\n'
+    )
+    done = toolchain.run(toolchain.tool("cmake"), "-P", script)
+    return " ".join(f"{done.stdout} {done.stderr} rc={done.returncode}".split())
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_no_compiler_contracts(tmp_path: Path, name: str):
+    compiler, words, flag = COMPILERS[name]
+    said = flags_of(tmp_path, compiler, words)
+    flags = re.search(r"\[(.*)\]", said)
+    assert flags is not None, said
+    found = flags[1].replace(";", " ").split()
+    assert flag in found
+    # Of the other kind a compiler knows none, or another thing: -Wall is all that there are to clang-cl.
+    assert all(("-Wall" in found) != there for there in ("/W4" in found, words == "MSVC"))
+    assert not [f for f in found if "fast-math" in f]
+
+
+def test_a_compiler_that_cannot_build_it_is_refused(tmp_path: Path):
+    said = flags_of(tmp_path, "MSVC", "MSVC")
+    assert "CMAKE_GENERATOR_TOOLSET=ClangCL" in said
+    assert said.endswith("rc=1")
+
+
 def test_refuses_an_unknown_choice(tmp_path: Path):
     assert "FASTLR_CUDA must be AUTO, ON or OFF, got sometimes" in configured(tmp_path, "sometimes")
 

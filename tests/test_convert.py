@@ -24,6 +24,7 @@ from torch.optim import lr_scheduler as S
 from torch.optim import swa_utils
 
 import fastlr
+from fastlr.optim import _to_torch
 
 pytestmark = [
     # Copies do not know that their optimizer was stepped; and torch's own use of a deprecated argument.
@@ -1286,6 +1287,23 @@ def test_classes_that_do_something_else_are_not_given_to_torch() -> None:
     pair = check_back(Same(parameters(), base_lr=0.1, max_lr=0.2, step_size_up=4), 5)
     assert type(pair.optimizer) is torch.optim.SGD
     assert type(fastlr.fuse(OfNothingElse(groups(), lr=0.1))) is fastlr.FusedSGD
+
+
+def test_an_adam_that_cannot_decouple_its_decay_is_not_given_one_that_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch 2.6's would keep the group's key, and not look at it."""
+
+    class Old(torch.optim.Adam):
+        def __init__(self, params: Any, lr: float = 1e-3) -> None:
+            super().__init__(params, lr)
+
+    monkeypatch.setitem(_to_torch._TORCH, "adam", Old)
+    fused = fastlr.FusedAdam(parameters(), weight_decay=0.1, decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match=r"torch\.optim\.Old has no decoupled_weight_decay, got True"):
+        fused.to_torch()
+    run(fused, 1)
+    assert fastlr.FusedAdamW(parameters(), weight_decay=0.1).to_torch()
 
 
 def test_values_that_somebody_else_has_written_are_not_given_to_torch() -> None:

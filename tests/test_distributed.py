@@ -13,13 +13,15 @@ from pages import run_page
 
 import fastlr
 from fastlr import _distributed
+from fastlr._distributed import own_part
 
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
+from strategies import FSDP2_ON_CPU
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Begin = Callable[[int], DeviceMesh]
 # What each reduction makes of a sum here, so that each of them shows.
@@ -44,9 +46,9 @@ def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
 
 
 def parameter(mesh: DeviceMesh, whole: torch.Tensor, *cut: Any) -> torch.nn.Parameter:
-    p = torch.nn.Parameter(distribute_tensor(whole, mesh, cut, src_data_rank=None))
+    p = torch.nn.Parameter(own_part(whole, mesh, cut))
     gradient = torch.arange(1.0, 1 + whole.numel()).view_as(whole).to(whole.dtype)
-    p.grad = distribute_tensor(gradient, mesh, cut, src_data_rank=None)
+    p.grad = own_part(gradient, mesh, cut)
     return p
 
 
@@ -187,9 +189,9 @@ def test_state_that_is_cut_otherwise_is_refused(backend: str, begin: Begin) -> N
     before = p._local_tensor.detach().clone()
     in_other_rows = (Replicate(), Shard(0))  # as many of them
     for other in (
-        distribute_tensor(torch.zeros(6, 4), mesh, in_other_rows, src_data_rank=None),
+        own_part(torch.zeros(6, 4), mesh, in_other_rows),
         torch.zeros(3, 4),
-        distribute_tensor(torch.zeros(6, 4), mesh, ALONG_BOTH, src_data_rank=None),
+        own_part(torch.zeros(6, 4), mesh, ALONG_BOTH),
     ):
         opt.state[p]["momentum_buffer"] = other
         with pytest.raises(ValueError, match="the momentum_buffer of parameter 0 of group 0"):
@@ -203,7 +205,7 @@ def test_a_plain_parameter_with_a_part_as_its_gradient_is_refused(begin: Begin) 
 
     mesh = begin(0)
     p = Strange(torch.zeros(6, 4))
-    p.grad = distribute_tensor(torch.ones(6, 4), mesh, ALONG_DP, src_data_rank=None)
+    p.grad = own_part(torch.ones(6, 4), mesh, ALONG_DP)
     with pytest.raises(ValueError, match=r"is a DTensor, .*and the parameter a plain tensor"):
         fastlr.FusedSGD([p], lr=0.1).step()
 
@@ -219,6 +221,7 @@ def test_more_ways_to_cut_than_a_step_adds_up(begin: Begin) -> None:
     fastlr.FusedSGD(model[:16], lr=0.1, max_grad_norm=1.0).step()
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="this PyTorch's FSDP2 does not run on CPUs")
 def test_the_page_on_sharded_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.distributed.init_process_group(

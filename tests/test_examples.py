@@ -99,6 +99,9 @@ def saving_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "save", lambda what, path: save(what, f"{path}-{what['epoch']}"))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The epoch parameter in:UserWarning"
+)  # SequentialLR of PyTorch 2.6 gives it
 def test_imagenet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -237,7 +237,8 @@ def test_cyclic_adam_equals_adam_with_cyclic_lr(
     scheduler = torch.optim.lr_scheduler.CyclicLR(reference, **cycle)
     for step in range(30):
         for key in ("lr", "betas", "weight_decay", "decoupled_weight_decay"):
-            assert fused.param_groups[0][key] == reference.param_groups[0][key]
+            if key in reference.param_groups[0]:  # PyTorch 2.6 has no decoupled_weight_decay in Adam's
+                assert fused.param_groups[0][key] == reference.param_groups[0][key]
         train(1, (theirs, reference.step), (ours, fused.step), start=step)
         scheduler.step()
     assert_same_run(rule, (reference, theirs), (fused, ours), backend == "cuda")

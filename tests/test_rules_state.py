@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import GRADIENTS, LAYOUTS, assert_same, channels_last, parameters, set_gradients, train, twins
 from rule_table import (
+    ADAM_DECOUPLES,
+    NOT_DECOUPLED,
     RULES,
     Rule,
     assert_same_run,
@@ -172,6 +174,8 @@ def test_options_switched_in_mid_run(
     name: str, before: dict[str, Any], after: dict[str, Any], made: tuple[str, ...], backend: str
 ) -> None:
     """Also of a parameter that gets its first gradient only then."""
+    if "decoupled_weight_decay" in after and not ADAM_DECOUPLES:
+        pytest.skip(NOT_DECOUPLED)
     rule = RULES[name]
     ours, theirs = twins([(9,), (5, 3)])
     fused, reference = rule.make(ours, **before), rule.make_torch(theirs, **before)
@@ -354,6 +358,29 @@ def test_bad_slots_are_refused(rule: Rule, make: Callable[..., torch.Tensor], me
         optimizer.state[model[1]][slot] = kept
     train(1, (model, optimizer.step), start=2)
     assert optimizer.sync().updates == 3
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "data_ptr"])
+def test_bad_state_is_refused_however_tensors_are_read(exchange: bool) -> None:
+    """PyTorch before 2.10 has no exchange."""
+    model = parameters([(9,), (7,)], device="cpu")
+    optimizer = fastlr.FusedAdam(model)
+    train(2, (model, optimizer.step))
+    state = optimizer.state[model[1]]
+    _core.set_exchange_enabled(exchange)
+    try:
+        for slot, bad, message in (
+            ("exp_avg", state["exp_avg"].to("meta"), "exp_avg of parameter 1 .* is a meta or fake tensor"),
+            ("exp_avg", state["exp_avg"].long(), "exp_avg of parameter 1 .* has int64; a param"),
+            ("exp_avg", state["exp_avg"].to(torch.int8), "exp_avg of parameter 1 .* has int8; a param"),
+            ("step", torch.tensor(2), "step of parameter 1 .* must be one float32 on cpu, got int64 of"),
+        ):
+            kept, state[slot] = state[slot], bad
+            assert_refused(optimizer, model, message)
+            state[slot] = kept
+        train(1, (model, optimizer.step), start=2)
+    finally:
+        _core.set_exchange_enabled(True)
 
 
 @with_rules

@@ -472,7 +472,8 @@ CASES = {
     },
     **{
         f"{strategy}-nothing": Case(2, range_test_where_a_rank_has_nothing, {"strategy": strategy})
-        for strategy in ("fsdp1-flat", "fsdp1-orig", "fsdp2")
+        for strategy, how in STRATEGIES.items()
+        if how.sharded
     },
     "zero-range-test": Case(2, range_test_with_zero),
 }

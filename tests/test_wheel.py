@@ -1,4 +1,4 @@
-"""What a built wheel and a source distribution hold."""
+"""What a built wheel and a source distribution hold, and that the wheel works."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from native import toolchain
+
+from fastlr import _core
 
 
 def has_build_backend() -> bool:
@@ -68,14 +70,31 @@ def test_wheel_needs_only_torch_numpy_and_what_torch_needs_too(wheel: zipfile.Zi
     assert metadata["Requires-Python"] == ">=3.10"
 
 
+# What every Linux has that runs Python and PyTorch: no CUDA, PyTorch, OpenMP or Python among them.
+OF_THE_SYSTEM = r"(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|ld-linux-\w+(-\w+)*)\.so"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")
-def test_extension_links_to_no_torch_openmp_or_python(extension: Path):
+@pytest.mark.parametrize("built", ["wheel", "installed"])
+def test_extension_links_to_the_system_alone(built: str, request: pytest.FixtureRequest):
+    """So it loads without any CUDA library, and beside any PyTorch; also where it has CUDA kernels."""
+    extension = _core.__file__ if built == "installed" else request.getfixturevalue("extension")
     dynamic = toolchain.run_or_fail(toolchain.tool("readelf"), "-d", extension)
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     assert any(n.startswith("libc.so") for n in needed), dynamic
-    forbidden = r"lib(torch|c10|gomp|omp|iomp|python|cuda)"
-    assert not [n for n in needed if re.match(forbidden, n)]
+    assert not [n for n in needed if not re.match(OF_THE_SYSTEM, n)]
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+
+
+def test_the_wheel_works(wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where it lies in front of what is installed; `make wheel` does so in an empty environment."""
+    wheel.extractall(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = toolchain.run_or_fail(
+        sys.executable, "-W", "error", toolchain.TESTS / "wheel_smoke.py", cwd=tmp_path
+    )
+    assert "works with PyTorch" in said
+    assert "cuda_status: it was built with FASTLR_CUDA=OFF" in said
 
 
 def test_source_distribution_can_build_the_extension(tmp_path: Path):

@@ -1,7 +1,9 @@
 #include "step_cpu.h"
 
+#if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -73,8 +75,10 @@ constexpr int64_t kSerialMean = 256;
 // the calling thread, with the same results.
 bool in_forked_process = false;
 
+#if !defined(_WIN32)
 [[maybe_unused]] const int at_fork =
     pthread_atfork(nullptr, nullptr, [] { in_forked_process = true; });
+#endif
 
 bool has_openmp() {
 #if defined(_OPENMP)

@@ -51,8 +51,9 @@ class BatchSource:
             batch_sampler=self._feed,
             collate_fn=as_it_is,
             # Its own, because each iterator draws a number, which would be missing from the global one;
-            # on the default device, where the iterator puts the number.
-            generator=torch.Generator(torch.get_default_device()).manual_seed(mix(seed)),
+            # on the default device, where the iterator puts the number (PyTorch 2.6 cannot be asked for it
+            # once it was set back to None).
+            generator=torch.Generator(torch.empty(0).device).manual_seed(mix(seed)),
             **self._options,
         )
 

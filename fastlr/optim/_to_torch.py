@@ -101,13 +101,15 @@ def torch_class(fused: Any) -> type[torch.optim.Optimizer]:
 def _kind_of(fused: Any) -> type[torch.optim.Optimizer]:
     """The same; raises for what it cannot do."""
     kind = torch_class(fused)
+    # Adam of PyTorch 2.6 would take the group's key, and not look at it.
+    can_decouple = kind is torch.optim.AdamW or "decoupled_weight_decay" in inspect.signature(kind).parameters
     found: dict[str, Any] = {"max_grad_norm": fused.max_grad_norm}
     for group in fused.param_groups:
         idle = {option: value for option, value in STAGE_DEFAULTS.items() if option not in _IDLE_ALONE}
         idle["state_dtype"] = None
         found |= {option: group[option] for option, value in idle.items() if group[option] != value}
         decays = group["weight_decay"] != 0.0 or group["weight_decay_schedule"] is not None
-        if kind is torch.optim.SGD and group["decoupled_weight_decay"] and decays:
+        if not can_decouple and group.get("decoupled_weight_decay") and decays:
             found["decoupled_weight_decay"] = True
     for option, value in found.items():
         if value is not None:

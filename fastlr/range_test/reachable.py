@@ -308,7 +308,7 @@ class Reachable:
             self._meet(getattr(thing, "seed_seq", None), path, ".seed_seq")
         elif issubclass(kind, np.random.SeedSequence):  # it counts the children that it has spawned
             state = thing.__reduce__()[2]
-            self.undo.append((path, lambda: thing.__setstate_cython__(state)))
+            self.undo.append((path, lambda: thing.__setstate__(state)))
         elif issubclass(kind, _CTYPES):
             content, address = bytes(thing), ctypes.addressof(thing)
             self.undo.append((path, lambda: ctypes.memmove(address, content, len(content))))

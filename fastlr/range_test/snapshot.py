@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -184,7 +185,11 @@ class Snapshot:
             ) from first
 
     def _load(self) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        with warnings.catch_warnings():
+            # PyTorch 2.15 tells that it looks at sparse tensors.
+            warnings.filterwarnings("ignore", "Validating sparse tensor invariants", UserWarning)
             self._values = torch.load(self._file, map_location="cpu", weights_only=True, mmap=True)
 
     def close(self) -> None:
