@@ -127,8 +127,9 @@ def tables() -> dict[str, str]:
     }
 
 
-def between_marks(text: str) -> str:
-    return text.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+def between_marks(name: str) -> str:
+    """What the table's file has."""
+    return FILES[name].read_text("utf-8").split(MARKS[0])[1].split(MARKS[1])[0].strip()
 
 
 def main() -> None:

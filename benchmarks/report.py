@@ -1,8 +1,8 @@
-"""What `step.py` and `make gpu` measured, as the tables of the README and of docs/performance.md.
+"""What `step.py`, `pipeline.py` and `make gpu` measured, as tables of the README and of docs/performance.md.
 
     python benchmarks/report.py [--write]
 
-Figures are those of benchmarks/results/step.json and benchmarks/results/gpu. With --write the tables between
+Figures are those of benchmarks/results. With --write the tables between
 the marks of both files are written anew; without, they are printed.
 """
 
@@ -18,9 +18,9 @@ import gpu_report
 from fastlr.bench.rules import FORMS, RULES
 
 HERE = Path(__file__).parent
-STEP = HERE / "results" / "step.json"
-FILES = {"beside torch": HERE.parent / "README.md", "steps": HERE.parent / "docs" / "performance.md"}
-MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+STEP, PIPELINE = HERE / "results" / "step.json", HERE / "results" / "pipeline.json"
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
+FILES = {"beside torch": HERE.parent / "README.md", "steps": PERFORMANCE, "whole updates": PERFORMANCE}
 THREADS = 2
 
 # What the README shows: steps on a CPU where either is ahead, and on a GPU, eager and captured.
@@ -32,6 +32,7 @@ ON_CPU = (
     ("rmsprop", "ResNet-50"),
 )
 STEP_ALONE, WHOLE = "step", "clip, average"  # cases of pipeline.py
+WHOLE_ON_CPU = (("whole", "adamw", "ResNet-50"), ("clip, average", "sgd", "161 tensors of 64"))
 ON_GPU = (
     (STEP_ALONE, "adamw", "GPT-2 small"),
     (STEP_ALONE, "adamw", "ResNet-50"),
@@ -94,6 +95,17 @@ def beside_torch() -> str:
             f"| {RULES[rule].theirs.__name__}, {name}, two cores | {time_of(found.ours)} | "
             f"{time_of(found.theirs)} ({found.form}), {found.ratio:.2f}x | [`step.py`](benchmarks/step.py) |"
         )
+    whole = {(r["case"], r["rule"], r["set"]): r["times"] for r in pipeline()["results"]}
+    for case, rule, name in WHOLE_ON_CPU:
+        times = whole[case, rule, name]
+        form = min((n for n in times if n.startswith("torch ")), key=lambda n: times[n]["ratio"])
+        what = ", ".join((*(("scaler",) if case == "whole" else ()), "clipping and average"))
+        lines.append(
+            f"| {RULES[rule].theirs.__name__}, {what}, {name}, two cores | "
+            f"{time_of(times['fastlr']['us'])} | "
+            f"{time_of(times[form]['us'])} ({form.removeprefix('torch ')}), {times[form]['ratio']:.2f}x | "
+            "[`pipeline.py`](benchmarks/pipeline.py) |"
+        )
     for form, in_words in (("", gpu), (", graph", f"{gpu}, CUDA graph")):
         for case, rule, name in ON_GPU:
             times = on_it.get((case, rule, name), {})
@@ -151,13 +163,47 @@ def steps() -> str:
     return "\n".join(lines)
 
 
+def pipeline() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(PIPELINE.read_text("utf-8"))
+    return content
+
+
+def whole_updates() -> str:
+    """How many times longer torch's fastest pieces take, for each part of the update and each rule."""
+    content = pipeline()
+    results = {(r["rule"], r["case"], r["set"]): r["times"] for r in content["results"]}
+    rules, cases, sets = (list(dict.fromkeys(key[place] for key in results)) for place in range(3))
+    lines = [f"On two cores of an {content['processor']} with PyTorch {content['torch']}:"]
+    for rule in rules:
+        lines += [
+            "",
+            f"| {RULES[rule].theirs.__name__} | {' | '.join(cases)} |",
+            "|---" * (len(cases) + 1) + "|",
+        ]
+        for name in sets:
+            cells = []
+            for case in cases:
+                times = results[rule, case, name]
+                best = min(found["ratio"] for form, found in times.items() if form.startswith("torch "))
+                limit = f" ({times['limit']['ratio']:.0%})" if "limit" in times else ""
+                cells.append(f"{time_of(times['fastlr']['us'])}, {best:.2f}x{limit}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """What belongs between the marks of each of FILES."""
-    return {"beside torch": beside_torch(), "steps": steps()}
+    return {"beside torch": beside_torch(), "steps": steps(), "whole updates": whole_updates()}
 
 
-def between_marks(text: str) -> str:
-    return text.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def between_marks(name: str) -> str:
+    """What the table's file has."""
+    begin, end = marks(name)
+    return FILES[name].read_text("utf-8").split(begin)[1].split(end)[0].strip()
 
 
 def main() -> None:
@@ -168,9 +214,10 @@ def main() -> None:
         if not arguments.write:
             print(table, end="\n\n")
             continue
-        before, rest = FILES[name].read_text("utf-8").split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        FILES[name].write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", "utf-8")
+        begin, end = marks(name)
+        before, rest = FILES[name].read_text("utf-8").split(begin)
+        after = rest.split(end)[1]
+        FILES[name].write_text(f"{before}{begin}\n{table}\n{end}{after}", "utf-8")
 
 
 if __name__ == "__main__":

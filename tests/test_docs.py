@@ -169,7 +169,7 @@ def test_figures_are_those_of_the_results(script: str, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(README.parent / "benchmarks")
     report = importlib.import_module(script)
     for name, table in report.tables().items():
-        written = report.between_marks(report.FILES[name].read_text("utf-8"))
+        written = report.between_marks(name)
         assert written == table, f"python benchmarks/{script}.py --write"
 
 
