@@ -648,6 +648,7 @@ def change_clock(optimizer: fastlr.FusedSGD) -> None:
 def load_own_file(optimizer: fastlr.FusedSGD) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0] |= {"updates": 9, "weight_decay": 0.25}
+    saved["param_groups"][0]["lr"] = fastlr.Cosine(0.1, 0.0, 50)(9)
     optimizer.load_state_dict(saved)
 
 
