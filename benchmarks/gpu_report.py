@@ -127,23 +127,31 @@ def tables() -> dict[str, str]:
     }
 
 
+def around(path: Path, marks: tuple[str, str]) -> tuple[str, str, str]:
+    """A page up to a table's first mark, the table, and the page from its second mark on."""
+    before, rest = path.read_text("utf-8").split(marks[0])
+    table, after = rest.split(marks[1])
+    return before, table.strip(), after
+
+
 def between_marks(name: str) -> str:
     """What the table's file has."""
-    return FILES[name].read_text("utf-8").split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    return around(FILES[name], MARKS)[1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into both files, instead of printing")
+def tell(pages: dict[str, tuple[Path, tuple[str, str]]], tables: dict[str, str], title: str) -> None:
+    """The command: prints the tables, or writes each between its marks on its page."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--write", action="store_true", help="into the pages, instead of printing")
     arguments = parser.parse_args()
-    for name, table in tables().items():
+    for name, table in tables.items():
         if not arguments.write:
             print(table, end="\n\n")
             continue
-        before, rest = FILES[name].read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        FILES[name].write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
+        path, marks = pages[name]
+        before, _, after = around(path, marks)
+        path.write_text(f"{before}{marks[0]}\n{table}\n{marks[1]}{after}", "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    tell({name: (path, MARKS) for name, path in FILES.items()}, tables(), __doc__.split("\n")[0])

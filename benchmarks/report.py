@@ -8,7 +8,6 @@ the marks of both files are written anew; without, they are printed.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,23 +201,9 @@ def marks(name: str) -> tuple[str, str]:
 
 def between_marks(name: str) -> str:
     """What the table's file has."""
-    begin, end = marks(name)
-    return FILES[name].read_text("utf-8").split(begin)[1].split(end)[0].strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into both files, instead of printing")
-    arguments = parser.parse_args()
-    for name, table in tables().items():
-        if not arguments.write:
-            print(table, end="\n\n")
-            continue
-        begin, end = marks(name)
-        before, rest = FILES[name].read_text("utf-8").split(begin)
-        after = rest.split(end)[1]
-        FILES[name].write_text(f"{before}{begin}\n{table}\n{end}{after}", "utf-8")
+    return gpu_report.around(FILES[name], marks(name))[1]
 
 
 if __name__ == "__main__":
-    main()
+    pages = {name: (path, marks(name)) for name, path in FILES.items()}
+    gpu_report.tell(pages, tables(), __doc__.split("\n")[0])
