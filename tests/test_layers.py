@@ -47,20 +47,7 @@ LAYERS = (
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
 # Private to the package, but not to a part of it.
-EVERYBODYS = {
-    "_core",
-    "_distributed",
-    "_checks",
-    "_extras",
-    "_files",
-    "_tables",
-    "_build",
-    "_exchange",
-    "_runtime",
-    "_progress",
-    "_statistics",
-    "_training",
-}
+EVERYBODYS = {part for part in LEVEL if part.startswith("_") and part != "__main__"}
 
 
 class Import(NamedTuple):
