@@ -185,6 +185,29 @@ def test_momentum_and_epochs_are_labelled_as_such():
     assert fastlr.Cosine(1.0, 0.0, 90, unit="epoch").plot().axes[0].get_xlabel() == "epochs"
 
 
+def test_a_clock_of_billions_is_drawn_in_places_that_miss_no_cycle():
+    """Round numbers of cycles, which equal distances would show as a level line."""
+    schedule = fastlr.Triangular(0.0, 1.0, 500_000, unit="token")
+    (line,) = schedule.plot(20_000 * 1_000_000).axes[0].lines
+    clocks, values = line.get_data()
+    assert len(clocks) == 20_000
+    assert (clocks[0], clocks[-1]) == (0, 20_000 * 1_000_000 - 1)
+    assert (np.diff(clocks) > 0).all()
+    assert values[:50].tolist() == [schedule(int(clock)) for clock in clocks[:50]]
+    for stretch in np.split(values, 100):
+        assert stretch.min() < 0.1
+        assert stretch.max() > 0.9
+    (line,) = fastlr.Cosine(1.0, 0.0, 3 * 10**11, unit="token").plot().axes[0].lines
+    assert (line.get_ydata()[0], line.get_ydata()[-1]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["", "lr/"])
+def test_a_folder_is_no_file_to_save_to(tmp_path, name):
+    with pytest.raises(IsADirectoryError):
+        fastlr.Cosine(0.1, 0.0, 100).plot(path=f"{tmp_path}/{name}" if name else tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_drawing_a_schedule_does_not_use_up_its_warning():
     schedule = fastlr.Cosine(0.1, 0.0, 100)
     schedule.plot(200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,19 +63,29 @@ def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+def save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> str:
     """Saves a picture in the format of the suffix, whole or not at all.
 
     Args:
         figure: what to save.
         path: of the file; without a suffix it gets that of matplotlib's usual format, as from ``savefig()``.
         options: of ``savefig()``.
+
+    Returns:
+        The name of the file.
+
+    Raises:
+        ValueError: matplotlib knows no such format.
+        OSError: the path is a folder, or the file cannot be written.
     """
     from matplotlib import rcParams
 
     name = file_name("path", path)
+    if name.endswith(os.sep) or os.path.isdir(name):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     suffix = os.path.splitext(name)[1]
     if suffix in ("", "."):
         name, suffix = f"{name.rstrip('.')}.{rcParams['savefig.format']}", rcParams["savefig.format"]
     with replacing(name, "wb") as file:
         figure.savefig(file, format=suffix.lstrip(".").lower(), **options)
+    return name

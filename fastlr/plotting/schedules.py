@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from fastlr._checks import count, real
 from fastlr.plotting.figure import COLORS, NARROW, Array, new_figure, require, saved
 
@@ -32,6 +34,9 @@ class ScheduleCurve(Protocol):
     def last(self) -> int | None:
         """The clock at which the last new value is reached; None: it has no end."""
 
+    def __call__(self, clock: int) -> float:
+        """The value at a clock."""
+
     def values(self, start: int, stop: int) -> Array:
         """The values at ``start, start + 1, ..., stop - 1``."""
 
@@ -44,6 +49,23 @@ def shown_steps(schedules: Mapping[str, ScheduleCurve], steps: int | None) -> in
             raise ValueError(f"{', '.join(schedules)} has no end: say how many steps to draw")
         steps = max(ends) + 1
     return count("steps", steps)
+
+
+def shown_values(
+    schedule: ScheduleCurve, start: int, stop: int, places: int = 20_000
+) -> tuple[np.ndarray[Any, Any], Array]:
+    """Clocks from start on and before stop, and the values there: all, where there are few enough.
+
+    A clock in tokens has billions: then as many stretches as places, and a clock in each, drawn at random
+    (the same in every call). Equal distances would show cycles as long as they are as a level line.
+    """
+    if stop - start <= places:
+        return np.arange(start, stop), schedule.values(start, stop)
+    within = np.random.default_rng(0).random(places)
+    at = [start + (stop - start) * place // places for place in range(places + 1)]
+    clocks = [a + int(share * (b - a)) for a, b, share in zip(at, at[1:], within.tolist(), strict=False)]
+    clocks[0], clocks[-1] = start, stop - 1
+    return np.array(clocks), np.array([schedule(clock) for clock in clocks])
 
 
 def plot_schedules(
@@ -78,12 +100,13 @@ def plot_schedules(
     from matplotlib.ticker import MaxNLocator
 
     for i, (name, schedule) in enumerate(schedules.items()):
-        values = schedule.values(0, steps if schedule.last is None else min(steps, schedule.last + 1))
+        stop = steps if schedule.last is None else min(steps, schedule.last + 1)
+        clocks, values = shown_values(schedule, 0, stop)
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "label": name, "linewidth": 1.8}
         if len(values) <= 60:  # few enough to show that the value is constant during an update
             axes.stairs(values, baseline=None, **style)
         else:
-            axes.plot(values, **style)
+            axes.plot(clocks, values, **style)
     axes.set_xlabel(f"{units.pop()}s")
     quantities = {schedule.quantity for schedule in schedules.values()}
     axes.set_ylabel(quantities.pop() if len(quantities) == 1 else "learning rate")
