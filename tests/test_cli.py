@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,6 +158,33 @@ def test_short_level_and_long_schedules_are_drawn_in_the_terminal(capsys, line, 
     assert len(out.splitlines()) == 2 + rows
 
 
+def test_cycles_shorter_than_a_row_are_drawn_with_their_height(capsys):
+    """Also where a round number of them makes up a row."""
+    pytest.importorskip("rich", reason="bars are rich's")
+    line = ["schedule", "triangular", "--base", 0, "--max", 1, "--step-size-up", 50_000]
+    code, out, _ = run(capsys, *line, "--steps", 1_200_000_000)
+    assert code == 0
+    rows = [row.split() for row in out.splitlines()[2:]]
+    assert all(float(low) < 0.05 and float(high) > 0.95 for _, low, high, _ in rows)
+
+
+def test_the_file_is_named_as_it_was_written(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    line = ["schedule", "cosine", "--start", 1, "--end", 0, "--steps", 9, "--out", tmp_path / "lr"]
+    assert run(capsys, *line) == (0, f"saved {tmp_path / 'lr.png'}\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["lr.png"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_clock_past_the_end_is_warned_of_without_a_line_of_code(capsys):
+    code, out, err = run(
+        capsys, *["schedule", "cosine", "--start", "1", "--end", "0", "--steps", "9", "--at", "10", "11"]
+    )
+    assert (code, out) == (0, "10 0.0\n11 0.0\n")
+    assert err.startswith("fastlr: warning: Cosine ended at update 9")
+    assert len(err.splitlines()) == 1
+
+
 def test_a_policys_json_is_read_back(capsys):
     schedule = fastlr.Cosine(0.1, 0.0, 4)
     line = ["schedule", "cosine", "--start", 0.1, "--end", 0, "--steps", 4, "--json"]
@@ -175,6 +204,11 @@ ERRORS = {
     "no end": ("schedule constant --value 1 --out {}/a.png", 1, "no end"),
     "unknown format": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/a.docx", 1, "docx"),
     "no such folder": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/b/a.png", 1, "No such file"),
+    "a folder": ("schedule cosine --start 1 --end 0 --steps 9 --at 0 --out {}", 1, "Is a directory"),
+    "a folder, too": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/a/", 1, "Is a directory"),
+    "no name": ("schedule cosine --start 1 --end 0 --steps 9 --out=", 1, "--out must name a file, got ''"),
+    "no folder, JSON": ("schedule cosine --start 1 --end 0 --steps 9 --json --out {}/b/a.png", 1, "No such"),
+    "too many values": ("schedule cosine --start 1 --end 0 --steps 2000000 --json", 1, "pick some with --at"),
     "no end in the terminal": ("schedule constant --value 1", 1, "no end"),
     "no end in JSON": ("schedule constant --value 1 --json", 1, "no end"),
     "unknown rule": ("bench --rules lion", 2, "lion"),
@@ -604,6 +638,52 @@ def test_bash_completes(capsys, tmp_path):
 
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"fastlr {fastlr.__version__}\n", "")
+
+
+# What becomes of stdout, and what the command then says and exits with.
+OUTPUTS = {
+    "closed, small": ("schedule constant --value 1 --at 0 | sleep 0; echo ${PIPESTATUS[0]}", "", "1\n"),
+    "closed, large": (
+        "schedule constant --value 1 --steps 9999 --json | head -1; echo ${PIPESTATUS[0]}",
+        "",
+        "{\n1\n",
+    ),
+    "full": (
+        "schedule constant --value 1 --at 0 > /dev/full; echo $?",
+        "fastlr: error: [Errno 28] No space left on device\n",
+        "1\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "err", "out"), OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_what_stdout_does_not_take_is_said_once_or_not_at_all(tmp_path, line, err, out):
+    bash = shutil.which("bash")
+    if bash is None or not os.path.exists("/dev/full"):
+        pytest.skip("there is no bash, or no /dev/full")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [bash, "-c", f"{shlex.quote(sys.executable)} -m fastlr {line}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment)
+    assert (done.stdout, done.stderr) == (out, err)
+
+
+def test_what_an_encoding_lacks_stops_nothing(monkeypatch):
+    """Bars are drawn of signs that it has."""
+    pytest.importorskip("rich", reason="bars are rich's")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["schedule", "cosine", "--start", "1", "--end", "0", "--steps", "9"]) == 0
+    monkeypatch.setattr(doctor, "examined", lambda: print("95.5 \u00b1 1.0 %") or {"not_in_use": []})
+    monkeypatch.setattr(doctor, "table", lambda report: [["a"]])
+    assert cli.main(["doctor"]) == 0
+    assert out.errors == "strict"
+    text = out.buffer.getvalue().decode("ascii")
+    assert "95.5 ? 1.0 %" in text
+    bars = [row.count("#") for row in text.splitlines()[2:12]]
+    assert bars == sorted(bars, reverse=True)
+    assert bars[0] > 40
+    assert "?" not in text.splitlines()[2]
 
 
 def test_the_package_can_be_run_as_a_module(tmp_path):

@@ -15,13 +15,14 @@ from fastlr._extras import MissingExtra, extra
 from fastlr._tables import aligned
 from fastlr.bench.rules import RULES
 from fastlr.cli import range_test, schedule
-from fastlr.cli.output import add_command, add_json, print_json
+from fastlr.cli.output import add_command, add_json, print_error, print_json, printing
 
 __all__ = ["main"]
 
 _ENDING = """exit codes:
   0    all went well; of range-test: and there are bounds
-  1    an error, which is said on stderr; of range-test, also: there are no bounds
+  1    an error, which is said on stderr; of range-test, also: there are no bounds;
+       without a word: nobody reads stdout any more, as in fastlr doctor | head -1
   2    the command line is wrong
   130  interrupted, as by Ctrl-C
 
@@ -29,7 +30,7 @@ fastlr COMMAND --help says more, with examples."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 1 after an error; usage errors exit with 2.
+    """Runs the command line. Returns the exit code, see ``fastlr --help``; usage errors exit with 2.
 
     Args:
         argv: the arguments; None: the process's.
@@ -39,19 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     50 0.05
     0
     """
-    arguments = parser().parse_args(None if argv is None else texts("argv", argv))
+    argv = None if argv is None else texts("argv", argv)
     try:
-        arguments.command(arguments)
+        with printing():
+            arguments = parser().parse_args(argv)
+            arguments.command(arguments)
     except KeyboardInterrupt:
         print("fastlr: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if not isinstance(error, MissingExtra):  # what a factory misses is its own affair
             raise
-        print(f"fastlr: error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        print(f"fastlr: error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 
@@ -89,7 +92,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--data-path", metavar="DIR", help="folder of Fashion-MNIST's four idx files")
     demo.add_argument("--out", metavar="DIR", default="report", help="where to write (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each policy (default: 5)")
-    demo.add_argument("--updates", type=int, metavar="N", help="of each run (default: 1500, 2000)")
+    demo.add_argument(
+        "--updates",
+        type=int,
+        metavar="N",
+        help="of each run (default: 1500 of digits, 2000 of Fashion-MNIST)",
+    )
 
     range_test.add(commands)
     schedule.add(commands)

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import fastlr
 
 
 def add_command(
@@ -66,3 +74,55 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, allow_nan=False))
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Around all that is printed: what the encoding of stdout lacks becomes a question mark, and what stdout
+    does not take is an error here, where it can be said, and not when the process ends.
+
+    Raises:
+        OSError: as of writing to stdout; BrokenPipeError: nobody reads it any more.
+    """
+    out = sys.stdout
+    errors = getattr(out, "errors", None)
+    if errors is not None and hasattr(out, "reconfigure"):
+        out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        try:
+            if out is not None:  # it is None where stdout is closed
+                out.flush()
+        except OSError:
+            # What is left in the buffer is written once more when the process ends: to nowhere.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, out.fileno())
+            os.close(nowhere)
+            raise
+        finally:
+            if errors is not None and hasattr(out, "reconfigure"):
+                out.reconfigure(errors=errors)
+
+
+def print_error(error: BaseException) -> None:
+    """What went wrong, on stderr; and where, if that is in code that the command was given.
+
+    That nobody reads stdout any more, as behind ``| head -1``, is nothing to speak of.
+    """
+    given = [frame for frame in traceback.extract_tb(error.__traceback__) if not _installed(frame.filename)]
+    if isinstance(error, BrokenPipeError) and not given:
+        return
+    print(*traceback.format_list(given), sep="", end="", file=sys.stderr)
+    print(f"fastlr: error: {error or type(error).__name__}", file=sys.stderr)
+
+
+def _installed(file: str) -> bool:
+    """Whether it is of fastlr, of another package or of Python."""
+    path = Path(file)
+    libraries = (Path(fastlr.__file__).parent, Path(sysconfig.get_path("stdlib")))
+    return (
+        file.startswith("<")
+        or any(map(path.is_relative_to, libraries))
+        or not {"dist-packages", "site-packages"}.isdisjoint(path.parts)
+    )

@@ -9,16 +9,24 @@ import argparse
 import dataclasses
 import inspect
 import re
+import sys
 import types
+import warnings
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fastlr
+from fastlr import plotting
+from fastlr._checks import file_name
 from fastlr._extras import extra
 from fastlr.cli.output import add_command, add_json, argument_helps, plain, print_json
-from fastlr.plotting.schedules import shown_steps
+from fastlr.plotting.schedules import shown_steps, shown_values
 
 # What is drawn in the terminal: so many rows, each of a stretch that is looked at in so many places.
-_ROWS, _PLACES = 24, 50
+_ROWS, _PLACES = 24, 1000
+_MOST_VALUES = 1_000_000  # in JSON, some 30 MB of it
+
+# What rich draws bars of, from an eighth to the whole of a place, and what stands for it in plain ASCII.
+_BLOCKS = str.maketrans("\u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588", "   #####")
 
 _EXAMPLES = {
     "cosine": "--start 0.1 --end 0 --steps 9000",
@@ -105,23 +113,36 @@ def _option(hint: Any) -> dict[str, Any]:
 def _schedule(arguments: argparse.Namespace) -> None:
     names = {field.name for field in dataclasses.fields(arguments.kind)}
     schedule = arguments.kind(**{key: value for key, value in vars(arguments).items() if key in names})
-    if arguments.json:
-        print_json(_as_json(schedule, arguments.at, arguments.drawn))
-    else:
-        for clock in arguments.at or ():
-            print(clock, schedule(clock))
-    if arguments.out:
-        schedule.plot(arguments.drawn, arguments.out)
-        if not arguments.json:
-            print(f"saved {arguments.out}")
-    elif not arguments.at and not arguments.json:
+    saved = None
+    if arguments.out is not None:  # whatever fails does so before anything is printed
+        file_name("--out", arguments.out)
+        saved = plotting.save(schedule.plot(arguments.drawn), arguments.out, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        if arguments.json:
+            print_json(_as_json(schedule, arguments.at, arguments.drawn))
+            return
+        values = [(clock, schedule(clock)) for clock in arguments.at or ()]
+    for clock, value in values:
+        print(clock, value)
+    if saved is not None:
+        print(f"saved {saved}")
+    elif not arguments.at:
         _draw(schedule, arguments.drawn)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Without the line of code that it comes from, which says nothing to whoever typed a command."""
+    print(f"fastlr: warning: {message}", file=sys.stderr)
 
 
 def _as_json(schedule: fastlr.Schedule, at: list[int] | None, steps: int | None) -> dict[str, Any]:
     """The schedule, as its ``from_dict()`` reads it, and its values at some clocks or at all."""
     if at is None:
-        at = list(range(_shown(schedule, steps)))
+        shown = _shown(schedule, steps)
+        if shown > _MOST_VALUES:
+            raise ValueError(f"{type(schedule).__name__} has {shown:,} values to print: pick some with --at")
+        at = list(range(shown))
     return {
         "schedule": schedule.to_dict(),
         "quantity": schedule.quantity,
@@ -152,8 +173,8 @@ def _draw(schedule: fastlr.Schedule, steps: int | None) -> None:
     starts = sorted({shown * row // _ROWS for row in range(_ROWS)})
     stretches = []
     for start, stop in zip(starts, [*starts[1:], shown], strict=True):
-        clocks = {start + (stop - 1 - start) * place // _PLACES for place in range(_PLACES + 1)}
-        stretches.append((start, [schedule(clock) for clock in sorted(clocks)]))
+        _, values = shown_values(schedule, start, stop, _PLACES)
+        stretches.append((start, values.tolist()))
     top = max(value for _, values in stretches for value in values)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", expand=True)
     table.title = f"{type(schedule).__name__}: {schedule.quantity}, {shown:,} {schedule.unit}s"
@@ -164,4 +185,10 @@ def _draw(schedule: fastlr.Schedule, steps: int | None) -> None:
     for start, values in stretches:
         bar = Bar(top or 1.0, 0.0, max(values), color="blue")
         table.add_row(f"{start:,}", f"{min(values):.4g}", f"{max(values):.4g}", bar)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.options.ascii_only:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get().translate(_BLOCKS), end="")
