@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from fastlr._checks import file_name
@@ -80,3 +81,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file, as :func:`replacing` does."""
     with replacing(path) as file:
         file.write(text)
+
+
+def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """A folder that is there or can be made, which shows before the work that it is for. It is not made.
+
+    Raises:
+        TypeError: the path is no path.
+        OSError: something on the way to it is no folder, or may not be written to.
+    """
+    folder = Path(file_name(name, path))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    return folder

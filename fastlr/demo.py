@@ -17,9 +17,9 @@ import torch
 
 import fastlr
 from fastlr import _checks, _training, data, plotting
-from fastlr._checks import choice, file_name, flag
+from fastlr._checks import choice, flag
 from fastlr._extras import extra
-from fastlr._files import write_text
+from fastlr._files import writable_folder, write_text
 from fastlr._progress import progress as shown_progress
 from fastlr._statistics import compared, spread
 
@@ -187,8 +187,7 @@ def run(
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import scipy  # type: ignore[import-untyped]  # noqa: F401
-    folder = Path(file_name("out", out))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder("out", out)
     with _training.one_thread(), shown_progress(progress) as stage:
         sets = [data.load(name, data_path, label_noise=task.label_noise, seed=seed) for seed in range(seeds)]
         advance = stage("range test", 1)
@@ -211,6 +210,7 @@ def run(
             outcomes.append(Outcome(policy.name, policy.rates, accuracies, mean(seconds)))
 
     names = ("range_test.png", "schedules.png", "accuracy.png", "index.html")
+    folder.mkdir(parents=True, exist_ok=True)
     files = tuple(folder / file for file in names)
     report = Report(found, range_test_seconds, measured_at, tuple(outcomes), files)
     write_text(report.files[-1], _page(report, _draw(report, policies), name, task))

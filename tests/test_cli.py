@@ -287,6 +287,25 @@ def unknown():
 def broken():
     raise RuntimeError("the data are not here")
 
+def left():
+    raise SystemExit(0)
+
+def mute():
+    raise ValueError
+
+def loss_fails():
+    def loss(output, target):
+        raise ValueError("no such loss")
+    model, optimizer, _, loader = job()
+    return model, optimizer, loss, loader
+
+def arguments():
+    import argparse
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=float, default=0.5)
+    print("a rate of", parser.parse_args().rate)
+    return learns()
+
 constant = 5
 """
 
@@ -362,6 +381,10 @@ RANGE_TEST_ERRORS = {
     "unknown argument": ("jobs.made:unknown", "epochs"),
     "frozen": ("jobs.made:frozen", "the model is frozen"),
     "broken": ("jobs.made:broken", "the data are not here"),
+    "broken, where": ("jobs.made:broken", "in broken\n    raise RuntimeError("),
+    "without a word": ("jobs.made:mute", "fastlr: error: ValueError"),
+    "its end": ("jobs.made:left", "jobs.made ended the process before there was anything to test, with 0"),
+    "a folder": ("./jobs:job", "Is a directory: 'jobs'"),
     "out of range": ("jobs.made:learns --start-lr 2000", "start_lr must be < end_lr"),
     "out is a file": ("jobs.made:learns --out jobs/made.py", "Not a directory: 'jobs/made.py'"),
     "out is in a file": ("jobs.made:learns --out jobs/made.py/report", "Not a directory"),
@@ -377,6 +400,34 @@ def test_a_range_test_that_cannot_be_run_says_why(capsys, factories, line, messa
     assert "backup of" not in err  # it is said before the sweep
     assert out == ""
     assert not (factories / "report").exists()
+
+
+def test_an_error_within_the_test_says_where_the_users_code_raised_it(capsys, factories):
+    code, out, err = run(capsys, "range-test", "jobs/made.py:loss_fails", "--no-progress")
+    assert (code, out) == (1, "")
+    place, line, message = err.splitlines()
+    assert re.fullmatch(r'  File ".*jobs/made.py", line \d+, in loss', place)
+    assert line == '    raise ValueError("no such loss")'
+    assert message == "fastlr: error: no such loss"
+
+
+def test_the_factory_finds_no_arguments_and_prints_into_no_json(capsys, factories, monkeypatch):
+    argv = ["fastlr", "range-test", "--rate", "7"]
+    monkeypatch.setattr(sys, "argv", argv)
+    line = ["range-test", "jobs.made:arguments", "--num-steps", 150, "--no-progress", "--json"]
+    code, out, err = run(capsys, *line)
+    assert (code, err) == (0, "a rate of 0.5\n")
+    assert json.loads(out)["answers"]["max_lr"] > 0
+    assert sys.argv is argv
+
+
+def test_the_range_tests_help_says_what_the_defaults_are(capsys):
+    _, text, _ = run(capsys, "range-test", "--help")
+    words = " ".join(text.split())
+    assert "updates, >= 2. (default: 200)" in words
+    assert "as in Smith's paper. (default: exponential)" in words
+    assert "a list gives" not in words
+    assert "None" not in words
 
 
 @pytest.mark.parametrize("where", ["jobs.needy", "jobs/needy.py"])

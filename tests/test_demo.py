@@ -261,6 +261,16 @@ BAD_ARGUMENTS = {
 }
 
 
+def test_nothing_is_written_before_there_is_something(tmp_path):
+    """Nor is anything trained for a folder that cannot be written to."""
+    with pytest.raises(ValueError, match="come with scikit-learn"):
+        demo.run(data_path=tmp_path, out=tmp_path / "report")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        demo.run(out=tmp_path / "file" / "report")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
 def test_bad_arguments_are_refused_before_anything_is_written(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -114,7 +114,7 @@ def print_error(error: BaseException) -> None:
     if isinstance(error, BrokenPipeError) and not given:
         return
     print(*traceback.format_list(given), sep="", end="", file=sys.stderr)
-    print(f"fastlr: error: {error or type(error).__name__}", file=sys.stderr)
+    print(f"fastlr: error: {str(error) or type(error).__name__}", file=sys.stderr)
 
 
 def _installed(file: str) -> bool:

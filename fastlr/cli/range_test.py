@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +19,8 @@ from typing import Any
 import torch
 
 import fastlr
-from fastlr._checks import file_name
 from fastlr._extras import extra
-from fastlr._files import write_text
+from fastlr._files import writable_folder, write_text
 from fastlr.cli.output import add_command, add_json, argument_helps, print_json
 
 # range_test's arguments that can be given as one word or number.
@@ -64,6 +66,7 @@ def add(commands: Any) -> None:
         "--out", metavar="DIR", default="report", help="where to write (default: %(default)s)"
     )
     helps = argument_helps(fastlr.range_test.__doc__)
+    defaults = inspect.signature(fastlr.range_test).parameters
     options = parser.add_argument_group("options of the range test", "They go before what the function says.")
     for name, kind in _OPTIONS.items():
         options.add_argument(
@@ -71,7 +74,9 @@ def add(commands: Any) -> None:
             type=kind,
             metavar={int: "N", float: "X", str: "WORD"}[kind],
             default=argparse.SUPPRESS,
-            help=helps[name],
+            # Neither a list nor None can be given here.
+            help=re.sub(r"; (a list|None)\b[^.;]*", "", helps[name])
+            + f" (default: {defaults[name].default})",
         )
     parser.add_argument(
         "--no-progress",
@@ -87,11 +92,13 @@ def _range_test(arguments: argparse.Namespace) -> None:
     with extra("plot"):
         import matplotlib  # noqa: F401  # to be missed before the test, not after it
 
-    folder = _writable_folder("--out", arguments.out)
+    folder = writable_folder("--out", arguments.out)
     given = {k: v for k, v in vars(arguments).items() if k not in ("command", "factory", "json", "out")}
     if given.get("backup", "device") not in ("device", "host", "file"):
         given["backup"] = Path(given["backup"])
-    found = fastlr.range_test(**{**_made(arguments.factory), **given})
+    # What the user's code prints must not stand in the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        found = fastlr.range_test(**{**_made(arguments.factory), **given})
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,17 +115,6 @@ def _range_test(arguments: argparse.Namespace) -> None:
         raise ValueError(f"the range test gives no bounds: {found.reason}")
 
 
-def _writable_folder(option: str, name: str) -> Path:
-    """A folder that is there or can be made, which shows before the work that it is for."""
-    folder = Path(file_name(option, name))
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
-    return folder
-
-
 def _made(name: str) -> dict[str, Any]:
     """What a function named ``package.module:function`` or ``file.py:function`` returns, as range_test's
     arguments."""
@@ -128,10 +124,11 @@ def _made(name: str) -> dict[str, Any]:
             f"the factory must be given as package.module:function or ./file.py:function, got {name!r}"
         )
     is_file = where.endswith(".py") or os.sep in where or "/" in where
-    factory = getattr(_run_file(Path(where)) if is_file else _imported(where), function_name, None)
-    if not callable(factory):
-        raise ValueError(f"{where} has no function {function_name}")
-    made = factory()
+    with _as_a_script(where):
+        factory = getattr(_run_file(Path(where)) if is_file else _imported(where), function_name, None)
+        if not callable(factory):
+            raise ValueError(f"{where} has no function {function_name}")
+        made = factory()
     if isinstance(made, tuple) and len(made) in (4, 5):
         made = dict(zip(("model", "optimizer", "loss_fn", "train_loader", "val_loader"), made, strict=False))
     known = inspect.signature(fastlr.range_test).parameters
@@ -142,6 +139,21 @@ def _made(name: str) -> dict[str, Any]:
             f"of range_test's arguments, got {got}"
         )
     return made
+
+
+@contextlib.contextmanager
+def _as_a_script(where: str) -> Iterator[None]:
+    """Around code that parses the command line or ends the process, as a script may: it finds no argument in
+    ``sys.argv``, for those that stand there are fastlr's, and ends the command with an error."""
+    before, sys.argv = sys.argv, [where]
+    try:
+        yield
+    except SystemExit as stop:
+        raise RuntimeError(
+            f"{where} ended the process before there was anything to test, with {stop.code!r}"
+        ) from stop
+    finally:
+        sys.argv = before
 
 
 def _imported(name: str) -> ModuleType:
@@ -159,6 +171,8 @@ def _imported(name: str) -> ModuleType:
 
 def _run_file(path: Path) -> ModuleType:
     """A file's module, under the file's own name: a loader's worker processes can import it by that."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     path = path.resolve()
