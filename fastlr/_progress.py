@@ -6,10 +6,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import count
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance: TypeAlias = Callable[[], object]
+
+
+def bars_console() -> Console | None:
+    """What draws bars on stderr; None where none can be: without rich, into a file, or in a notebook without
+    ipywidgets, where rich would show a warning and no bar."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return None
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        return console if find_spec("ipywidgets") else None
+    return console if console.is_terminal else None
 
 
 @contextmanager
@@ -18,16 +35,12 @@ def progress(wanted: bool) -> Iterator[Callable[[str, int], Advance]]:
     if not wanted:
         yield lambda name, total: lambda: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ModuleNotFoundError:
+    console = bars_console()
+    if console is None:
         yield _print_stage
         return
-    console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
-        yield _print_stage
-        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bars:
 

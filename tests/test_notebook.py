@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 import fastlr
+from fastlr._progress import progress
 
 LRS = np.geomspace(1e-4, 10, 200)
 FOUND = fastlr.RangeTestResult(LRS, 2 + np.log10(LRS / 0.1) ** 2 / 4, notes=["<b>&amp;"])
@@ -121,6 +124,21 @@ def test_a_figure_shows_its_picture(tmp_path):
         assert data == (tmp_path / "saved.png").read_bytes()
         assert 600 < size["width"] < 1100
         assert size["width"] > size["height"] > 300
+
+
+def test_without_ipywidgets_a_notebook_gets_sentences(monkeypatch, capsys):
+    """And no warning of rich's in the place of a bar."""
+    console = pytest.importorskip("rich.console", reason="bars are rich's")
+    monkeypatch.setattr(console, "_is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    model = torch.nn.Linear(2, 2)
+    batches = [(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))] * 4
+    optimizer = fastlr.FusedSGD(model.parameters())
+    fastlr.range_test(model, optimizer, torch.nn.functional.cross_entropy, batches, num_steps=4)
+    assert "range test: backup of" in capsys.readouterr().err
+    with progress(True) as stage:
+        stage("a stage", 1)()
+    assert capsys.readouterr().err.startswith("a stage: ")
 
 
 CELLS = {

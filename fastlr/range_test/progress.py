@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from fastlr._progress import bars_console
+
 _log = logging.getLogger("fastlr.range_test")
 
 
@@ -30,18 +32,11 @@ def progress(total: int, wanted: bool) -> Iterator[Progress]:
         if wanted:
             print(f"range test: {text}", file=sys.stderr)
 
-    console = None
-    if wanted:
-        try:
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-        except ModuleNotFoundError:
-            pass
-        else:
-            console = Console(stderr=True)
-    if console is None or not (console.is_terminal or console.is_jupyter):
+    console = bars_console() if wanted else None
+    if console is None:
         yield Progress(lambda: None, plain)
         return
+    from rich.progress import Progress as Bar
 
     def above(text: str) -> None:
         _log.info(text)

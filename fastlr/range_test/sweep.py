@@ -125,7 +125,8 @@ def range_test(
         backup: where the copy of all tensors goes: ``"device"``, ``"host"``, ``"file"`` (a temporary
             one) or a path, whose file is deleted at the end. Its size is said before the sweep starts.
         progress: show a bar and say what is going on, on stderr. The bar needs rich, and a terminal or
-            notebook. Without, the logger ``fastlr.range_test`` gets the sentences, as the result's notes do.
+            a notebook with ipywidgets. Without, the logger ``fastlr.range_test`` gets the sentences, as the
+            result's notes do.
 
     Returns:
         The curve, up to where the loss diverged or became inf or NaN, and what it says.
