@@ -213,6 +213,7 @@ ERRORS = {
     "no end in JSON": ("schedule constant --value 1 --json", 1, "no end"),
     "unknown rule": ("bench --rules lion", 2, "lion"),
     "no thread": ("bench --threads 0", 1, "threads must be an integer >= 1, got 0"),
+    "more threads than cores": ("bench --threads 100000", 1, "threads must be at most this machine's"),
     "unknown shell": ("completion cmd", 2, "cmd"),
     "missing option": ("schedule constant --at 0", 2, "--value"),
     "unknown option": ("schedule constant --value 1 --gamma 2 --at 0", 2, "--gamma"),

@@ -108,7 +108,7 @@ def run(
     Args:
         seconds: for all of it, >= 0; each row takes 7 rounds at least, and setting it up.
         rules: to measure.
-        threads: of fastlr and torch, >= 1; None: as many as torch has now.
+        threads: of fastlr and torch, from 1 to this machine's cores; None: as many as torch has now.
         progress: show how far it is: as bars in a terminal, elsewhere as lines.
 
     Raises:
@@ -118,7 +118,9 @@ def run(
     rules = [choice("rules", rule, RULES) for rule in items("rules", rules)]
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     before = torch.get_num_threads()
-    threads = count("threads", before if threads is None else threads)
+    if threads is not None and count("threads", threads) > (cores := os.cpu_count() or threads):
+        raise ValueError(f"threads must be at most this machine's {cores} cores, got {threads}")
+    threads = before if threads is None else count("threads", threads)
     rows: list[Row] = []
     try:
         torch.set_num_threads(threads)
