@@ -63,6 +63,7 @@ class _Figure:
     """A picture of the page, and what it is shown as on a phone; both as data URLs."""
 
     title: str
+    alt: str  # what is seen, for those who do not see it
     caption: str
     wide: str
     narrow: str
@@ -313,31 +314,39 @@ def _draw(report: Report, policies: list[_Policy]) -> list[_Figure]:
     accuracies = {o.name: o.accuracies for o in report.outcomes if o.name in shown}
     runs = len(report.outcomes[0].accuracies)
     bands = f"Mean over {runs} runs; the bands are one standard deviation wide to either side. "
-    drawn: list[tuple[str, str, Callable[..., Figure]]] = [
+    drawn: list[tuple[str, str, str, Callable[..., Figure]]] = [
         (
             "The range test",
+            "Training loss and validation accuracy against the learning rate, from "
+            f"{report.found.lrs[0]:.2g} to {report.found.lrs[-1]:.2g}; from {report.found.base_lr:.2g} to "
+            f"{report.found.max_lr:.2g} it is shaded.",
             "The rate rises with every update. max_lr is where the validation accuracy stops improving, "
             "base_lr a tenth of it; triangular2 cycles in the shaded range.",
             partial(plotting.plot_range_test, report.found),
         ),
         (
             "The schedules",
+            f"The learning rate of {', '.join(schedules)} over {report.measured_at[-1]:,} updates.",
             "What the optimizer's step evaluates; no scheduler object is involved.",
             partial(plotting.plot_schedules, schedules, report.measured_at[-1]),
         ),
         (
             "Accuracy against updates",
+            f"Test accuracy of {', '.join(accuracies)} over {report.measured_at[-1]:,} updates; a line is at "
+            f"the target, {100 * report.target:.1f} %.",
             f"{bands if runs > 1 else ''}The best fixed rate and the best step decay are shown. The axis is "
             "stretched towards 100 %, where policies differ.",
             partial(plotting.plot_accuracy, report.measured_at, accuracies, target=report.target),
         ),
     ]
     figures = []
-    for (title, caption, draw), path in zip(drawn, report.files, strict=False):
+    for (title, alt, caption, draw), path in zip(drawn, report.files, strict=False):
         draw(path=path)
         narrow = io.BytesIO()
         draw(width=_PHONE).savefig(narrow, format="png", bbox_inches="tight")
-        figures.append(_Figure(title, caption, _data_url(path.read_bytes()), _data_url(narrow.getvalue())))
+        figures.append(
+            _Figure(title, alt, caption, _data_url(path.read_bytes()), _data_url(narrow.getvalue()))
+        )
     return figures
 
 
@@ -354,7 +363,7 @@ def _page(report: Report, figures: list[_Figure], name: str, task: _Task) -> str
     )
     headings, *rows = report.table()
     seeds, updates = len(report.outcomes[0].accuracies), report.measured_at[-1]
-    noise = f", with {task.label_noise:.0%} of the training labels drawn anew at random"
+    noise = f", with {100 * task.label_noise:.0f} % of the training labels drawn anew at random"
     return pages.get_template("demo.html").render(
         report=report,
         name=name,

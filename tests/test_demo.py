@@ -34,6 +34,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
+        self.alts = []
         self.rows, self.pictures, self.narrow, self.references, self.open = [], [], [], [], []
         self.text = ""
         self.feed(text)
@@ -46,6 +47,7 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        self.alts += [value for name, value in attrs if name == "alt"]
         for name, value in attrs:
             if name in ("src", "href", "action", "data", "srcset"):
                 lists = {"img": self.pictures, "source": self.narrow}
@@ -98,6 +100,21 @@ def test_the_page_holds_table_and_verdict(report):
     for outcome in report.compared:
         (accuracy,) = (row[3] for row in rows if row[0] == outcome.name)
         assert f"{outcome.name}{accuracy}" in page.text
+
+
+def test_the_pages_pictures_are_told_to_those_who_do_not_see_them(report):
+    page = Page(report.files[-1].read_text(encoding="utf-8"))
+    of_test, of_schedules, of_accuracy = page.alts
+    assert f"from {report.found.base_lr:.2g} to {report.found.max_lr:.2g} it is shaded" in of_test
+    for outcome in report.compared:
+        assert outcome.name in of_schedules
+        assert outcome.name in of_accuracy
+
+
+def test_a_dark_page_is_printed_on_white(report):
+    """Dark colours are the screen's alone."""
+    text = report.files[-1].read_text(encoding="utf-8")
+    assert re.findall(r"@media (.*prefers.*) \{", text) == ["screen and (prefers-color-scheme: dark)"]
 
 
 def test_the_page_fits_a_phone_and_a_desk(report, tmp_path):
