@@ -27,6 +27,7 @@ struct Around {
   T bound;         // of a gradient with the scale that it brings along, or infinity
   bool coupled;
   bool plain;     // nothing happens to either
+  bool spares;    // opposed parameters, so that it takes to find out which those are
   bool staged;    // there is a bound, or opposed parameters are spared
   uint32_t live;  // a bit for each slot that the update reads and writes
 };
@@ -44,15 +45,15 @@ FASTLR_HD Scalars<R, T> scalars(const Options& options, int64_t age, const Unsca
   const double* const of_stages = options.value + kRuleOptionCount<R>;
   const double decay = options[R::kWeightDecay];
   const bool decouples = R::decouples(options);
-  const bool spares = of_stages[kCautious] != 0.0;
   Scalars<R, T> s;
   s.around.of_gradient = static_cast<T>(unscaling.factor);
   if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;
   s.around.of_parameter = decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);
-  s.around.of_opposed = spares ? T(1) : s.around.of_parameter;
+  s.around.spares = of_stages[kCautious] != 0.0;
+  s.around.of_opposed = s.around.spares ? T(1) : s.around.of_parameter;
   s.around.bound =
       static_cast<T>(max_value_of(of_stages)) / static_cast<T>(unscaling.inverse_scale);
-  s.around.staged = s.around.bound < static_cast<T>(INFINITY) || spares;
+  s.around.staged = s.around.bound < static_cast<T>(INFINITY) || s.around.spares;
   s.around.coupled = decay != 0.0 && !decouples;
   s.around.weight_decay = static_cast<T>(decay);
   s.around.plain =
@@ -116,25 +117,26 @@ FASTLR_HD_INLINED T ahead(const Scalars<R, T>& s, uint32_t live, T p, T g,
   return way > T(0) ? p : way < T(0) ? -p : T(0);
 }
 
-// What a loop over elements is made for. What is called neither plain nor not staged may be so;
-// slots that are not live are nothing to read or to keep.
+// What a loop over elements is made for. What is not called plain may be so, and what clips or
+// spares need not; slots that are not live are nothing to read or to keep.
 struct Form {
   uint32_t live;
   bool plain;
   bool coupled;
-  bool staged;
+  bool clips;
+  bool spares;
 };
 
 // One element: reads the gradient, updates the parameter and its state.
 template <typename R, typename T>
 FASTLR_HD_INLINED void update_element(const Scalars<R, T>& s, const Form& form, T& p, T g,
                                       T (&slots)[R::kSlotCount]) {
-  if (form.staged) g = clipped(g, s.around.bound);
+  if (form.clips) g = clipped(g, s.around.bound);
   if (!form.plain) {
     g = g * s.around.of_gradient;
     if (form.coupled) {
       g = fused_multiply_add(s.around.weight_decay, p, g);
-    } else if (form.staged) {
+    } else if (form.spares) {
       const bool opposed = ahead(s, form.live, p, g, slots) > T(0);
       p = p * (opposed ? s.around.of_opposed : s.around.of_parameter);
     } else {  // to multiply by 1 as well costs up to a tenth of a step through main memory

@@ -87,7 +87,7 @@ template <typename R, uint32_t kLive, bool kPlain, bool kCoupled, bool kStaged, 
 void update_live(const Scalars<R, T>& scalars, T* p, const T* g, int64_t n,
                  std::index_sequence<kSlot...>, Slot*... slot) {
   const Scalars<R, T> s = scalars;
-  constexpr Form kForm{kLive, kPlain, kCoupled, kStaged};
+  constexpr Form kForm{kLive, kPlain, kCoupled, kStaged, kStaged};
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T values[] = {is_live(kLive, kSlot) ? slot[i] : T(0)...};

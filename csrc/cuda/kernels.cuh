@@ -173,6 +173,13 @@ struct SlotPlaces {
   int64_t master;
 };
 
+// Which parameters are opposed is found by going through the rule once more, divisions, roots and
+// all: where nobody asks, every thread branches around that.
+template <typename R, typename C, bool kStaged>
+__device__ inline Form form_of(const Scalars<R, C>& s) {
+  return {s.around.live, false, s.around.coupled, kStaged, kStaged && s.around.spares};
+}
+
 // One element, whose place in its parameter is that of p.
 template <typename R, typename P, typename M, typename E>
 __device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P* p, int64_t element,
@@ -181,7 +188,7 @@ __device__ inline void update_one(const Scalars<R, compute_t<P>>& s, P* p, int64
                                   const SlotPlaces<R::kSlotCount>& at) {
   using C = compute_t<P>;
   constexpr bool kStaged = !std::is_void<E>::value;
-  const Form form{s.around.live, false, s.around.coupled, kStaged};
+  const Form form = form_of<R, C, kStaged>(s);
   [[maybe_unused]] rest_t<P> rest{};
   C value;
   if constexpr (kStaged) {
@@ -224,7 +231,7 @@ __device__ inline void update_dense(const Scalars<R, compute_t<P>>& s, P* p, con
   using C = compute_t<P>;
   constexpr int kWidth = kVector<P, M>;
   const uint32_t live = s.around.live;
-  const Form form{live, false, s.around.coupled, kStaged};
+  const Form form = form_of<R, C, kStaged>(s);
   int64_t head = begin + misaligned_elements(p + begin);
   bool all_aligned = aligned(g + head);
 #pragma unroll

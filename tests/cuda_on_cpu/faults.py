@@ -538,10 +538,10 @@ FAULTS = {
     ),
     "clipped after the scale is taken out": Fault(
         STEP,
-        "  if (form.staged) g = clipped(g, s.around.bound);\n  if (!form.plain) {\n"
+        "  if (form.clips) g = clipped(g, s.around.bound);\n  if (!form.plain) {\n"
         "    g = g * s.around.of_gradient;\n",
         "  if (!form.plain) {\n    g = g * s.around.of_gradient;\n"
-        "    if (form.staged) g = clipped(g, s.around.bound);\n",
+        "    if (form.clips) g = clipped(g, s.around.bound);\n",
         *TENSORS,
     ),
     "cautious decay spares what shrinks": Fault(
