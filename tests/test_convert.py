@@ -1224,6 +1224,18 @@ def test_without_schedules_there_is_no_scheduler() -> None:
     assert pair.scheduler is None
 
 
+def test_what_another_scheduler_has_left_in_a_file_is_nothing_to_the_one_given_back() -> None:
+    optimizer = torch.optim.SGD(parameters(), lr=0.1, momentum=0.9)
+    Pair(optimizer, S.OneCycleLR(optimizer, 0.7, 20, base_momentum=0.5)).run(0, 4)
+    lr, momentum = fastlr.one_cycle(0.3, 12)
+    fused = fastlr.FusedSGD(parameters(), lr=lr, momentum=momentum)
+    with pytest.warns(UserWarning, match="the file has no clock"):
+        fused.load_state_dict(optimizer.state_dict())
+    pair = check_back(run(fused, 3), 9)
+    assert type(pair.scheduler) is S.OneCycleLR
+    assert pair.optimizer.param_groups[0]["initial_lr"] == 0.3 / 25
+
+
 @pytest.mark.filterwarnings("ignore:.* ended at update:UserWarning")
 @pytest.mark.filterwarnings("ignore:torch.optim.lr_scheduler has nothing:UserWarning")
 def test_behind_the_end_of_a_cycle() -> None:

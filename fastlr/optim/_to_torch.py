@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fastlr._checks import flag
 from fastlr.optim._buffers import EMA_BUFFERS
+from fastlr.optim._from_torch import kept_by
 from fastlr.optim._groups import STAGE_DEFAULTS
 from fastlr.optim._replaced import CHANGES, is_replaced, own_method, replace
 from fastlr.optim._schedules_to_torch import (
@@ -79,8 +80,9 @@ def to_torch(fused: Any, options: dict[str, bool | None]) -> tuple[torch.optim.O
     scheduler = None
     if any(followed):
         scheduler = _scheduler(fused, optimizer, followed, clock[0 if unit == "update" else 1])
+        its = kept_by(scheduler)  # a file of torch's may have left others there
         for group, kept in zip(optimizer.param_groups, values, strict=True):
-            group.update(kept)
+            group.update({name: value for name, value in kept.items() if name not in its})
         for each in (scheduler, *getattr(scheduler, "_schedulers", ())):
             each._last_lr = [group["lr"] for group in optimizer.param_groups]
     instead = {name: f"call {name}() of that one, or give it to fastlr.fuse()" for name in CHANGES}
