@@ -1222,6 +1222,13 @@ def test_nesterov_beside_a_momentum_that_begins_at_0_goes_both_ways() -> None:
 def test_without_schedules_there_is_no_scheduler() -> None:
     pair = check_back(run(fastlr.FusedRMSprop(parameters(), lr=0.01, momentum=0.9), 3), 5)
     assert pair.scheduler is None
+    assert fastlr.fuse(pair.optimizer).clock() == (0, 0)
+
+
+def test_samples_are_not_what_a_scheduler_keeps() -> None:
+    fused = run(fastlr.FusedSGD(parameters(), lr=fastlr.Cosine(0.1, 0.0, 30)), 5)
+    fused.advance_samples(160)
+    assert fastlr.fuse(*fused.to_torch(), updates_per_tick=1).clock() == (5, 0)
 
 
 def test_what_another_scheduler_has_left_in_a_file_is_nothing_to_the_one_given_back() -> None:

@@ -55,7 +55,8 @@ def fuse(
 
     Args:
         optimizer: a ``torch.optim.SGD``, ``Adam``, ``AdamW``, ``RMSprop``, ``Adagrad`` or ``Adadelta``.
-        scheduler: what drives it, of ``torch.optim.lr_scheduler`` or ``timm.scheduler``, or None.
+        scheduler: what drives it, of ``torch.optim.lr_scheduler`` or ``timm.scheduler``, or None. Without one
+            the clock is at zero, as torch's optimizers have none: :meth:`FusedOptimizer.set_clock` sets it.
         updates_per_tick: how many updates there are to one ``scheduler.step()``, >= 1: 1 where it stands in
             the loop over batches, ``len(loader)`` where it is called once an epoch. Needed with a scheduler,
             as neither object knows.
