@@ -328,6 +328,25 @@ def test_beta1_is_cycled(scheduler: str) -> None:
     assert optimizer.param_groups[0]["betas"] == fused.param_groups[0]["betas"]
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adadelta"])
+def test_capturable_optimizers(name: str) -> None:
+    """Which PyTorch steps on devices only: told when the steps before are made."""
+    make = getattr(torch.optim, name)
+    optimizer, goes_on = (make(parameters(), lr=0.01, foreach=False) for _ in range(2))
+    for update in range(3):
+        for each in (optimizer, goes_on):
+            set_gradients(each, update)
+            each.step()
+    optimizer.param_groups[0]["capturable"] = True
+    fused = fastlr.fuse(optimizer)
+    for update in range(3, 8):
+        for each in (fused, goes_on):
+            set_gradients(each, update)
+            each.step()
+    for ours, theirs in zip(weights(fused), weights(goes_on), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_rates_and_betas_that_are_tensors() -> None:
     a, b = parameters()
     optimizer = torch.optim.Adam(
@@ -785,7 +804,7 @@ REFUSED: dict[str, tuple[Callable[[], Pair], str]] = {
     ),
     "negative": (
         lambda: paired(chain(lambda o: S.PolynomialLR(o, 17), lambda o: S.CosineAnnealingLR(o, 1, 0.2))),
-        "the ChainedScheduler gives -0.0.* after 10 steps, and a rate must be finite and >= 0",
+        "the ChainedScheduler gives -0.0.* as lr after 10 steps, which must be finite and >= 0",
     ),
     "another rule": (lambda: Pair(torch.optim.NAdam(groups()), None), "Adadelta.*, got NAdam; keep that one"),
     "wrapped": (lambda: Pair(Wrapper(sgd()), None), "got Wrapper; where .* wraps one, pass the optimizer in"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision_without_cuda  # noqa: F401  # which timm imports
@@ -120,6 +121,20 @@ def test_schedules_follow_the_decay_by_layer() -> None:
     fixed = make("fastlradamw", Model(), layer_decay=0.5, lr=0.01)  # timm's schedulers scale that
     CosineLRScheduler(fixed, t_initial=4, t_in_epochs=False).step_update(0)
     assert [group["lr"] for group in fixed.param_groups] == [0.01 * scale for scale in scales]
+
+
+def test_cosine_with_warmup_and_cooldown_is_timms() -> None:
+    peak, warmup, cosine, cooldown = 0.4, 977, 98_523, 500
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=peak)
+    theirs = CosineLRScheduler(
+        sgd, cosine, lr_min=1e-3, cycle_limit=1, warmup_t=warmup, warmup_lr_init=1e-4, warmup_prefix=True
+    )
+    updates = warmup + cosine + cooldown
+    expected = [theirs._get_lr(t)[0] for t in range(updates)]
+    ours = fastlr.cosine_with_warmup(
+        peak, warmup, warmup + cosine, start_lr=1e-4, end_lr=1e-3, cooldown_steps=cooldown
+    )
+    np.testing.assert_allclose(ours.values(0, updates), expected, rtol=0.0, atol=1e-15 * peak)
 
 
 def test_timms_schedulers_beside_a_schedule_are_noticed() -> None:

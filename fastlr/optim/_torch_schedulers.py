@@ -302,14 +302,14 @@ class _Reader:
         return {name: self._simulated(place, name, at, stop) for name in ("lr", *sorted(cycled))}
 
     def _simulated(self, place: int, option: str, start: int, stop: int) -> _Part:
-        return self._tabulated(self._simulation.values(place, option, start, stop), start)
+        return self._tabulated(self._simulation.values(place, option, start, stop), start, option)
 
-    def _tabulated(self, values: list[float], zero: int) -> _Part:
-        for tick, rate in enumerate(values, zero):
-            if not 0.0 <= rate < math.inf:
+    def _tabulated(self, values: list[float], zero: int, option: str = "lr") -> _Part:
+        for tick, given in enumerate(values, zero):
+            if not 0.0 <= given < math.inf:
                 raise ValueError(
-                    f"the {type(self._scheduler).__name__} gives {rate!r} after {tick} steps, and a rate "
-                    "must be finite and >= 0; mend it, or fuse the optimizer alone"
+                    f"the {type(self._scheduler).__name__} gives {given!r} as {option} after {tick} steps, "
+                    "which must be finite and >= 0; mend it, or fuse the optimizer alone"
                 )
         return _Part(Tabulated(values, unit=self._unit), zero)
 
