@@ -307,6 +307,8 @@ def test_every_scheduler_of_pytorch_is_tried() -> None:
 
 @pytest.mark.parametrize(("case", "schedulers"), ON_TOP)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.. before .optimizer.step..:UserWarning")
+# PyTorch 2.6's SequentialLR gives it.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 def test_schedulers_on_top(case: Case, schedulers: Schedulers) -> None:
     ours, theirs = twins([(10, 5), (10,)])
     optimizers = case.build(ours, theirs)
