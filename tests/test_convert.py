@@ -826,6 +826,15 @@ def test_refusals_say_what_to_do_and_change_nothing(what: str) -> None:
         pair.optimizer.step()  # as before
 
 
+def test_a_schedule_among_torchs_numbers_is_refused() -> None:
+    optimizer = sgd()
+    optimizer.param_groups[1]["lr"] = fastlr.Cosine(0.1, 0.0, 30)
+    with pytest.raises(TypeError, match="lr of parameter group 1 is a schedule"):
+        fastlr.fuse(optimizer)
+    optimizer.param_groups[1]["lr"] = 0.1
+    fastlr.fuse(optimizer)
+
+
 def test_arguments_of_fuse() -> None:
     optimizer = sgd()
     scheduler = S.LambdaLR(optimizer, half_then_linear)

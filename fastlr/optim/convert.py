@@ -19,6 +19,7 @@ from fastlr.optim.adagrad import FusedAdagrad
 from fastlr.optim.adam import FusedAdam, FusedAdamW
 from fastlr.optim.rmsprop import FusedRMSprop
 from fastlr.optim.sgd import FusedSGD
+from fastlr.schedules import Schedule
 
 # By torch's classes, those that inherit from another one of them first.
 _FUSED: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
@@ -127,6 +128,12 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
                 f"differentiable of parameter group {place} is True, and no gradient flows through a fused "
                 "step; keep torch's optimizer"
             )
+        for option, value in group.items():
+            if option in optimizer.defaults and isinstance(value, Schedule):
+                raise TypeError(
+                    f"{option} of parameter group {place} is a schedule, {describe(value)}, which torch's "
+                    "step takes for no number; write one there, and the schedule into what fuse() returns"
+                )
         for number, p in enumerate(group["params"]):
             if p.grad is not None and p.grad.layout is not torch.strided:
                 raise ValueError(
