@@ -87,8 +87,8 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
             defaults |= {f"{option.name}_schedule": None, f"{option.name}_start": 0}
         defaults |= {**self._fixed, "updates": 0, "samples": 0, "clock_unit": "sample", "fresh": False}
         # An optimizer fills its groups in. The dicts of the caller, which may be another optimizer's,
-        # stay as they are.
-        if not isinstance(params, torch.Tensor):
+        # stay as they are. PyTorch has its say on a set of tensors, which holds no dict.
+        if not isinstance(params, (torch.Tensor, set)):
             params = [dict(item) if isinstance(item, dict) else item for item in params]  # type: ignore[assignment]
         super().__init__(params, defaults)
         self._check_warmup()
