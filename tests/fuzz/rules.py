@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from rule_table import SGD, Lion
+from rule_table import ADAM_DECOUPLES, SGD, Lion
 
 import fastlr
 
@@ -132,7 +132,7 @@ _ADAM = Rule(
     options={
         "eps": _EPS,
         "amsgrad": _sometimes(0.3),
-        "decoupled_weight_decay": _sometimes(0.3),
+        "decoupled_weight_decay": _sometimes(0.3 if ADAM_DECOUPLES else 0.0),
         **_MAXIMIZE,
     },
     tuples={"betas": ("beta1", "beta2")},
