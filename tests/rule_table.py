@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,17 +108,33 @@ class SGD(torch.optim.SGD):
             group["weight_decay"] = decay
 
 
+def exact_root(x: torch.Tensor) -> torch.Tensor:
+    """As IEEE 754 has it: PyTorch's from MKL are off by one unit in the last place for 0.7 % of all numbers,
+    where a tensor has more than a few dozen elements."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
+
+
 class ExactRoots(TorchDispatchMode):
-    """Square roots as IEEE 754 has them: PyTorch's from MKL are off by one unit in the last place for 0.7 %
-    of all numbers, where a tensor has more than a few dozen elements."""
+    """All square roots are exact_root()."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.ops.aten.sqrt.default, torch.ops.aten.sqrt_.default):
             return func(*args, **(kwargs or {}))
-        x = args[0]
-        with np.errstate(invalid="ignore"):
-            root = torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
-        return x.copy_(root) if func is torch.ops.aten.sqrt_.default else root
+        root = exact_root(args[0])
+        return args[0].copy_(root) if func is torch.ops.aten.sqrt_.default else root
+
+
+@contextmanager
+def exact_methods() -> Iterator[None]:
+    """Those of tensors' methods are, which torch's plain loops call. By ExactRoots all other operations would
+    become slower too."""
+    torch.Tensor.sqrt = exact_root  # type: ignore[method-assign]
+    torch.Tensor.sqrt_ = lambda x: x.copy_(exact_root(x))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del torch.Tensor.sqrt, torch.Tensor.sqrt_  # what they inherit is theirs again
 
 
 def taking_exact_roots(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -125,7 +142,7 @@ def taking_exact_roots(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
     step = type(optimizer).step
 
     def exact(*args: Any, **kwargs: Any) -> Any:
-        with ExactRoots():
+        with exact_methods():
             return step(*args, **kwargs)
 
     optimizer.step = types.MethodType(exact, optimizer)  # a method, as torch's schedulers wrap it
