@@ -8,6 +8,7 @@ test_optimizer.py.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -322,6 +323,13 @@ def label(value: object) -> str:
         return "too-long"
 
 
+@functools.cache
+def untouched(name: str) -> tuple[fastlr.FusedOptimizer, str]:
+    """A trained optimizer, one for all that is refused, and its state."""
+    optimizer = KINDS.get(name, KINDS["FusedSGD"]).trained()
+    return optimizer, str(optimizer.state_dict())
+
+
 @pytest.mark.parametrize(
     ("what", "name", "bad"),
     [
@@ -332,8 +340,7 @@ def label(value: object) -> str:
     ],
 )
 def test_refused(what: str, name: str, bad: Any) -> None:
-    optimizer = KINDS.get(what.split(".")[0], KINDS["FusedSGD"]).trained()
-    before = str(optimizer.state_dict())
+    optimizer, before = untouched(what.split(".")[0])
     with pytest.raises((ValueError, TypeError)) as error:
         CALLS[what][0](optimizer, **{name: bad})
     message = str(error.value)
