@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -95,6 +96,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.repetition)
     if is_worker(config):
         items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What has been collected stays to the end: a million objects, through which every search for garbage
+    would go, also those that tests and frameworks ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 # -- several processes (pytest-xdist) ------------------------------------------------------------
@@ -203,7 +211,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def _same_start() -> Iterator[None]:
     """Every test begins with the same seed and leaves PyTorch's global settings as it found them."""
     threads = torch.get_num_threads()
-    torch.manual_seed(0)
+    # For CUDA and other devices, not in use yet, torch.manual_seed() would keep a picture of the stack each.
+    torch.manual_seed(0) if torch.cuda.is_initialized() else torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
