@@ -8,6 +8,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ needs_gloo = pytest.mark.skipif(
 )
 
 # What the server that processes are forked from has imported before them.
-_IMPORTED = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "fastlr", "pytest")
+_IMPORTED = (
+    *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
+    *("torch.distributed.tensor.parallel", "fastlr", "pytest"),
+)
 # A rank that waits longer for another one, which may have failed, gives up.
 _PATIENCE = datetime.timedelta(seconds=60)
 _LONGEST = 240
@@ -40,13 +44,19 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
+def forking() -> ForkServerContext:
+    """Where processes begin with PyTorch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    return context
+
+
 def outcomes(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
     """What each rank's traceback says of each case, in turn; nothing where the case has passed.
 
     Of cases with fewer ranks than others, the rest wait. What comes after a failure is not run.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED))
+    context = forking()
     world = max(case.ranks for case in cases.values())
     workers = [context.Process(target=_work, args=(rank, dict(cases), folder)) for rank in range(world)]
     for worker in workers:

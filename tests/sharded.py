@@ -1,4 +1,4 @@
-"""What each process of test_sharded.py runs: ``python sharded.py FOLDER WORLD RANK PHASE [LIBRARY]``.
+"""What each process of test_sharded.py runs.
 
 Each check is a function of its process's rank in a world of two or four; what it raises is kept for the test
 of its name. Runs that are to be resumed in a world of another size are saved together. In the phase "on-cuda"
@@ -12,15 +12,15 @@ import functools
 import io
 import os
 import re
-import subprocess
-import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rank_pool
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -43,6 +43,7 @@ from fastlr._distributed import own_part
 
 UPDATES = 50
 SAVED_AT = 25
+UPDATES_OF_NETWORKS = 20  # each takes a hundred times as long as one of PARAMETERS alone
 
 
 class Placed(NamedTuple):
@@ -269,15 +270,27 @@ def with_fsdp(mesh: DeviceMesh, model: torch.nn.Sequential | None = None) -> tor
     return model
 
 
-def losses_of(model: torch.nn.Module, opt: Any, rank: int, clip: Callable[[], object] | None = None) -> None:
-    """50 updates; each process has data of its own."""
-    for update in range(UPDATES):
+def losses_of(
+    model: torch.nn.Module,
+    opt: Any,
+    rank: int,
+    clip: Callable[[], object] | None = None,
+    roots: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Updates by losses; each process has data of its own.
+
+    Args:
+        clip: what is called before a step.
+        roots: around a step alone, as all other operations would become slower too.
+    """
+    for update in range(UPDATES_OF_NETWORKS):
         generator = torch.Generator().manual_seed(100 * update + rank)
         found = model(torch.randn(4, 6, generator=generator))
         torch.nn.functional.mse_loss(found, torch.randn(found.shape, generator=generator)).backward()
         if clip is not None:
             clip()
-        opt.step()
+        with roots():
+            opt.step()
         opt.zero_grad()
 
 
@@ -309,8 +322,7 @@ def compare_with_torch(make_model: Callable[[], torch.nn.Module], rank: int, rul
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
 
             losses_of(ours, fused, rank)
-            with ExactRootsOfParts():
-                losses_of(theirs, by_torch, rank, clip if limit else None)
+            losses_of(theirs, by_torch, rank, clip if limit else None, ExactRootsOfParts)
             for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
                 assert p.placements == q.placements
                 mine, other = p.full_tensor(), q.full_tensor()
@@ -550,7 +562,7 @@ def range_test(mesh: DeviceMesh, rank: int) -> None:
     assert all(torch.equal(before[k], whole(v)) for k, v in model.state_dict().items())
     after = [whole(v) for p in model.parameters() for v in opt.state[p].values()]
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
-    assert opt.clock().updates == UPDATES
+    assert opt.clock().updates == UPDATES_OF_NETWORKS
 
 
 @contextmanager
@@ -607,24 +619,30 @@ def skipped_on_device(mesh: DeviceMesh, rank: int) -> None:
 
 def run(folder: Path, world: int, phase: str, *library: Path) -> list[dict[str, Any]]:
     """What each process of a world brings."""
-    program = [sys.executable, __file__, str(folder), str(world)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = [folder / f"{phase}-{world}-{rank}.txt" for rank in range(world)]
     processes = [
-        subprocess.Popen(
-            [*program, str(rank), phase, *map(str, library)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        rank_pool.forking().Process(target=_work, args=(said[rank], folder, world, rank, phase, *library))
         for rank in range(world)
     ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + 600
     try:
-        said = [process.communicate(timeout=600)[1] for process in processes]
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+            process.join()
+    told = "\n".join(path.read_text() for path in said if path.exists())
+    assert [process.exitcode for process in processes] == [0] * world, told
     return [torch.load(folder / f"{phase}-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _work(said: Path, *arguments: Any) -> None:
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        main(*arguments)
 
 
 def run_alone(case: Case) -> dict[str, Any]:
@@ -678,7 +696,3 @@ def main(folder: Path, world: int, rank: int, phase: str, library: Path | None =
     torch.save(results, folder / f"{phase}-{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], *map(Path, sys.argv[5:]))
