@@ -85,23 +85,27 @@ def test_cuda_can_be_switched_off(tmp_path: Path):
     assert said.endswith("rc=0")
 
 
-def test_finds_cuda_where_there_is_an_nvcc(tmp_path: Path):
+def with_cuda(build: Path, *options: str) -> str:
+    """What CMake says where it finds an nvcc, with a build for Ninja."""
     toolchain.tool("nvcc")
-    said = configured(tmp_path, "AUTO")
-    assert re.search(r"fastlr with CUDA \d+\.\d+, architectures 75-real 80-real 86-real 89-real 90", said)
-    assert said.endswith("rc=0")
-
-
-@pytest.mark.parametrize(
-    ("options", "library"),
-    [((), "-lcudart_static"), (("-DCMAKE_CUDA_RUNTIME_LIBRARY=Shared",), "-lcudart")],
-    ids=["static", "shared"],
-)
-def test_cuda_runtime_is_linked_as_chosen(tmp_path: Path, options: tuple[str, ...], library: str):
-    toolchain.tool("nvcc")
-    done = toolchain.configure(tmp_path, "-G", "Ninja", *options)
+    done = toolchain.configure(build, "-G", "Ninja", "-DFASTLR_CUDA=AUTO", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"-lcudart\w*", (tmp_path / "build.ninja").read_text()) == [library]
+    return " ".join(done.stdout.split())
+
+
+def cuda_libraries(build: Path) -> list[str]:
+    return re.findall(r"-lcudart\w*", (build / "build.ninja").read_text())
+
+
+def test_finds_cuda_where_there_is_an_nvcc_and_links_its_runtime_statically(tmp_path: Path):
+    said = with_cuda(tmp_path)
+    assert re.search(r"fastlr with CUDA \d+\.\d+, architectures 75-real 80-real 86-real 89-real 90", said)
+    assert cuda_libraries(tmp_path) == ["-lcudart_static"]
+
+
+def test_cuda_runtime_is_linked_as_chosen(tmp_path: Path):
+    with_cuda(tmp_path, "-DCMAKE_CUDA_RUNTIME_LIBRARY=Shared")
+    assert cuda_libraries(tmp_path) == ["-lcudart"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF")

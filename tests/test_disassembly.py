@@ -45,7 +45,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     toolchain.tool("objdump")
     toolchain.tool("nm")
     build = tmp_path_factory.mktemp("kernels")
-    commands = toolchain.compile_commands(build)
+    commands = toolchain.compile_commands(build, toolchain.ON_CPU)
     source = toolchain.CSRC / "cpu" / "kernels.cpp"
 
     def compile_one(level: str) -> Path:

@@ -16,7 +16,7 @@ ADDRESS = (*toolchain.ADDRESS_SANITIZER, "-fsanitize=float-cast-overflow")
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[str]]:
-    return toolchain.compile_commands(tmp_path_factory.mktemp("cmake"))
+    return toolchain.compile_commands(tmp_path_factory.mktemp("cmake"), toolchain.ON_CPU)
 
 
 def build_driver(

@@ -71,6 +71,10 @@ def copy_sources(folder: Path, *, only: str = "") -> Path:
     return csrc
 
 
+# For compile_commands(), where none of CUDA is looked at: to ask nvcc what it can takes most of configure().
+ON_CPU = "-DFASTLR_CUDA=OFF"
+
+
 def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Runs CMake's configure step, as an isolated build would; skips where it cannot be run."""
     if importlib.util.find_spec("pybind11") is None:
@@ -86,10 +90,10 @@ def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def compile_commands(build: Path) -> dict[tuple[str, str], list[str]]:
+def compile_commands(build: Path, *options: str) -> dict[tuple[str, str], list[str]]:
     """Each object's command, without what it reads and writes, by target and source, from a configured
     build: ``{("kernels_x86_64_v3", "cpu/kernels.cpp"): ["/usr/bin/c++", "-O3", ...], ...}``."""
-    done = configure(build)
+    done = configure(build, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
