@@ -27,7 +27,6 @@ struct Around {
   T bound;         // of a gradient with the scale that it brings along, or infinity
   bool coupled;
   bool plain;     // nothing happens to either
-  bool spares;    // opposed parameters, so that it takes to find out which those are
   bool staged;    // there is a bound, or opposed parameters are spared
   uint32_t live;  // a bit for each slot that the update reads and writes
 };
@@ -45,15 +44,15 @@ FASTLR_HD Scalars<R, T> scalars(const Options& options, int64_t age, const Unsca
   const double* const of_stages = options.value + kRuleOptionCount<R>;
   const double decay = options[R::kWeightDecay];
   const bool decouples = R::decouples(options);
+  const bool spares = of_stages[kCautious] != 0.0;
   Scalars<R, T> s;
   s.around.of_gradient = static_cast<T>(unscaling.factor);
   if (options[R::kMaximize] != 0.0) s.around.of_gradient = -s.around.of_gradient;
   s.around.of_parameter = decouples ? static_cast<T>(1.0 - options[R::kLr] * decay) : T(1);
-  s.around.spares = of_stages[kCautious] != 0.0;
-  s.around.of_opposed = s.around.spares ? T(1) : s.around.of_parameter;
+  s.around.of_opposed = spares ? T(1) : s.around.of_parameter;
   s.around.bound =
       static_cast<T>(max_value_of(of_stages)) / static_cast<T>(unscaling.inverse_scale);
-  s.around.staged = s.around.bound < static_cast<T>(INFINITY) || s.around.spares;
+  s.around.staged = s.around.bound < static_cast<T>(INFINITY) || spares;
   s.around.coupled = decay != 0.0 && !decouples;
   s.around.weight_decay = static_cast<T>(decay);
   s.around.plain =

@@ -174,10 +174,11 @@ struct SlotPlaces {
 };
 
 // Which parameters are opposed is found by going through the rule once more, divisions, roots and
-// all: where nobody asks, every thread branches around that.
+// all: where that makes no difference, every thread branches around it.
 template <typename R, typename C, bool kStaged>
 __device__ inline Form form_of(const Scalars<R, C>& s) {
-  return {s.around.live, false, s.around.coupled, kStaged, kStaged && s.around.spares};
+  const bool spares = kStaged && s.around.of_opposed != s.around.of_parameter;
+  return {s.around.live, false, s.around.coupled, kStaged, spares};
 }
 
 // One element, whose place in its parameter is that of p.
