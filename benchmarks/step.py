@@ -39,18 +39,23 @@ LARGE = 5_000_000  # elements; from here on they lie in main memory
 BOUND = 100_000  # elements; from here on memory bandwidth decides
 
 
+def load_bandwidth(folder: Path) -> ctypes.CDLL:
+    """bandwidth.c, compiled into the folder once."""
+    library = folder / "bandwidth.so"
+    source = Path(__file__).with_name("bandwidth.c")
+    if not library.exists():
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 def make_traffic(elements: int, slots: int, threads: int, folder: Path, *, norm_first: bool = False) -> Step:
     """A loop that moves so many float arrays as a step does.
 
     Args:
         norm_first: after a loop that reads the gradients alone.
     """
-    library = folder / "bandwidth.so"
-    source = Path(__file__).with_name("bandwidth.c")
-    if not library.exists():
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run(["cc", *flags, str(source), "-o", str(library)], check=True)
-    native = ctypes.CDLL(str(library))
+    native = load_bandwidth(folder)
     arrays = [torch.ones(elements) for _ in range(2 + slots)]
     p, g, *state = (ctypes.c_void_p(array.data_ptr()) for array in arrays)
     pointers = (ctypes.c_void_p * slots)(*state)

@@ -76,6 +76,21 @@ def test_norms_are_measured(load: Callable[[str], ModuleType]):
     assert all(script.timed(step) > 0.0 for step in steps.values())
 
 
+def test_the_norms_pass_is_measured_beside_reading(load: Callable[[str], ModuleType], monkeypatch, tmp_path):
+    toolchain.tool("cc")
+    script, bandwidth = load("grad_norm"), load("step").load_bandwidth(tmp_path)
+    read: list[float] = []
+    found = script.squared_norm
+    monkeypatch.setattr(script, "squared_norm", lambda g, tables: read.append(found(g, tables)))
+    size, turns = script.passes([(3, 5), (2,)], torch.bfloat16, bandwidth)
+    assert size == 2 * 18  # whole words
+    assert list(turns) == ["again", "after a copy"]
+    for each in turns.values():
+        assert all(turn() > 0.0 for turn in each.values())
+    assert len(read) == 3  # twice again, once after a copy
+    assert read[0] == read[1] == read[2] > 0.0
+
+
 def test_steps_over_dtensors_are_measured(load: Callable[[str], ModuleType], tmp_path):
     script = load("distributed")
     torch.distributed.init_process_group(
