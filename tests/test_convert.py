@@ -827,11 +827,13 @@ def test_refusals_say_what_to_do_and_change_nothing(what: str) -> None:
 
 
 def test_a_schedule_among_torchs_numbers_is_refused() -> None:
-    optimizer = sgd()
-    optimizer.param_groups[1]["lr"] = fastlr.Cosine(0.1, 0.0, 30)
-    with pytest.raises(TypeError, match="lr of parameter group 1 is a schedule"):
-        fastlr.fuse(optimizer)
-    optimizer.param_groups[1]["lr"] = 0.1
+    optimizer = torch.optim.Adam(groups())
+    group = optimizer.param_groups[1]
+    for option, value in {"lr": fastlr.Cosine(0.1, 0.0, 30), "betas": (fastlr.Constant(0.9), 0.99)}.items():
+        number, group[option] = group[option], value
+        with pytest.raises(TypeError, match=f"{option} of parameter group 1 is a schedule"):
+            fastlr.fuse(optimizer)
+        group[option] = number
     fastlr.fuse(optimizer)
 
 

@@ -128,12 +128,15 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
                 f"differentiable of parameter group {place} is True, and no gradient flows through a fused "
                 "step; keep torch's optimizer"
             )
-        for option, value in group.items():
-            if option in optimizer.defaults and isinstance(value, Schedule):
-                raise TypeError(
-                    f"{option} of parameter group {place} is a schedule, {describe(value)}, which torch's "
-                    "step takes for no number; write one there, and the schedule into what fuse() returns"
-                )
+        for option in optimizer.defaults:
+            held = group.get(option)
+            for value in held if isinstance(held, (tuple, list)) else (held,):
+                if isinstance(value, Schedule):
+                    raise TypeError(
+                        f"{option} of parameter group {place} is a schedule, {describe(value)}, which "
+                        "torch's step takes for no number; write one there, and the schedule into what "
+                        "fuse() returns"
+                    )
         for number, p in enumerate(group["params"]):
             if p.grad is not None and p.grad.layout is not torch.strided:
                 raise ValueError(
