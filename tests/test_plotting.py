@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -199,6 +200,21 @@ def test_a_clock_of_billions_is_drawn_in_places_that_miss_no_cycle():
         assert stretch.max() > 0.9
     (line,) = fastlr.Cosine(1.0, 0.0, 3 * 10**11, unit="token").plot().axes[0].lines
     assert (line.get_ydata()[0], line.get_ydata()[-1]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("width", [7.2, 3.6])
+@pytest.mark.parametrize("steps", [10, 90_000, 1_000_000, 1_000_001, 115_300_000, 300_000_000_000])
+def test_clocks_do_not_run_into_each_other(steps, width):
+    figure = plotting.plot_schedules({"a": fastlr.Constant(0.1)}, steps, width=width)
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_xlim()
+    labels = [
+        tick.label1.get_window_extent()
+        for tick in figure.axes[0].xaxis.get_major_ticks()
+        if low <= tick.get_loc() <= high
+    ]
+    assert len(labels) >= 3
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(labels))
 
 
 @pytest.mark.parametrize("name", ["", "lr/"])

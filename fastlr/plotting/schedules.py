@@ -97,7 +97,7 @@ def plot_schedules(
         raise ValueError(f"schedules must be one or more of one unit, got units {sorted(units)}")
     steps = shown_steps(schedules, steps)
     figure, axes = new_figure(real("width", width, above=True), 3.6)
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     for i, (name, schedule) in enumerate(schedules.items()):
         stop = steps if schedule.last is None else min(steps, schedule.last + 1)
@@ -113,7 +113,8 @@ def plot_schedules(
     axes.margins(x=0.01)
     axes.set_ylim(bottom=-0.015 * axes.get_ylim()[1])  # a line at zero is seen whole
     axes.xaxis.set_major_locator(MaxNLocator(9 if width >= NARROW else 5, integer=True))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    # All digits of more would run into each other.
+    axes.xaxis.set_major_formatter("{x:,.0f}" if steps <= 1_000_000 else EngFormatter(sep=""))
     if len(schedules) > 1:
         figure.legend(
             frameon=False, loc="outside upper center", ncols=min(len(schedules), 4 if width >= NARROW else 2)
