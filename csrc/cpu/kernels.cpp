@@ -52,29 +52,44 @@ void store_dense(Float16* to, const float* from, int64_t n) {
 }
 #endif
 
+// Asks for n values.
+template <typename T>
+void fetch(const T* values, int n) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int k = 0; k < n; k += kLine) __builtin_prefetch(values + k);
+}
+
 // Adds the squares of n values to the lanes, the first to the first.
+// kFetches: values come from memory. A core that reads one array alone waits for it most of the
+// time: what fetches ahead by itself is too near, and ends with each page. The row after the next
+// is near enough for what is under way to be the sixteen lines or so that a core can wait for; more
+// at a time, or from farther ahead, make reading from main memory slower than none. Updates read
+// several arrays, whose requests are under way together.
 // Not inlined: steps that measure nothing shall not carry it.
-template <typename C>
-[[gnu::noinline]] void add_squares(double* lanes, const C* values, int64_t n) {
+template <bool kFetches, typename T>
+[[gnu::noinline]] void add_squares(double* lanes, const T* values, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) lanes[k] = add_square(lanes[k], values[i + k]);
+    if constexpr (kFetches) fetch(values + i + 2 * kLanes, kLanes);
+    for (int k = 0; k < kLanes; ++k) lanes[k] = add_square(lanes[k], load(values[i + k]));
   }
-  for (int64_t k = 0; i + k < n; ++k) lanes[k] = add_square(lanes[k], values[i + k]);
+  for (int64_t k = 0; i + k < n; ++k) lanes[k] = add_square(lanes[k], load(values[i + k]));
 }
 
 // Blocks follow each other in the lanes, so each begins at the first.
 static_assert(kBlock % kLanes == 0, "a block ends with the last lane");
 
 // The same of values that are clipped.
-template <typename C>
-void add_squares(double* lanes, const C* values, int64_t n, C bound) {
-  if (!(bound < static_cast<C>(INFINITY))) return add_squares(lanes, values, n);
-  C block[kBlock];
+template <bool kFetches = false, typename T>
+void add_squares(double* lanes, const T* values, int64_t n, compute_t<T> bound) {
+  if (!(bound < static_cast<compute_t<T>>(INFINITY))) {
+    return add_squares<kFetches>(lanes, values, n);
+  }
+  compute_t<T> block[kBlock];
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t count = std::min(n - i, kBlock);
-    for (int64_t k = 0; k < count; ++k) block[k] = clipped(values[i + k], bound);
-    add_squares(lanes, block, count);
+    for (int64_t k = 0; k < count; ++k) block[k] = clipped(load(values[i + k]), bound);
+    add_squares<false>(lanes, block, count);
   }
 }
 
@@ -484,38 +499,29 @@ void update_with_stages(const TensorRef& tensor, const StridedLayout* layout,
   }
 }
 
-// Asks for so many bytes from kAhead behind this address on. A core that reads one array alone
-// waits for memory most of the time: what fetches ahead by itself is too near, and ends with each
-// page. Updates read several arrays, whose requests are under way together.
-inline void fetch_ahead(const void* at, int64_t bytes) {
-  constexpr int64_t kAhead = 8192, kLine = 64;
-  const char* const from = static_cast<const char*>(at) + kAhead;
-  for (int64_t k = 0; k < bytes; k += kLine) __builtin_prefetch(from + k);
-}
-
 template <typename T>
 void squares(const TensorRef& tensor, const StridedLayout* layout, int64_t begin, int64_t end,
              double* lanes) {
   using C = compute_t<T>;
   const T* values = static_cast<const T*>(tensor.grad);
   const C bound = static_cast<C>(tensor.max_value);
+  // Halves whose conversion is not for single values are staged, too.
+  constexpr bool kConverts = std::is_same<T, Float16>::value;
+  if (layout == nullptr && !kConverts) {
+    return add_squares<true>(lanes, values + begin, end - begin, bound);
+  }
   C block[kBlock];
   std::optional<Cursor<0>> reader;
   if (layout != nullptr) reader.emplace(*layout, begin);
   for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t count = end - i < kBlock ? end - i : kBlock;
+    const int64_t count = std::min(end - i, kBlock);
     if (reader) {
       for (int64_t k = 0; k < count; ++k, reader->advance()) block[k] = load(values[reader->grad]);
-      add_squares(lanes, block, count, bound);
-      continue;
-    }
-    fetch_ahead(values + i, count * static_cast<int64_t>(sizeof(T)));
-    if constexpr (std::is_same<T, C>::value) {
-      add_squares(lanes, values + i, count, bound);
     } else {
+      fetch(values + i + kBlock, static_cast<int>(count));
       load_dense(block, values + i, count);
-      add_squares(lanes, block, count, bound);
     }
+    add_squares(lanes, block, count, bound);
   }
 }
 
