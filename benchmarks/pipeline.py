@@ -7,7 +7,7 @@ the step, an average of the weights, and the schedule. fastlr does it in step().
   torch._foreach_lerp_ (what AveragedModel with get_ema_multi_avg_fn calls), CyclicLR;
 - "torch.compile": clipping, step and average compiled together, with the rate in a tensor. GradScaler's
   unscale_ and the schedule cannot be compiled and run beside it. In the cases of --compile only, and for
-  sets of MOST_COMPILED tensors at most, as its compiler takes a minute or two for each.
+  sets of MOST_COMPILED tensors at most, as compiling takes the longer the more there are.
 
 Each part alone is measured, too, always with the schedule. With a scaler, fastlr's is stepped by
 fastlr.GradScaler ("fastlr") and by torch's. All contenders are stepped in turn over the same gradients, which

@@ -97,12 +97,13 @@ def beside_torch() -> str:
     whole = {(r["case"], r["rule"], r["set"]): r["times"] for r in pipeline()["results"]}
     for case, rule, name in WHOLE_ON_CPU:
         times = whole[case, rule, name]
-        form = min((n for n in times if n.startswith("torch ")), key=lambda n: times[n]["ratio"])
+        form = min((n for n in times if n.startswith("torch")), key=lambda n: times[n]["ratio"])
+        in_short = form.removeprefix("torch").lstrip(" .")
         what = ", ".join((*(("scaler",) if case == "whole" else ()), "clipping and average"))
         lines.append(
             f"| {RULES[rule].theirs.__name__}, {what}, {name}, two cores | "
             f"{time_of(times['fastlr']['us'])} | "
-            f"{time_of(times[form]['us'])} ({form.removeprefix('torch ')}), {times[form]['ratio']:.2f}x | "
+            f"{time_of(times[form]['us'])} ({in_short}), {times[form]['ratio']:.2f}x | "
             "[`pipeline.py`](benchmarks/pipeline.py) |"
         )
     for form, in_words in (("", gpu), (", graph", f"{gpu}, CUDA graph")):
@@ -168,7 +169,7 @@ def pipeline() -> dict[str, Any]:
 
 
 def whole_updates() -> str:
-    """How many times longer torch's fastest pieces take, for each part of the update and each rule."""
+    """How many times longer torch's fastest pieces take, and compiled ones, for each part of the update."""
     content = pipeline()
     results = {(r["rule"], r["case"], r["set"]): r["times"] for r in content["results"]}
     rules, cases, sets = (list(dict.fromkeys(key[place] for key in results)) for place in range(3))
@@ -185,7 +186,9 @@ def whole_updates() -> str:
                 times = results[rule, case, name]
                 best = min(found["ratio"] for form, found in times.items() if form.startswith("torch "))
                 limit = f" ({times['limit']['ratio']:.0%})" if "limit" in times else ""
-                cells.append(f"{time_of(times['fastlr']['us'])}, {best:.2f}x{limit}")
+                compiled = times.get("torch.compile")
+                also = f", compiled {compiled['ratio']:.2f}x" if compiled else ""
+                cells.append(f"{time_of(times['fastlr']['us'])}, {best:.2f}x{also}{limit}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
