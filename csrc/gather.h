@@ -11,8 +11,10 @@
 
 #include "groups.h"
 #include "layout.h"
+#include "overlaps.h"
 #include "owned.h"
 #include "placement.h"
+#include "shares.h"
 #include "tensor_view.h"
 #include "tensors.h"
 
@@ -40,9 +42,8 @@ class Gathering {
   // list of them the value, begin_stages(tensors, parameters), which makes averages and masters
   // what they are before the first update of the parameter beside them, gradient_like(parameter,
   // gradient), a copy of the gradient that lies in memory as the parameter does,
-  // has_no_values(tensor), whether it is nothing but a shape, is_half(tensor); and of DTensors
-  // part(parameter), what stands for its share, or None for share 0, and its first element in the
-  // whole parameter, and redistributed(gradient, parameter), a gradient that is cut as its
+  // has_no_values(tensor), whether it is nothing but a shape, is_half(tensor); and of DTensors what
+  // KnownShares needs, and redistributed(gradient, parameter), a gradient that is cut as its
   // parameter is; borrowed.
   Gathering(PyObject* runtime, const Groups& reader);
 
@@ -63,13 +64,13 @@ class Gathering {
   const std::vector<StridedLayout>& layouts() const { return layouts_; }
   // What stands for each share but share 0, a list; of all parameters, those without a gradient
   // too, so that it is the same in every process.
-  PyObject* shares() const { return shares_.get(); }
-  int share_count() const { return static_cast<int>(PyList_GET_SIZE(shares_.get())); }
+  PyObject* shares() const { return shares_.known(); }
+  int share_count() const { return shares_.count(); }
   // The parameters, a new list; to be called once a step.
   Owned take_parameters();
   // Whether the order of the updates matters: one writes memory that another writes, or reads as
   // its gradient.
-  bool in_order();
+  bool in_order() { return overlaps_.found(); }
 
  private:
   struct Parameter {
@@ -80,17 +81,16 @@ class Gathering {
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
     MemoryOrder order{};
-    Owned spec;  // of a DTensor; nothing of any other, and what follows from it is 0
-    // Of its slots and then its gradient, where they are cut alike by a specification of their own.
-    mutable std::array<Owned, kMaxSlots + 1> alike;
-    int32_t share = 0;  // see NOTE: [shares]
-    int64_t first = 0;  // of its elements, in the whole parameter
+    Cut cut;
   };
   // Where a parameter stands, for messages.
   struct Place {
     PyObject* group;
     Py_ssize_t group_index;
     Py_ssize_t index;
+
+    // "parameter 3 of group 0, shape (64, 3, 7, 7)", with its name where the optimizer knows it.
+    std::string describe() const;
   };
   // A parameter and its gradient as this step finds them.
   struct Views {
@@ -134,16 +134,6 @@ class Gathering {
   }
 
   static constexpr size_t kNoTensor = static_cast<size_t>(-1);
-  using Bytes = std::pair<const char*, const char*>;  // from the first to one past the last
-  // A gradient, and where its own parameter begins.
-  struct Read {
-    Bytes bytes;
-    const char* parameter;
-
-    bool operator==(const Read& other) const {
-      return bytes == other.bytes && parameter == other.parameter;
-    }
-  };
 
   void synchronize(PyObject* param_groups, PyObject* state);
   void refuse_repeated(PyObject* param_groups);
@@ -154,8 +144,6 @@ class Gathering {
   void gather(const Place& place, size_t position);
   void gather_shape(const Place& place, size_t position);
   bool has_no_values(PyObject* tensor) const;
-  void see_part(const Place& place, Parameter& parameter, PyObject* spec);
-  bool cut_alike(const Parameter& parameter, PyObject* spec, int of) const;
   PyObject* memory_of(const Place& place, const Parameter& parameter, PyObject* tensor, int of,
                       const char* what) const;
   Owned settled(const Parameter& parameter, size_t position, Owned gradient);
@@ -170,7 +158,6 @@ class Gathering {
   void see_gradient(const Parameter& parameter, Views& views) const;
   void check_gradient_memory(const Place& place, const Parameter& parameter,
                              const Views& views) const;
-  bool reads_what_another_writes(const Read& read) const;
   TensorView read_tensor(PyObject* tensor, const char* what, const Place& place);
   void classify(Parameter& parameter, const TensorView& view, const Place& place) const;
   int updated_on(const TensorView& p, const Place& place) const;
@@ -183,27 +170,21 @@ class Gathering {
                    const std::array<int64_t, kMaxSlots>& extents, TensorRef& ref);
   void check_range(const Place& place, const TensorRef& ref, int updated_by) const;
   void set_source(Source& source, const Entries& entries);
-  PyObject* key_of(int entry) const;
   Owned new_slot(const NewState& added, int slot) const;
   void set_layout(const Place& place, const Parameter& parameter, const Views& views,
                   const SlotViews& slots, bool slots_alike, TensorRef& ref);
-  void will_write(const void* data, int64_t extent, dlpack::DataType type);
 
   PyObject* runtime_;
   Owned float32_;
   const Groups& group_reader_;
   TensorReader reader_;
-  std::array<PyObject*, kMaxSlots> keys_{};  // of the slots, in a parameter's state, or nullptr
+  std::array<PyObject*, kMaxEntries> keys_{};  // in a parameter's state; nullptr: no such slot
 
   // Cached.
   std::vector<Parameter> parameters_;
-  Owned shares_;
+  KnownShares shares_;
   std::vector<std::pair<PyObject*, PyObject*>> states_seen_;
-  std::vector<Bytes> written_seen_;
-  std::vector<Bytes> written_sorted_;
-  std::vector<Read> read_seen_;
-  bool writes_meet_ = false;
-  bool in_order_ = false;
+  Overlaps overlaps_;
 
   // Filled by each step, empty between steps.
   std::vector<GroupReading> groups_;
@@ -218,8 +199,6 @@ class Gathering {
   // What processes have exchanged for this step, by the parameters' positions: once, though
   // gradients may be gathered twice.
   std::map<size_t, Owned> settled_;
-  std::vector<Bytes> written_;      // memory that the step writes
-  std::vector<Read> gradients_at_;  // and reads as gradients
   // Gradients are copied before the step, for a faster one, unless an update changes them.
   bool may_copy_ = true;
   bool copied_ = false;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/float_environment.h"
+#include "messages.h"
 
 namespace fastlr {
 namespace {
@@ -45,14 +46,6 @@ PyObject* item(PyObject* group, PyObject* key) {
     throw PythonError();
   }
   return value;
-}
-
-// Of a new str or nullptr.
-std::string text_of(PyObject* made) {
-  const Owned text(made);
-  const char* utf8 = text ? PyUnicode_AsUTF8(text.get()) : nullptr;
-  PyErr_Clear();
-  return utf8 == nullptr ? "something that cannot be shown" : utf8;
 }
 
 [[noreturn]] void refuse_item(PyObject* key, Py_ssize_t index, const char* expected,

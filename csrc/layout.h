@@ -40,6 +40,22 @@ inline bool same_order(const TensorView& a, const TensorView& b) {
 // The type of a tensor's real numbers; false where there is no kernel for it.
 bool storage_type(dlpack::DataType type, StorageType& out);
 
+inline int64_t bytes(int64_t elements, dlpack::DataType type) { return elements * (type.bits / 8); }
+
+// Whether two tensors' memory, so many elements of each, does not meet.
+inline bool apart(const TensorView& a, int64_t extent_a, const TensorView& b, int64_t extent_b) {
+  const char* const from_a = static_cast<const char*>(a.data);
+  const char* const from_b = static_cast<const char*>(b.data);
+  return from_a + bytes(extent_a, a.dtype) <= from_b || from_b + bytes(extent_b, b.dtype) <= from_a;
+}
+
+// PyTorch marks a tensor as conjugated or negated instead of computing it; its memory then holds
+// other values than it says. Its public functions mark views of complex tensors only: complex ones,
+// and real ones whose elements are two apart, which shows unless there is a single element.
+inline bool may_be_lazy(const TensorView& view, int64_t numel, bool dense) {
+  return is_complex(view.dtype) || numel == 1 || !dense;
+}
+
 struct MemoryOrder {
   int64_t numel;
   int64_t extent;    // elements from the first to one past the last in memory

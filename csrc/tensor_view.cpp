@@ -151,6 +151,13 @@ TensorReader::Part TensorReader::part(PyObject* tensor) {
 
 bool TensorReader::is_plain(PyObject* tensor) { return known_type(Py_TYPE(tensor)).plain; }
 
+bool TensorReader::is_lazy(PyObject* tensor) {
+  for (const char* const method : {"is_conj", "is_neg"}) {
+    if (checked(PyObject_CallMethod(tensor, method, nullptr)).get() == Py_True) return true;
+  }
+  return false;
+}
+
 bool TensorReader::read(PyObject* tensor, TensorView& view) {
   const KnownType& type = known_type(Py_TYPE(tensor));
   if (exchange_enabled_ && type.exchange != nullptr) {

@@ -40,6 +40,8 @@ class TensorReader {
   static Part part(PyObject* tensor);
   // Whether a tensor's memory holds its values: not where its type dispatches by itself.
   static bool is_plain(PyObject* tensor);
+  // Whether a tensor is marked as conjugated or negated, and its memory is not yet.
+  static bool is_lazy(PyObject* tensor);
 
   // Forgets shapes that earlier reads had to copy; views that point to them end.
   void clear() { copied_.clear(); }

@@ -34,8 +34,8 @@ CPU_KERNELS = "cpu/kernels.cpp"
 PLAN = (
     *("cuda/device_memory.cpp", "cuda/device_norm.cpp", "cuda/device_plan.cpp", "cuda/devices.cpp"),
     *("cuda/launches.cpp", "cuda/tensor_table.cpp"),
-    *("gather.cpp", "groups.cpp", "layout.cpp", "placement.cpp", "plan.cpp", "rules.cpp"),
-    *("squared_norm.cpp", "tensor_view.cpp"),
+    *("gather.cpp", "gather_state.cpp", "groups.cpp", "layout.cpp", "messages.cpp", "overlaps.cpp"),
+    *("placement.cpp", "plan.cpp", "rules.cpp", "shares.cpp", "squared_norm.cpp", "tensor_view.cpp"),
 )
 
 

@@ -41,6 +41,8 @@ STAGES = "stages.h"
 DEVICE_PLAN = "cuda/device_plan.cpp"
 DEVICE_MEMORY = "cuda/device_memory.cpp"
 GATHER = "gather.cpp"
+GATHER_STATE = "gather_state.cpp"
+SHARES = "shares.cpp"
 
 EXTENSION = "extension"  # the build that the tests of EXTENSION_TESTS run on
 EXTENSION_TESTS = "test_cuda_launcher.py"
@@ -577,44 +579,44 @@ FAULTS = {
     ),
     # What there is to know of tensors and numbers before a step, for every backend.
     "state is not noted as written": Fault(
-        GATHER,
-        "    if (slots[k] != nullptr) will_write(slots[k]->data, extents[k], slots[k]->dtype);\n",
-        "",
+        GATHER_STATE,
+        "overlaps_.writes(slots[k]->data, bytes(extents[k], slots[k]->dtype));",
+        "{}",
         *TEST,
         test=f"{STATES}::test_state_that_another_update_reads_or_writes_is_updated_in_order",
         backend="cuda-on-cpu",  # the extension's CPU loops have one thread
     ),
     "lazily conjugated state taken as it lies": Fault(
-        GATHER,
-        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
-        "if (!is_complex(m.dtype) && may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
+        GATHER_STATE,
+        "may_be_lazy(m, parameter.order.numel, dense) &&",
+        "!is_complex(m.dtype) && may_be_lazy(m, parameter.order.numel, dense) &&",
         *TEST,
         test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
     ),
     "lazily negated state taken as it lies": Fault(
-        GATHER,
-        "if (may_be_lazy(m, parameter.order.numel, dense) && is_lazy(memory)) {",
-        "if (is_complex(m.dtype) && is_lazy(memory)) {",
+        GATHER_STATE,
+        "may_be_lazy(m, parameter.order.numel, dense) &&",
+        "is_complex(m.dtype) &&",
         *TEST,
         test=f"{STATES}::test_lazily_conjugated_and_negated_slots_are_refused",
     ),
     # Parts of distributed parameters.
     "every part in the share of what is whole": Fault(
         GATHER,
-        "  ref.share = parameter.share;\n",
+        "  ref.share = parameter.cut.share;\n",
         "",
         *TEST,
         test=f"{DISTRIBUTED}::test_each_share_is_added_up_along_its_own_dimensions",
     ),
     "parts rounded by chance as if each were the first": Fault(
         GATHER,
-        "  ref.first = parameter.first;\n",
+        "  ref.first = parameter.cut.first;\n",
         "",
         *TEST,
         test=f"{DISTRIBUTED}::test_rows_are_rounded_as_if_they_were_not_cut",
     ),
     "state that is cut otherwise taken as it lies": Fault(
-        GATHER,
+        SHARES,
         "    if (same == 0) return false;\n",
         "",
         *TEST,
@@ -637,21 +639,21 @@ FAULTS = {
         backend="cuda-on-cpu",
     ),
     "room for state not taken back": Fault(
-        GATHER,
-        "if ((added.room >> k & 1u) != 0) PyDict_DelItem(added.state.get(), key_of(k));",
+        GATHER_STATE,
+        "if ((added.room >> k & 1u) != 0) PyDict_DelItem(added.state.get(), keys_[k]);",
         "",
         *TEST,
         test=f"{STATES}::test_a_step_that_is_stopped_leaves_no_room_for_state",
     ),
     "a step in the parameter's memory": Fault(
-        GATHER,
+        GATHER_STATE,
         'meets(p, parameter.order.extent) ? "the parameter"',
         'false ? "the parameter"',
         *TEST,
         test=f"{STATES}::test_a_step_that_shares_memory_is_refused",
     ),
     "state of another type than its group's": Fault(
-        GATHER,
+        GATHER_STATE,
         "found == expected;",
         "(found == ref.type || found == StorageType::kFloat32);",
         *TEST,
