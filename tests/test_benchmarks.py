@@ -91,6 +91,8 @@ def test_the_norms_pass_is_measured_beside_reading(load: Callable[[str], ModuleT
     assert read[0] == read[1] == read[2] > 0.0
 
 
+# PyTorch 2.6 says so of any mesh of CPUs.
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not:UserWarning")
 def test_steps_over_dtensors_are_measured(load: Callable[[str], ModuleType], tmp_path):
     script = load("distributed")
     torch.distributed.init_process_group(

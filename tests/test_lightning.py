@@ -584,6 +584,12 @@ def test_weights_are_averaged_as_with_torchs_optimizer(tmp_path: Path) -> None:
     assert (group["lr_schedule"], group["lr"]) == (DECAY, DECAY(4 * UPDATES))
 
 
+# PyTorch 2.6's SWALR has a function in its state, which torch.load() refuses: Lightning's own callback, too.
+SWALR = torch.optim.swa_utils.SWALR(torch.optim.SGD([torch.zeros(1)], 0.1), 0.1)
+SWALR_CAN_BE_READ = not any(map(callable, SWALR.state_dict().values()))
+
+
+@pytest.mark.skipif(not SWALR_CAN_BE_READ, reason="this PyTorch's SWALR saves what it does not load")
 def test_averaging_goes_on_where_it_was_saved_and_ends_where_it_is_stopped(tmp_path: Path) -> None:
     plain = averaging(tmp_path, scheduled, ours.StochasticWeightAveraging)
     for epoch in (0, 1, 2):

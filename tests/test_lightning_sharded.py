@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import FSDP2_ON_CPU
 
 pytest.importorskip("lightning", reason="needs Lightning")
 pytestmark = pytest.mark.skipif(
@@ -89,6 +90,7 @@ torch.save(True, f"{FOLDER}/done-{torch.distributed.get_rank()}")
 """
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="this PyTorch's FSDP2 does not run on CPUs")
 def test_sharded_training_and_resume(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

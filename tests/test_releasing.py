@@ -153,6 +153,13 @@ def test_cibuildwheel_builds_for_every_python_where_there_is_pytorch(system: str
     assert wheels["jobs"]["cuda"]["strategy"]["matrix"]["python"] == pythons
 
 
+def test_the_tests_ask_the_cibuildwheel_that_the_workflow_runs() -> None:
+    wheels = yaml.safe_load(read(".github/workflows/wheels.yml"))
+    needed = project()["project"]["optional-dependencies"]["test"]
+    (tried,) = (r for r in needed if r.startswith("cibuildwheel"))
+    assert tried.partition(";")[0] == wheels["env"]["CIBUILDWHEEL"]
+
+
 def test_pre_commit_runs_make_lint() -> None:
     (repository,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
     (hook,) = repository["hooks"]

@@ -411,8 +411,23 @@ def seen(case: Case) -> list[list[dict[str, float]]]:
     return rows
 
 
+def keeps_initial_rates() -> bool:
+    optimizer = one_of_a_tensor(1.0)()
+    sequence(exponential(0.5), exponential(0.5), milestones=[1])(optimizer)
+    return optimizer.param_groups[0]["initial_lr"] is not optimizer.param_groups[0]["lr"]
+
+
+# PyTorch 2.6's sequences put a tensor's initial rate itself where their parts write, and go back to what is
+# left there; and they begin with the first part even where the second stands at 0.
+GONE_BACK_TO = ("of two", "of three", "of a chain", "of a ramp and a decay", "of ramps")
+OLD_SEQUENCES = () if keeps_initial_rates() else tuple(f"sequence {what}" for what in GONE_BACK_TO)
+OLD_WRITTEN = ("sequence of ramps", "sequence that begins with its second") if OLD_SEQUENCES else ()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_cases_go_on_from_several_epochs(name: str) -> None:
+    if name in OLD_SEQUENCES:
+        pytest.skip("this PyTorch writes over a tensor's initial rate")
     case = CASES[name]
     expected = seen(case)
     peak = max(row["lr"] for rows in expected for row in rows)
@@ -436,6 +451,8 @@ def test_cases_go_on_from_several_epochs(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ours is not None])
 def test_what_one_would_write_says_the_same(name: str) -> None:
+    if name in OLD_WRITTEN:
+        pytest.skip("this PyTorch's sequence goes another way")
     case = CASES[name]
     expected = [row[0]["lr"] for row in seen(case)]
     assert case.ours is not None
