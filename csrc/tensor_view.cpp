@@ -195,7 +195,9 @@ bool TensorReader::read_attributes(PyObject* tensor, bool has_memory, TensorView
   view.device.id = index.get() == Py_None ? 0 : static_cast<int32_t>(PyLong_AsLong(index.get()));
 
   const Owned dtype(PyObject_GetAttrString(tensor, "dtype"));
-  const Owned dtype_text(dtype ? PyObject_Str(dtype.get()) : nullptr);
+  // Not PyObject_Str(): it lets Python handle signals, and a Ctrl-C would be taken for a tensor
+  // that cannot be read.
+  const Owned dtype_text(dtype ? Py_TYPE(dtype.get())->tp_repr(dtype.get()) : nullptr);
   const char* dtype_name = dtype_text ? PyUnicode_AsUTF8(dtype_text.get()) : nullptr;
   if (dtype_name == nullptr) return false;
   view.dtype = parse_type(dtype_name);

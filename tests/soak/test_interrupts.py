@@ -14,7 +14,7 @@ import torch
 from helpers import parameters, set_gradients
 
 import fastlr
-from fastlr import _files
+from fastlr import _core, _files
 from soak.interrupts import chosen, interrupted, places
 
 SHAPES = [(3,), (8, 5), (), (129,)]
@@ -296,10 +296,18 @@ def _alarms_are_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
-@pytest.mark.usefixtures("_alarms_are_ctrl_c")
+@pytest.fixture(params=[True, False], ids=["exchange", "data_ptr"])
+def _read_either_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _core.exchange_enabled()
+    _core.set_exchange_enabled(request.param)
+    yield
+    _core.set_exchange_enabled(before)
+
+
+@pytest.mark.usefixtures("_alarms_are_ctrl_c", "_read_either_way")
 def test_real_signals(soak: bool) -> None:
     """From outside, at any time: the steps that were counted are those that were made."""
-    signals = 200 if soak else 20
+    signals = 2000 if soak else 500
     model, twin = parameters([(30_000,), (7,), (5, 3)]), parameters([(30_000,), (7,), (5, 3)])
     set_gradients(0, model, twin)
     optimizer = fastlr.FusedSGD(model, lr=fastlr.Cosine(0.1, 0.0, 100_000), momentum=0.9)
