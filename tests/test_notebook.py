@@ -7,6 +7,7 @@ import re
 import sys
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ CELLS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
-def test_notebooks_show_pictures_and_tables():
+def test_notebooks_show_pictures_and_tables(tmp_path: Path):
     """In a kernel."""
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     nbclient = pytest.importorskip("nbclient", reason="runs notebooks")
@@ -161,7 +162,9 @@ def test_notebooks_show_pictures_and_tables():
         nbformat.v4.new_code_cell(source) for source in ("import fastlr", *(s for s, _ in CELLS.values()))
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(notebook, timeout=120).execute()
+    # Elsewhere than here, as a kernel imports from its folder first.
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
     for cell, (_, kind) in zip(cells[1:], CELLS.values(), strict=True):
         (output,) = cell.outputs
         assert kind in output.data
