@@ -61,13 +61,26 @@ PyObject* item(PyObject* group, PyObject* key) {
                               Py_TYPE(value)->tp_name + ")" + why);
 }
 
+// Whether it is a truth value, also another library's, or a tensor of one: no number, although each
+// of these converts to one.
+bool is_truth(PyObject* value) {
+  if (PyFloat_Check(value)) return false;
+  if (PyLong_Check(value)) return PyBool_Check(value);
+  const Owned dtype(PyObject_GetAttrString(value, "dtype"));
+  if (!dtype) {
+    PyErr_Clear();
+    return false;
+  }
+  const std::string name = str_of(dtype.get());
+  return name == "bool" || name == "torch.bool";
+}
+
 // A number, also another library's, or a tensor of one.
 double real(PyObject* value, Py_ssize_t index, PyObject* key, const char* expected = "a number") {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double result = PyBool_Check(value) ? -1.0 : PyFloat_AsDouble(value);
-  if (PyBool_Check(value) || (result == -1.0 && PyErr_Occurred())) {
-    refuse_item(key, index, expected, value);
-  }
+  if (is_truth(value)) refuse_item(key, index, expected, value);
+  const double result = PyFloat_AsDouble(value);
+  if (result == -1.0 && PyErr_Occurred()) refuse_item(key, index, expected, value);
   return result;
 }
 
@@ -85,8 +98,10 @@ bool flag(PyObject* value, Py_ssize_t index, PyObject* key) {
 
 int64_t integer_item(PyObject* group, PyObject* key, Py_ssize_t index = kSomeGroup) {
   PyObject* value = item(group, key);
-  const long long result = PyLong_AsLongLong(value);
-  if (result == -1 && PyErr_Occurred()) refuse_item(key, index, "an integer of 64 bits", value);
+  const long long result = PyBool_Check(value) ? -1 : PyLong_AsLongLong(value);
+  if (PyBool_Check(value) || (result == -1 && PyErr_Occurred())) {
+    refuse_item(key, index, "an integer of 64 bits", value);
+  }
   return result;
 }
 

@@ -450,12 +450,13 @@ def test_two_names_for_the_type_of_state_must_agree(name: str) -> None:
 # What a step takes of what was written into a group, by the kind of the option: the type that it asks for,
 # and what is something else; a range, and what is beyond it.
 _BELOW_ONE = (r"in \[0, 1\)", [-0.1, 1.0, NAN])
+_TRUTHS = [True, np.True_, np.array(False), torch.tensor(True), torch.tensor([False])]
 WRITTEN_TYPES = {
-    "number": ("a number", ["0.1", None, True, 1j, torch.zeros(2)]),
-    "number or None": ("a number or None", ["0.1", True, 1j, torch.zeros(2)]),
+    "number": ("a number", ["0.1", None, *_TRUTHS, 1j, torch.zeros(2)]),
+    "number or None": ("a number or None", ["0.1", *_TRUTHS, 1j, torch.zeros(2)]),
     "flag": ("True or False", ["False", 1, 0.0, None, torch.tensor(True)]),
     "betas": ("a tuple of 2 numbers", [0.9, (), (0.9,), [0.9, 0.9, 0.9], "ab", None, np.array([0.9, 0.9])]),
-    "clock": ("an integer of 64 bits", ["3", 1.5, 2**63, None, -(2**63) - 1]),
+    "clock": ("an integer of 64 bits", ["3", 1.5, True, 2**63, None, -(2**63) - 1]),
 }
 WRITTEN_RANGES = {
     "rate": ("finite and >= 0", [-1e-9, NAN, INF]),
