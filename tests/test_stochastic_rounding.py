@@ -234,6 +234,17 @@ def test_what_is_refused() -> None:
         fastlr.FusedSGD(parameters([(5,)]), rounding_seed=-1)
 
 
+def test_a_file_for_bfloat16_is_refused_beside_float16() -> None:
+    saved = fastlr.FusedSGD(parameters([(5,)], torch.bfloat16), stochastic_rounding=True).state_dict()
+    optimizer = fastlr.FusedSGD(parameters([(5,)], torch.float16), master_weights=True)
+    kept = str(optimizer.state_dict())
+    message = r"^stochastic_rounding of the file's parameter group 0 must be False.* \(5,\) has float16"
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(through_file(saved))
+    assert str(optimizer.state_dict()) == kept
+    optimizer.step()
+
+
 @pytest.fixture
 def cuda(on_emulated_cuda: ModuleType, streams: Streams) -> ModuleType:
     return on_emulated_cuda

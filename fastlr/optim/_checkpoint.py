@@ -11,7 +11,14 @@ import torch
 from fastlr import _core
 from fastlr._checks import choice, count, flag, plain
 from fastlr.optim._buffers import EMA_BUFFERS, checked_averages
-from fastlr.optim._groups import CLOCKS, RuleOptions, check_owner, clock_of, name_of_clock
+from fastlr.optim._groups import (
+    CLOCKS,
+    RuleOptions,
+    check_owner,
+    check_rounded_by_chance,
+    clock_of,
+    name_of_clock,
+)
 from fastlr.optim._state import STEP, RuleState, States
 from fastlr.schedules import Schedule
 
@@ -127,6 +134,8 @@ def unpack(
             if schedule is not None:
                 check_owner(option, schedule, where)
         group = in_own_form(group, where)
+        if group["stochastic_rounding"]:
+            check_rounded_by_chance(own["params"], where)
         groups.append(group)
         for key, parameter in zip(saved["params"], own["params"], strict=True):
             if key not in state:

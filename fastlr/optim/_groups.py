@@ -290,7 +290,7 @@ def tensors_of(params: object) -> list[torch.Tensor]:
 
 
 def check_rounded_by_chance(params: object, where: str) -> None:
-    """Raises ValueError for a float16 parameter among a new group's."""
+    """Raises ValueError for a float16 parameter among a group's."""
     for p in tensors_of(params):
         if p.dtype in (torch.float16, torch.complex32):
             dtype = str(p.dtype).removeprefix("torch.")
