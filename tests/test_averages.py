@@ -543,13 +543,33 @@ def test_which_parameter_is_which_must_be_clear() -> None:
     with pytest.raises(ValueError, match="which of the model's parameters is which of the 2 groups'"):
         fused.copy_averages_to(network())
     single = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9)
-    with pytest.raises(ValueError, match="the model has 2 parameters, and the optimizer 6"):
+    with pytest.raises(ValueError, match="the model has 2 parameters, and the optimizer 6; pass those"):
         single.copy_averages_to(torch.nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"parameter 0 has shape \(3, 3\) in the model and \(3, 4\)"):
         single.copy_averages_to([torch.zeros(3, 3), *list(network().parameters())[1:]])
     named = fastlr.FusedSGD(model.named_parameters(), lr=0.1, ema_decay=0.9)
-    with pytest.raises(ValueError, match=r"the model has no parameter 0\.weight"):
+    with pytest.raises(ValueError, match=r"the model has no parameter 0\.weight, .* but weight; pass"):
         named.copy_averages_to(torch.nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_model_of_trained_parameters_and_copies_is_refused(named: bool) -> None:
+    model, _ = trained_network()
+    model[1].weight.requires_grad_(False)
+    given = [(name, p) for name, p in model.named_parameters() if named or p.requires_grad]
+    fused = fastlr.FusedSGD(given if named else [p for _, p in given], lr=0.1, ema_decay=0.5)
+    set_gradients(0, [p for _, p in given])
+    fused.step()
+    other = copy.deepcopy(model)
+    other[2] = model[2]  # as networks that share their head
+    before = [p.detach().clone() for p in (*model.parameters(), *other.parameters())]
+    shared: Any = other if named else [p for p in other.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"has 2 of the trained parameters themselves and [34] like"):
+        fused.copy_averages_to(shared)
+    assert_same(before, [*model.parameters(), *other.parameters()])
+    fused.copy_averages_to(model[1:])  # a part of the trained one, and what the optimizer may not have
+    fused.copy_averages_to(model)
+    assert_same(averages_of(fused, [p for _, p in given]), [p for _, p in given])
 
 
 @with_backends

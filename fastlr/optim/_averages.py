@@ -206,10 +206,12 @@ class Averages:
         Args:
             model: the trained one itself, or another of the same parameters, as ``copy.deepcopy(model)``, of
                 which each takes the one of its name, where the optimizer was given ``named_parameters()``, or
-                else, of a single group, of its place.
+                else, of a single group, of its place. What the optimizer does not have, as frozen
+                parameters, stays as it is.
 
         Raises:
-            ValueError: no group has an ``ema_decay``, or it cannot be told which parameter is which.
+            ValueError: no group has an ``ema_decay``, it cannot be told which parameter is which, or the
+                model has some of the trained parameters themselves beside copies of others.
 
         >>> import copy, fastlr, torch
         >>> model = torch.nn.Linear(4, 2)
@@ -239,12 +241,31 @@ class Averages:
                     "pass the model itself"
                 )
         known = set(trained)
-        if own := [p for p in theirs if p in known]:
-            return [(p, p) for p in own]
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if own := [p for p in theirs if p in known]:
+            alike: list[tuple[torch.Tensor, torch.Tensor]] = []
+            if names and by_name:
+                alike = [
+                    (by_name[name], p) for name, p in zip(names, trained, strict=True) if name in by_name
+                ]
+            elif len(theirs) == len(trained):
+                alike = list(zip(theirs, trained, strict=True))
+            copies = [to for to, p in alike if to is not None and to not in known and to.shape == p.shape]
+            if copies and sum(to is p for to, p in alike) == len(own):
+                raise ValueError(
+                    f"the model has {len(own)} of the trained parameters themselves and {len(copies)} like "
+                    "others of them; give it the trained model, or one that shares nothing with it, as "
+                    "copy.deepcopy(model)"
+                )
+            return [(p, p) for p in own]
         if names and by_name:
             if missing := [name for name in names if name not in by_name]:
-                raise ValueError(f"the model has no parameter {missing[0]}, which the optimizer averages")
+                raise ValueError(
+                    f"the model has no parameter {missing[0]}, which the optimizer averages, but "
+                    f"{next(iter(by_name))}; pass what a wrapper holds (model.module, model._orig_mod) "
+                    "or, of a single group, model.parameters(), or copy the trained model inside "
+                    "averaged_weights()"
+                )
             pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
                 (by_name[name], p) for name, p in zip(names, trained, strict=True)
             ]
@@ -254,7 +275,10 @@ class Averages:
                 "told; make the optimizer from named parameters, or copy the model inside averaged_weights()"
             )
         elif len(theirs) != len(trained):
-            raise ValueError(f"the model has {len(theirs)} parameters, and the optimizer {len(trained)}")
+            raise ValueError(
+                f"the model has {len(theirs)} parameters, and the optimizer {len(trained)}; pass those that "
+                "it has, in its order, or make it from named_parameters()"
+            )
         else:
             pairs = list(zip(theirs, trained, strict=True))
         for place, (to, p) in enumerate(pairs):
