@@ -372,6 +372,7 @@ NO_SLOTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "meta": (lambda m: m.to("meta"), "must be a dense tensor with values, got one of .* on meta"),
     "nested": (lambda m: torch.nested.nested_tensor([m]), "must be a dense tensor with values"),
     "complex": (lambda m: m.to(torch.complex64), r"has shape \(4,\) and torch.complex64, its parameter"),
+    "codes": (lambda m: m.to(torch.uint8), r"has torch.uint8, as of another optimizer, .* take it out of"),
 }  # fmt: skip
 
 

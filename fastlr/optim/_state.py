@@ -89,6 +89,11 @@ class RuleState:
             _check_slot(f"the file's {name} {key}", found, parameter)
             if name == MASTER:
                 _check_master(f"the file's {name} {key}", found, parameter)
+            elif not found.is_floating_point() and not found.is_complex():
+                raise ValueError(
+                    f"the file's {name} {key} has {found.dtype}, as of another optimizer, which keeps codes "
+                    "in place of numbers; make it floating-point numbers, or take it out of the file"
+                )
             made = self._new_tensor(name, parameter, group)
             Runtime.copy([made], [cut_as(found, parameter)])
             (of_stages if name in self.stage_slots else loaded)[name] = made
