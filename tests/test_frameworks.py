@@ -574,8 +574,12 @@ def test_lightning_clips_nothing_in_half_precision_where_the_step_unscales(
         half(fastlr.GradScaler, make, gradient_clip_val=LIMIT)
     runs = [half(kind, handing_over(make)) for kind in (fastlr.GradScaler, torch.amp.GradScaler)]
     assert_same_run(*runs)
-    for p, q in zip(runs[0][0].parameters(), clipped_by_torch(make, 10)[0].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0.1, atol=0.01)  # which computes in float32
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        lightning_run(make, tmp_path, precision="bf16-mixed", gradient_clip_val=LIMIT)  # without a scale
+    runs.append(lightning_run(handing_over(make), tmp_path, precision="bf16-mixed"))
+    for run in runs:
+        for p, q in zip(run[0].parameters(), clipped_by_torch(make, 10)[0].parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0.1, atol=0.01)  # which computes in float32
 
 
 @with_optimizers
