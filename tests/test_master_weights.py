@@ -234,10 +234,27 @@ def test_a_file_of_another_types_parameters_is_refused(dtype: torch.dtype) -> No
     fused.step()
     other = fastlr.FusedAdamW(parameters([(5,)], dtype), lr=0.1, master_weights=True)
     with pytest.raises(
-        ValueError, match=rf"master 0 has torch\.int16, as beside .* another type than {dtype}"
+        ValueError, match=rf"master 0 has torch\.int16, and not what is kept beside {dtype}: "
     ):
         other.load_state_dict(fused.state_dict())
     assert not other.state
+
+
+@with_backends
+@with_halves
+def test_a_master_that_torch_has_rounded_is_refused(dtype: torch.dtype) -> None:
+    ours = parameters([(5,)], dtype)
+    fused = fastlr.FusedAdamW(ours, lr=0.1, master_weights=True)
+    set_gradients(0, ours)
+    fused.step()
+    kept = str(fused.state_dict())
+    torchs = torch.optim.AdamW(ours, lr=0.1)
+    torchs.load_state_dict(fused.state_dict())
+    with pytest.raises(
+        ValueError, match="or an optimizer of torch's has loaded it, which rounds it; take it"
+    ):
+        fused.load_state_dict(torchs.state_dict())
+    assert str(fused.state_dict()) == kept
 
 
 @with_backends

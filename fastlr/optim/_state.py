@@ -229,8 +229,9 @@ def _check_master(name: str, found: torch.Tensor, parameter: torch.Tensor) -> No
     in_file = (torch.int16, torch.int32) if expected is torch.int16 else (expected,)
     if found.dtype not in in_file:
         raise ValueError(
-            f"{name} has {found.dtype}, as beside parameters of another type than {parameter.dtype}; take it "
-            'out of the file, and out of its groups "master_weights", to go on from the parameter alone'
+            f"{name} has {found.dtype}, and not what is kept beside {parameter.dtype}: it is of parameters "
+            "of another type, or an optimizer of torch's has loaded it, which rounds it; take it out of the "
+            'file, and out of its groups "master_weights", to go on from the parameter alone'
         )
     if found.dtype is torch.int32 and found.numel() and not Runtime.has_no_values(found):
         part = local(found)  # each process has its own to answer for
