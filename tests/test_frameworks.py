@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torchvision_without_cuda  # noqa: F401  # which transformers and Lightning import
-from helpers import assert_same
+from helpers import assert_same, set_gradients
 from rule_table import RULES, Rule, with_rules
 from rule_table import assert_same_run as assert_same_rules_run
 from torch.distributed.checkpoint.state_dict import (
@@ -211,6 +211,42 @@ def test_a_distributed_checkpoint_of_torchs_optimizer_is_read(tmp_path: Path, ru
     train(carried_model, carried, 3, start=4)
     models = list(model.parameters()), list(carried_model.parameters())
     assert_same_rules_run(rule, (reference, models[0]), (carried, models[1]))
+
+
+@one_process
+@pytest.mark.parametrize("kept", [{"ema_decay": 0.9}, {"master_weights": True}], ids=str)
+def test_what_a_distributed_checkpoint_leaves_in_its_file_is_told(
+    kept: dict[str, Any], tmp_path: Path
+) -> None:
+    """It reads what the optimizer that it reads for keeps, and all options of its groups."""
+    model = make_model().to(torch.bfloat16)
+    fused = fastlr.FusedAdamW(model.parameters(), lr=0.1, **kept)
+    set_gradients(0, list(model.parameters()))
+    fused.step()
+    fused.zero_grad()  # else PyTorch makes no state to read a file into
+    dcp.save(get_optimizer_state_dict(model, fused), checkpoint_id=tmp_path, **ALONE)
+    for options in ({}, kept):
+        other = fastlr.FusedAdamW(model.parameters(), lr=0.1, **options)
+        read = get_optimizer_state_dict(model, other)
+        dcp.load(read, checkpoint_id=tmp_path, **ALONE)
+        if options:
+            set_optimizer_state_dict(model, other, read)
+            for p in model.parameters():
+                assert set(other.state[p]) == set(fused.state[p])
+                assert_same(
+                    [fused.state[p][name] for name in fused.state[p]],
+                    [other.state[p][name] for name in fused.state[p]],
+                )
+            continue
+        with pytest.warns(
+            UserWarning, match=rf"which begins anew: {next(iter(kept))} of parameter group 0\. "
+        ):
+            set_optimizer_state_dict(model, other, read)
+        other.load_state_dict(fused.state_dict())  # a file as it stands brings all
+    wide = fastlr.FusedAdamW(model.float().parameters(), lr=0.1, **kept)
+    set_gradients(1, list(model.parameters()))
+    wide.step()
+    fastlr.FusedAdamW(model.parameters(), lr=0.1).load_state_dict(wide.state_dict())  # which has no masters
 
 
 @with_rules

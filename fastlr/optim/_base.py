@@ -727,7 +727,8 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
         these a file of another optimizer, or of version 0.1, has not comes from this one's own
         ``get_optimizer_state_dict(model, optimizer, ...)``: read the file into that with
         ``DefaultLoadPlanner(allow_partial_load=True)``, or, where both are flattened, pass
-        ``{**own, **file}`` to ``set_optimizer_state_dict``.
+        ``{**own, **file}`` to ``set_optimizer_state_dict``. What this optimizer does not keep, as averages
+        and masters, it does not read, which a warning says: make it with the options that the file has.
 
         Raises:
             ValueError: the file is damaged, or the groups differ in number or size, or state in shape.
@@ -757,6 +758,14 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
                 f"the file was changed, and what a schedule owns it says: {'; '.join(loaded.overruled)}. "
                 "set_schedule(lr=...) takes such a value back; where torch's optimizer has gone on with the "
                 "file, set_clock(updates=...) tells how far.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if loaded is not None and loaded.left_out:
+            warnings.warn(
+                "the file brings options without what they keep, which begins anew: "
+                f"{', '.join(loaded.left_out)}. torch.distributed.checkpoint reads from a file what the "
+                "optimizer keeps that it reads for: make that with the file's options, and load once more.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -10,7 +10,7 @@ import torch
 
 from fastlr import _core
 from fastlr._checks import choice, count, flag, plain
-from fastlr.optim._buffers import EMA_BUFFERS, checked_averages
+from fastlr.optim._buffers import EMA, EMA_BUFFERS, checked_averages
 from fastlr.optim._groups import (
     CLOCKS,
     RuleOptions,
@@ -19,7 +19,7 @@ from fastlr.optim._groups import (
     clock_of,
     name_of_clock,
 )
-from fastlr.optim._state import STEP, RuleState, States
+from fastlr.optim._state import MASTER, STEP, RuleState, States
 from fastlr.schedules import Schedule
 
 # Numbers from which on a list is worth being shared.
@@ -72,12 +72,14 @@ class Loaded(NamedTuple):
         states: the rule's state, in the types that the groups keep it in.
         clockless: the schedules that go on beside a file without a clock, in words.
         overruled: the values that stand in a file beside schedules of its own which say others, in words.
+        left_out: what was kept where the file was written, and was not read from it, in words.
     """
 
     state_dict: dict[str, Any]
     states: States
     clockless: list[str]
     overruled: list[str]
+    left_out: list[str]
 
 
 def unpack(
@@ -179,7 +181,17 @@ def unpack(
                 f"{options.value(group, option)!r}"
                 + (f" (the file's last {name} is {found[place]['lr']!r})" if name == "lr" else "")
             )
-    return Loaded({**state_dict, "state": state, "param_groups": groups}, states, clockless, overruled)
+    left_out = [
+        f"{option} of parameter group {place}"
+        for place, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True))
+        for option, slot in (("ema_decay", EMA), ("master_weights", MASTER))
+        if own[option] in (None, False)
+        and saved.get(option) not in (None, False)
+        and (kept := [states[p] for p in own["params"] if p in states and rule_state.may_have(slot, p)])
+        and not any(slot in entry for entry in kept)
+    ]
+    complete = {**state_dict, "state": state, "param_groups": groups}
+    return Loaded(complete, states, clockless, overruled, left_out)
 
 
 def _differ(a: float | None, b: float | None) -> bool:

@@ -56,13 +56,18 @@ class RuleState:
         state = {name: self._new_tensor(name, parameter, group) for name in rule}
         Runtime.fill(list(state.values()), self._plan.initial_state(values))
         for name in live:
-            if name in self.stage_slots and (name != MASTER or Runtime.is_half(parameter)):
+            if name in self.stage_slots and self.may_have(name, parameter):
                 state[name] = self._new_tensor(name, parameter, group)
                 Runtime.begin_stages([state[name]], [parameter])
         if self.counts_steps:
             state[STEP] = Runtime.new_step(parameter)
             Runtime.fill([state[STEP]], 0)
         return state
+
+    @staticmethod
+    def may_have(name: str, parameter: torch.Tensor) -> bool:
+        """Whether state of this name is ever kept beside such a parameter."""
+        return name != MASTER or Runtime.is_half(parameter)
 
     def _new_tensor(self, name: str, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         """An uninitialized one of a parameter's state, in the type that its group keeps it in."""
