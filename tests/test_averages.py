@@ -572,6 +572,40 @@ def test_a_model_of_trained_parameters_and_copies_is_refused(named: bool) -> Non
     assert_same(averages_of(fused, [p for _, p in given]), [p for _, p in given])
 
 
+CANNOT_HOLD = {
+    "integers": lambda p: torch.zeros(p.shape, dtype=torch.int64),
+    "sparse": lambda p: torch.zeros(p.shape).to_sparse(),
+    "complex": lambda p: torch.zeros(p.shape, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("make", CANNOT_HOLD.values(), ids=CANNOT_HOLD.keys())
+def test_what_cannot_hold_an_average_is_refused_before_the_first_is_copied(make: Any) -> None:
+    model = network()
+    others = [torch.zeros_like(p) for p in model.parameters()]
+    others[2] = make(others[2])
+    fused = fastlr.FusedSGD(model.parameters(), lr=0.1, ema_decay=0.9)
+    set_gradients(0, list(model.parameters()))
+    fused.step()
+    with pytest.raises(ValueError, match=r"parameter 2 is torch\.\w+ with layout .* which cannot hold"):
+        fused.copy_averages_to(others)
+    assert not others[0].any()
+
+
+@pytest.mark.parametrize("average", [torch.zeros(7), "lost"], ids=["shape", "word"])
+def test_an_average_of_another_shape_is_refused_before_anything_is_written(average: Any) -> None:
+    model, fused = trained_network()
+    fused.state[model[2].bias]["ema"] = average
+    before = [p.detach().clone() for p in model.parameters()]
+    message = r"the average of parameter 5 of group 0 must have its shape \(2,\), got (shape \(7,\)|'lost')"
+    for use in (fused.copy_averages_to, fused.averaged_state_dict):
+        with pytest.raises(ValueError, match=message):
+            use(model)
+        assert_same(before, model.parameters())
+    del fused.state[model[2].bias]["ema"]
+    fused.copy_averages_to(model)
+
+
 @with_backends
 def test_a_state_dict_with_averages() -> None:
     model, fused = trained_network()

@@ -55,9 +55,21 @@ class Averages:
                 "mixture of weights and averages; load its consolidated state into a fastlr optimizer of the "
                 "whole model, which then has all averages"
             )
-        averaging = (group for group in self.param_groups if group["ema_decay"] is not None)
-        parameters = [p for group in averaging for p in group["params"]]
-        return [(p, self.state[p][EMA]) for p in parameters if self.state.get(p, {}).get(EMA) is not None]
+        found = []
+        for number, group in enumerate(self.param_groups):
+            for place, p in enumerate(group["params"] if group["ema_decay"] is not None else ()):
+                average = self.state.get(p, {}).get(EMA)
+                if average is None:
+                    continue
+                if getattr(average, "shape", None) != p.shape:
+                    what = f"shape {tuple(average.shape)}" if hasattr(average, "shape") else describe(average)
+                    raise ValueError(
+                        f"the average of parameter {place} of group {number} must have its shape "
+                        f"{tuple(p.shape)}, got {what}; let it begin anew, by "
+                        'del optimizer.state[parameter]["ema"], or give the parameter back what it was'
+                    )
+                found.append((p, average))
+        return found
 
     def average_buffers(self, model: torch.nn.Module) -> None:
         """Has each step average the model's buffers too, as BatchNorm's running mean and variance.
@@ -176,12 +188,12 @@ class Averages:
         buffers_too = choice("buffers", buffers, get_args(Buffers)) == "average"
         self._plan.hold()
         try:
+            self._reshard()
             averaged = self._averaged()
             if buffers_too:
                 averaged += self._averaged_buffers()
             parameters = [p for p, _ in averaged]
             weights = [p.detach().clone() for p in parameters]
-            self._reshard()
             try:
                 Runtime.copy(parameters, [average for _, average in averaged])
                 yield
@@ -220,8 +232,8 @@ class Averages:
         >>> opt.copy_averages_to(averaged)
         """
         given = _checked(model)
-        averages = dict(self._averaged())
         self._reshard()  # before the model says what its parameters are
+        averages = dict(self._averaged())
         trained = [p for group in self.param_groups for p in group["params"]]
         matched = self._matched(given, trained)
         pairs = [(to, averages.get(p, p)) for to, p in matched if to is not p or p in averages]
@@ -287,6 +299,11 @@ class Averages:
                     f"parameter {place} has shape {tuple(to.shape)} in the model and {tuple(p.shape)} in the "
                     "optimizer; give it a model like the one that is trained"
                 )
+            if not _takes(to, p):
+                raise ValueError(
+                    f"parameter {place} is {to.dtype} with layout {to.layout} in the model, which cannot "
+                    f"hold an average of {p.dtype}; give it a model like the one that is trained"
+                )
         return pairs
 
     def averaged_state_dict(self, model: torch.nn.Module, buffers: Buffers = "copy") -> dict[str, Any]:
@@ -333,6 +350,12 @@ def _checked(model: object) -> torch.nn.Module | list[torch.Tensor]:
     if not all(isinstance(p, torch.Tensor) for p in given):
         raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
     return given
+
+
+def _takes(to: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether a tensor can hold a parameter's average, perhaps rounded."""
+    numbers = to.is_complex() if p.is_complex() else to.is_floating_point()
+    return numbers and to.layout is torch.strided
 
 
 def _put_back(parameters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
