@@ -42,7 +42,9 @@ namespace {
 void Plan::hold() {
   if (stepping_) refuse_while_stepping();
   if (held_) {
-    throw std::runtime_error("averaged_weights() is open already; its parameters are averages");
+    throw std::runtime_error(
+        "averaged_weights() is open already; its parameters are averages, as model.state_dict() "
+        "has them");
   }
   held_ = true;
 }

@@ -479,6 +479,17 @@ def test_what_averaged_weights_refuses() -> None:
             use()
 
 
+def test_inside_the_block_the_model_has_the_averages() -> None:
+    model, fused = trained_network()
+    expected = fused.averaged_state_dict(model)
+    with fused.averaged_weights():
+        with pytest.raises(
+            RuntimeError, match=r"open already; .* averages, as model\.state_dict\(\) has them"
+        ):
+            fused.averaged_state_dict(model)
+        assert_same(expected.values(), model.state_dict().values())
+
+
 @with_backends
 def test_before_the_first_update_there_are_none() -> None:
     model = parameters([(300,), (40,)])
