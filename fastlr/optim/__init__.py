@@ -24,7 +24,7 @@ and as defaults, of which a parameter group may have its own:
         float16 all of it (float32). Other parameters stay as they are.
     stochastic_rounding: a bfloat16 parameter is rounded up or down by chance, in proportion to the
         distances, so that small updates count on average. Not for float16; wider ones stay as they are.
-    rounding_seed: of that chance, an integer in 0 .. 2**32 - 1; the same in all processes that
+    rounding_seed: of that chance, a number in [0, 2**32 - 1], whole or not; the same in all processes that
         hold the same parameters.
 
 What they and the state cost in memory is in docs/memory.md.
