@@ -248,3 +248,14 @@ def test_schedules_for_nothing_in_a_group_are_refused(rule: Rule) -> None:
     for same in (fastlr.Constant(0.5), 0.5):  # as groups of another optimizer have them
         optimizer = rule.fused([{"params": model, "lr": same, "lr_schedule": other}])
         assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_groups_of_adagrad_begin_with_their_own_sums_and_torchs_do_not() -> None:
+    sums = []
+    for kind in (fastlr.FusedAdagrad, torch.optim.Adagrad):
+        (p,) = parameters([(4,)])
+        optimizer: Any = kind([{"params": [p], "initial_accumulator_value": 0.5}])
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        sums.append(optimizer.state[p]["sum"].tolist())
+    assert sums == [[0.5] * 4, [0.0] * 4]
