@@ -109,8 +109,8 @@ class SGD(torch.optim.SGD):
 
 
 def exact_root(x: torch.Tensor) -> torch.Tensor:
-    """As IEEE 754 has it: PyTorch's from MKL are off by one unit in the last place for 0.7 % of all numbers,
-    where a tensor has more than a few dozen elements."""
+    """As IEEE 754 has it: PyTorch's from MKL are off by one unit in the last place for some numbers, how many
+    and in how small a tensor depends on the CPU."""
     with np.errstate(invalid="ignore"):
         return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
 

@@ -64,18 +64,23 @@ def test_one_launch_a_storage_type(cuda: ModuleType):
 
 
 @pytest.mark.parametrize(
-    ("driver", "limit", "launches", "bytes_most"),
-    [(12010, 0, 2, 32764), (12000, 0, 9, 4096), (12010, 5, 801, 4096)],
-    ids=["large-arguments", "small-arguments", "limited"],
+    ("driver", "limit", "options", "launches", "bytes_most"),
+    [
+        (12010, 0, {}, 2, 32764),
+        (12000, 0, {}, 9, 4096),
+        (12010, 0, {"ema_decay": 0.9}, 9, 4096),
+        (12010, 5, {}, 801, 4096),
+    ],
+    ids=["large-arguments", "small-arguments", "with-a-stage", "limited"],
 )
 def test_more_tensors_take_more_launches(
-    cuda: ModuleType, driver: int, limit: int, launches: int, bytes_most: int
+    cuda: ModuleType, driver: int, limit: int, options: dict[str, Any], launches: int, bytes_most: int
 ):
     cuda.set_driver_version(driver)
     cuda.limit_launch_capacity(limit)
     try:
         ours, theirs = twins([(3,)] * 4001)
-        optimizer = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.5), momentum=0.9)
+        optimizer = fastlr.FusedSGD(ours, lr=fastlr.Exponential(0.1, 0.5), momentum=0.9, **options)
         sgd = reference(theirs, lr=0.1, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.5)
         for step in range(3):

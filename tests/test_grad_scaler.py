@@ -30,6 +30,30 @@ def scaler_of(kind: type[Scaler], scale: float = 1024.0, device: str | None = No
     return made
 
 
+@with_backends
+def test_an_inf_of_a_closures_gradients_is_found_where_there_were_none_before() -> None:
+    (p,) = parameters([(5,)])
+    fused = fastlr.FusedSGD([p], lr=0.25)
+    scaler = scaler_of(fastlr.GradScaler, 4.0)
+    before = p.detach().clone()
+
+    def closure(factor: float) -> torch.Tensor:
+        fused.zero_grad()
+        loss = (p * factor).sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    for factor, scale in ((2.0, 4.0), (math.inf, 2.0)):
+        fused.zero_grad()
+        loss = scaler.step(fused, lambda: closure(factor))  # noqa: B023
+        scaler.update()
+        assert isinstance(loss, torch.Tensor)
+        assert scaler.get_scale() == scale
+        assert_same([before - 0.5], [p])
+    assert fused.last_step_skipped
+    assert fused.clock().updates == 1
+
+
 def set_scaled_gradients(step: int, scaler: Scaler, *models: Model) -> None:
     """Scaled, and in about a third of the steps with an inf or NaN somewhere."""
     set_gradients(step, *models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from cuda_on_cpu.recording import Graph, Streams
 from helpers import LAYOUTS, assert_same, leaves, parameters, set_gradients, through_file
+from pages import DOCS
 from rule_table import RULES, Rule, slots, with_rules
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -20,6 +22,8 @@ import fastlr
 SHAPES = [(8193,), (7,), (0,), (), (8500,), (33, 9)]
 HALVES = (torch.bfloat16, torch.float16)
 KEPT = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+# How docs/numerics.md puts the two halves of a master together.
+(WHOLE,) = re.findall(r"`(\(\(p\.view.*?)` is the whole", (DOCS / "numerics.md").read_text("utf-8"))
 with_backends = pytest.mark.usefixtures("backend")
 with_halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
@@ -37,8 +41,7 @@ def masters(optimizer: torch.optim.Optimizer, model: Sequence[torch.Tensor]) -> 
         kept = optimizer.state[p]["master"]
         assert kept.dtype is KEPT[p.dtype]
         if p.dtype is torch.bfloat16:
-            upper = p.detach().view(torch.int16).to(torch.int32) << 16
-            kept = (upper + kept.to(torch.int32)).view(torch.float32)
+            kept = eval(WHOLE, {"torch": torch, "p": p.detach(), "master": kept})
         found.append(kept)
     return found
 

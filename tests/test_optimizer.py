@@ -653,7 +653,10 @@ BAD_CYCLIC: dict[str, tuple[dict[str, Any], str]] = {
     "base_momentum": ({"base_momentum": 0.8}, "base_momentum=0.8 needs cycle_momentum=True"),
     "max_momentum": ({"max_momentum": 0.9}, "max_momentum=0.9 needs cycle_momentum=True"),
     "both": ({"cycle_momentum": True, "momentum": 0.9}, "momentum=0.9 cannot be fixed and cycled"),
-    "swapped": ({"base_lr": 1.0}, "max must be >= base, got base=1.0, max=0.5"),
+    "swapped": ({"base_lr": 1.0}, "max_lr must be >= base_lr, got base_lr=1.0, max_lr=0.5; swap them$"),
+    "base_lr": ({"base_lr": -0.1}, "base_lr must be a finite number >= 0, got -0.1"),
+    "max_lr": ({"max_lr": inf}, "max_lr must be a finite number >= 0, got inf"),
+    "negative": ({"cycle_momentum": True, "base_momentum": -0.1}, "base_momentum must be .* >= 0, got -0.1"),
     "step_size_up": ({"step_size_up": -1}, "step_size_up must be a finite number >= 0, got -1"),
 }
 

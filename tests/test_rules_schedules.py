@@ -251,7 +251,7 @@ BAD_CYCLIC: dict[str, tuple[dict[str, Any], str]] = {
     "betas": ({"betas": (0.9,)}, "betas.* must be a tuple of 2"),
     "cycled-betas": ({"betas": (0.9,), "cycle_momentum": True}, "betas.* must be a tuple"),
     "momentum-of-1": ({"cycle_momentum": True, "max_momentum": 1.0}, "beta1 .* must stay in"),
-    "swapped": ({"base_lr": 1.0}, "max must be >= base, got base=1.0, max=0.5"),
+    "swapped": ({"base_lr": 1.0}, "max_lr must be >= base_lr, got base_lr=1.0, max_lr=0.5; swap them$"),
     "mode": ({"mode": "cosine"}, "mode must be triangular, triangular2 or exp_range, got 'cosine'"),
 }
 

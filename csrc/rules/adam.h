@@ -5,9 +5,9 @@
 //   v = fma((1 - beta2) * g, g, v * beta2)
 //   n = max(n, v) with amsgrad, else v
 //   p = p + (-lr / (1 - beta1 ** t) * m) / (sqrt(n) / sqrt(1 - beta2 ** t) + eps)
-// The roots of n are rounded correctly. Those of PyTorch's, where it takes them from MKL (builds
-// for x86, more than a few dozen elements), are one unit in the last place off for 0.7 % of all
-// numbers.
+// The roots of n are rounded correctly. Of PyTorch's, where it takes them from MKL (builds for
+// x86; on some CPUs only of more than a few dozen elements), some are one unit in the last place
+// off: of float32 0.7 % with one CPU, 17 % with another.
 #pragma once
 
 #include "moments.h"

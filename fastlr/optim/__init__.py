@@ -18,13 +18,13 @@ and as defaults, of which a parameter group may have its own:
         element by element, as by ``clip_grad_value_`` (of complex ones either part), before their norm is
         measured and clipped; > 0; None: they are not.
     cautious: decoupled weight decay spares what the rule moves away from zero (arXiv 2510.12402):
-        ``p = p * (1 - lr * weight_decay)`` only where the update and p do not have one sign.
+        ``p = p * (1 - lr * weight_decay)`` only where ``u * p >= 0``, u being what ``p = p - lr * u`` takes.
     master_weights: half parameters are updated as if they were float32, and their state is float32. What
         a bfloat16 lacks of its float32 master is kept in ``state[p]["master"]``: 16 bits (int16), to a
         float16 all of it (float32). Other parameters stay as they are.
     stochastic_rounding: a bfloat16 parameter is rounded up or down by chance, in proportion to the
         distances, so that small updates count on average. Not for float16; wider ones stay as they are.
-    rounding_seed: of that chance, a number in 0 .. 2**32 - 1; the same in all processes that
+    rounding_seed: of that chance, a number in [0, 2**32 - 1], whole or not; the same in all processes that
         hold the same parameters.
 
 What they and the state cost in memory is in docs/memory.md.

@@ -151,9 +151,10 @@ class Averages:
 
         p is the parameter as it is stored, of halves the rounded one, or with ``master_weights`` its master.
         t counts the updates that were applied before, as :meth:`FusedOptimizer.clock` does when the step
-        begins: TensorFlow's ``ExponentialMovingAverage`` takes such a ``num_updates``, and diffusers the same
-        formula one update later. A skipped update changes no average. A parameter without a gradient keeps
-        its own, and whoever begins later starts as it is then, as after loading a file that has no averages.
+        begins: TensorFlow's ``ExponentialMovingAverage`` takes such a ``num_updates``, and diffusers has the
+        same formula from the second update on; at the first it copies. A skipped update changes no average.
+        A parameter without a gradient keeps its own, and whoever begins later starts as it is then, as after
+        loading a file that has no averages.
 
         Weights are copied out and in again to the bit, also where the block raises. Parameters without an
         average (in groups without ``ema_decay``, or never updated) stay what they are. Averages in float32 of

@@ -712,8 +712,8 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
         pack(own_groups, self._options, self._rule_state, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, into the
-        tensors that there are, so that a captured CUDA graph goes on from what was loaded.
+        """Loads what :meth:`state_dict`, or that of torch's optimizer, returned. State is copied, once a CUDA
+        graph has captured the step into the tensors that there are, so that it goes on from what was loaded.
 
         A file of fastlr brings back what was saved: schedules, fixed values, clocks. A file of another
         optimizer knows no schedules and no clock; there the optimizer keeps its own. What a schedule owns

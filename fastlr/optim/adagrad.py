@@ -25,7 +25,8 @@ class FusedAdagrad(FusedOptimizer):
         lr: learning rate, >= 0, or a schedule (clocked in updates, epochs, samples or tokens).
         lr_decay: >= 0.
         weight_decay: L2 penalty, >= 0, or a schedule.
-        initial_accumulator_value: where the sums of squares begin, >= 0.
+        initial_accumulator_value: where the sums of squares begin, >= 0. A group may have its own, which
+            torch's leaves aside: there all begin with the constructor's.
         eps: added to the root, >= 0.
         maximize: ascend instead of descend.
         state_dtype, foreach, differentiable, fused: as for :class:`FusedAdam`.

@@ -424,7 +424,7 @@ def _cycles(
         kind = Triangular2 if mode == "triangular2" else Triangular
         return kind(base, top, *sizes, inverted=inverted)
 
-    lr = policy(base_lr, max_lr, inverted=False)
+    lr = policy(*_ordered("base_lr", base_lr, "max_lr", max_lr), inverted=False)
     if not cycle_momentum:
         for name, value in (("base_momentum", base_momentum), ("max_momentum", max_momentum)):
             if value is not None:
@@ -432,9 +432,23 @@ def _cycles(
         return _Cycles(lr, None)
     low = number("base_momentum", 0.8 if base_momentum is None else base_momentum)
     high = number("max_momentum", 0.9 if max_momentum is None else max_momentum)
-    if high < low < 1.0:  # what is out of range says so itself
-        raise ValueError(f"max_momentum must be >= base_momentum, got {high!r}, and {low!r} for the latter")
+    if low < 1.0:  # what reaches 1 the option's own range refuses
+        low, high = _ordered("base_momentum", low, "max_momentum", high)
     return _Cycles(lr, policy(low, high, inverted=True))
+
+
+def _ordered(low_name: str, low: float, high_name: str, high: float) -> tuple[float, float]:
+    """The bounds of a cycle as floats, under the names that they were given by.
+
+    Raises:
+        ValueError: one of them is none, or they are swapped.
+    """
+    low, high = real(low_name, low), real(high_name, high)
+    if high < low:
+        raise ValueError(
+            f"{high_name} must be >= {low_name}, got {low_name}={low!r}, {high_name}={high!r}; swap them"
+        )
+    return low, high
 
 
 def _as_groups(params: Params) -> list[Any]:

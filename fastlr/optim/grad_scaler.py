@@ -46,6 +46,17 @@ class GradScaler(torch.amp.GradScaler):
     [0.5, 0.5] 512.0 True
     """
 
+    def step(self, optimizer: torch.optim.Optimizer, *arguments: Any, **options: Any) -> float | None:
+        """As torch's, which searches before a closure makes gradients; here the closure comes first."""
+        if not (
+            self._enabled and isinstance(optimizer, FusedOptimizer) and arguments and callable(arguments[0])
+        ):
+            return super().step(optimizer, *arguments, **options)
+        closure, *others = arguments
+        with torch.enable_grad():
+            loss = closure()
+        return super().step(optimizer, lambda: loss, *others, **options)
+
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """As torch's; of DTensors, whatever their placements, all processes find the same.
 
