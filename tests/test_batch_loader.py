@@ -1213,3 +1213,17 @@ def test_a_bound_optimizer_and_its_loader_are_copied_after_an_epoch() -> None:
     assert pickle.loads(pickle.dumps(loader)).state_dict() == loader.state_dict() == run.loader.state_dict()
     assert opt.clock() == run.opt.clock()
     assert loader._place._optimizer is opt
+
+
+def test_ranks_with_plans_that_differ_in_the_middle_do_not_agree(monkeypatch):
+    """Of many phases a plan's repr names the first and the last only."""
+    told = []
+    monkeypatch.setattr("fastlr.batch_growth.loader.ranks_agree", lambda number: told.append(number) or True)
+    for middle in ([4, 5], [4, 5], [5, 4]):
+        sizes = [4] * 5 + middle + [4] * 5
+        phases = list(zip(range(0, 240, 20), sizes, strict=True))
+        plan = fastlr.BatchPlan.from_phases(phases, unit="sample", dataset_size=240, epochs=1, lr=0.1)
+        loader = fastlr.GrowingLoader(list(range(240)), plan)
+        loader._one_run = True
+        loader._check_ranks()
+    assert told[0] == told[1] != told[2]

@@ -511,3 +511,17 @@ def test_bad_input_is_refused(make: Any, message: str) -> None:
 def test_a_schedule_that_ends_early_warns() -> None:
     with pytest.warns(UserWarning, match="ended at epoch 9 and holds its last value"):
         BatchPlan.from_schedule(fastlr.Tabulated([0.1] * 10, unit="epoch"), **SMALL)
+
+
+def test_a_plan_of_many_phases_is_told_in_a_line() -> None:
+    smooth = fastlr.Cosine(0.1, 0.001, 200, unit="epoch")
+    plan = BatchPlan.from_schedule(smooth, batch_size=16, dataset_size=N, epochs=200)
+    assert repr(plan) == (
+        f"<BatchPlan of 200 phases, batch 16 from sample 0 to batch {plan.batch_sizes[-1]:,} from sample "
+        f"9,950,000; 200 epochs of 50,000 samples, {plan.total_updates:,} updates>"
+    )
+
+
+def test_a_plan_of_few_phases_is_written_as_in_code() -> None:
+    plan = paper_plan()
+    assert eval(repr(plan), vars(fastlr.schedules) | {"BatchPlan": BatchPlan}) == plan

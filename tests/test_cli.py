@@ -158,6 +158,19 @@ def test_short_level_and_long_schedules_are_drawn_in_the_terminal(capsys, line, 
     assert len(out.splitlines()) == 2 + rows
 
 
+@pytest.mark.parametrize("columns", [1, 20, 25, 29, 40])
+def test_a_narrow_terminal_cuts_no_number(capsys, monkeypatch, columns):
+    pytest.importorskip("rich", reason="bars are rich's")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    line = "cosine --start 0.1 --end 0 --steps 9000000000000000000"
+    code, out, _ = run(capsys, "schedule", *line.split())
+    assert code == 0
+    rows = [row.split() for row in out.splitlines() if re.match(r" *[\d,]+  ", row)]
+    assert [row[0] for row in rows] == [f"{(9 * 10**18 + 1) * row // 24:,}" for row in range(24)]
+    assert all(float(low) <= float(high) for _, low, high, *_ in rows)
+    assert "\u2026" not in out
+
+
 def test_cycles_shorter_than_a_row_are_drawn_with_their_height(capsys):
     """Also where a round number of them makes up a row."""
     pytest.importorskip("rich", reason="bars are rich's")
@@ -200,6 +213,9 @@ def test_a_policys_json_is_read_back(capsys):
 
 ERRORS = {
     "out of range": ("schedule triangular --base 0.1 --max 0.01 --step-size-up 5 --at 0", 1, "max must be"),
+    "below zero": ("schedule cosine --start -1e-3 --end 0 --steps 9", 1, "start must be a finite"),
+    "infinite": ("schedule cosine --start -inf --end 0 --steps 9", 1, "start must be a finite"),
+    "below zero, too": ("bench --seconds -.5e1", 1, "seconds must be"),
     "negative clock": ("schedule constant --value 1 --at -1", 1, "clock must be"),
     "no end": ("schedule constant --value 1 --out {}/a.png", 1, "no end"),
     "unknown format": ("schedule cosine --start 1 --end 0 --steps 9 --out {}/a.docx", 1, "docx"),

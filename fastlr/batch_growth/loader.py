@@ -235,7 +235,8 @@ class GrowingLoader:
 
     def _check_ranks(self) -> None:
         """Raises RuntimeError where ranks would not take parts of the same batches."""
-        run = repr(dataclasses.replace(self._sampler, rank=0))  # plan, sizes, seed and shuffle
+        # Plan, sizes, seed and shuffle; a plan's own text may leave phases out.
+        run = f"{self.plan.to_dict()!r} {dataclasses.replace(self._sampler, rank=0)!r}"
         if self._one_run and not ranks_agree(mix(self._place.samples, run) >> 1):
             raise RuntimeError(
                 "the ranks' loaders differ in plan, micro_batch_size, seed, shuffle or position (here seed "

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Mode = Literal["increase", "hybrid", "decay", "phases"]
 Unit = Literal["epoch", "sample", "token"]
 
+# Plans of more phases than this are not written out: from smooth schedules they have hundreds.
+_WRITTEN = 8
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -470,6 +473,20 @@ class BatchPlan:
         [(4, 4), (8, 2), (10, 8), (18, 2)]
         """
         return self._updates.since(sample)
+
+    def __repr__(self) -> str:
+        """As it is written in code; of many phases, how many there are, with the first and the last.
+
+        So short a text does not tell two plans apart; ``==`` and :meth:`to_dict` do.
+        """
+        if len(self.starts) <= _WRITTEN:
+            fields = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+            return f"BatchPlan({', '.join(fields)})"
+        return (
+            f"<BatchPlan of {len(self.starts):,} phases, batch {self.batch_sizes[0]:,} from sample 0 "
+            f"to batch {self.batch_sizes[-1]:,} from sample {self.starts[-1]:,}; "
+            f"{self.epochs:,} epochs of {self.dataset_size:,} samples, {self.total_updates:,} updates>"
+        )
 
     def __str__(self) -> str:
         """The phases as a table."""

@@ -15,7 +15,7 @@ from fastlr._extras import MissingExtra, extra
 from fastlr._tables import aligned
 from fastlr.bench.rules import RULES
 from fastlr.cli import range_test, schedule
-from fastlr.cli.output import add_command, add_json, print_error, print_json, printing
+from fastlr.cli.output import Parser, add_command, add_json, print_error, print_json, printing
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What reads the command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="fastlr",
         description=inspect.getdoc(fastlr),
         epilog=_ENDING,

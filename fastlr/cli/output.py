@@ -46,6 +46,15 @@ def add_command(
     return parser
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes -1e-3 and -inf for values, too, so that they are refused by their range and not for an option
+    without its value. Older argparse knows -1 and -0.5 only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the examples, and of nothing else."""
 

@@ -167,6 +167,7 @@ def _draw(schedule: fastlr.Schedule, steps: int | None) -> None:
     with extra("cli"):
         from rich.bar import Bar
         from rich.console import Console
+        from rich.measure import Measurement
         from rich.table import Table
 
     shown = _shown(schedule, steps)
@@ -186,6 +187,9 @@ def _draw(schedule: fastlr.Schedule, steps: int | None) -> None:
         bar = Bar(top or 1.0, 0.0, max(values), color="blue")
         table.add_row(f"{start:,}", f"{min(values):.4g}", f"{max(values):.4g}", bar)
     console = Console(highlight=False)
+    # Where a terminal is narrower than the numbers, it breaks the lines; rich would cut the numbers.
+    least = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+    console.width = max(console.width, least)
     if not console.options.ascii_only:
         console.print(table)
         return
