@@ -239,7 +239,7 @@ def test_what_a_distributed_checkpoint_leaves_in_its_file_is_told(
                 )
             continue
         with pytest.warns(
-            UserWarning, match=rf"which begins anew: {next(iter(kept))} of parameter group 0\. "
+            UserWarning, match=rf"with the next update: {next(iter(kept))} of parameter group 0\. "
         ):
             set_optimizer_state_dict(model, other, read)
         other.load_state_dict(fused.state_dict())  # a file as it stands brings all

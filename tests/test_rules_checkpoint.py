@@ -575,6 +575,13 @@ def test_adagrads_initial_sums_reach_torch(updates: int, dtype: torch.dtype, bac
 # -- schedules beside a file that knows none ---------------------------------------------------------
 
 
+def test_a_file_from_before_the_first_update_lacks_no_averages() -> None:
+    """What torch's eager Adagrad has then, the sums, is state already."""
+    first, second = (fastlr.FusedAdagrad(parameters([(3,)]), ema_decay=decay) for decay in (0.9, None))
+    second.load_state_dict(through_file(first.state_dict()))  # a warning would be an error
+    assert second.param_groups[0]["ema_decay"] == 0.9
+
+
 @with_rules
 def test_a_schedule_set_in_mid_run_goes_on_beside_a_file_without_one(rule: Rule) -> None:
     model, optimizer = stepped(rule)

@@ -763,9 +763,9 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
             )
         if loaded is not None and loaded.left_out:
             warnings.warn(
-                "the file brings options without what they keep, which begins anew: "
-                f"{', '.join(loaded.left_out)}. torch.distributed.checkpoint reads from a file what the "
-                "optimizer keeps that it reads for: make that with the file's options, and load once more.",
+                "the file brings options of which no state was read, so that it begins with the next update: "
+                f"{', '.join(loaded.left_out)}. Where the file has it, torch.distributed.checkpoint has read "
+                "only what this optimizer keeps: make it with the file's options, and load once more.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
         states: the rule's state, in the types that the groups keep it in.
         clockless: the schedules that go on beside a file without a clock, in words.
         overruled: the values that stand in a file beside schedules of its own which say others, in words.
-        left_out: what was kept where the file was written, and was not read from it, in words.
+        left_out: options of the file whose averages or masters were not read with it, in words.
     """
 
     state_dict: dict[str, Any]
@@ -188,7 +188,7 @@ def unpack(
         if own[option] in (None, False)
         and saved.get(option) not in (None, False)
         and (kept := [states[p] for p in own["params"] if p in states and rule_state.may_have(slot, p)])
-        and not any(slot in entry for entry in kept)
+        and not any(slot in entry or rule_state.is_new(entry) for entry in kept)
     ]
     complete = {**state_dict, "state": state, "param_groups": groups}
     return Loaded(complete, states, clockless, overruled, left_out)

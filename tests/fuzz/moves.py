@@ -151,9 +151,7 @@ def taken_over(run: Run, again: fastlr.FusedOptimizer) -> None:
             group.owners[name] = (schedule, own[f"{name}_start"]) if driven else run.rule.held(own, name)
         if run.rule.fused is fastlr.FusedSGD and "decoupled_weight_decay" in group.options:
             group.options["decoupled_weight_decay"] = False  # of a decay of 0, to which it is all the same
-        for pair in group.pairs:
-            if run.rule.eager and pair.slot_dtype is None:  # torch's has made it
-                run.make_state(group, pair, run.values(group))
+    run.make_eager_state()
     run.convert_slots()
 
 

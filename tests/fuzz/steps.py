@@ -13,6 +13,7 @@ import inspect
 import math
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -327,6 +328,13 @@ class Run:
                 pair.slot_dtype = dtype
         if self.rule.counts and state.get(STEP) is None:
             state[STEP] = torch.tensor(0.0)
+
+    def make_eager_state(self) -> None:
+        """What a file of an eager rule has of parameters that were never updated, which go on from it."""
+        for group in self.groups:
+            for pair in group.pairs:
+                if self.rule.eager and pair.slot_dtype is None:
+                    self.make_state(group, pair, self.values(group))
 
     # -- one step --------------------------------------------------------------------------------------
 
@@ -774,6 +782,7 @@ class Run:
     def save_and_load(self) -> None:
         """Into an optimizer of other arguments."""
         saved = through_file(self.optimizer.state_dict())
+        self.make_eager_state()
         was_cyclic, had_limits = self.cyclic, self.limits
         self.cyclic = self.rule.cyclic is not None and self.rng.random() < 0.3
         others = [Group(group.pairs, dict(group.options)) for group in self.groups]
@@ -788,7 +797,10 @@ class Run:
             into, self.cyclic, self.limits = self.optimizer, was_cyclic, had_limits
         self.note(f"saved and loaded into {'itself' if into is self.optimizer else into}")
         kept = copy.deepcopy(saved)
-        into.load_state_dict(saved)
+        with warnings.catch_warnings():
+            # Averages that begin with the next update look like some that a file was read without.
+            warnings.filterwarnings("ignore", "the file brings options of which no state was read")
+            into.load_state_dict(saved)
         assert str(kept) == str(saved)
         if into is not self.optimizer:
             self.skipped, self.measures = None, False
@@ -824,10 +836,7 @@ class Run:
             return
         self.note("loaded the file of PyTorch's optimizer")
         self.tell_reference()
-        for group in self.groups:
-            for pair in group.pairs:
-                if self.rule.eager and pair.slot_dtype is None:  # as it was when that was built
-                    self.make_state(group, pair, self.values(group))
+        self.make_eager_state()
         self.optimizer.load_state_dict(through_file(self.reference.state_dict()))
         for pair in self.pairs:
             pair.average = pair.rest = None
