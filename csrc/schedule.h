@@ -26,7 +26,7 @@ enum class Curve : int32_t {
   kTimeBased,    // start / (1 + gamma * t)
   kExponential,  // start * gamma ** (count + floor(t / period))
   kCycle,        // from start to end and back; `up` of `span` rises; see Window and Decay
-  kTable,        // table[table_begin + t], t < count
+  kTable,        // table[table_begin + t], t < count; the last, up to which tests go
 };
 
 // The shape of a cycle's rise, w(s) for s in [0, 1]; the fall mirrors it.

@@ -237,6 +237,8 @@ DOES_NOT_FIT = {
         lambda: fastlr.Triangular(1e-310, 1.0, 20, interpolation="geometric"), "at update 10 it is inf"),
     "infinite milestone": (lambda: fastlr.MultiStep(1.0, [1, 2], 1e300), "at update 2 it is inf"),
 
+    "infinite between whole clocks": (
+        lambda: fastlr.Triangular(0.0, 1e308, 4.5, 1.0) * 2.05, "times a peak of 1e.308 leaves the range"),
     "infinite scaled": (lambda: fastlr.Constant(1e308) * 10, "Scaled must be finite, but at update 0"),
     "infinite before the next": (
         lambda: fastlr.Exponential(1.0, 2.0).then(ONE, at=5000), "Joined must be finite, but at update 4999"),

@@ -400,6 +400,15 @@ class Scaled(Schedule):
     def _last(self) -> int:
         return self.schedule._last
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Cycles come closest to their bounds at clocks that no formula tells.
+        if math.isfinite(self.schedule.peak) and not math.isfinite(self.peak):
+            raise ValueError(
+                f"Scaled must be finite, but {self.factor!r} times a peak of {self.schedule.peak!r} leaves "
+                "the range of float64; use a smaller factor"
+            )
+
     @property
     def peak(self) -> float:
         return self.schedule.peak * self.factor

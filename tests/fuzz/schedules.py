@@ -16,7 +16,7 @@ from typing import Any
 import reference
 
 import fastlr
-from fastlr import Schedule
+from fastlr import Schedule, _core
 
 LAST_CLOCK = 2**63 - 2
 WINDOWS = ["linear", "geometric", "parabolic", "sinusoidal"]
@@ -200,10 +200,24 @@ POLICIES = [
 REFUSED = ("beyond a 64-bit clock", "must ascend")
 
 
+# The curves that are computed alike to the bit everywhere; cycles by their window and decay.
+ALIKE = {
+    _core.Curve.CONSTANT, _core.Curve.LINE, _core.Curve.COSINE, _core.Curve.RESTARTS, _core.Curve.TIME_BASED,
+    _core.Curve.EXPONENTIAL, _core.Curve.TABLE,
+}  # fmt: skip
+
+
 def needs_pow(schedule: Schedule) -> bool:
     """Whether a GPU may compute other last bits than the host."""
-    text = repr(schedule)
-    return any(word in text for word in ("ExpRange", "Polynomial", "Sqrt", "geometric"))
+    return not all(
+        s.curve in ALIKE
+        or (
+            s.curve is _core.Curve.CYCLE
+            and s.window is not _core.Window.GEOMETRIC
+            and s.decay in (_core.Decay.NONE, _core.Decay.HALVING)
+        )
+        for s in schedule._segments()[0]
+    )
 
 
 # -- what is made of them ----------------------------------------------------------------------------------
