@@ -13,6 +13,7 @@ from helpers import assert_same, parameters, set_gradients, through_file, twins
 from rule_table import RULES, Rule, assert_same_run, close_on_devices, with_rules
 
 import fastlr
+from fastlr.optim._groups import STAGE_DEFAULTS
 
 SHAPES = [(8193,), (7,), (0,), (), (8500,), (33, 9)]
 DECOUPLED = {
@@ -240,6 +241,12 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stochastic_rounding": ({}, {"stochastic_rounding": True}),
     "master_weights": ({"master_weights": True}, {"master_weights": False}),
 }
+
+
+def test_every_stage_is_among_those_that_a_graph_keeps() -> None:
+    """But for what a slot tells of, and what a device follows."""
+    followed = {"ema_decay", "ema_warmup", "ema_dtype", "rounding_seed"}
+    assert {name for _, after in STAGES.values() for name in after} == STAGE_DEFAULTS.keys() - followed
 
 
 @pytest.mark.parametrize(("before", "after"), STAGES.values(), ids=STAGES.keys())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlr.optim._groups import STAGE_DEFAULTS
 from fuzz import seeds
+from fuzz.stages import WRONG
 from fuzz.steps import Run
 
 pytestmark = pytest.mark.filterwarnings(
@@ -40,6 +42,7 @@ def test_the_options_of_every_optimizer_are_of_many_kinds() -> None:
     bounds = {drawn.max_grad_value for drawn in stagings}
     assert {bound is None for bound in bounds} == {False, True}
     assert len({drawn.rounding_seed for drawn in stagings}) > 3
+    assert {*averaging[0].given(), *stagings[0].given()} == WRONG.keys() == STAGE_DEFAULTS.keys()
 
 
 def test_runs_move_to_torch_and_back() -> None:
