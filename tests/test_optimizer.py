@@ -733,8 +733,9 @@ def test_torchs_own_errors_are_kept() -> None:
             kind([])
         with pytest.raises(ValueError, match="non-leaf"):
             kind([torch.nn.Parameter(torch.zeros(1)) * 2])
-    with pytest.raises(ValueError, match="start must be"):
-        fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, start="later")  # type: ignore[arg-type]
+    for start in ("later", np.array([1, 2])):
+        with pytest.raises(ValueError, match="start must be one of now, zero, got"):
+            fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, start=start)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"group must be in 0 .. 0, got 1"):
         fastlr.FusedSGD(parameters([(1,)])).set_schedule(lr=0.1, group=1)
 

@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastlr import _core
 from fastlr._build import tell_of_missing_cuda
-from fastlr._checks import count
+from fastlr._checks import choice, count
 from fastlr._runtime import Runtime
 from fastlr.optim._averages import Averages
 from fastlr.optim._buffers import EMA_BUFFERS
@@ -274,8 +274,7 @@ class FusedOptimizer(GradNorm, Averages, Driving, Handover, Moving, torch.optim.
         """
         self._check_outside_zero("set_schedule()", "give that the schedule when you make it")
         self._refuse_handed_over("set_schedule()")
-        if start not in ("now", "zero"):
-            raise ValueError(f'start must be "now" or "zero", got {start!r}')
+        choice("start", start, ("now", "zero"))
         places = self._places(group)
         given = self._options.spread({"lr": lr, **others})
         names = [option.name for option in self._options.scheduled]
