@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,8 @@ def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    try:  # what permissions allow a file system may refuse, as /proc does
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(there)) from error
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import shutil
 import subprocess
@@ -285,6 +286,9 @@ def test_nothing_is_written_before_there_is_something(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file"):
         demo.run(out=tmp_path / "file" / "report")
+    if os.path.isdir("/proc/self"):  # where root's permissions allow all, and nothing can be made
+        with pytest.raises(OSError, match="'/proc'"):
+            demo.run(out="/proc/report")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
