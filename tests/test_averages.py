@@ -587,6 +587,7 @@ CANNOT_HOLD = {
     "integers": lambda p: torch.zeros(p.shape, dtype=torch.int64),
     "sparse": lambda p: torch.zeros(p.shape).to_sparse(),
     "complex": lambda p: torch.zeros(p.shape, dtype=torch.complex64),
+    "expanded": lambda p: torch.zeros(()).expand(p.shape),
 }
 
 

@@ -263,7 +263,7 @@ class Averages:
                 ]
             elif len(theirs) == len(trained):
                 alike = list(zip(theirs, trained, strict=True))
-            copies = [to for to, p in alike if to is not None and to not in known and to.shape == p.shape]
+            copies = [to for to, p in alike if to not in known and to.shape == p.shape]
             if copies and sum(to is p for to, p in alike) == len(own):
                 raise ValueError(
                     f"the model has {len(own)} of the trained parameters themselves and {len(copies)} like "
@@ -300,10 +300,14 @@ class Averages:
                     f"parameter {place} has shape {tuple(to.shape)} in the model and {tuple(p.shape)} in the "
                     "optimizer; give it a model like the one that is trained"
                 )
-            if not _takes(to, p):
+            numbers = to.is_complex() if p.is_complex() else to.is_floating_point()
+            dense = to.layout is torch.strided
+            expanded = dense and 0 in (step for n, step in zip(to.shape, to.stride(), strict=True) if n > 1)
+            if not numbers or not dense or expanded:
                 raise ValueError(
-                    f"parameter {place} is {to.dtype} with layout {to.layout} in the model, which cannot "
-                    f"hold an average of {p.dtype}; give it a model like the one that is trained"
+                    f"parameter {place} is {to.dtype} with layout {to.layout}{', expanded,' * expanded} in "
+                    f"the model, which cannot hold an average of {p.dtype}; give it a model like the one "
+                    "that is trained"
                 )
         return pairs
 
@@ -351,12 +355,6 @@ def _checked(model: object) -> torch.nn.Module | list[torch.Tensor]:
     if not all(isinstance(p, torch.Tensor) for p in given):
         raise TypeError(f"model must be a torch.nn.Module or its parameters, got {describe(model)}")
     return given
-
-
-def _takes(to: torch.Tensor, p: torch.Tensor) -> bool:
-    """Whether a tensor can hold a parameter's average, perhaps rounded."""
-    numbers = to.is_complex() if p.is_complex() else to.is_floating_point()
-    return numbers and to.layout is torch.strided
 
 
 def _put_back(parameters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
