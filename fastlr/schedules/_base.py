@@ -425,9 +425,9 @@ class _Held(Schedule):
     schedule: Schedule
 
     @property
+    @abstractmethod
     def _ticks(self) -> int:
         """Units of this clock to one of the schedule's."""
-        raise NotImplementedError
 
     @property
     def duration(self) -> int | None:
