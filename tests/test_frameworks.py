@@ -600,11 +600,13 @@ def test_lightning_clips_nothing_in_half_precision_where_the_step_unscales(
     tmp_path: Path, make: Make
 ) -> None:
     """Which the optimizer does then, with fastlr's GradScaler or torch's."""
-    from lightning.pytorch.plugins import MixedPrecision
+    plugins = pytest.importorskip("lightning.pytorch.plugins", reason="lightning is not installed")
 
     def half(kind: type[torch.amp.GradScaler], maker: Make, **options: Any) -> tuple[Any, Any]:
         scaler = kind("cpu", init_scale=256.0)
-        return lightning_run(maker, tmp_path, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **options)
+        return lightning_run(
+            maker, tmp_path, plugins=[plugins.MixedPrecision("16-mixed", "cpu", scaler)], **options
+        )
 
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         half(fastlr.GradScaler, make, gradient_clip_val=LIMIT)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +14,8 @@ import pytest
 from conftest import SEEDS, repeats_with_another_seed
 from cuda_on_cpu import build, faults
 from test_cuda_sanitized import FIRST
+
+TESTS = Path(__file__).parent
 
 
 def test_what_several_want_at_once_is_made_once(tmp_path: Path):
@@ -75,3 +80,22 @@ def test_a_fault_of_every_kind_is_no_repetition():
     kinds = [(fault.build, fault.noticed) for fault in faults.FAULTS.values()]
     assert {(faults.FAULTS[name].build, faults.FAULTS[name].noticed) for name in FIRST} == set(kinds)
     assert len(FIRST) == len(set(kinds)) < len(kinds)
+
+
+FRAMEWORKS = ("accelerate", "ignite", "lightning", "skorch", "transformers")
+
+
+def test_what_needs_a_framework_is_skipped_without_it():
+    """As for a newcomer, whose ``make test`` brings none of them."""
+    named = re.compile(rf"^ +(?:from|import) (?:{'|'.join(FRAMEWORKS)})\b|importorskip", re.MULTILINE)
+    tests = [path for path in sorted(TESTS.glob("test_*.py")) if named.search(path.read_text("utf-8"))]
+    assert len(tests) > 5
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({FRAMEWORKS}));"
+        "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    options = ["-q", "-p", "no:cacheprovider", "--backend=cpu", "-k", " or ".join(FRAMEWORKS)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options, *map(str, tests)], cwd=TESTS, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout
